@@ -1,0 +1,300 @@
+"""When the network is dense, being sparsified, or sparse: schedules of phases over a run (paper, sections 3.1, 4.2).
+
+A schedule covers the steps `[0, total_steps)` with consecutive phases of three kinds:
+
+- `dense`: every block takes part;
+- `sparsification`: the sparsity rises from 0 to its target along an exponential curve;
+- `sparse`: the blocks chosen on entering stay fixed.
+
+There is a function for each algorithm's own schedule, of the same name as the algorithm, and `custom` for any other.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+DENSE, SPARSIFICATION, SPARSE = KINDS = ("dense", "sparsification", "sparse")
+RECIPES = ("imagenet", "criteo")
+EXPONENT = 4.0  # the paper's c
+
+
+class Phase(NamedTuple):
+    """Steps `[start, stop)` of one kind: `dense`, `sparsification` or `sparse`."""
+
+    kind: str
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} [{self.start}, {self.stop})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """A schedule: consecutive phases that cover `[0, total_steps)`.
+
+    With `t` in [0, 1] the position in a sparsification phase, the sparsity there is its target times
+    `(1 - exp(-c t)) / (1 - exp(-c))` (section 3.1); it is 0 in dense phases and the target in sparse ones.
+
+    Methods take a step (an integer or an array of them, traced or not): step `i` is the state of affairs at the
+    (i+1)-th gradient step. From `total_steps` on, everything stays as at the end of the last phase.
+
+    Attributes:
+      total_steps: length of the run in steps.
+      phases: the phases in order.
+      exponent: the curve's `c > 0`: the larger, the more is pruned early in the phase.
+
+    Raises:
+      ValueError: if phases overlap, leave a gap, do not end at `total_steps`, are empty or of an unknown kind.
+    """
+
+    total_steps: int
+    phases: tuple[Phase, ...]
+    exponent: float = EXPONENT
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(Phase(*p) for p in self.phases))
+        if not self.exponent > 0:
+            raise ValueError(f"exponent must be positive, got {self.exponent}")
+        end = 0
+        for phase in self.phases:
+            if phase.kind not in KINDS:
+                raise ValueError(f"unknown kind of phase {phase.kind!r}; choose from {', '.join(KINDS)}")
+            if phase.stop <= phase.start:
+                raise ValueError(
+                    f"phase {phase} of {self.total_steps} steps has no step: lengthen the run or the phase"
+                )
+            if phase.start != end:
+                fault = "overlaps the one before" if phase.start < end else "leaves a gap after the one before"
+                raise ValueError(f"phase {phase} {fault}, which ends at step {end}")
+            end = phase.stop
+        if end != self.total_steps:
+            raise ValueError(f"the phases cover {end} steps, the run has {self.total_steps}")
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.asarray([p.start for p in self.phases], np.int32)
+
+    def _of_phase(self, values: Any, step: Any) -> jax.Array:
+        """The entry of `values` (one a phase) for the phase that `step` lies in."""
+        index = jnp.sum(jnp.asarray(step)[..., None] >= self._starts, axis=-1) - 1
+        return jnp.asarray(np.asarray(values))[index]
+
+    def at(self, step: int) -> Phase:
+        """The phase of a (concrete) step."""
+        return next(p for p in self.phases if step < p.stop or p is self.phases[-1])
+
+    def is_boundary(self, step: Any) -> jax.Array:
+        """Whether a phase other than the first begins at this step."""
+        return jnp.isin(jnp.asarray(step), self._starts[1:])
+
+    def kind_in(self, kinds: Sequence[str], step: Any) -> jax.Array:
+        """Whether the step lies in a phase of one of these kinds."""
+        return self._of_phase([p.kind in kinds for p in self.phases], step)
+
+    def fraction(self, step: Any) -> jax.Array:
+        """Share of the target sparsity that is due at a step, in [0, 1], float32."""
+        start = self._of_phase(self._starts, step)
+        length = self._of_phase([p.stop - p.start for p in self.phases], step)
+        t = jnp.minimum((jnp.asarray(step) - start) / length, 1).astype(jnp.float32)
+        curve = jnp.expm1(-self.exponent * t) / np.float32(np.expm1(-self.exponent))
+        rising = jnp.where(t < 1, curve, 1)
+        return jnp.where(self.kind_in([DENSE], step), 0, jnp.where(self.kind_in([SPARSE], step), 1, rising))
+
+    def reached(self, step: Any) -> jax.Array:
+        """Whether exactly the target is due: in a sparse phase, and after a last sparsification phase."""
+        over = (jnp.asarray(step) >= self.total_steps) & self.kind_in([SPARSIFICATION], step)
+        return self.kind_in([SPARSE], step) | over
+
+    def selects(self, step: Any, every: int) -> jax.Array:
+        """Whether masks are chosen at a step: on entering a phase, every `every` steps of a sparsification, at its end.
+
+        A sparse phase that follows another sparse one keeps its mask.
+        """
+        step = jnp.asarray(step)
+        entered = [p.start for before, p in itertools.pairwise(self.phases) if not before.kind == p.kind == SPARSE]
+        start = self._of_phase(self._starts, step)
+        due = self.kind_in([SPARSIFICATION], step) & ((step - start) % every == 0) & (step < self.total_steps)
+        ends = (step == self.total_steps) & (self.phases[-1].kind == SPARSIFICATION)
+        return due | ends | jnp.isin(step, jnp.asarray(entered, jnp.int32))
+
+    def narrows(self, step: Any) -> jax.Array:
+        """Whether a choice made at a step continues a sparsification phase: inside one, or at its end."""
+        inside = self.kind_in([SPARSIFICATION], step) & ~jnp.isin(jnp.asarray(step), self._starts)
+        follows = [b.kind == SPARSIFICATION and p.kind == SPARSE for b, p in itertools.pairwise(self.phases)]
+        at_end = self._starts[1:][np.asarray(follows, bool)]
+        return inside | jnp.isin(jnp.asarray(step), at_end)
+
+    def __str__(self) -> str:
+        lines = [f"{'phase':<15}{'from':>9}{'to':>9}{'share':>8}   sparsity / target"]
+        for p in self.phases:
+            share = (p.stop - p.start) / self.total_steps
+            due = {DENSE: "0", SPARSE: "1", SPARSIFICATION: f"0 → 1 (c = {self.exponent:g})"}[p.kind]
+            lines.append(f"{p.kind:<15}{p.start:>9}{p.stop:>9}{share:>8.1%}   {due}")
+        return "\n".join(lines)
+
+    def plot(self, sparsity: float = 1.0, ax: Any = None) -> Any:
+        """Draw sparsity against step, phases shaded (the paper's Figure 2). Needs matplotlib.
+
+        Args:
+          sparsity: the target.
+          ax: matplotlib axes to draw on; a new figure's by default.
+
+        Returns:
+          The axes.
+        """
+        if ax is None:
+            from matplotlib import pyplot as plt  # noqa: PLC0415 - optional: the library itself does not need it
+
+            _, ax = plt.subplots(figsize=(8, 3))
+        self.shade(ax)
+        steps = np.arange(self.total_steps + 1)
+        ax.step(steps, sparsity * np.asarray(self.fraction(steps)), where="post", color="black", lw=1.2)
+        ax.set(xlabel="step", ylabel="sparsity", xlim=(0, self.total_steps), ylim=(0, 1))
+        ax.legend(loc="lower right", fontsize="small")
+        return ax
+
+    def shade(self, ax: Any) -> None:
+        """Shade the phases on matplotlib axes, one legend entry a kind."""
+        colours = {DENSE: "#dfe7f2", SPARSIFICATION: "#f9e3c4", SPARSE: "#d5ead3"}
+        named: set[str] = set()
+        for p in self.phases:
+            label = p.kind if p.kind not in named else None
+            ax.axvspan(p.start, p.stop, color=colours[p.kind], lw=0, zorder=0, label=label)
+            named.add(p.kind)
+
+
+def custom(
+    total_steps: int,
+    phases: Sequence[Sequence[Any]],
+    *,
+    steps_per_epoch: int | None = None,
+    exponent: float = EXPONENT,
+) -> Phases:
+    """Any schedule, as a list of `(kind, duration)` or `(kind, start, stop)`.
+
+    Args:
+      total_steps: length of the run in steps.
+      phases: durations (and starts and stops) are integers for steps, floats for fractions of the run, or text:
+        `"10%"`, `"500 steps"`, `"2.5 epochs"`. Boundaries are rounded to the nearest step, not each duration.
+      steps_per_epoch: needed where a duration is in epochs.
+      exponent: `c` of the sparsification curve.
+
+    Raises:
+      ValueError: as `Phases` does, or for a duration that cannot be read.
+
+    >>> print(custom(100, [("dense", "20%"), ("sparsification", 30), ("sparse", 0.5)]).phases[1])
+    sparsification [20, 50)
+    """
+    resolve = functools.partial(_steps, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    resolved, end = [], Fraction(0)
+    for phase in phases:
+        if len(phase) == 2:
+            start, stop = end, end + resolve(phase[1])
+        elif len(phase) == 3:
+            start, stop = resolve(phase[1]), resolve(phase[2])
+        else:
+            raise ValueError(f"a phase is (kind, duration) or (kind, start, stop), got {phase!r}")
+        resolved.append(Phase(phase[0], round(start), round(stop)))
+        end = stop
+    return Phases(total_steps, tuple(resolved), exponent)
+
+
+def _steps(duration: Any, total_steps: int, steps_per_epoch: int | None) -> Fraction:
+    if isinstance(duration, int | np.integer) and not isinstance(duration, bool):
+        return Fraction(int(duration))
+    if isinstance(duration, Fraction):
+        return duration * total_steps
+    if isinstance(duration, float):
+        if not 0 <= duration <= 1:
+            raise ValueError(f"a duration given as a float is a fraction of the run, in [0, 1]; got {duration}")
+        return Fraction(duration).limit_denominator(10**9) * total_steps
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|steps?|epochs?)\s*", str(duration))
+    if match is None:
+        raise ValueError(f'cannot read the duration {duration!r}; write 500, 0.1, "10%", "500 steps" or "2.5 epochs"')
+    number, unit = Fraction(match[1]), match[2].rstrip("s")
+    if unit == "epoch":
+        if steps_per_epoch is None:
+            raise ValueError(f"duration {duration!r} is in epochs: pass steps_per_epoch")
+        return number * steps_per_epoch
+    return number * total_steps / 100 if unit == "%" else number
+
+
+def _recipe(recipe: str) -> str:
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; choose from {', '.join(RECIPES)}")
+    return recipe
+
+
+def _percent(total_steps: int, *phases: tuple[str, Any], exponent: float = EXPONENT) -> Phases:
+    return custom(total_steps, [(kind, Fraction(p) / 100) for kind, p in phases], exponent=exponent)
+
+
+def dense(total_steps: int, *, recipe: str = "imagenet") -> Phases:
+    """The dense baseline: one dense phase."""
+    _recipe(recipe)
+    return _percent(total_steps, (DENSE, 100))
+
+
+def magnitude(total_steps: int, *, recipe: str = "imagenet") -> Phases:
+    """Dense, then sparse for fine-tuning: the last 15% (`imagenet`) or 20% (`criteo`) of the run."""
+    tail = {"imagenet": 15, "criteo": 20}[_recipe(recipe)]
+    return _percent(total_steps, (DENSE, 100 - tail), (SPARSE, tail))
+
+
+powerpropagation = magnitude
+
+
+def random(total_steps: int, *, recipe: str = "imagenet") -> Phases:
+    """A control: sparse from the first step to the last."""
+    _recipe(recipe)
+    return _percent(total_steps, (SPARSE, 100))
+
+
+def gradual_magnitude(total_steps: int, *, recipe: str = "imagenet", exponent: float = EXPONENT) -> Phases:
+    """A control: dense, one long sparsification phase, sparse; outer phases as long as the other algorithms'."""
+    head, tail = {"imagenet": (10, 15), "criteo": (20, 20)}[_recipe(recipe)]
+    middle = (SPARSIFICATION, 100 - head - tail)
+    return _percent(total_steps, (DENSE, head), middle, (SPARSE, tail), exponent=exponent)
+
+
+def acdc(total_steps: int, *, recipe: str = "imagenet") -> Phases:
+    """Alternating compressed/decompressed training (section 4.2).
+
+    `imagenet`: 10% dense; 7 x (5% sparse, 5% dense), the last dense phase 5% longer; 15% sparse.
+    `criteo`: 20% dense; 10 x (3% sparse, 3% dense); 20% sparse.
+    """
+    if _recipe(recipe) == "imagenet":
+        cycles = [(SPARSE, 5), (DENSE, 5)] * 6 + [(SPARSE, 5), (DENSE, 10)]
+        return _percent(total_steps, (DENSE, 10), *cycles, (SPARSE, 15))
+    return _percent(total_steps, (DENSE, 20), *[(SPARSE, 3), (DENSE, 3)] * 10, (SPARSE, 20))
+
+
+def sequential_attention(
+    total_steps: int, *, recipe: str = "imagenet", sparsification: bool = True, exponent: float = EXPONENT
+) -> Phases:
+    """SequentialAttention++ (section 4.2).
+
+    `imagenet`: 10% dense; 6 cycles of 10% in equal thirds (sparsification, sparse, dense); 15% sparsification;
+    15% sparse. `criteo`: 20% dense; 9 cycles of 6% in equal thirds; 6% sparsification; 20% sparse.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: `imagenet` or `criteo`.
+      sparsification: False for the ablation without sparsification phases (D.1): ACDC's schedule.
+      exponent: `c` of the sparsification curve (D.2).
+    """
+    if not sparsification:
+        return acdc(total_steps, recipe=recipe)
+    head, cycles, cycle, last, tail = {"imagenet": (10, 6, 10, 15, 15), "criteo": (20, 9, 6, 6, 20)}[_recipe(recipe)]
+    thirds = [(kind, Fraction(cycle, 3)) for kind in (SPARSIFICATION, SPARSE, DENSE)]
+    phases = [(DENSE, head), *thirds * cycles, (SPARSIFICATION, last), (SPARSE, tail)]
+    return _percent(total_steps, *phases, exponent=exponent)

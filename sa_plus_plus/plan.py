@@ -1,0 +1,234 @@
+"""Which kernels are pruned, in which blocks, and how many blocks stay."""
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus import select
+
+MIN_BLOCKS = 100  # C.1: layers with fewer blocks stay dense
+
+Overrides = Mapping[str, Mapping[str, Any]]
+
+
+class Layer(NamedTuple):
+    """One leaf of the parameter tree and what happens to it.
+
+    Attributes:
+      path: keys from the root, joined by `/`.
+      shape: shape of the leaf.
+      block: `(b_r, b_c)`.
+      grid: blocks down and across; `(0, 0)` where the leaf is not a kernel.
+      kept: number of blocks that stay; all of them where the layer is not pruned.
+      sparsity: target share of the blocks removed, in [0, 1).
+      why_not: empty for a pruned layer, else the reason why it stays dense.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    block: blk.Block
+    grid: tuple[int, int]
+    kept: int
+    sparsity: float
+    why_not: str
+
+    @property
+    def blocks(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.blocks > 0
+
+
+class Plan(NamedTuple):
+    """What becomes of every leaf of a parameter tree; `print(plan)` shows it as a table.
+
+    Attributes:
+      layers: one `Layer` a leaf, in the order of the tree.
+    """
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def pruned(self) -> dict[str, Layer]:
+        """The layers that are pruned, by path."""
+        return {layer.path: layer for layer in self.layers if not layer.why_not}
+
+    @property
+    def kernel_weights(self) -> int:
+        """Number of weights in all kernels, pruned or not."""
+        return sum(layer.weights for layer in self.layers if layer.is_kernel)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of all kernel weights that will be zero, an edge block counted like a full one of its layer."""
+        zero = sum(la.weights * (1 - la.kept / la.blocks) for la in self.pruned.values())
+        return zero / max(self.kernel_weights, 1)
+
+    def __str__(self) -> str:
+        head = ("path", "shape", "block", "grid", "blocks", "kept", "pruned")
+        rows = [head, *(_row(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "-" * max(map(len, lines)))
+        total = f"{len(self.pruned)} of {len(self.layers)} leaves pruned; {self.sparsity:.2%} of "
+        return "\n".join([*lines, total + f"{self.kernel_weights:,} kernel weights removed"])
+
+
+def _row(layer: Layer) -> tuple[str, ...]:
+    if not layer.is_kernel:
+        return (layer.path, _by(layer.shape), "-", "-", "-", "-", f"no: {layer.why_not}")
+    fate = f"no: {layer.why_not}" if layer.why_not else f"{layer.sparsity:.1%}"
+    kept = f"{layer.kept:,}"
+    return (layer.path, _by(layer.shape), _by(layer.block), _by(layer.grid), f"{layer.blocks:,}", kept, fate)
+
+
+def _by(sides: Sequence[int]) -> str:
+    return "×".join(map(str, sides)) or "scalar"
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """A leaf's key path as text, `Dense_0/kernel`; the `.value` that flax.nnx puts under each variable is left out."""
+    if len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def not_embedding(path: str) -> bool:
+    """The default predicate: true unless the leaf's own name speaks of an embedding, as flax's `Embed` does."""
+    return "embed" not in path.rsplit("/", 1)[-1].lower()
+
+
+def map_layers(fn: Callable[..., Any], params: Any, layers: Mapping[str, Layer], *rest: Any) -> Any:
+    """`fn(layer or None, leaf, *leaves of rest)` over a parameter tree: layer is None where nothing is pruned."""
+    return jax.tree_util.tree_map_with_path(lambda path, *x: fn(layers.get(path_string(path)), *x), params, *rest)
+
+
+def plan(
+    params: Any,
+    *,
+    block: int | Sequence[int],
+    sparsity: float,
+    min_blocks: int = MIN_BLOCKS,
+    where: Callable[[str], bool] = not_embedding,
+    overrides: Overrides | None = None,
+) -> Plan:
+    """Decide which leaves of a parameter tree are pruned (paper, C.1).
+
+    A leaf is pruned when it is a kernel of 2 to 5 dimensions, `where(path)` holds, and its grid has at least
+    `min_blocks` blocks. `k = floor((1 - sparsity) * blocks)` blocks of it are kept.
+
+    Args:
+      params: tree of arrays, or of anything with `shape` and `dtype` (`jax.eval_shape` will do).
+      block: `(b_r, b_c)` over the kernel's matrix, or one integer for a square.
+      sparsity: share of the blocks to remove, in [0, 1).
+      min_blocks: kernels with fewer blocks stay dense.
+      where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings.
+      overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=...)` to use there.
+        The first pattern that matches counts.
+
+    Raises:
+      ValueError: if an option is out of range, a pattern or the predicate matches nothing, nothing is left to
+        prune, a layer would keep no block, or an override asks for a block larger than its kernel.
+      TypeError: if a layer to be pruned is not floating point.
+    """
+    defaults: dict[str, Any] = {"block": blk.as_block(block), "sparsity": _checked_sparsity(sparsity, "sparsity")}
+    checked = {pattern: _checked_override(pattern, o) for pattern, o in (overrides or {}).items()}
+    if min_blocks < 1:
+        raise ValueError(f"min_blocks must be at least 1, got {min_blocks}")
+    leaves = [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in checked:
+        if not fnmatch.filter([path for path, _ in leaves], pattern):
+            raise ValueError(f"override {pattern!r} matches no leaf{_nearest(pattern, leaves)}")
+    layers = []
+    for path, leaf in leaves:
+        own = next((o for pattern, o in checked.items() if fnmatch.fnmatchcase(path, pattern)), {})
+        layers.append(_layer(path, leaf, **(defaults | own), min_blocks=min_blocks, where=where, forced="block" in own))
+    result = Plan(tuple(layers))
+    if not result.pruned:
+        reasons = "\n".join(f"  {la.path} {la.shape}: {la.why_not}" for la in layers if len(la.shape) > 1)
+        raise ValueError(
+            f"nothing to prune with block={defaults['block']} and min_blocks={min_blocks}: choose smaller blocks, "
+            f"a smaller min_blocks or another predicate. Leaves of 2 and more dimensions:\n{reasons or '  none'}"
+        )
+    return result
+
+
+def stays_dense(path: str, leaf: Any, why_not: str) -> Layer:
+    """A leaf that no algorithm touches: a kernel counts as one block."""
+    shape = tuple(leaf.shape)
+    if not 2 <= len(shape) <= 5 or 0 in shape:
+        return Layer(path, shape, (1, 1), (0, 0), 0, 0.0, f"not a kernel ({len(shape)}-D)")
+    return Layer(path, shape, blk.matrix_shape(shape), (1, 1), 1, 0.0, why_not)
+
+
+def _layer(
+    path: str,
+    leaf: Any,
+    block: blk.Block,
+    sparsity: float,
+    min_blocks: int,
+    where: Callable[[str], bool],
+    forced: bool,
+) -> Layer:
+    shape = tuple(leaf.shape)
+    if not 2 <= len(shape) <= 5 or 0 in shape:
+        return stays_dense(path, leaf, "")
+    grid = blk.grid_shape(shape, block)
+    n = math.prod(grid)
+    too_large = any(b > side for b, side in zip(block, blk.matrix_shape(shape), strict=True))
+    if too_large and forced:
+        raise ValueError(f"override for {path}: block {block} is larger than its matrix {blk.matrix_shape(shape)}")
+    if not where(path):
+        why_not = "excluded by `where`" if where is not not_embedding else "embedding"
+    elif too_large:
+        why_not = f"block larger than its {_by(blk.matrix_shape(shape))} matrix"
+    elif n < min_blocks:
+        why_not = f"fewer than {min_blocks} blocks"
+    else:
+        why_not = ""
+    if why_not:
+        return Layer(path, shape, block, grid, n, 0.0, why_not)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(f"{path} has dtype {leaf.dtype}: only floating-point kernels can be pruned, see `where`")
+    kept = select.kept_blocks(n, sparsity)
+    if kept == 0:
+        raise ValueError(
+            f"sparsity {sparsity} leaves no block of the {n} in {path}: "
+            f"lower it below {1 - 1 / n:.4g} there (see `overrides`) or use smaller blocks"
+        )
+    return Layer(path, shape, block, grid, kept, sparsity, "")
+
+
+def _checked_sparsity(sparsity: float, name: str) -> float:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"{name} is the share of blocks to remove and must be in [0, 1), got {sparsity}")
+    return float(sparsity)
+
+
+def _checked_override(pattern: str, override: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = set(override) - {"block", "sparsity"}
+    if unknown:
+        raise ValueError(f"override {pattern!r} may set `block` and `sparsity`, got {sorted(unknown)}")
+    checked: dict[str, Any] = {}
+    if "block" in override:
+        checked["block"] = blk.as_block(override["block"])
+    if "sparsity" in override:
+        checked["sparsity"] = _checked_sparsity(override["sparsity"], f"sparsity of override {pattern!r}")
+    return checked
+
+
+def _nearest(pattern: str, leaves: Sequence[tuple[str, Any]]) -> str:
+    close = difflib.get_close_matches(pattern, [path for path, _ in leaves], n=1, cutoff=0.0)
+    return f"; nearest: {close[0]!r}" if close else ""

@@ -1,0 +1,98 @@
+"""Choosing which blocks to keep: exact top-k with a traced k.
+
+The k-th largest score is found by bisection on the bits of the floats: one counting pass per bit, no sort, and
+`k` may change from step to step without recompiling. Counts are integers, so the choice is the same however the
+scores are laid out over devices.
+"""
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def kept_blocks(blocks: int, sparsity: float) -> int:
+    """`floor((1 - sparsity) * blocks)` in exact arithmetic on the decimal number meant by `sparsity`.
+
+    Binary floats would give 35 for 360 blocks at 0.9, since `1 - 0.9` is just below 0.1.
+
+    >>> kept_blocks(360, 0.9)
+    36
+    """
+    exact = Fraction(sparsity).limit_denominator(10**9)
+    return math.floor((1 - exact) * blocks)
+
+
+def _ordered_bits(scores: jax.Array) -> jax.Array:
+    """Unsigned integers in the order of the floats: -inf < ... < -0 = 0 < ... < inf, NaN below all, never 0."""
+    if scores.dtype.itemsize < 4:
+        scores = scores.astype(jnp.float32)
+    unsigned = jnp.uint32 if scores.dtype.itemsize == 4 else jnp.uint64
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0, scores))
+    bits = lax.bitcast_convert_type(scores, unsigned)
+    top = jnp.asarray(1 << (jnp.iinfo(unsigned).bits - 1), unsigned)
+    return jnp.where(bits >= top, ~bits, bits | top)
+
+
+def _kth_largest(keys: jax.Array, k: jax.Array) -> jax.Array:
+    """The largest threshold that at least k keys reach, built bit by bit from the top."""
+    bits = jnp.iinfo(keys.dtype).bits
+
+    def try_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        bit = jnp.asarray(1, keys.dtype) << (bits - 1 - i).astype(keys.dtype)
+        reached = jnp.sum(keys >= (threshold | bit), dtype=jnp.int32)
+        return jnp.where(reached >= k, threshold | bit, threshold)
+
+    return lax.fori_loop(0, bits, try_bit, jnp.asarray(0, keys.dtype))
+
+
+def top_k(scores: jax.Array, k: jax.Array | int, among: jax.Array | None = None) -> jax.Array:
+    """Mask of the k largest scores; of equal scores the lower (row-major) index wins.
+
+    Args:
+      scores: any shape, floating point. NaN counts as the lowest score.
+      k: number of entries to keep, may be traced; limited to what there is to choose from.
+      among: optional mask of the shape of `scores`: only these entries may be kept (backward selection).
+
+    Returns:
+      Boolean array of the shape of `scores`, with exactly `min(k, number of candidates)` entries true.
+    """
+    k = jnp.asarray(k, jnp.int32)
+    keys = _ordered_bits(scores.ravel())
+    if among is not None:
+        keys = jnp.where(among.ravel(), keys, 0)  # below every score, so never reached while candidates last
+    threshold = _kth_largest(keys, k)
+    above, tied = keys > threshold, keys == threshold
+    room = k - jnp.sum(above, dtype=jnp.int32)
+    mask = above | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= room))
+    if among is not None:
+        mask = mask & among.ravel()
+    return mask.reshape(scores.shape)
+
+
+def top_k_per_layer(
+    scores: Mapping[str, jax.Array], k: Mapping[str, jax.Array | int], among: Mapping[str, jax.Array] | None = None
+) -> dict[str, jax.Array]:
+    """`top_k` of every layer on its own: `k[path]` blocks of `scores[path]`."""
+    return {path: top_k(s, k[path], None if among is None else among[path]) for path, s in scores.items()}
+
+
+def top_k_global(
+    scores: Mapping[str, jax.Array], k: Mapping[str, jax.Array | int], among: Mapping[str, jax.Array] | None = None
+) -> dict[str, jax.Array]:
+    """`top_k` of all layers together: `sum(k.values())` blocks wherever they are; ties go to the earlier layer.
+
+    A layer may lose all its blocks: the paper (C.1) argues for `top_k_per_layer`.
+    """
+    paths = list(scores)
+    flat = jnp.concatenate([scores[p].ravel() for p in paths])
+    flat_among = None if among is None else jnp.concatenate([among[p].ravel() for p in paths])
+    mask = top_k(flat, sum(jnp.asarray(k[p], jnp.int32) for p in paths), flat_among)
+    masks, start = {}, 0
+    for p in paths:
+        masks[p] = mask[start : start + scores[p].size].reshape(scores[p].shape)
+        start += scores[p].size
+    return masks
