@@ -5,9 +5,10 @@ Every one of them multiplies each block of a kernel by one number: the effective
 by which blocks are chosen, the *phases* when. `_compose` makes a `Sparsifier` of the three.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus import plan as planning
 from sa_plus_plus import select
 from sa_plus_plus.phases import DENSE, KINDS, SPARSE, Phases
-from sa_plus_plus.plan import Layer, Overrides, Plan, map_layers
+from sa_plus_plus.plan import MIN_BLOCKS, Layer, Overrides, Plan, map_layers, not_embedding
 
 Params = Any  # a pytree of arrays, the model's own
 Masks = dict[str, jax.Array]
@@ -75,19 +76,6 @@ class Sparsifier(NamedTuple):
     phases: Phases
 
 
-class Common(TypedDict, total=False):
-    """Options that every algorithm but `dense` takes; see `sa_plus_plus.plan` for all but the last.
-
-    `scope` is "layer" to keep the planned number of blocks in each layer, or "global" to keep their sum over all
-    layers, wherever they score best.
-    """
-
-    min_blocks: int
-    where: Callable[[str], bool]
-    overrides: Overrides | None
-    scope: str
-
-
 class _Parametrisation(NamedTuple):
     weights: Callable[[jax.Array, Layer], jax.Array]  # the model's kernel -> the trained weights
     scale: Callable[[jax.Array, Any, Layer], jax.Array | None]  # (weights, logits, layer) -> grid; None for 1
@@ -107,13 +95,15 @@ def _compose(
     *,
     block: int | Sequence[int],
     sparsity: float,
-    scope: str = "layer",
+    min_blocks: int,
+    where: Callable[[str], bool],
+    overrides: Overrides | None,
+    scope: str,
     mask_every: int = 1,
     monotone: bool = True,
     forget_masked: bool = False,
     logit_lr: float = 1.0,
     reset_logits_at: Sequence[str] = (),
-    **plan_options: Any,
 ) -> Sparsifier:
     """Put an algorithm together.
 
@@ -121,15 +111,17 @@ def _compose(
       parametrisation: how weights and logits make the effective kernel.
       score: by which the blocks are chosen.
       phases: when.
-      block: see `plan`.
-      sparsity: see `plan`.
+      block: with `sparsity`, `min_blocks`, `where` and `overrides`, as `plan` takes them.
+      sparsity: see there.
+      min_blocks: see there.
+      where: see there.
+      overrides: see there.
       scope: `layer` or `global`.
       mask_every: steps between selections in a sparsification phase.
       monotone: in a sparsification phase, a dropped block stays dropped to its end.
       forget_masked: masked weights are set to zero; otherwise they stay as they were when masked.
       logit_lr: factor on the logits' updates.
       reset_logits_at: kinds of phases on entering which the logits return to zero.
-      **plan_options: see `plan`.
     """
     if phases.phases[-1].kind == DENSE:
         raise ValueError(f"the last phase is {phases.phases[-1]} and would not leave the network pruned: end sparse")
@@ -139,8 +131,10 @@ def _compose(
         raise ValueError(f"mask_every must be at least 1 step, got {mask_every}")
     choose = select.top_k_per_layer if scope == "layer" else select.top_k_global
 
-    def plan(params: Params) -> Plan:
-        return planning.plan(params, block=block, sparsity=sparsity, **plan_options)
+    plan = functools.partial(
+        planning.plan, block=block, sparsity=sparsity, min_blocks=min_blocks, where=where, overrides=overrides
+    )
+    planning.check_options(block, sparsity, min_blocks, overrides)
 
     def layers_of(trainable: Trainable) -> dict[str, Layer]:
         return plan(trainable.params).pruned
@@ -285,19 +279,41 @@ def dense(*, phases: Phases) -> Sparsifier:
     return Sparsifier(init, lambda t, prune: t.params, update, lambda t, prune: t.params, plan, phases)
 
 
-def magnitude(*, block: int | Sequence[int], sparsity: float, phases: Phases, **common: Unpack[Common]) -> Sparsifier:
+def magnitude(
+    *,
+    block: int | Sequence[int],
+    sparsity: float,
+    phases: Phases,
+    min_blocks: int = MIN_BLOCKS,
+    where: Callable[[str], bool] = not_embedding,
+    overrides: Overrides | None = None,
+    scope: str = "layer",
+) -> Sparsifier:
     """One-shot magnitude pruning: the blocks of largest Frobenius norm when the dense phase ends, then fine-tuning.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.magnitude(total_steps)`.
-      **common: `min_blocks`, `where`, `overrides`, `scope`; see `Common`.
+      min_blocks: kernels with fewer blocks stay dense.
+      where: predicate on the path of a leaf; by default all but embeddings.
+      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
+      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
 
     Raises:
       ValueError: for options out of range, or a schedule that ends dense.
     """
-    return _compose(_IDENTITY, _norm_score, phases, block=block, sparsity=sparsity, **common)
+    return _compose(
+        _IDENTITY,
+        _norm_score,
+        phases,
+        block=block,
+        sparsity=sparsity,
+        min_blocks=min_blocks,
+        where=where,
+        overrides=overrides,
+        scope=scope,
+    )
 
 
 def gradual_magnitude(
@@ -307,7 +323,10 @@ def gradual_magnitude(
     phases: Phases,
     mask_every: int = 1,
     monotone: bool = True,
-    **common: Unpack[Common],
+    min_blocks: int = MIN_BLOCKS,
+    where: Callable[[str], bool] = not_embedding,
+    overrides: Overrides | None = None,
+    scope: str = "layer",
 ) -> Sparsifier:
     """Gradual magnitude pruning, a control: `magnitude` with the sparsity rising over a long sparsification phase.
 
@@ -317,7 +336,10 @@ def gradual_magnitude(
       phases: usually `phases.gradual_magnitude(total_steps)`.
       mask_every: steps between selections in the sparsification phase.
       monotone: a block once dropped stays dropped.
-      **common: `min_blocks`, `where`, `overrides`, `scope`; see `Common`.
+      min_blocks: kernels with fewer blocks stay dense.
+      where: predicate on the path of a leaf; by default all but embeddings.
+      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
+      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
     """
     return _compose(
         _IDENTITY,
@@ -327,7 +349,10 @@ def gradual_magnitude(
         sparsity=sparsity,
         mask_every=mask_every,
         monotone=monotone,
-        **common,
+        min_blocks=min_blocks,
+        where=where,
+        overrides=overrides,
+        scope=scope,
     )
 
 
@@ -337,7 +362,10 @@ def random(
     sparsity: float,
     phases: Phases,
     seed: int | jax.Array = 0,
-    **common: Unpack[Common],
+    min_blocks: int = MIN_BLOCKS,
+    where: Callable[[str], bool] = not_embedding,
+    overrides: Overrides | None = None,
+    scope: str = "layer",
 ) -> Sparsifier:
     """A fixed random mask, a control: what the best of the others must beat.
 
@@ -346,7 +374,10 @@ def random(
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.random(total_steps)`.
       seed: which mask; may be traced, to `vmap` over masks.
-      **common: `min_blocks`, `where`, `overrides`, `scope`; see `Common`.
+      min_blocks: kernels with fewer blocks stay dense.
+      where: predicate on the path of a leaf; by default all but embeddings.
+      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
+      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
     """
 
     def score(weights: jax.Array, logits: Any, layer: Layer) -> jax.Array:
@@ -354,7 +385,17 @@ def random(
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(layer.path.encode()))
         return jax.random.uniform(key, layer.grid, jnp.float32)
 
-    return _compose(_IDENTITY, score, phases, block=block, sparsity=sparsity, **common)
+    return _compose(
+        _IDENTITY,
+        score,
+        phases,
+        block=block,
+        sparsity=sparsity,
+        min_blocks=min_blocks,
+        where=where,
+        overrides=overrides,
+        scope=scope,
+    )
 
 
 def acdc(
@@ -363,7 +404,10 @@ def acdc(
     sparsity: float,
     phases: Phases,
     form: str = "pruning",
-    **common: Unpack[Common],
+    min_blocks: int = MIN_BLOCKS,
+    where: Callable[[str], bool] = not_embedding,
+    overrides: Overrides | None = None,
+    scope: str = "layer",
 ) -> Sparsifier:
     """Alternating compressed/decompressed training with blocks: stochastic iterative hard thresholding.
 
@@ -373,15 +417,28 @@ def acdc(
       phases: usually `phases.acdc(total_steps)`.
       form: `pruning`: pruned weights restart from 0 in the next dense phase (the paper's choice for ImageNet);
         `masking`: they are as they were when masked (its choice for Criteo).
-      **common: `min_blocks`, `where`, `overrides`, `scope`; see `Common`.
+      min_blocks: kernels with fewer blocks stay dense.
+      where: predicate on the path of a leaf; by default all but embeddings.
+      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
+      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
 
     Raises:
       ValueError: for an unknown form, options out of range, or a schedule that ends dense.
     """
     if form not in ("pruning", "masking"):
         raise ValueError(f'form must be "pruning" or "masking", got {form!r}')
-    forget = form == "pruning"
-    return _compose(_IDENTITY, _norm_score, phases, block=block, sparsity=sparsity, forget_masked=forget, **common)
+    return _compose(
+        _IDENTITY,
+        _norm_score,
+        phases,
+        block=block,
+        sparsity=sparsity,
+        min_blocks=min_blocks,
+        where=where,
+        overrides=overrides,
+        scope=scope,
+        forget_masked=form == "pruning",
+    )
 
 
 def powerpropagation(
@@ -390,7 +447,10 @@ def powerpropagation(
     sparsity: float,
     phases: Phases,
     alpha: float = 2.0,
-    **common: Unpack[Common],
+    min_blocks: int = MIN_BLOCKS,
+    where: Callable[[str], bool] = not_embedding,
+    overrides: Overrides | None = None,
+    scope: str = "layer",
 ) -> Sparsifier:
     """Block PowerPropagation: the effective block is `W * ||W||_F^(alpha - 1)`, so that large blocks grow faster.
 
@@ -402,7 +462,10 @@ def powerpropagation(
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.powerpropagation(total_steps)`.
       alpha: at least 1; 2 is the paper's (Lemma 2.3), 1 is `magnitude`.
-      **common: `min_blocks`, `where`, `overrides`, `scope`; see `Common`.
+      min_blocks: kernels with fewer blocks stay dense.
+      where: predicate on the path of a leaf; by default all but embeddings.
+      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
+      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
 
     Raises:
       ValueError: for options out of range, or a schedule that ends dense.
@@ -425,7 +488,17 @@ def powerpropagation(
     def score(weights: jax.Array, logits: Any, layer: Layer) -> jax.Array:
         return norm_to(weights, alpha, layer)  # the norm of the effective block
 
-    return _compose(_Parametrisation(weights, scale), score, phases, block=block, sparsity=sparsity, **common)
+    return _compose(
+        _Parametrisation(weights, scale),
+        score,
+        phases,
+        block=block,
+        sparsity=sparsity,
+        min_blocks=min_blocks,
+        where=where,
+        overrides=overrides,
+        scope=scope,
+    )
 
 
 def sequential_attention(
@@ -438,7 +511,10 @@ def sequential_attention(
     mask_every: int = 1,
     logit_lr: float = 1.0,
     reset_logits_at: Sequence[str] = (),
-    **common: Unpack[Common],
+    min_blocks: int = MIN_BLOCKS,
+    where: Callable[[str], bool] = not_embedding,
+    overrides: Overrides | None = None,
+    scope: str = "layer",
 ) -> Sparsifier:
     """SequentialAttention++ (Algorithm 1): a trainable attention weight per block guides the search.
 
@@ -457,7 +533,10 @@ def sequential_attention(
       logit_lr: learning rate of the logits as a multiple of the weights'.
       reset_logits_at: kinds of phases (such as `("dense",)`) on entering which the logits return to 0; by default
         they are kept throughout.
-      **common: `min_blocks`, `where`, `overrides`, `scope`; see `Common`.
+      min_blocks: kernels with fewer blocks stay dense.
+      where: predicate on the path of a leaf; by default all but embeddings.
+      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
+      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
 
     Raises:
       ValueError: for options out of range, or a schedule that ends dense.
@@ -480,7 +559,7 @@ def sequential_attention(
 
     def score(weights: jax.Array, logits: Any, layer: Layer) -> jax.Array:
         # log A, less a constant of the layer where layers do not compete: small logits keep all their digits.
-        return logits if common.get("scope") != "global" else jnp.log(layer.blocks) + jax.nn.log_softmax(logits, (0, 1))
+        return logits if scope != "global" else jnp.log(layer.blocks) + jax.nn.log_softmax(logits, (0, 1))
 
     return _compose(
         _Parametrisation(_IDENTITY.weights, scale, has_logits=True),
@@ -492,7 +571,10 @@ def sequential_attention(
         mask_every=mask_every,
         logit_lr=logit_lr,
         reset_logits_at=tuple(reset_logits_at),
-        **common,
+        min_blocks=min_blocks,
+        where=where,
+        overrides=overrides,
+        scope=scope,
     )
 
 

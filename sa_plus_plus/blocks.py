@@ -103,15 +103,18 @@ def spread(grid: jax.Array, shape: Sequence[int], block: Block) -> jax.Array:
       shape: the kernel's shape.
       block: `(b_r, b_c)`.
     """
-    g_r, g_c = grid.shape
-    return from_blocks(jnp.broadcast_to(grid[:, None, :, None], (g_r, block[0], g_c, block[1])), shape)
+    (rows, cols), (g_r, g_c) = matrix_shape(shape), grid.shape
+    # Across first, then down: the second, large step copies whole rows, and its gradient adds up whole rows.
+    strips = jnp.broadcast_to(grid[:, :, None], (g_r, g_c, block[1])).reshape(g_r, -1)[:, :cols]
+    matrix = jnp.broadcast_to(strips[:, None, :], (g_r, block[0], cols)).reshape(-1, cols)[:rows]
+    return matrix.reshape(shape)
 
 
 def sum_of_squares(kernel: jax.Array, block: Block) -> jax.Array:
     """Squared Frobenius norm of each block, `(grid_r, grid_c)`, accumulated in at least float32."""
     blocks = to_blocks(kernel, block)
     blocks = blocks.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    return jnp.sum(jnp.square(blocks), axis=(1, 3))
+    return jnp.sum(jnp.sum(jnp.square(blocks), axis=1), axis=-1)  # down first: adds up whole rows
 
 
 def frobenius(kernel: jax.Array, block: Block) -> jax.Array:

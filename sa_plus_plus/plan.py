@@ -143,10 +143,7 @@ def plan(
         prune, a layer would keep no block, or an override asks for a block larger than its kernel.
       TypeError: if a layer to be pruned is not floating point.
     """
-    defaults: dict[str, Any] = {"block": blk.as_block(block), "sparsity": _checked_sparsity(sparsity, "sparsity")}
-    checked = {pattern: _checked_override(pattern, o) for pattern, o in (overrides or {}).items()}
-    if min_blocks < 1:
-        raise ValueError(f"min_blocks must be at least 1, got {min_blocks}")
+    defaults, checked = check_options(block, sparsity, min_blocks, overrides)
     leaves = [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in checked:
         if not fnmatch.filter([path for path, _ in leaves], pattern):
@@ -163,6 +160,16 @@ def plan(
             f"a smaller min_blocks or another predicate. Leaves of 2 and more dimensions:\n{reasons or '  none'}"
         )
     return result
+
+
+def check_options(
+    block: int | Sequence[int], sparsity: float, min_blocks: int, overrides: Overrides | None
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The options of `plan` in their final form: `block` and `sparsity` everywhere, and by pattern. Raises as it does."""
+    defaults = {"block": blk.as_block(block), "sparsity": _checked_sparsity(sparsity, "sparsity")}
+    if min_blocks < 1:
+        raise ValueError(f"min_blocks must be at least 1, got {min_blocks}")
+    return defaults, {pattern: _checked_override(pattern, o) for pattern, o in (overrides or {}).items()}
 
 
 def stays_dense(path: str, leaf: Any, why_not: str) -> Layer:
