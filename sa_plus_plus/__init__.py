@@ -2,9 +2,6 @@
 
 from sa_plus_plus import blocks, metrics, phases, select
 from sa_plus_plus.algorithms import (
-    PruneState,
-    Sparsifier,
-    Trainable,
     acdc,
     attention_weights,
     dense,
@@ -16,6 +13,7 @@ from sa_plus_plus.algorithms import (
 )
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.plan import Layer, Plan, plan
+from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import SparsifyState, reset_on, sparsify
 
 __version__ = "0.1.0"

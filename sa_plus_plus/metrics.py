@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus.algorithms import Masks, Trainable, attention_weights
+from sa_plus_plus.algorithms import attention_weights
 from sa_plus_plus.plan import Plan
+from sa_plus_plus.sparsifier import Masks, Trainable
 
 
 def _zero_weights(masks: Masks, plan: Plan) -> dict[str, jax.Array]:

@@ -165,7 +165,7 @@ def plan(
 def check_options(
     block: int | Sequence[int], sparsity: float, min_blocks: int, overrides: Overrides | None
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The options of `plan` in their final form: `block` and `sparsity` everywhere, and by pattern. Raises as it does."""
+    """Refuse bad options of `plan`; return block and sparsity for all leaves, and those of the overrides by pattern."""
     defaults = {"block": blk.as_block(block), "sparsity": _checked_sparsity(sparsity, "sparsity")}
     if min_blocks < 1:
         raise ValueError(f"min_blocks must be at least 1, got {min_blocks}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sa_plus_plus.algorithms import PruneState, Sparsifier, Trainable
+from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 
 _NEEDS_PARAMS = "{} needs the current parameters: call `tx.update(grads, state, params)`"
 
