@@ -110,10 +110,14 @@ def spread(grid: jax.Array, shape: Sequence[int], block: Block) -> jax.Array:
     return matrix.reshape(shape)
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """`x` in float32 if its own floating type is narrower."""
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
 def sum_of_squares(kernel: jax.Array, block: Block) -> jax.Array:
     """Squared Frobenius norm of each block, `(grid_r, grid_c)`, accumulated in at least float32."""
-    blocks = to_blocks(kernel, block)
-    blocks = blocks.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    blocks = widened(to_blocks(kernel, block))
     return jnp.sum(jnp.sum(jnp.square(blocks), axis=1), axis=-1)  # down first: adds up whole rows
 
 

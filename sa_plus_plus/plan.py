@@ -1,5 +1,6 @@
 """Which kernels are pruned, in which blocks, and how many blocks stay."""
 
+import collections
 import difflib
 import fnmatch
 import math
@@ -140,11 +141,14 @@ def plan(
 
     Raises:
       ValueError: if an option is out of range, a pattern or the predicate matches nothing, nothing is left to
-        prune, a layer would keep no block, or an override asks for a block larger than its kernel.
+        prune, a layer would keep no block, an override asks for a block larger than its kernel, or two leaves have
+        the same path.
       TypeError: if a layer to be pruned is not floating point.
     """
     defaults, checked = check_options(block, sparsity, min_blocks, overrides)
     leaves = [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    if doubled := [path for path, n in collections.Counter(path for path, _ in leaves).items() if n > 1]:
+        raise ValueError(f"two leaves of the parameter tree have the path {doubled[0]!r}: rename one of their keys")
     for pattern in checked:
         if not fnmatch.filter([path for path, _ in leaves], pattern):
             raise ValueError(f"override {pattern!r} matches no leaf{_nearest(pattern, leaves)}")

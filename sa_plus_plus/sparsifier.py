@@ -234,10 +234,9 @@ def _kernels(trainable: Trainable, layers: dict[str, Layer]) -> list[tuple[str, 
 
 
 def times(weights: jax.Array, grid: jax.Array, layer: Layer) -> jax.Array:
-    """`weights * spread(grid)`, multiplied in the grid's precision and returned in the weights'."""
-    wide = jnp.promote_types(weights.dtype, jnp.float32)
-    factor = blk.spread(grid.astype(wide), layer.shape, layer.block)
-    return (weights.astype(wide) * factor).astype(weights.dtype)
+    """`weights * spread(grid)`, multiplied in at least float32 and returned in the weights' type."""
+    wide = blk.widened(weights)
+    return (wide * blk.spread(grid.astype(wide.dtype), layer.shape, layer.block)).astype(weights.dtype)
 
 
 def _keep(weights: jax.Array, mask: jax.Array, layer: Layer, otherwise: jax.Array | int = 0) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sa_plus_plus.blocks import widened
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 
 _NEEDS_PARAMS = "{} needs the current parameters: call `tx.update(grads, state, params)`"
@@ -101,8 +102,7 @@ def sparsify(
 
 def _step_to(target: jax.Array, start: jax.Array) -> jax.Array:
     """The update that takes `start` to `target`; in float32 for narrower types, so that adding it rounds once."""
-    wide = jnp.promote_types(start.dtype, jnp.float32)
-    return target.astype(wide) - start.astype(wide)
+    return widened(target) - widened(start)
 
 
 def _side_by_side(

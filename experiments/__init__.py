@@ -1,0 +1,1 @@
+"""The research code: trains, prunes, compares and reports."""

@@ -1,0 +1,31 @@
+"""Small classifiers for small images; inputs `(batch, height, width, channels)`, outputs logits `(batch, classes)`."""
+
+import flax.linen as nn
+import jax
+
+
+class LeNet300(nn.Module):
+    """LeNet-300-100: two hidden layers, no convolution. 266,200 kernel weights on 28 x 28 images."""
+
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], -1)
+        for width in (300, 100):
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.classes)(x)
+
+
+class ConvNet(nn.Module):
+    """Three strided 3 x 3 convolutions and a dense layer. 97,680 kernel weights on 28 x 28 grey images."""
+
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for width in (16, 32, 64):
+            x = nn.relu(nn.Conv(width, (3, 3), strides=2)(x))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(72)(x))
+        return nn.Dense(self.classes)(x)

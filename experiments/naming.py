@@ -1,0 +1,23 @@
+"""Names in a config stand for things in a module; a wrong one is answered with the nearest right one."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+
+def check(name: str, known: Sequence[str], where: str) -> str:
+    """The name, if it is known.
+
+    Raises:
+      ValueError: naming the place, the nearest known name and all of them.
+    """
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise ValueError(f"{where}={name!r} is unknown; did you mean {nearest[0]!r}? Known: {', '.join(known)}")
+    return name
+
+
+def lookup(module: ModuleType, name: str, where: str, options: Mapping[str, Any]) -> Any:
+    """`module.name(**options)` for a public name of the module."""
+    return getattr(module, check(name, module.__all__, where))(**options)

@@ -1,0 +1,78 @@
+"""Live progress: a bar on a terminal, a line now and then elsewhere."""
+
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from experiments.train import Row
+
+_LINES = 20  # of a run's rows, about as many become a line where there is no terminal
+
+
+def console() -> Console:
+    """The screen; wide enough for tables where output goes to a file."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=120)
+
+
+class Live:
+    """Shows the rows of one run; call it with each.
+
+    Args:
+      title: what is running.
+      total_steps: its length.
+      metric: headline metric of the task.
+      console: where to show it.
+    """
+
+    def __init__(self, title: str, total_steps: int, metric: str, console: Console) -> None:
+        self._title, self._total, self._metric, self._console = title, total_steps, metric, console
+        self._next_line = 0
+        self._test = ""
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TextColumn("[dim]"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
+        ]
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task(title, total=total_steps, state="compiling")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title}: {self._total} steps, compiling")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def __call__(self, row: Row) -> None:
+        mean = {name: float(np.mean(x)) for name, x in row.values.items()}
+        if f"test_{self._metric}" in mean:
+            self._test = f" test {self._metric} {mean[f'test_{self._metric}']:.4f}"
+        state = f"{row.phase:<14} sparsity {mean['sparsity']:.3f} loss {mean['train_loss']:.4f}{self._test}"
+        self._bar.update(self._task, completed=row.step, state=f"{state} {row.rate:.0f} steps/s")
+        if not self._console.is_terminal and (row.step >= self._next_line or row.step == self._total):
+            left = (self._total - row.step) / max(row.rate, 1e-9)
+            line = f"{self._title} {row.step:>7}/{self._total}  {state}  {row.rate:.0f} steps/s  {left:.0f} s left"
+            self._console.print(line, highlight=False, soft_wrap=True)
+            self._next_line = row.step + self._total / _LINES
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """A rich table of dicts with the same keys."""
+    result = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        result.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        result.add_row(*(str(x) for x in row.values()))
+    return result

@@ -1,0 +1,147 @@
+"""What a run leaves behind: result.json, metrics.jsonl, the pruned weights, a picture, and a table on the screen."""
+
+import json
+import os
+import pathlib
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+import flax
+import jax
+import matplotlib
+import ml_collections
+import numpy as np
+import optax
+import safetensors.flax
+
+import sa_plus_plus as sapp
+from experiments.train import Outcome
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+RESULT = "result.json"
+
+
+def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write(file)` fill a file that appears under its name only when it is complete."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Write JSON; NaN and infinities, which JSON lacks, as null."""
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
+
+
+def finite(x: Any) -> Any:
+    """The same tree with None for every NaN and infinity."""
+    if isinstance(x, Mapping):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [finite(v) for v in x]
+    return None if isinstance(x, float) and not np.isfinite(x) else x
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the libraries and the device that computed."""
+    packages = {"jax": jax, "flax": flax, "optax": optax, "numpy": np, "sa_plus_plus": sapp}
+    return {
+        "python": platform.python_version(),
+        **{name: module.__version__ for name, module in packages.items()},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def kernel_leaves(outcome: Outcome) -> dict[str, np.ndarray]:
+    """The network's arrays by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(outcome.params)
+    return {sapp.path_string(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def layer_rows(outcome: Outcome) -> list[dict[str, Any]]:
+    """Per kernel: shape, block, blocks and zeros, counted in the pruned network's own weights."""
+    leaves, rows = kernel_leaves(outcome), []
+    for layer in outcome.plan.layers:
+        if not layer.is_kernel:
+            continue
+        weights = leaves[layer.path]
+        alive = np.asarray(sapp.blocks.to_blocks(weights, layer.block) != 0).any(axis=(1, 3))
+        rows.append(
+            {
+                "path": layer.path,
+                "shape": list(layer.shape),
+                "block": list(layer.block),
+                "blocks": layer.blocks,
+                "kept": int(alive.sum()),
+                "weights": layer.weights,
+                "nonzero": int(np.count_nonzero(weights)),
+                "why_not": layer.why_not,
+            }
+        )
+    return rows
+
+
+def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> dict[str, Any]:
+    """The content of `result.json`."""
+    layers = layer_rows(outcome)
+    total = sum(row["weights"] for row in layers)
+    return {
+        "algorithm": config.sparsifier.name,
+        "block": list(config.sparsifier.block),
+        "target_sparsity": config.sparsifier.sparsity if config.sparsifier.name != "dense" else 0.0,
+        "real_sparsity": 1 - sum(row["nonzero"] for row in layers) / total,
+        "metric_name": f"test_{metric}",
+        "metric": outcome.test.get(f"test_{metric}", float("nan")),
+        "loss": outcome.test.get("test_loss", float("nan")),
+        "diverged": outcome.diverged,
+        "steps": outcome.rows[-1]["step"],
+        "seconds": outcome.seconds,
+        "compile_seconds": outcome.compile_seconds,
+        "seed": outcome.seed,
+        "layers": layers,
+        "versions": versions(),
+        "config": config.to_dict(),
+    }
+
+
+def save_weights(path: pathlib.Path, outcome: Outcome) -> None:
+    """The pruned network as a safetensors file: arrays by path, masked blocks zero."""
+    leaves = jax.tree_util.tree_leaves_with_path(outcome.params)
+    content = safetensors.flax.save({sapp.path_string(p): leaf for p, leaf in leaves})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def plot_run(path: pathlib.Path, outcome: Outcome, metric: str, title: str) -> None:
+    """Test metric and sparsity against step, phases shaded."""
+    fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    outcome.phases.shade(ax)
+    tested = [row for row in outcome.rows if f"test_{metric}" in row]
+    ax.plot([r["step"] for r in tested], [r[f"test_{metric}"] for r in tested], color="#1f4e9c", label=f"test {metric}")
+    ax.plot(
+        [r["step"] for r in outcome.rows],
+        [r["sparsity"] for r in outcome.rows],
+        color="black",
+        lw=1,
+        ls="--",
+        drawstyle="steps-post",
+        label="sparsity of all kernels",
+    )
+    ax.set(xlabel="step", xlim=(0, outcome.phases.total_steps), ylim=(0, 1.02), title=title)
+    ax.legend(loc="lower right", fontsize="small", ncols=2)
+    save_figure(path, fig)
+
+
+def save_figure(path: pathlib.Path, fig: Any) -> None:
+    write_atomically(path, lambda file: fig.savefig(file, format="png", dpi=120))
+    plt.close(fig)

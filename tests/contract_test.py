@@ -1,0 +1,212 @@
+"""What every algorithm promises, run through one table: all algorithms and controls, float32 and bfloat16."""
+
+import functools
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from flax import serialization
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import sa_plus_plus as sapp
+
+DTYPES = ("float32", "bfloat16")
+every_algorithm = pytest.mark.parametrize("name", problems.NAMES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def whole_run(step, run, dtype, first=0, last=problems.STEPS):
+    for i in range(first, last):
+        run = step(run, problems.batch(i, dtype))
+    return run
+
+
+def masks_of(tree):
+    return {path: np.asarray(mask) for path, mask in tree.prune.masks.items()}
+
+
+@every_algorithm
+def test_unknown_option_raises(name):
+    with pytest.raises(TypeError, match=f"{name}.*unexpected keyword argument 'blokc'"):
+        problems.sparsifier(name, blokc=3)
+
+
+@every_algorithm
+@every_dtype
+def test_tree_shapes_and_dtypes_are_kept(name, dtype):
+    params = problems.network(dtype=dtype)
+    sp, step = problems.algorithm(name)
+    run = problems.start(sp, params)
+    after = step(run, problems.batch(0, dtype))
+    chex.assert_trees_all_equal_shapes_and_dtypes(run, after)
+    for tree in (sp.apply(*run[:2]), sp.finalize(*run[:2]), sp.apply(*after[:2]), after.trainable.params):
+        chex.assert_trees_all_equal_shapes_and_dtypes(tree, params)
+
+
+@every_algorithm
+@every_dtype
+def test_starts_as_the_model_does(name, dtype):
+    params = problems.network(dtype=dtype)
+    sp, _ = problems.algorithm(name)
+    run = problems.start(sp, params)
+    expected = params
+    if name == "random":
+        expected = sp.finalize(sapp.Trainable(params, {}), run.prune)
+    chex.assert_trees_all_close(sp.finalize(*run[:2]), expected, rtol=1e-6 if dtype == "float32" else 2e-2)
+
+
+@every_algorithm
+@every_dtype
+def test_compiles_once_in_a_whole_run(name, dtype):
+    sp = problems.sparsifier(name)
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(lambda run, data: problems.step(sp, run, data), n=1))
+    run = whole_run(step, problems.start(sp, problems.network(dtype=dtype)), dtype)
+    assert step._cache_size() == 1
+    assert run.prune.step == problems.STEPS
+
+
+@every_algorithm
+@every_dtype
+def test_donated_state_is_reused(name, dtype):
+    sp, _ = problems.algorithm(name)
+    run = problems.start(sp, problems.network(dtype=dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # JAX warns of donated buffers it could not use
+        after = jax.jit(functools.partial(problems.step, sp), donate_argnums=0)(run, problems.batch(0, dtype))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(run))
+    assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+@every_algorithm
+@every_dtype
+def test_vmap_over_seeds(name, dtype):
+    sp, step = problems.algorithm(name)
+    singles = [problems.start(sp, problems.network(seed, dtype)) for seed in range(3)]
+    together = jax.vmap(functools.partial(problems.start, sp))(
+        jax.tree.map(lambda *x: jnp.stack(x), *(problems.network(seed, dtype) for seed in range(3)))
+    )
+    vmapped = jax.jit(jax.vmap(functools.partial(problems.step, sp), in_axes=(0, None)))
+    for i in range(20):
+        data = problems.batch(i, dtype)
+        together, singles = vmapped(together, data), [step(run, data) for run in singles]
+    for seed, run in enumerate(singles):
+        one = jax.tree.map(lambda x, seed=seed: x[seed], together)
+        chex.assert_trees_all_equal(one.prune, run.prune)
+        chex.assert_trees_all_close(one.trainable, run.trainable, atol=1e-5 if dtype == "float32" else 2e-2)
+
+
+@every_algorithm
+@every_dtype
+def test_sharded_over_eight_devices_equals_one(name, dtype):
+    assert len(jax.devices()) == 8, "conftest.py asks XLA for 8 host devices"
+    sp, step = problems.algorithm(name)
+    one = problems.start(sp, problems.network(dtype=dtype))
+    mesh = jax.make_mesh((8,), ("shard",), axis_types=(AxisType.Auto,))
+
+    def place(leaf):
+        """Cut along the first axis that 8 divides, else replicate."""
+        cut = next((i for i, n in enumerate(leaf.shape) if n % 8 == 0), None)
+        spec = PartitionSpec(*["shard" if i == cut else None for i in range(leaf.ndim)])
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    many = jax.tree.map(place, one)
+    assert not many.trainable.params["conv"]["kernel"].sharding.is_fully_replicated
+    steps = problems.STEPS if dtype == "float32" else 8  # bfloat16 sums drift apart; the first phases will do
+    many = whole_run(step, many, dtype, last=steps)
+    one = whole_run(step, one, dtype, last=steps)
+    chex.assert_trees_all_equal(masks_of(many), masks_of(one))
+    chex.assert_trees_all_close(many.trainable, one.trainable, atol=1e-5 if dtype == "float32" else 2e-2)
+
+
+@every_algorithm
+@every_dtype
+@pytest.mark.parametrize("separate_logits", [False, True])
+def test_explicit_use_equals_one_line(name, dtype, separate_logits):
+    sp, step = problems.algorithm(name)
+    params = problems.network(dtype=dtype)
+    run = problems.start(sp, params)
+    tx = sapp.sparsify(problems.optimizer(), sp, problems.optimizer() if separate_logits else None)
+
+    @jax.jit
+    def one_line(params, state, data):
+        grads = jax.grad(problems.loss)(params, data)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    params = sp.finalize(state.trainable, state.prune)  # only matters where a schedule begins sparse
+    # bfloat16: both round their effective weights alike, but not the gradients that led there.
+    for i in range(problems.STEPS if dtype == "float32" else 10):
+        data = problems.batch(i, dtype)
+        run = step(run, data)
+        with jax.numpy_dtype_promotion("standard"):  # optax: schedules, and bfloat16 plus float32
+            params, state = one_line(params, state, data)
+        chex.assert_trees_all_equal(state.prune, run.prune)
+        tolerance = {"atol": 1e-5} if dtype == "float32" else {"atol": 2e-2, "rtol": 2e-2}
+        chex.assert_trees_all_close(params, sp.finalize(*run[:2]), **tolerance)
+        masked = [path for path in run.prune.masks if not np.asarray(run.prune.masks[path]).all()]
+        for path in masked:
+            zero = ~np.asarray(sapp.blocks.spread(run.prune.masks[path], *_shape_and_block(sp, params, path)))
+            assert not np.asarray(_leaf(params, path))[zero].any()
+
+
+def _leaf(params, path):
+    layer, leaf = path.split("/")
+    return params[layer][leaf]
+
+
+def _shape_and_block(sp, params, path):
+    layer = sp.plan(params).pruned[path]
+    return layer.shape, layer.block
+
+
+@every_algorithm
+@every_dtype
+def test_finalize_prunes_exactly_as_planned(name, dtype):
+    sp, step = problems.algorithm(name)
+    run = whole_run(step, problems.start(sp, problems.network(dtype=dtype)), dtype)
+    final = sp.finalize(*run[:2])
+    pruned = sp.plan(final).pruned
+    assert (set(pruned) == {"conv/kernel", "wide/kernel"}) == (name != "dense")
+    for path, layer in pruned.items():
+        blocks = sapp.blocks.to_blocks(_leaf(final, path), layer.block)
+        alive = np.asarray(blocks != 0).any(axis=(1, 3))
+        assert alive.sum() == layer.kept == sapp.select.kept_blocks(layer.blocks, 0.8)
+        np.testing.assert_array_equal(alive, np.asarray(run.prune.masks[path]))
+        assert not np.signbit(
+            np.asarray(blocks, np.float32)[~alive[:, None, :, None] & np.ones(blocks.shape, bool)]
+        ).any()
+    data = problems.batch(0, dtype)
+    assert problems.loss(final, data) == problems.loss(sp.apply(*run[:2]), data)
+
+
+@every_algorithm
+@every_dtype
+def test_saved_and_restored_in_any_phase_continues_bit_for_bit(name, dtype):
+    sp, step = problems.algorithm(name)
+    run = problems.start(sp, problems.network(dtype=dtype))
+    saved, middles = {}, {(p.start + p.stop) // 2 for p in sp.phases.phases}
+    starts = {p.start for p in sp.phases.phases}
+    for i in range(problems.STEPS):
+        if i in middles | starts:
+            saved[i] = serialization.to_bytes(run)
+        run = step(run, problems.batch(i, dtype))
+    blank = problems.start(sp, problems.network(7, dtype))
+    for i, data in saved.items():
+        restored = jax.tree.map(jnp.asarray, serialization.from_bytes(blank, data))
+        chex.assert_trees_all_equal(whole_run(step, restored, dtype, first=i), run)
+
+
+@every_algorithm
+def test_run_learns(name):
+    sp, step = problems.algorithm(name)
+    run = problems.start(sp, problems.network())
+    before = problems.loss(sp.finalize(*run[:2]), problems.batch(0))
+    run = whole_run(step, run, "float32")
+    assert problems.loss(sp.finalize(*run[:2]), problems.batch(0)) < 0.9 * before

@@ -1,0 +1,404 @@
+"""The plan of a network: ResNet-50 as the paper's Table 1 has it, paths, options, and what is refused."""
+
+import functools
+import math
+import re
+from fractions import Fraction
+
+import flax
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from hypothesis import strategies as st
+
+import sa_plus_plus as sapp
+from sa_plus_plus.plan import map_layers
+
+
+def leaf(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def resnet50():
+    """ResNet-50's parameters, named as flax's example names them, batch norms and biases included."""
+
+    def conv(*shape):
+        return {"kernel": leaf(*shape)}
+
+    def norm(width):
+        return {"bias": leaf(width), "scale": leaf(width)}
+
+    params, inputs, count = {"conv_init": conv(7, 7, 3, 64), "bn_init": norm(64)}, 64, 0
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(blocks):
+            block = {
+                "Conv_0": conv(1, 1, inputs, width),
+                "Conv_1": conv(3, 3, width, width),
+                "Conv_2": conv(1, 1, width, 4 * width),
+                "BatchNorm_0": norm(width),
+                "BatchNorm_1": norm(width),
+                "BatchNorm_2": norm(4 * width),
+            }
+            if i == 0:
+                block |= {"conv_proj": conv(1, 1, inputs, 4 * width), "norm_proj": norm(4 * width)}
+            params[f"BottleneckResNetBlock_{count}"] = block
+            inputs, count = 4 * width, count + 1
+    return params | {"Dense_0": {"kernel": leaf(2048, 1000), "bias": leaf(1000)}}
+
+
+RESNET50 = resnet50()
+MLP = {"hidden": {"kernel": leaf(390, 400), "bias": leaf(400)}, "out": {"kernel": leaf(400, 1), "bias": leaf(1)}}
+
+plan_mlp = functools.partial(sapp.plan, MLP, block=20, sparsity=0.9)
+
+# Block, pruned layers, sparsity of the whole network in percent at 70, 80, 90, 95% (Table 1).
+TABLE_1 = [
+    (8, 53, ("70.00", "79.99", "89.99", "94.99")),
+    (16, 46, ("69.72", "79.67", "89.63", "94.61")),
+    (32, 35, ("68.12", "77.83", "87.56", "92.42")),
+    (64, 18, ("57.94", "66.18", "74.45", "78.58")),
+]
+
+
+def test_resnet50_has_its_kernels_and_weights():
+    result = sapp.plan(RESNET50, block=8, sparsity=0.9)
+    assert sum(layer.is_kernel for layer in result.layers) == 54
+    assert result.kernel_weights == 25_502_912
+    assert len(result.layers) == len(jax.tree.leaves(RESNET50))
+
+
+@pytest.mark.parametrize(("block", "layers", "printed"), TABLE_1)
+def test_resnet50_reproduces_table_1(block, layers, printed):
+    for sparsity, want in zip(("0.7", "0.8", "0.9", "0.95"), printed, strict=True):
+        result = sapp.plan(RESNET50, block=block, sparsity=float(sparsity))
+        assert len(result.pruned) == layers
+        assert f"{100 * result.sparsity:.2f}" == want
+        for layer in result.pruned.values():
+            assert layer.kept == math.floor((1 - Fraction(sparsity)) * layer.blocks)
+
+
+@pytest.mark.parametrize(("block", "layers"), [row[:2] for row in TABLE_1])
+def test_a_layer_is_pruned_from_100_blocks_on(block, layers):
+    result = sapp.plan(RESNET50, block=block, sparsity=0.9)
+    for layer in result.layers:
+        if layer.is_kernel:
+            rows, cols = math.prod(layer.shape[:-1]), layer.shape[-1]
+            tiles = len(range(0, rows, block)) * len(range(0, cols, block))
+            assert (layer.path in result.pruned) == (tiles >= 100)
+    assert len(result.pruned) == layers
+
+
+def test_a_layer_of_the_plan():
+    result = sapp.plan(RESNET50, block=32, sparsity=0.9)
+    layer = result.pruned["BottleneckResNetBlock_3/Conv_1/kernel"]
+    assert layer == sapp.Layer(
+        "BottleneckResNetBlock_3/Conv_1/kernel", (3, 3, 128, 128), (32, 32), (36, 4), 14, 0.9, ""
+    )
+    assert (layer.blocks, layer.weights, layer.is_kernel) == (144, 147_456, True)
+    dense = next(layer for layer in result.layers if layer.path == "conv_init/kernel")
+    assert (dense.grid, dense.kept, dense.sparsity, dense.why_not) == ((5, 2), 10, 0.0, "fewer than 100 blocks")
+    bias = next(layer for layer in result.layers if layer.path == "Dense_0/bias")
+    assert (bias.grid, bias.kept, bias.is_kernel, bias.why_not) == ((0, 0), 0, False, "not a kernel (1-D)")
+
+
+def test_criteo_prunes_the_first_dense_layer_alone():
+    result = plan_mlp(block=10, sparsity=0.97)
+    assert list(result.pruned) == ["hidden/kernel"]
+    assert result.pruned["hidden/kernel"].kept == 46  # of 1560: 46.8
+
+
+@hypothesis.given(
+    rows=st.integers(1, 60),
+    cols=st.integers(1, 60),
+    block=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    percent=st.integers(0, 99),
+    min_blocks=st.integers(1, 20),
+)
+def test_one_kernel_against_the_rules(rows, cols, block, percent, min_blocks):
+    """Pruned if the block fits, there are enough of them, and one stays; then exactly the floor is kept."""
+    n = len(range(0, rows, block[0])) * len(range(0, cols, block[1]))
+    kept = n * (100 - percent) // 100
+    make = functools.partial(
+        sapp.plan, {"w": leaf(rows, cols)}, block=block, sparsity=float(f"0.{percent:02}"), min_blocks=min_blocks
+    )
+    if block[0] > rows or block[1] > cols or n < min_blocks:
+        with pytest.raises(ValueError, match=f"nothing to prune with block={re.escape(str(block))}"):
+            make()
+    elif kept == 0:
+        with pytest.raises(ValueError, match=f"sparsity .* leaves no block of the {n} in w"):
+            make()
+    else:
+        result = make()
+        assert result.pruned["w"].kept == kept
+        assert result.sparsity == pytest.approx(1 - kept / n)
+
+
+def test_whole_network_sparsity_weighs_layers_by_their_weights():
+    params = {"a": leaf(20, 10), "b": leaf(10, 10), "c": leaf(100), "d": leaf(2, 2)}
+    result = sapp.plan(params, block=2, sparsity=0.4, min_blocks=20, overrides={"b": {"sparsity": 0.8}})
+    assert result.kernel_weights == 200 + 100 + 4
+    assert result.sparsity == pytest.approx((200 * 20 / 50 + 100 * 20 / 25) / 304)
+
+
+def test_arrays_shapes_and_dtypes_will_do():
+    want = sapp.plan({"w": leaf(30, 40)}, block=4, sparsity=0.5, min_blocks=1)
+    assert sapp.plan({"w": jnp.ones((30, 40))}, block=4, sparsity=0.5, min_blocks=1) == want
+    assert sapp.plan({"w": np.ones((30, 40), np.float32)}, block=4, sparsity=0.5, min_blocks=1) == want
+    shapes = jax.eval_shape(lambda: {"w": jnp.ones((30, 40), jnp.bfloat16)})
+    assert sapp.plan(shapes, block=4, sparsity=0.5, min_blocks=1) == want
+
+
+def test_kernels_of_two_to_five_dimensions():
+    params = {f"{n}d": leaf(*[3] * n) for n in range(7)} | {"empty": leaf(0, 3)}
+    result = sapp.plan(params, block=1, sparsity=0.5, min_blocks=1)
+    assert sorted(result.pruned) == ["2d", "3d", "4d", "5d"]
+    assert {la.path for la in result.layers if not la.is_kernel} == {"0d", "1d", "6d", "empty"}
+
+
+# Which leaves.
+
+
+@pytest.mark.parametrize("name", ["embedding", "Embedding", "pos_embedding", "word_embed"])
+def test_embeddings_stay_dense(name):
+    result = sapp.plan({"Embed_0": {name: leaf(64, 64)}, "head": {"kernel": leaf(64, 64)}}, block=4, sparsity=0.5)
+    assert list(result.pruned) == ["head/kernel"]
+    assert result.layers[0].why_not == "embedding"
+
+
+def test_a_dense_layer_inside_a_module_called_embedding_is_pruned():
+    result = sapp.plan({"embedding_mlp": {"kernel": leaf(64, 64)}}, block=4, sparsity=0.5)
+    assert list(result.pruned) == ["embedding_mlp/kernel"]
+
+
+def test_where_chooses_by_path_and_replaces_the_default():
+    params = {"embed": {"embedding": leaf(64, 64)}, "a": {"kernel": leaf(64, 64)}, "b": {"kernel": leaf(64, 64)}}
+    seen = []
+
+    def where(path):
+        seen.append(path)
+        return path.startswith(("embed", "b"))
+
+    result = sapp.plan(params, block=4, sparsity=0.5, where=where)
+    assert sorted(result.pruned) == ["b/kernel", "embed/embedding"]
+    assert sorted(set(seen)) == ["a/kernel", "b/kernel", "embed/embedding"]
+    assert result.layers[0].why_not == "excluded by `where`"
+
+
+@pytest.mark.parametrize(("min_blocks", "pruned"), [(399, True), (400, True), (401, False)])
+def test_min_blocks_is_the_fewest_that_are_pruned(min_blocks, pruned):
+    params = {"a": leaf(390, 400), "b": leaf(1000, 1000)}
+    assert ("a" in sapp.plan(params, block=20, sparsity=0.5, min_blocks=min_blocks).pruned) == pruned
+
+
+def test_a_kernel_smaller_than_the_block_stays_dense():
+    result = sapp.plan({"a": leaf(64, 64), "b": leaf(64, 3)}, block=4, sparsity=0.5, min_blocks=1)
+    assert list(result.pruned) == ["a"]
+    assert result.layers[1].why_not == "block larger than its 64×3 matrix"
+
+
+def test_integers_may_stay_where_nothing_prunes_them():
+    params = {"a": leaf(64, 64), "steps": leaf(64, 64, dtype=jnp.int32)}
+    result = sapp.plan(params, block=4, sparsity=0.5, where=lambda path: path != "steps")
+    assert list(result.pruned) == ["a"]
+
+
+# Overrides.
+
+
+def test_overrides_set_block_and_sparsity():
+    result = sapp.plan(
+        RESNET50,
+        block=32,
+        sparsity=0.9,
+        overrides={
+            "conv_init/kernel": {"block": (7, 8), "sparsity": 0.5},
+            "*/Conv_1/kernel": {"sparsity": 0.8},
+            "Dense_0/kernel": {"block": 16},
+        },
+    )
+    assert result.pruned["conv_init/kernel"][2:6] == ((7, 8), (21, 8), 84, 0.5)
+    assert result.pruned["BottleneckResNetBlock_3/Conv_1/kernel"][2:6] == ((32, 32), (36, 4), 28, 0.8)
+    assert result.pruned["Dense_0/kernel"][2:6] == ((16, 16), (128, 63), 806, 0.9)
+    assert result.pruned["BottleneckResNetBlock_7/Conv_2/kernel"][2:6] == ((32, 32), (8, 32), 25, 0.9)
+
+
+def test_the_first_pattern_that_matches_counts():
+    params = {"a": {"kernel": leaf(64, 64)}, "b": {"kernel": leaf(64, 64)}}
+    exact, wild = {"a/kernel": {"sparsity": 0.5}}, {"*/kernel": {"sparsity": 0.75, "block": 2}}
+    for overrides, of_a in ((exact | wild, (0.5, (4, 4))), (wild | exact, (0.75, (2, 2)))):
+        pruned = sapp.plan(params, block=4, sparsity=0.9, overrides=overrides).pruned
+        assert (pruned["a/kernel"].sparsity, pruned["a/kernel"].block) == of_a
+        assert (pruned["b/kernel"].sparsity, pruned["b/kernel"].block) == (0.75, (2, 2))
+
+
+def test_patterns_are_those_of_a_shell_and_mind_case():
+    params = {f"Conv_{i}": {"kernel": leaf(64, 64)} for i in range(4)}
+    overrides = {"Conv_[01]/*": {"sparsity": 0.5}, "Conv_?/kernel": {"sparsity": 0.25}}
+    pruned = sapp.plan(params, block=4, sparsity=0.9, overrides=overrides).pruned
+    assert [layer.sparsity for layer in pruned.values()] == [0.5, 0.5, 0.25, 0.25]
+    with pytest.raises(ValueError, match="'conv_0/kernel' matches no leaf"):
+        sapp.plan(params, block=4, sparsity=0.9, overrides={"conv_0/kernel": {"sparsity": 0.5}})
+
+
+# What is refused, and whether the message says what is wrong.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block": 0}, r"positive integer.*got 0"),
+        ({"block": (8, -1)}, r"positive integer.*got \(8, -1\)"),
+        ({"block": (8, 8, 8)}, r"pair of them, got \(8, 8, 8\)"),
+        ({"sparsity": 1.0}, r"in \[0, 1\), got 1.0"),
+        ({"sparsity": 90}, r"in \[0, 1\), got 90"),
+        ({"sparsity": -0.1}, r"in \[0, 1\), got -0.1"),
+        ({"sparsity": float("nan")}, r"in \[0, 1\), got nan"),
+        ({"sparsity": 0.999}, r"sparsity 0.999 leaves no block of the 400 in hidden/kernel.*0\.997\d* there"),
+        ({"min_blocks": 0}, r"min_blocks must be at least 1, got 0"),
+        ({"min_blocks": -7}, r"min_blocks must be at least 1, got -7"),
+        (
+            {"min_blocks": 401},
+            r"(?s)nothing to prune with block=\(20, 20\) and min_blocks=401.*"
+            r"hidden/kernel \(390, 400\): fewer than 401 blocks.*out/kernel \(400, 1\): block larger than its 400×1",
+        ),
+        ({"block": 512}, r"(?s)nothing to prune with block=\(512, 512\).*hidden/kernel.*larger than its 390×400"),
+        ({"where": lambda path: "Dense" in path}, r"(?s)nothing to prune.*hidden/kernel.*excluded by `where`"),
+        ({"overrides": {"hiden/kernel": {"block": 4}}}, r"'hiden/kernel' matches no leaf; nearest: 'hidden/kernel'"),
+        ({"overrides": {"*/Conv_?": {"block": 4}}}, r"'\*/Conv_\?' matches no leaf"),
+        ({"overrides": {"hidden/*": {"blok": 4}}}, r"'hidden/\*' may set `block` and `sparsity`, got \['blok'\]"),
+        ({"overrides": {"hidden/*": {"min_blocks": 4}}}, r"'hidden/\*' may set.*got \['min_blocks'\]"),
+        ({"overrides": {"hidden/*": {"sparsity": 1.5}}}, r"'hidden/\*'.*in \[0, 1\), got 1.5"),
+        ({"overrides": {"hidden/*": {"block": (4, 0)}}}, r"got \(4, 0\)"),
+        (
+            {"overrides": {"out/kernel": {"block": (4, 4)}}},
+            r"override for out/kernel: block \(4, 4\) is larger than its matrix \(400, 1\)",
+        ),
+        ({"overrides": {"hidden/kernel": {"block": (400, 4)}}}, r"block \(400, 4\).*\(390, 400\)"),
+    ],
+    ids=str,
+)
+def test_faulty_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_mlp(**options)
+
+
+def test_without_kernels_there_is_nothing_to_prune():
+    with pytest.raises(ValueError, match=r"(?s)nothing to prune.*none"):
+        sapp.plan({"bias": leaf(10)}, block=1, sparsity=0.5)
+    with pytest.raises(ValueError, match="nothing to prune"):
+        sapp.plan({}, block=1, sparsity=0.5)
+
+
+def test_the_limit_in_the_message_helps():
+    """Just below the number it names the same call succeeds, also where there are many blocks."""
+    for side in (10, 30, 150):
+        make = functools.partial(sapp.plan, {"w": leaf(side, side)}, block=1)
+        with pytest.raises(ValueError, match=f"sparsity 0.999999 leaves no block of the {side * side}") as error:
+            make(sparsity=0.999999)
+        limit = re.search(r"(?:below|at most) (0\.\d+) there", str(error.value))
+        assert limit, error.value
+        assert make(sparsity=float(limit[1]) - 1e-6).pruned["w"].kept >= 1
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int8", "bool", "complex64"])
+def test_kernels_that_are_not_floating_point_are_refused(dtype):
+    with pytest.raises(TypeError, match=f"a/kernel has dtype {dtype}"):
+        sapp.plan({"a": {"kernel": leaf(64, 64, dtype=jnp.dtype(dtype))}}, block=4, sparsity=0.5)
+
+
+def test_paths_must_tell_leaves_apart():
+    with pytest.raises(ValueError, match="'a/b'"):
+        sapp.plan({"a": {"b": leaf(64, 64)}, "a/b": leaf(32, 32)}, block=2, sparsity=0.5)
+
+
+# Paths.
+
+
+class Mlp(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(30)(linen.Dense(20)(linen.Embed(50, 10)(x)))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(50, 20, rngs=rngs)
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(20, 30, rngs=rngs), nnx.Linear(30, 40, rngs=rngs)])
+
+
+def paths(tree):
+    return [layer.path for layer in sapp.plan(tree, block=1, sparsity=0.5, min_blocks=1).layers]
+
+
+def test_paths_of_linen_parameters():
+    params = jax.eval_shape(Mlp().init, jax.random.key(0), jnp.ones(1, jnp.int32))
+    want = ["Dense_0/bias", "Dense_0/kernel", "Dense_1/bias", "Dense_1/kernel", "Embed_0/embedding"]
+    assert paths(params["params"]) == want
+    assert paths(params) == [f"params/{path}" for path in want]
+    assert paths(flax.core.freeze(params)) == [f"params/{path}" for path in want]
+
+
+def test_paths_of_nnx_state():
+    state = nnx.state(Net(nnx.Rngs(0)), nnx.Param)
+    want = [
+        "conv/bias",
+        "conv/kernel",
+        "embed/embedding",
+        "layers/0/bias",
+        "layers/0/kernel",
+        "layers/1/bias",
+        "layers/1/kernel",
+    ]
+    assert paths(state) == want
+    assert paths(nnx.to_pure_dict(state)) == want
+    pruned = sapp.plan(state, block=1, sparsity=0.5, min_blocks=1).pruned
+    assert list(pruned) == ["conv/kernel", "layers/0/kernel", "layers/1/kernel"]
+
+
+def test_paths_of_dicts_lists_and_tuples():
+    w = leaf(4, 4)
+    assert paths([w, (w, {"b": w, "a": [w]})]) == ["0", "1/0", "1/1/a/0", "1/1/b"]
+    assert paths({"value": w, "x": {"value": w}}) == ["value", "x/value"]
+    assert paths({"none": None, "w": w}) == ["w"]
+
+
+def test_map_layers_hands_each_leaf_its_layer():
+    params = {"a": jnp.ones((20, 20)), "b": [jnp.zeros(3), jnp.ones((2, 2))]}
+    pruned = sapp.plan(params, block=2, sparsity=0.5).pruned
+    seen = map_layers(lambda layer, x, y: (layer and layer.path, x.shape, y), params, pruned, {"a": 1, "b": [2, 3]})
+    assert seen == {"a": ("a", (20, 20), 1), "b": [(None, (3,), 2), (None, (2, 2), 3)]}
+
+
+# The table.
+
+
+def test_the_table_shows_each_leaf():
+    result = plan_mlp(sparsity=0.95)
+    head, rule, *lines, total = str(result).splitlines()
+    assert head.split() == ["path", "shape", "block", "grid", "blocks", "kept", "pruned"]
+    assert set(rule) == {"-"}
+    cells = {line.split()[0]: line.split(maxsplit=6)[1:] for line in lines}
+    assert cells == {
+        "hidden/bias": ["400", "-", "-", "-", "-", "no: not a kernel (1-D)"],
+        "hidden/kernel": ["390×400", "20×20", "20×20", "400", "20", "95.0%"],
+        "out/bias": ["1", "-", "-", "-", "-", "no: not a kernel (1-D)"],
+        "out/kernel": ["400×1", "20×20", "20×1", "20", "20", "no: block larger than its 400×1 matrix"],
+    }
+    removed = 100 * 156_000 * 0.95 / 156_400
+    assert total == f"1 of 4 leaves pruned; {removed:.2f}% of 156,400 kernel weights removed"
+    assert len({line.index(cell) for line, cell in zip(lines, ["-", "20×20", "-", "20×20"], strict=True)}) == 1
+
+
+def test_the_table_of_resnet50():
+    text = str(sapp.plan(RESNET50, block=16, sparsity=0.9))
+    assert len(text.splitlines()) == 2 + len(jax.tree.leaves(RESNET50)) + 1
+    assert re.search(r"Dense_0/kernel +2048×1000 +16×16 +128×63 +8,064 +806 +90.0%", text)
+    assert text.endswith("46 of 161 leaves pruned; 89.63% of 25,502,912 kernel weights removed")
+
+
+def test_the_table_has_a_word_for_scalars():
+    assert re.search(r"t +scalar", str(sapp.plan({"t": leaf(), "w": leaf(20, 20)}, block=2, sparsity=0.5)))

@@ -1,0 +1,81 @@
+"""A small network of plain arrays, and a training run on it, for tests of whole runs."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sa_plus_plus as sapp
+
+STEPS = 60
+NAMES = (*sapp.ALGORITHMS, *sapp.CONTROLS)
+
+
+def network(seed=0, dtype=jnp.float32):
+    """A convolution and a ragged matrix with more than 100 blocks of 2 x 2, a small matrix, and biases."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = {"conv": (3, 3, 4, 16), "wide": (16, 39), "head": (39, 8)}
+    kernels = {n: jax.random.normal(k, s) / 4 for (n, s), k in zip(shapes.items(), keys, strict=True)}
+    tree = {name: {"kernel": k.astype(dtype), "bias": jnp.zeros(k.shape[-1], dtype)} for name, k in kernels.items()}
+    return tree
+
+
+def batch(step, dtype=jnp.float32):
+    """Inputs `(8, 36)` and targets `(8, 8)`, another batch each step."""
+    key = jax.random.fold_in(jax.random.key(99), step)
+    x = jax.random.normal(key, (8, 36))
+    return x.astype(dtype), jnp.sin(3 * x[:, :8]).astype(dtype)
+
+
+def loss(params, data):
+    x, target = data
+    for name in ("conv", "wide", "head"):
+        kernel = params[name]["kernel"].reshape(-1, params[name]["kernel"].shape[-1])
+        x = jnp.tanh(jnp.matmul(x, kernel) + params[name]["bias"][None])
+    return jnp.mean(jnp.square(x - target))
+
+
+def sparsifier(name, steps=STEPS, **options):
+    """An algorithm by name, with its own schedule."""
+    phases = getattr(sapp.phases, name)(steps)
+    if name != "dense":
+        options = {"block": (2, 2), "sparsity": 0.8, **options}
+    return getattr(sapp, name)(phases=phases, **options)
+
+
+@functools.cache
+def algorithm(name):
+    """`(sp, jitted step)`: the same objects each time, so that tests share one compilation."""
+    sp = sparsifier(name)
+    return sp, jax.jit(functools.partial(step, sp))
+
+
+def optimizer():
+    rate = optax.cosine_decay_schedule(0.1, STEPS, alpha=0.2)
+    momentum = sapp.reset_on(optax.trace(0.9))
+    return optax.chain(optax.add_decayed_weights(1e-3), momentum, optax.scale_by_learning_rate(rate))
+
+
+class Run(NamedTuple):
+    """State of an explicit training run; a pytree."""
+
+    trainable: sapp.Trainable
+    prune: sapp.PruneState
+    opt_state: optax.OptState
+
+
+def start(sp, params):
+    trainable, prune = sp.init(params)
+    return Run(trainable, prune, optimizer().init(trainable))
+
+
+def step(sp, run, data):
+    """One explicit training step."""
+    trainable, prune, opt_state = run
+    grads = jax.grad(lambda t: loss(sp.apply(t, prune), data))(trainable)
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix integers and floats
+        updates, opt_state = optimizer().update(grads, opt_state, trainable, boundary=prune.boundary)
+    trainable, prune = sp.update(trainable, prune, updates)
+    return Run(trainable, prune, opt_state)
