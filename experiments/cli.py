@@ -1,13 +1,21 @@
 """Command lines: what the user got wrong is answered in a sentence and exit status 2, not in a traceback."""
 
 import contextlib
+import datetime
+import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 BAD_INPUT = 2  # exit status
+DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "mnist.py"
+
+# No default here: it would be read, overrides and all, where the flag is defined, out of reach of `_parse`.
+CONFIG = config_flags.DEFINE_config_file("config", None, f"What to run; by default configs/{DEFAULT_CONFIG.name}.")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -17,10 +25,16 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:]):
+        argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
         rest = flags.FLAGS(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
-        fail(" ".join(str(error).split()))
+    except (AttributeError, KeyError) as error:
+        while isinstance(error.args[0], Exception):  # ml_collections wraps the one that knows in others
+            error = error.args[0]
+        fail("no config key " + " ".join(error.args[0].split()))
+    except (TypeError, ValueError, OSError, flags.Error) as error:
+        fail(str(error))
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; options look like --config.steps=100")
     return rest
@@ -33,6 +47,23 @@ def users_mistakes() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError) as error:
         fail(str(error))
+
+
+def prepare_workdir(path: str | None, name: str, result: str, overwrite: bool) -> pathlib.Path:
+    """Make the work directory; where none is given, a new one under runs/, called by `name` and the time.
+
+    Raises:
+      FileExistsError: if it holds a file `result` already and `overwrite` is false.
+      OSError: if it cannot be written to.
+    """
+    if path is None:
+        path = f"runs/{name}-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}"
+    workdir = pathlib.Path(path)
+    if (workdir / result).exists() and not overwrite:
+        raise FileExistsError(f"{workdir} holds the result of a run: choose another --workdir or pass --overwrite")
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):  # raises now rather than at the end of the run
+        return workdir
 
 
 def fail(message: str) -> NoReturn:

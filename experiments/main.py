@@ -7,50 +7,31 @@ Without flags it runs configs/mnist.py. The work directory gets `result.json`, `
 and `run.png`. Exit status: 0 done, 2 bad input, 3 diverged.
 """
 
-import datetime
 import json
 import pathlib
 import sys
 
 import ml_collections
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 
 from experiments import cli, progress, report, train
 
 DIVERGED = 3  # exit status
-DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "mnist.py"
-
-_CONFIG = config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), "What to run: a file in configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the results that the work directory holds.")
 
 
 def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
-    console = progress.console()
+    config, console = cli.CONFIG.value, progress.console()
     with cli.users_mistakes():
-        train.check(_CONFIG.value)
-        workdir = prepare_workdir(_WORKDIR.value, _CONFIG.value, _OVERWRITE.value)
-    if run(_CONFIG.value, workdir, console):
+        train.check(config)
+        workdir = cli.prepare_workdir(
+            _WORKDIR.value, f"{config.name}-{config.sparsifier.name}", report.RESULT, _OVERWRITE.value
+        )
+    if run(config, workdir, console):
         sys.exit(DIVERGED)
-
-
-def prepare_workdir(path: str | None, config: ml_collections.ConfigDict, overwrite: bool) -> pathlib.Path:
-    """Make the work directory; without a name given, a new one under runs/.
-
-    Raises:
-      FileExistsError: if it holds a run's result already and `overwrite` is false.
-    """
-    if path is None:
-        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-        path = f"runs/{config.name}-{config.sparsifier.name}-{now}"
-    workdir = pathlib.Path(path)
-    if (workdir / report.RESULT).exists() and not overwrite:
-        raise FileExistsError(f"{workdir} holds the result of a run: choose another --workdir or pass --overwrite")
-    workdir.mkdir(parents=True, exist_ok=True)
-    return workdir
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Console) -> bool:
@@ -62,7 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Conso
         dense = config.copy_and_resolve_references()
         dense.sparsifier.name = "dense"
         with progress.Live("dense twin", config.steps, metric, console) as live:
-            (twin,) = train.train(dense, [config.seed], live)
+            (twin,) = train.train(train.compiled(dense), [config.seed], live)
     with (
         (workdir / "metrics.jsonl").open("w") as file,
         progress.Live(name, config.steps, metric, console) as live,
@@ -73,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Conso
             file.write(json.dumps(report.finite(train.row_of_seed(row, 0))) + "\n")
             file.flush()
 
-        (outcome,) = train.train(config, [config.seed], on_row)
+        (outcome,) = train.train(train.compiled(config), [config.seed], on_row)
     result = report.result(config, outcome, metric)
     if twin is not None:
         result["dense_twin"] = {"metric": twin.test[f"test_{metric}"], "loss": twin.test["test_loss"]}

@@ -92,15 +92,19 @@ def layer_rows(outcome: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
+def real_sparsity(layers: list[dict[str, Any]]) -> float:
+    """Share of zeros among the weights of all kernels."""
+    return 1 - sum(row["nonzero"] for row in layers) / sum(row["weights"] for row in layers)
+
+
 def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> dict[str, Any]:
     """The content of `result.json`."""
     layers = layer_rows(outcome)
-    total = sum(row["weights"] for row in layers)
     return {
         "algorithm": config.sparsifier.name,
         "block": list(config.sparsifier.block),
         "target_sparsity": config.sparsifier.sparsity if config.sparsifier.name != "dense" else 0.0,
-        "real_sparsity": 1 - sum(row["nonzero"] for row in layers) / total,
+        "real_sparsity": real_sparsity(layers),
         "metric_name": f"test_{metric}",
         "metric": outcome.test.get(f"test_{metric}", float("nan")),
         "loss": outcome.test.get("test_loss", float("nan")),
@@ -128,15 +132,11 @@ def plot_run(path: pathlib.Path, outcome: Outcome, metric: str, title: str) -> N
     outcome.phases.shade(ax)
     tested = [row for row in outcome.rows if f"test_{metric}" in row]
     ax.plot([r["step"] for r in tested], [r[f"test_{metric}"] for r in tested], color="#1f4e9c", label=f"test {metric}")
-    ax.plot(
-        [r["step"] for r in outcome.rows],
-        [r["sparsity"] for r in outcome.rows],
-        color="black",
-        lw=1,
-        ls="--",
-        drawstyle="steps-post",
-        label="sparsity of all kernels",
-    )
+    steps = np.arange(outcome.phases.total_steps + 1)
+    due = outcome.plan.sparsity * np.asarray(outcome.phases.fraction(steps))
+    ax.step(steps, due, where="post", color="black", lw=0.8, label="sparsity of all kernels: due")
+    rows = outcome.rows
+    ax.plot([r["step"] for r in rows], [r["sparsity"] for r in rows], "k.", ms=3, label="measured")
     ax.set(xlabel="step", xlim=(0, outcome.phases.total_steps), ylim=(0, 1.02), title=title)
     ax.legend(loc="lower right", fontsize="small", ncols=2)
     save_figure(path, fig)

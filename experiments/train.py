@@ -70,7 +70,7 @@ class Outcome(NamedTuple):
       test: mean of each output over the test set, by the pruned network.
       rows: its rows, each value a float.
       seconds: training and evaluation, shared evenly where seeds ran together.
-      compile_seconds: before that.
+      compile_seconds: of the program that it ran in.
       diverged: whether a loss was not finite.
     """
 
@@ -156,48 +156,86 @@ def over_seeds(fns: Functions) -> Functions:
     )
 
 
-def train(
-    config: ml_collections.ConfigDict, seeds: Sequence[int], on_row: Callable[[Row], None] = lambda row: None
-) -> list[Outcome]:
-    """Train and prune, all seeds together in one program.
+class Program(NamedTuple):
+    """A config's functions, compiled: for one seed at a time, or for several side by side.
+
+    Attributes:
+      config: the run's config.
+      task: its task.
+      sp: its algorithm.
+      plan: what that prunes.
+      seeds: how many seeds run side by side; with 1, arrays have no axis for them.
+      functions: as `Functions`, compiled; `init` runs eagerly for one seed.
+      status: `status(state)`: what the algorithm is doing.
+      test: batches of the test set, on the device.
+      compile_seconds: how long it took.
+    """
+
+    config: ml_collections.ConfigDict
+    task: tasks.Task
+    sp: sapp.Sparsifier
+    plan: sapp.Plan
+    seeds: int
+    functions: Functions
+    status: Callable[[TrainState], dict[str, jax.Array]]
+    test: list[Any]
+    compile_seconds: float
+
+
+def compiled(config: ml_collections.ConfigDict, seeds: int = 1) -> Program:
+    """Compile a config for `seeds` seeds side by side."""
+    started = time.perf_counter()
+    task, plan = task_of(config), check(config)
+    fns = functions(config, task) if seeds == 1 else over_seeds(functions(config, task))
+    test = [jax.device_put(batch) for batch in data.padded_batches(task.dataset.test, config.eval_batch_size)]
+    seed = _seed_argument(range(seeds))
+    state = jax.eval_shape(fns.init, seed)
+    batch = _stacked([data.batches(task.dataset.train, config.batch_size, 0)] * seeds)
+    status = jax.jit(functools.partial(_status, plan=plan, over_seeds=seeds > 1))
+    return Program(
+        config=config,
+        task=task,
+        sp=building.sparsifier(config.sparsifier, config.steps, steps_per_epoch(config, task)),
+        plan=plan,
+        seeds=seeds,
+        functions=Functions(
+            # Eagerly for one seed: there the algorithm can look at the kernels' values and refuse NaN.
+            init=fns.init if seeds == 1 else jax.jit(fns.init),
+            step=jax.jit(fns.step, donate_argnums=1).lower(seed, state, batch).compile(),
+            evaluate=jax.jit(fns.evaluate).lower(seed, state, test[0]).compile(),
+            finalize=jax.jit(fns.finalize),
+        ),
+        status=status.lower(state).compile(),
+        test=test,
+        compile_seconds=time.perf_counter() - started,
+    )
+
+
+def train(program: Program, seeds: Sequence[int], on_row: Callable[[Row], None] = lambda row: None) -> list[Outcome]:
+    """Train and prune.
 
     Args:
-      config: the run's config.
-      seeds: one or several; of initialisation, order of the data and random masks.
+      program: the compiled config.
+      seeds: as many as it was compiled for; of initialisation, order of the data and random masks.
       on_row: called with each `Row`, every `config.log_every` steps and at evaluations.
 
     Returns:
       An `Outcome` a seed. Where every seed's loss has become NaN or infinite the run ends there.
     """
-    task = task_of(config)
-    fns = functions(config, task)
-    together = len(seeds) > 1
-    seed: Any = np.asarray(seeds) if together else seeds[0]
-    streams = [data.batches(task.dataset.train, config.batch_size, s) for s in seeds]
-    sp = building.sparsifier(config.sparsifier, config.steps, steps_per_epoch(config, task))
-    plan = sp.plan(jax.eval_shape(task.init, jax.random.key(0)))
+    config, sp, fns = program.config, program.sp, program.functions
+    if len(seeds) != program.seeds:
+        raise ValueError(f"the program is compiled for {program.seeds} seeds, got {len(seeds)}")
     _, schedule = building.optimizer(config.optimizer, config.steps)
-    if together:
-        fns = over_seeds(fns)
-    test = [jax.device_put(batch) for batch in data.padded_batches(task.dataset.test, config.eval_batch_size)]
-    examples = data.arrays.size(task.dataset.test)
-
-    started = time.perf_counter()
-    state = (jax.jit(fns.init) if together else fns.init)(seed)
-    first = _stacked(streams, together)
-    step = jax.jit(fns.step, donate_argnums=1).lower(seed, state, first).compile()
-    evaluate = jax.jit(fns.evaluate).lower(seed, state, test[0]).compile()
-    status = jax.jit(functools.partial(_status, plan=plan, axis=0 if together else None))
-    jax.block_until_ready(status(state))
-    compile_seconds = time.perf_counter() - started
+    examples = data.arrays.size(program.task.dataset.test)
+    seed = _seed_argument(seeds)
+    streams = [data.batches(program.task.dataset.train, config.batch_size, s) for s in seeds]
+    state = fns.init(seed)
+    rows: list[Row] = []
+    since = started = time.perf_counter()
 
     def tested(state: TrainState) -> dict[str, jax.Array]:
-        sums = [evaluate(seed, state, batch) for batch in test]
+        sums = [fns.evaluate(seed, state, batch) for batch in program.test]
         return {f"test_{name}": sum(s[name] for s in sums) / examples for name in sums[0]}
-
-    rows: list[Row] = []
-    sparse_masks: Any = None
-    since = started = time.perf_counter()
 
     def report(done: int, values: dict[str, jax.Array]) -> None:
         nonlocal since
@@ -207,59 +245,58 @@ def train(
         rows.append(Row(done, sp.phases.at(done).kind, host, per_second, float(schedule(done - 1))))
         on_row(rows[-1])
 
+    enters_sparse = {p.start for p in sp.phases.phases if p.kind == "sparse"}
+    sparse_masks: Any = None
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    batch = first
-    for i in range(config.steps):
-        state, means = step(seed, state, batch)
-        done = i + 1
+    for done in range(1, config.steps + 1):
+        state, means = fns.step(seed, state, _stacked(streams))
         if pending is not None:  # read while the device is busy with the step just sent
             report(*pending)
             pending = None
             if not any(np.isfinite(rows[-1].values["train_loss"])):
                 break
-        last = done == config.steps
-        entered_sparse = done < config.steps and sp.phases.at(done) == ("sparse", done, sp.phases.at(done).stop)
-        tests = last or done % config.eval_every == 0
-        if tests or entered_sparse or done % config.log_every == 0:
-            values = {f"train_{name}": x for name, x in means.items()} | status(state)
+        tests = done == config.steps or done % config.eval_every == 0
+        if tests or done in enters_sparse or done % config.log_every == 0:
+            values = {f"train_{name}": x for name, x in means.items()} | program.status(state)
             if tests:
                 values |= tested(state)
-            if entered_sparse:
-                masks = jax.tree.map(np.asarray, state.prune.masks)
-                if sparse_masks is not None:
-                    values["churn"] = _churn(sparse_masks, masks, plan, together)
-                sparse_masks = masks
+            if done in enters_sparse:
+                before, sparse_masks = sparse_masks, jax.tree.map(np.asarray, state.prune.masks)
+                if before is not None:
+                    values["churn"] = _churn(before, sparse_masks, over_seeds=program.seeds > 1)
             pending = done, values
-        if not last:
-            batch = _stacked(streams, together)
     if pending is not None:
         report(*pending)
-    jax.block_until_ready(state)
     seconds = (time.perf_counter() - started) / len(seeds)
-    params = jax.jit(fns.finalize)(seed, state)
+    params = fns.finalize(seed, state)
     return [
         Outcome(
             seed=s,
-            params=jax.tree.map(lambda x, n=n: x[n], params) if together else params,
-            plan=plan,
+            params=jax.tree.map(lambda x, n=n: x[n], params) if program.seeds > 1 else params,
+            plan=program.plan,
             phases=sp.phases,
             test={k: float(v[n]) for k, v in rows[-1].values.items() if k.startswith("test_")},
             rows=[row_of_seed(row, n) for row in rows],
             seconds=seconds,
-            compile_seconds=compile_seconds / len(seeds),
+            compile_seconds=program.compile_seconds,
             diverged=not all(np.isfinite(row.values["train_loss"][n]) for row in rows),
         )
         for n, s in enumerate(seeds)
     ]
 
 
-def _stacked(streams: Sequence[Iterator[data.arrays.Batch]], together: bool) -> Any:
+def _seed_argument(seeds: Sequence[int]) -> np.ndarray:
+    """One seed as a scalar, several as a vector."""
+    return np.asarray(seeds if len(seeds) > 1 else seeds[0], np.int32)
+
+
+def _stacked(streams: Sequence[Iterator[data.arrays.Batch]]) -> Any:
     """The next batch; those of several seeds along a new leading axis."""
     parts = [next(stream) for stream in streams]
-    return jax.tree.map(lambda *x: np.stack(x), *parts) if together else parts[0]
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.stack(x), *parts)
 
 
-def _status(state: TrainState, plan: sapp.Plan, axis: int | None) -> dict[str, jax.Array]:
+def _status(state: TrainState, plan: sapp.Plan, over_seeds: bool) -> dict[str, jax.Array]:
     """What the algorithm is doing: sparsity of all kernels; mean entropy and largest of the attention weights."""
 
     def one(masks: Any, trainable: sapp.Trainable) -> dict[str, jax.Array]:
@@ -270,14 +307,13 @@ def _status(state: TrainState, plan: sapp.Plan, axis: int | None) -> dict[str, j
             values["attention_max"] = jnp.max(jnp.stack([a["max"] for a in attention]))
         return values
 
-    fn = one if axis is None else jax.vmap(one)
-    return fn(state.prune.masks, state.trainable)
+    return (jax.vmap(one) if over_seeds else one)(state.prune.masks, state.trainable)
 
 
-def _churn(before: Any, after: Any, plan: sapp.Plan, together: bool) -> jax.Array:
+def _churn(before: Any, after: Any, over_seeds: bool) -> jax.Array:
     """Mean over the layers of how far the masks of two sparse phases differ."""
-    churn = jax.vmap(sapp.metrics.churn)(before, after) if together else sapp.metrics.churn(before, after)
-    return sum(churn.values()) / max(len(plan.pruned), 1)
+    fn = jax.vmap(sapp.metrics.churn) if over_seeds else sapp.metrics.churn
+    return jnp.mean(jnp.stack(list(fn(before, after).values())), axis=0)
 
 
 def row_of_seed(row: Row, n: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sa_plus_plus as sapp
@@ -24,6 +24,8 @@ CASES = {
     "ragged": {"block": (4, 3), "sparsity": 0.7},  # two kernels, partial blocks on both edges
 }
 ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-2}  # b2 and eps kind to float32: small gradients are mostly rounding
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # runs are short
 
 
 def make_problem(shapes, samples=64, seed=7):
@@ -78,16 +80,20 @@ def library_run(problem, sp, inner, schedule):
     rate = optax.scale_by_learning_rate(lambda count: schedule(count.astype(jnp.float32)))
     tx = optax.chain(optax.add_decayed_weights(DECAY), sapp.reset_on(inner), rate)
 
-    @jax.jit
+    @jit
     def step(trainable, prune, opt_state):
         grads = jax.grad(lambda trainable: loss_fn(problem, sp.apply(trainable, prune)))(trainable)
         updates, opt_state = tx.update(grads, opt_state, trainable, boundary=prune.boundary)
         trainable, prune = sp.update(trainable, prune, updates)
         return trainable, prune, opt_state, sp.apply(trainable, prune)
 
-    trainable, prune = sp.init(initial_params(problem))
-    opt_state = tx.init(trainable)
-    yield trainable, prune, sp.apply(trainable, prune)
+    @jit
+    def start(params):
+        trainable, prune = sp.init(params)
+        return trainable, prune, tx.init(trainable), sp.apply(trainable, prune)
+
+    trainable, prune, opt_state, effective = start(initial_params(problem))
+    yield trainable, prune, effective
     for _ in range(sp.phases.total_steps):
         trainable, prune, opt_state, effective = step(trainable, prune, opt_state)
         yield trainable, prune, effective
@@ -125,7 +131,7 @@ def check_run(algorithm, case, phases=None, *, adam=False, peak=0.05, exponent=4
             check(trainable.logits[name], logits)
         check(trainable.params["bias"], state.bias)
 
-    pruned = sp.finalize(trainable, prune)
+    pruned = jit(sp.finalize)(trainable, prune)
     for name, kernel in theirs[-1].effective.items():
         check(pruned[name], kernel)
         np.testing.assert_array_equal(pruned[name] != 0, kernel != 0)
@@ -158,10 +164,11 @@ def test_sequential_attention_without_sparsification():
     check_run("sequential_attention", "ragged", recipe_pair("sequential_attention", sparsification=False))
 
 
-@both_cases
-@pytest.mark.parametrize("clip", ["density", (0.8, 1.3), None])
+@pytest.mark.parametrize(
+    ("case", "clip"), [("even", "density"), ("ragged", "density"), ("even", (0.8, 1.3)), ("ragged", None)]
+)
 def test_clipping(case, clip):
-    pruner, _ = check_run("sequential_attention", case, clip=clip, sparsity=0.5, logit_lr=4.0, peak=0.03)
+    pruner, _ = check_run("sequential_attention", case, clip=clip, sparsity=0.5, logit_lr=3.0, peak=0.03)
     assert (pruner.clipped > 0) == (clip is not None)
 
 
@@ -173,15 +180,13 @@ def test_returning_blocks(algorithm, case, monotone):
     assert (blocks_that_return(pruner, states) > 0) == (not monotone)
 
 
-@both_cases
-def test_logits_learn_faster(case):
-    check_run("sequential_attention", case, logit_lr=10.0, peak=0.01)
+def test_logits_learn_faster():
+    check_run("sequential_attention", "ragged", logit_lr=10.0, peak=0.01)
 
 
-@both_cases
 @pytest.mark.usefixtures("standard_promotion")  # optax's Adam mixes integers and floats
-def test_adam(case):
-    check_run("sequential_attention", case, adam=True, peak=0.01)
+def test_adam():
+    check_run("sequential_attention", "even", adam=True, peak=0.01)
 
 
 def test_exponent_of_the_curve():
@@ -194,10 +199,10 @@ def test_logits_that_start_again():
 
 @pytest.mark.parametrize("algorithm", ["sequential_attention", "magnitude"])
 def test_global_selection(algorithm):
-    _, states = check_run(algorithm, "ragged", scope="global")
-    _, per_layer = check_run(algorithm, "ragged")
-    assert sum(m.sum() for m in states[-1].masks.values()) == sum(m.sum() for m in per_layer[-1].masks.values())
-    assert any(np.any(states[-1].masks[name] != mask) for name, mask in per_layer[-1].masks.items())
+    pruner, states = check_run(algorithm, "ragged", scope="global")
+    kept = {name: mask.sum() for name, mask in states[-1].masks.items()}
+    assert kept != pruner.kept
+    assert sum(kept.values()) == sum(pruner.kept.values())
 
 
 @both_cases
@@ -206,9 +211,8 @@ def test_acdc(case, form, recipe):
     check_run("acdc", case, recipe_pair("acdc", recipe), form=form)
 
 
-@both_cases
-def test_magnitude(case):
-    check_run("magnitude", case)
+def test_magnitude():
+    check_run("magnitude", "ragged")
 
 
 @pytest.mark.parametrize(("case", "mask_every"), [("even", 1), ("ragged", 7)])
@@ -216,8 +220,7 @@ def test_gradual_magnitude(case, mask_every):
     check_run("gradual_magnitude", case, mask_every=mask_every)
 
 
-@both_cases
-@pytest.mark.parametrize("alpha", [2.0, 3.0])
+@pytest.mark.parametrize(("case", "alpha"), [("even", 2.0), ("ragged", 2.0), ("ragged", 3.0)])
 def test_powerpropagation(case, alpha):
     check_run("powerpropagation", case, alpha=alpha, peak=0.02)
 
@@ -270,7 +273,7 @@ def test_powerpropagation_starts_at_the_usual_initialisation(alpha):
         np.testing.assert_allclose(reference.norms(np.float64(trainable.params[name]), (4, 3)), expected, rtol=1e-5)
 
 
-def finite_differences(function, array, h=1e-6):
+def finite_differences(function, array, h=1e-7):
     """Central differences of `function()` by the entries of an array that it reads."""
     result = np.zeros_like(array)
     for index in np.ndindex(array.shape):
@@ -314,12 +317,12 @@ def test_gradients(algorithm, options):
         trainable, prune = sp.init(initial_params(problem, jnp.float64))
         trainable = trainable._replace(logits=jax.tree.map(jnp.asarray, pruner.logits))
         prune = prune._replace(masks=jax.tree.map(jnp.asarray, pruner.masks))
-        grads = jax.grad(lambda trainable: loss_fn(problem, sp.apply(trainable, prune)))(trainable)
+        grads = jit(jax.grad(lambda trainable: loss_fn(problem, sp.apply(trainable, prune))))(trainable)
 
     def check(gradient, array):
         assert gradient.dtype == jnp.float64
         expected = finite_differences(lambda: problem.loss(pruner.effective(), bias), array)
-        np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=2e-6)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)
 
     check(grads.params["bias"], bias)
     for name in problem.kernels:
@@ -338,18 +341,20 @@ def test_gradients(algorithm, options):
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 3.0])
-@pytest.mark.parametrize("size", [0.0, 1e-24, 1e-21, 1e-18])
-def test_powerpropagation_gradient_at_a_vanishing_block(alpha, size):
+def test_powerpropagation_gradient_at_vanishing_blocks(alpha):
     problem = problem_of("ragged")
-    params = initial_params(problem)
     sp = sapp.powerpropagation(phases=recipe_pair("powerpropagation")[0], alpha=alpha, min_blocks=1, **CASES["ragged"])
-    trainable, prune = sp.init(params)
-    weights = trainable.params["kernel0"].at[4:8, 3:6].set(size)
-    trainable = trainable._replace(params={**trainable.params, "kernel0": weights})
-    gradient = jax.grad(lambda t: loss_fn(problem, sp.apply(t, prune)))(trainable).params["kernel0"]
+    trainable, prune = sp.init(initial_params(problem))
+    weights = np.array(trainable.params["kernel0"])
+    sizes = [0.0, 1e-24, 1e-21, 1e-18, 1e-15]
+    for column, size in enumerate(sizes):
+        weights[4:8, 3 * column : 3 * column + 3] = size
+    trainable = trainable._replace(params={**trainable.params, "kernel0": jnp.asarray(weights)})
+    gradient = jit(jax.grad(lambda t: loss_fn(problem, sp.apply(t, prune))))(trainable).params["kernel0"]
     assert np.all(np.isfinite(gradient))
-    np.testing.assert_allclose(gradient[4:8, 3:6], 0, atol=1e-6)
-    assert np.count_nonzero(gradient) >= gradient.size - 12
+    vanishing = np.s_[4:8, : 3 * len(sizes)]
+    np.testing.assert_allclose(gradient[vanishing], 0, atol=1e-6)
+    assert np.all(gradient.at[vanishing].set(1) != 0)
 
 
 ALGORITHMS = ["dense", "magnitude", "gradual_magnitude", "powerpropagation", "acdc", "sequential_attention"]
@@ -364,7 +369,6 @@ def schedules(algorithm):
 @pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if hasattr(sapp.phases, a)])
 @pytest.mark.parametrize("recipe", ["imagenet", "criteo"])
 @given(steps=st.integers(100, 200_000))
-@settings(deadline=None, max_examples=50)
 def test_recipes(algorithm, recipe, steps):
     for options in schedules(algorithm):
         ours, theirs = recipe_pair(algorithm, recipe, steps, **options)
@@ -379,15 +383,15 @@ def test_sparsity_due_at_each_step(algorithm, recipe):
         ours, theirs = recipe_pair(algorithm, recipe, 617, **options)
         steps = np.arange(620)
         expected = [reference.share_at(theirs, step) for step in steps]
-        np.testing.assert_allclose(jax.vmap(ours.fraction)(steps), expected, rtol=0, atol=1e-6)
-        assert np.flatnonzero(jax.vmap(ours.is_boundary)(steps)).tolist() == [start for _, start, _ in theirs[1:]]
+        np.testing.assert_allclose(jit(jax.vmap(ours.fraction))(steps), expected, rtol=0, atol=1e-6)
+        assert np.flatnonzero(jit(jax.vmap(ours.is_boundary))(steps)).tolist() == [start for _, start, _ in theirs[1:]]
 
 
 @pytest.mark.parametrize("exponent", [0.5, 2.0, 4.0, 8.0])
 def test_curve(exponent):
     """Written out for one phase, with its ends and its direction."""
     phases = sapp.phases.custom(20, [("sparsification", 20)], exponent=exponent)
-    shares = np.asarray(jax.vmap(phases.fraction)(np.arange(21)))
+    shares = np.asarray(jit(jax.vmap(phases.fraction))(np.arange(21)))
     np.testing.assert_allclose(shares, [reference.curve(i / 20, exponent) for i in range(21)], atol=1e-6)
     assert (shares[0], shares[20]) == (0, 1)
     assert np.all(np.diff(shares) > 0)

@@ -1,0 +1,141 @@
+"""Run several algorithms on the same problem over several seeds, and show mean and spread side by side.
+
+    python -m experiments.compare --config=configs/mnist.py --algorithms=all --seeds=3
+
+`all` is the five algorithms and the two controls: gradual magnitude pruning, and a fixed random mask. Each algorithm is
+compiled once; its seeds run side by side in that program where this pays, else one after another. The work directory
+gets `compare.json` and `compare.png`.
+"""
+
+import datetime
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from matplotlib import pyplot as plt
+
+import sa_plus_plus as sapp
+from experiments import building, cli, naming, progress, report, train
+
+_ALGORITHMS = flags.DEFINE_list("algorithms", ["all"], "Comma-separated names, or all.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds: config.seed and those that follow it.", lower_bound=1)
+_TOGETHER = flags.DEFINE_enum("together", "auto", ["auto", "yes", "no"], "Run the seeds side by side, or in turn.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the results that the work directory holds.")
+
+RESULT = "compare.json"
+
+
+def main(argv: list[str]) -> None:
+    del argv  # cli.run has refused any
+    config, console = cli.CONFIG.value, progress.console()
+    with cli.users_mistakes():
+        names = building.NAMES if _ALGORITHMS.value == ["all"] else _ALGORITHMS.value
+        configs = {name: _with_algorithm(config, name) for name in names}
+        plan = [train.check(each) for each in configs.values()][0]
+        workdir = cli.prepare_workdir(_WORKDIR.value, f"{config.name}-compare", RESULT, _OVERWRITE.value)
+    seeds = [config.seed + i for i in range(_SEEDS.value)]
+    together = {"yes": True, "no": False, "auto": side_by_side_pays(plan)}[_TOGETHER.value]
+    groups = [seeds] if together else [[s] for s in seeds]
+    metric = train.task_of(config).metric
+    outcomes: dict[str, list[train.Outcome]] = {}
+    for name, each in configs.items():
+        outcomes[name] = []
+        program = train.compiled(each, len(groups[0]))
+        for group in groups:
+            title = f"{name}, seed{'s' if len(group) > 1 else ''} {', '.join(map(str, group))}"
+            with progress.Live(title, config.steps, metric, console) as live:
+                outcomes[name] += train.train(program, group, live)
+    rows = [_summary(name, outcomes[name], metric) for name in names]
+    content = {
+        "metric_name": f"test_{metric}",
+        "block": list(config.sparsifier.block),
+        "target_sparsity": config.sparsifier.sparsity,
+        "seeds": seeds,
+        "algorithms": {row["algorithm"]: row for row in rows},
+        "versions": report.versions(),
+        "config": config.to_dict(),
+        "date": datetime.date.today().isoformat(),
+    }
+    _plot(workdir / "compare.png", config, outcomes, metric)
+    report.write_json(workdir / RESULT, content)
+    title = f"{config.name}, {config.model}, blocks {config.sparsifier.block}: mean ± std of {len(seeds)} seeds"
+    console.print(progress.table(title, [_cells(row, metric) for row in rows]))
+    console.print(f"In {workdir}: compare.json, compare.png", highlight=False)
+
+
+def side_by_side_pays(plan: sapp.Plan) -> bool:
+    """Whether one program mapped over the seeds beats running them in turn.
+
+    On a CPU it does not where there are convolutions: each seed's kernel makes a group of its own, and grouped
+    convolutions there took 3 to 5 times as long (ConvNet, 3 seeds, two cores).
+    """
+    return jax.default_backend() != "cpu" or all(len(layer.shape) <= 2 for layer in plan.layers)
+
+
+def _with_algorithm(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.sparsifier.name = naming.check(name, building.NAMES, "--algorithms")
+    return config
+
+
+def _summary(name: str, outcomes: list[train.Outcome], metric: str) -> dict[str, Any]:
+    sparsity = [report.real_sparsity(report.layer_rows(o)) for o in outcomes]
+    return {
+        "algorithm": name,
+        "metric": [o.test.get(f"test_{metric}", float("nan")) for o in outcomes],
+        "loss": [o.test.get("test_loss", float("nan")) for o in outcomes],
+        "real_sparsity": sparsity,
+        "diverged": [o.diverged for o in outcomes],
+        "seconds": [o.seconds for o in outcomes],
+        "compile_seconds": [o.compile_seconds for o in outcomes],
+    }
+
+
+def _cells(row: dict[str, Any], metric: str) -> dict[str, str]:
+    return {
+        "algorithm": row["algorithm"],
+        f"test {metric}": _mean_std(row["metric"], 4),
+        "test loss": _mean_std(row["loss"], 4),
+        "sparsity": f"{np.mean(row['real_sparsity']):.2%}",
+        "s / run": f"{np.mean(row['seconds']):.1f}",
+        "s compiling": f"{np.mean(row['compile_seconds']):.1f}",
+        "diverged": str(sum(row["diverged"])),
+    }
+
+
+def _mean_std(values: list[float], digits: int) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def _plot(
+    path: pathlib.Path, config: ml_collections.ConfigDict, outcomes: dict[str, list[train.Outcome]], metric: str
+) -> None:
+    """Test metric against step, mean and spread of each algorithm; and at the end, a point a seed."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(2, 1), sharey=True)
+    for i, (name, runs) in enumerate(outcomes.items()):
+        tested = [[row for row in o.rows if f"test_{metric}" in row] for o in runs]
+        steps = [row["step"] for row in min(tested, key=len)]
+        curves = np.array([[row[f"test_{metric}"] for row in rows[: len(steps)]] for rows in tested])
+        mean, std = curves.mean(0), curves.std(0)
+        (line,) = left.plot(steps, mean, lw=1.2, label=name)
+        left.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.15, lw=0)
+        right.plot([i] * len(runs), curves[:, -1], "o", color=line.get_color(), alpha=0.6)
+        right.plot([i - 0.3, i + 0.3], [mean[-1]] * 2, color=line.get_color())
+    ends = np.concatenate([[o.test[f"test_{metric}"] for o in runs] for runs in outcomes.values()])
+    margin = 0.2 * (np.ptp(ends) + 0.01)
+    left.set(xlabel="step", ylabel=f"test {metric}", ylim=(ends.min() - 3 * margin, ends.max() + margin))
+    left.legend(fontsize="small")
+    right.set_xticks(range(len(outcomes)), list(outcomes), rotation=35, ha="right", fontsize="small")
+    block = "×".join(map(str, config.sparsifier.block))
+    fig.suptitle(f"{config.name}, {config.model}: blocks {block}, {config.sparsifier.sparsity:.0%} target sparsity")
+    report.save_figure(path, fig)
+
+
+if __name__ == "__main__":
+    cli.run(main)
