@@ -35,10 +35,10 @@ def main(argv: list[str]) -> None:
     with cli.users_mistakes():
         names = building.NAMES if _ALGORITHMS.value == ["all"] else _ALGORITHMS.value
         configs = {name: _with_algorithm(config, name) for name in names}
-        plan = [train.check(each) for each in configs.values()][0]
+        plans = [train.check(each) for each in configs.values()]
         workdir = cli.prepare_workdir(_WORKDIR.value, f"{config.name}-compare", RESULT, _OVERWRITE.value)
     seeds = [config.seed + i for i in range(_SEEDS.value)]
-    together = {"yes": True, "no": False, "auto": side_by_side_pays(plan)}[_TOGETHER.value]
+    together = {"yes": True, "no": False, "auto": side_by_side_pays(plans[0])}[_TOGETHER.value]
     groups = [seeds] if together else [[s] for s in seeds]
     metric = train.task_of(config).metric
     outcomes: dict[str, list[train.Outcome]] = {}

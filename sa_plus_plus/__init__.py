@@ -12,7 +12,7 @@ from sa_plus_plus.algorithms import (
     sequential_attention,
 )
 from sa_plus_plus.phases import Phases
-from sa_plus_plus.plan import Layer, Plan, path_string, plan
+from sa_plus_plus.planning import Layer, Plan, path_string, plan
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import SparsifyState, reset_on, sparsify
 

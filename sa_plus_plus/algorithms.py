@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import plan as planning
+from sa_plus_plus import planning
 from sa_plus_plus.phases import DENSE, KINDS, Phases
-from sa_plus_plus.plan import MIN_BLOCKS, Layer, Overrides, Plan, not_embedding
+from sa_plus_plus.planning import MIN_BLOCKS, Layer, Overrides, Plan, not_embedding
 from sa_plus_plus.sparsifier import (
     IDENTITY,
     Parametrisation,
@@ -254,8 +254,8 @@ def powerpropagation(
     def norm_to(weights: jax.Array, power: float, layer: Layer) -> jax.Array:
         """`||W||_F^power` of each block; 0, with gradient 0, for a block of zeros."""
         squares = blk.sum_of_squares(weights, layer.block)
-        positive = squares > 0
-        return jnp.where(positive, jnp.where(positive, squares, 1) ** (power / 2), 0)
+        zero = squares == 0
+        return jnp.where(zero, 0, jnp.where(zero, 1, squares) ** (power / 2))
 
     def weights(kernel: jax.Array, layer: Layer) -> jax.Array:
         return times(kernel, norm_to(kernel, (1 - alpha) / alpha, layer), layer)

@@ -32,7 +32,7 @@ def as_block(block: int | Sequence[int]) -> Block:
     Raises:
       ValueError: if a side is not a positive integer or there are not two of them.
     """
-    sides = (block, block) if isinstance(block, int) else tuple(block)
+    sides = tuple(block) if isinstance(block, Sequence | np.ndarray) else (block, block)
     if len(sides) != 2 or not all(isinstance(b, int | np.integer) and b > 0 for b in sides):
         raise ValueError(f"block must be a positive integer or a pair of them, got {block!r}")
     return int(sides[0]), int(sides[1])
@@ -102,7 +102,15 @@ def spread(grid: jax.Array, shape: Sequence[int], block: Block) -> jax.Array:
       grid: `(grid_r, grid_c)`, any dtype.
       shape: the kernel's shape.
       block: `(b_r, b_c)`.
+
+    Raises:
+      ValueError: if the grid is not that of the shape.
     """
+    if grid.shape != grid_shape(shape, block):
+        raise ValueError(
+            f"a kernel of shape {tuple(shape)} in blocks of {block} has a grid of {grid_shape(shape, block)}, "
+            f"got one of {grid.shape}"
+        )
     (rows, cols), (g_r, g_c) = matrix_shape(shape), grid.shape
     # Across first, then down: the second, large step copies whole rows, and its gradient adds up whole rows.
     strips = jnp.broadcast_to(grid[:, :, None], (g_r, g_c, block[1])).reshape(g_r, -1)[:, :cols]
@@ -132,5 +140,5 @@ def frobenius(kernel: jax.Array, block: Block) -> jax.Array:
       `(grid_r, grid_c)` in at least float32.
     """
     squares = sum_of_squares(kernel, block)
-    positive = squares > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
+    zero = squares == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))

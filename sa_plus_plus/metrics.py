@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.algorithms import attention_weights
-from sa_plus_plus.plan import Plan
+from sa_plus_plus.planning import Plan
 from sa_plus_plus.sparsifier import Masks, Trainable
 
 
@@ -23,7 +23,7 @@ def layer_sparsity(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
       masks: `prune.masks`.
       plan: `sp.plan(params)`.
     """
-    return {path: zero / plan.pruned[path].weights for path, zero in _zero_weights(masks, plan).items()}
+    return {path: zero / float(plan.pruned[path].weights) for path, zero in _zero_weights(masks, plan).items()}
 
 
 def kernel_sparsity(masks: Masks, plan: Plan) -> jax.Array:
@@ -34,7 +34,7 @@ def kernel_sparsity(masks: Masks, plan: Plan) -> jax.Array:
       plan: `sp.plan(params)`.
     """
     zero = sum(_zero_weights(masks, plan).values(), jnp.zeros((), jnp.float32))
-    return zero / max(plan.kernel_weights, 1)
+    return zero / float(max(plan.kernel_weights, 1))
 
 
 def churn(before: Masks, after: Masks) -> dict[str, jax.Array]:
@@ -48,7 +48,7 @@ def churn(before: Masks, after: Masks) -> dict[str, jax.Array]:
     """
 
     def distance(a: jax.Array, b: jax.Array) -> jax.Array:
-        return 1 - jnp.sum(a & b) / jnp.maximum(jnp.sum(a | b), 1)
+        return jnp.sum(a ^ b) / jnp.maximum(jnp.sum(a | b), 1)
 
     return {path: distance(before[path], mask) for path, mask in after.items()}
 

@@ -50,10 +50,11 @@ class Phases:
     Attributes:
       total_steps: length of the run in steps.
       phases: the phases in order.
-      exponent: the curve's `c > 0`: the larger, the more is pruned early in the phase.
+      exponent: the curve's `c`: the larger, the more is pruned early in the phase.
 
     Raises:
-      ValueError: if phases overlap, leave a gap, do not end at `total_steps`, are empty or of an unknown kind.
+      ValueError: if the exponent is not between 1e-6 and 1e6, or if phases overlap, leave a gap, do not end at
+        `total_steps`, are empty or of an unknown kind.
     """
 
     total_steps: int
@@ -62,8 +63,8 @@ class Phases:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(Phase(*p) for p in self.phases))
-        if not self.exponent > 0:
-            raise ValueError(f"exponent must be positive, got {self.exponent}")
+        if not 1e-6 <= self.exponent <= 1e6:
+            raise ValueError(f"exponent must be between 1e-6 (a straight line) and 1e6, got {self.exponent}")
         end = 0
         for phase in self.phases:
             if phase.kind not in KINDS:
@@ -76,7 +77,7 @@ class Phases:
                 fault = "overlaps the one before" if phase.start < end else "leaves a gap after the one before"
                 raise ValueError(f"phase {phase} {fault}, which ends at step {end}")
             end = phase.stop
-        if end != self.total_steps:
+        if end != self.total_steps or end == 0:
             raise ValueError(f"the phases cover {end} steps, the run has {self.total_steps}")
 
     @functools.cached_property
@@ -85,7 +86,7 @@ class Phases:
 
     def _of_phase(self, values: Any, step: Any) -> jax.Array:
         """The entry of `values` (one a phase) for the phase that `step` lies in."""
-        index = jnp.sum(jnp.asarray(step)[..., None] >= self._starts, axis=-1) - 1
+        index = jnp.searchsorted(self._starts, jnp.asarray(step), side="right") - 1
         return jnp.asarray(np.asarray(values))[index]
 
     def at(self, step: int) -> Phase:
@@ -103,7 +104,7 @@ class Phases:
     def fraction(self, step: Any) -> jax.Array:
         """Share of the target sparsity that is due at a step, in [0, 1], float32."""
         start = self._of_phase(self._starts, step)
-        length = self._of_phase([p.stop - p.start for p in self.phases], step)
+        length = self._of_phase(np.asarray([p.stop - p.start for p in self.phases], np.int32), step)
         t = jnp.minimum((jnp.asarray(step) - start) / length, 1).astype(jnp.float32)
         curve = jnp.expm1(-self.exponent * t) / np.float32(np.expm1(-self.exponent))
         rising = jnp.where(t < 1, curve, 1)
@@ -213,10 +214,10 @@ def _steps(duration: Any, total_steps: int, steps_per_epoch: int | None) -> Frac
         return Fraction(int(duration))
     if isinstance(duration, Fraction):
         return duration * total_steps
-    if isinstance(duration, float):
+    if isinstance(duration, float | np.floating):
         if not 0 <= duration <= 1:
             raise ValueError(f"a duration given as a float is a fraction of the run, in [0, 1]; got {duration}")
-        return Fraction(duration).limit_denominator(10**9) * total_steps
+        return Fraction(str(duration)).limit_denominator(10**9) * total_steps
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|steps?|epochs?)\s*", str(duration))
     if match is None:
         raise ValueError(f'cannot read the duration {duration!r}; write 500, 0.1, "10%", "500 steps" or "2.5 epochs"')

@@ -22,7 +22,7 @@ def kept_blocks(blocks: int, sparsity: float) -> int:
     >>> kept_blocks(360, 0.9)
     36
     """
-    exact = Fraction(sparsity).limit_denominator(10**9)
+    exact = Fraction(str(sparsity)).limit_denominator(10**9)  # the shortest text that means this float, of any width
     return math.floor((1 - exact) * blocks)
 
 
@@ -31,10 +31,10 @@ def _ordered_bits(scores: jax.Array) -> jax.Array:
     if scores.dtype.itemsize < 4:
         scores = scores.astype(jnp.float32)
     unsigned = jnp.uint32 if scores.dtype.itemsize == 4 else jnp.uint64
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0, scores))
     bits = lax.bitcast_convert_type(scores, unsigned)
     top = jnp.asarray(1 << (jnp.iinfo(unsigned).bits - 1), unsigned)
-    return jnp.where(bits >= top, ~bits, bits | top)
+    ordered = jnp.where(bits > top, ~bits, bits | top)  # -0 is `top` itself, and so meets +0
+    return jnp.where(jnp.isnan(scores), 1, ordered)
 
 
 def _kth_largest(keys: jax.Array, k: jax.Array) -> jax.Array:

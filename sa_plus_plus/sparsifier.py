@@ -16,10 +16,9 @@ import optax
 from jax import lax
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import plan as planning
-from sa_plus_plus import select
+from sa_plus_plus import planning, select
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
-from sa_plus_plus.plan import Layer, Overrides, Plan, map_layers
+from sa_plus_plus.planning import Layer, Overrides, Plan, map_layers
 
 Params = Any  # a pytree of arrays, the model's own
 Masks = dict[str, jax.Array]

@@ -15,7 +15,7 @@ from flax import linen, nnx
 from hypothesis import strategies as st
 
 import sa_plus_plus as sapp
-from sa_plus_plus.plan import map_layers
+from sa_plus_plus.planning import map_layers
 
 
 def leaf(*shape, dtype=jnp.float32):

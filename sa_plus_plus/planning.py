@@ -150,11 +150,11 @@ def plan(
     if doubled := [path for path, n in collections.Counter(path for path, _ in leaves).items() if n > 1]:
         raise ValueError(f"two leaves of the parameter tree have the path {doubled[0]!r}: rename one of their keys")
     for pattern in checked:
-        if not fnmatch.filter([path for path, _ in leaves], pattern):
+        if not any(_matches(path, pattern) for path, _ in leaves):
             raise ValueError(f"override {pattern!r} matches no leaf{_nearest(pattern, leaves)}")
     layers = []
     for path, leaf in leaves:
-        own = next((o for pattern, o in checked.items() if fnmatch.fnmatchcase(path, pattern)), {})
+        own = next((o for pattern, o in checked.items() if _matches(path, pattern)), {})
         layers.append(_layer(path, leaf, **(defaults | own), min_blocks=min_blocks, where=where, forced="block" in own))
     result = Plan(tuple(layers))
     if not result.pruned:
@@ -178,7 +178,7 @@ def check_options(
 
 def stays_dense(path: str, leaf: Any, why_not: str) -> Layer:
     """A leaf that no algorithm touches: a kernel counts as one block."""
-    shape = tuple(leaf.shape)
+    shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
         return Layer(path, shape, (1, 1), (0, 0), 0, 0.0, f"not a kernel ({len(shape)}-D)")
     return Layer(path, shape, blk.matrix_shape(shape), (1, 1), 1, 0.0, why_not)
@@ -193,7 +193,7 @@ def _layer(
     where: Callable[[str], bool],
     forced: bool,
 ) -> Layer:
-    shape = tuple(leaf.shape)
+    shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
         return stays_dense(path, leaf, "")
     grid = blk.grid_shape(shape, block)
@@ -215,9 +215,10 @@ def _layer(
         raise TypeError(f"{path} has dtype {leaf.dtype}: only floating-point kernels can be pruned, see `where`")
     kept = select.kept_blocks(n, sparsity)
     if kept == 0:
+        digits = 10 ** len(str(n))
         raise ValueError(
             f"sparsity {sparsity} leaves no block of the {n} in {path}: "
-            f"lower it below {1 - 1 / n:.4g} there (see `overrides`) or use smaller blocks"
+            f"lower it to at most {(n - 1) * digits // n / digits} there (see `overrides`) or use smaller blocks"
         )
     return Layer(path, shape, block, grid, kept, sparsity, "")
 
@@ -228,7 +229,9 @@ def _checked_sparsity(sparsity: float, name: str) -> float:
     return float(sparsity)
 
 
-def _checked_override(pattern: str, override: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_override(pattern: str, override: Any) -> dict[str, Any]:
+    if not isinstance(override, Mapping):
+        raise ValueError(f'override {pattern!r} must be a mapping such as {{"sparsity": 0.5}}, got {override!r}')
     unknown = set(override) - {"block", "sparsity"}
     if unknown:
         raise ValueError(f"override {pattern!r} may set `block` and `sparsity`, got {sorted(unknown)}")
@@ -238,6 +241,11 @@ def _checked_override(pattern: str, override: Mapping[str, Any]) -> dict[str, An
     if "sparsity" in override:
         checked["sparsity"] = _checked_sparsity(override["sparsity"], f"sparsity of override {pattern!r}")
     return checked
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """A path matches itself even where its characters mean something else in a pattern."""
+    return path == pattern or fnmatch.fnmatchcase(path, pattern)
 
 
 def _nearest(pattern: str, leaves: Sequence[tuple[str, Any]]) -> str:
