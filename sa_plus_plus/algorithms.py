@@ -233,7 +233,7 @@ def powerpropagation(
     """Block PowerPropagation: the effective block is `W * ||W||_F^(alpha - 1)`, so that large blocks grow faster.
 
     The trained weights start at `W = U / ||U||^((alpha - 1) / alpha)`, so that the effective kernel starts as the
-    model's own initialisation `U`. A block of zeros has gradient 0 and stays zero.
+    model's own initialisation `U`. For `alpha > 1` a block of zeros has gradient 0 and stays zero.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
@@ -306,7 +306,8 @@ def sequential_attention(
       phases: usually `phases.sequential_attention(total_steps)`.
       clip: `(low, high)` range of `A` in the forward pass (C.1); `"density"` for `(d, 1 / d)` with `d = 1 - sparsity`
         of the layer; None for no clipping.
-      monotone: in a sparsification phase a dropped block stays dropped to its end.
+      monotone: in a sparsification phase a dropped block stays dropped to its end. Otherwise it may return, with
+        whatever momentum the optimizer's buffers still hold for it.
       mask_every: steps between selections in a sparsification phase.
       logit_lr: learning rate of the logits as a multiple of the weights'.
       reset_logits_at: kinds of phases (such as `("dense",)`) on entering which the logits return to 0; by default

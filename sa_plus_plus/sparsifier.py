@@ -223,8 +223,8 @@ def compose(
 
 def _blocks_due(layer: Layer, phases: Phases, step: jax.Array) -> jax.Array:
     """`floor((1 - sparsity(t)) * N)`, and exactly the planned number where the target is due."""
-    due = jnp.floor((1 - layer.sparsity * phases.fraction(step)) * layer.blocks).astype(jnp.int32)
-    return jnp.where(phases.reached(step), layer.kept, jnp.maximum(due, layer.kept))
+    dropped = jnp.ceil(layer.sparsity * phases.fraction(step) * layer.blocks).astype(jnp.int32)
+    return jnp.where(phases.reached(step), layer.kept, jnp.maximum(layer.blocks - dropped, layer.kept))
 
 
 def _kernels(trainable: Trainable, layers: dict[str, Layer]) -> list[tuple[str, jax.Array]]:
