@@ -1,0 +1,195 @@
+"""The main job and the comparison, run as a user would, and the parts they are made of."""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import sa_plus_plus as sapp
+from configs import mnist
+from experiments import data, main, progress, report, train
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+KEYS = (
+    "algorithm block target_sparsity real_sparsity metric_name metric loss diverged steps seconds seed versions config"
+)
+
+
+def config(**changes):
+    result = mnist.get_config()
+    result.steps, result.eval_every, result.log_every, result.dense_twin = 60, 20, 10, False
+    result.update_from_flattened_dict(changes)
+    return result
+
+
+def command(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def numpy_accuracy(weights, dataset):
+    """LeNet-300-100 by hand."""
+    x = dataset.test["image"].reshape(len(dataset.test["image"]), -1)
+    for i in range(3):
+        x = x @ weights[f"Dense_{i}/kernel"] + weights[f"Dense_{i}/bias"]
+        x = np.maximum(x, 0) if i < 2 else x
+    return np.mean(x.argmax(1) == dataset.test["label"])
+
+
+@hypothesis.given(
+    n=st.integers(1, 40), batch=st.integers(1, 40), start=st.integers(0, 30), seed=st.integers(0, 2**31 - 1)
+)
+def test_batches_see_every_example_once_an_epoch_and_start_anywhere(n, batch, start, seed):
+    batch = min(n, batch)
+    arrays = {"x": np.arange(n)}
+    stream = data.batches(arrays, batch, seed)
+    whole = [next(stream)["x"] for _ in range(start + 5)]
+    assert all(len(b) == batch for b in whole)
+    order = np.concatenate(whole)
+    for epoch in range(len(order) // n):
+        np.testing.assert_array_equal(np.sort(order[epoch * n : (epoch + 1) * n]), np.arange(n))
+    later = data.batches(arrays, batch, seed, start=start)
+    for expected in whole[start:]:
+        np.testing.assert_array_equal(next(later)["x"], expected)
+
+
+@hypothesis.given(n=st.integers(1, 50), batch=st.integers(1, 60))
+def test_padded_batches_count_every_example_once(n, batch):
+    parts = data.padded_batches({"x": np.arange(n)}, batch)
+    assert all(len(p["x"]) == len(p["weight"]) == batch for p in parts)
+    seen = np.concatenate([p["x"][p["weight"] == 1] for p in parts])
+    np.testing.assert_array_equal(seen, np.arange(n))
+    assert len(parts) == math.ceil(n / batch)
+
+
+def test_mnist5k_is_stratified():
+    dataset = data.mnist5k()
+    assert dataset.train["image"].shape == (4000, 28, 28, 1)
+    assert np.bincount(dataset.test["label"]).tolist() == [100] * 10
+    assert dataset.train["image"].max() == 1
+
+
+@pytest.mark.parametrize("name", [*sapp.ALGORITHMS, *sapp.CONTROLS])
+def test_a_run_leaves_complete_and_consistent_results(name, tmp_path):
+    c = config(**{"sparsifier.name": name})
+    assert main.run(c, tmp_path, progress.console()) is False
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(KEYS.split()) <= set(result)
+    assert (result["algorithm"], result["steps"], result["diverged"]) == (name, 60, False)
+    weights = safetensors.numpy.load_file(tmp_path / "pruned.safetensors")
+    kernels = [w for path, w in weights.items() if path.endswith("kernel")]
+    zeros = sum((w == 0).sum() for w in kernels) / sum(w.size for w in kernels)
+    assert result["real_sparsity"] == pytest.approx(zeros)
+    assert zeros == pytest.approx(0 if name == "dense" else 0.8966, abs=1e-3)
+    assert result["metric"] == pytest.approx(numpy_accuracy(weights, data.mnist5k()), abs=1e-3)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 60
+    assert rows[-1]["test_accuracy"] == result["metric"]
+    assert matplotlib.image.imread(tmp_path / "run.png").shape[2] == 4
+    assert ("churn" in {key for row in rows for key in row}) == (name in ("acdc", "sequential_attention"))
+
+
+def test_seeds_side_by_side_equal_seeds_in_turn():
+    c = config(**{"sparsifier.name": "random", "eval_batch_size": 300})
+    together = train.train(train.compiled(c, 2), [3, 4])
+    program = train.compiled(c)
+    for outcome in together:
+        (alone,) = train.train(program, [outcome.seed])
+        assert alone.test["test_accuracy"] == pytest.approx(outcome.test["test_accuracy"], abs=2e-3)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), alone.params, outcome.params)
+    kernels = [np.asarray(o.params["Dense_0"]["kernel"] != 0) for o in together]
+    assert not np.array_equal(*kernels), "each seed has a random mask of its own"
+
+
+def test_divergence_stops_the_run_and_is_recorded(tmp_path):
+    c = config(**{"optimizer.learning_rate": 1e9})
+    assert main.run(c, tmp_path, progress.console()) is True
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["diverged"] is True
+    assert result["steps"] < 60
+    assert result["metric"] is None
+
+
+def test_main_from_the_command_line(tmp_path):
+    arguments = ["--config.steps=60", "--config.sparsifier.name=acdc", f"--workdir={tmp_path / 'run'}"]
+    done = command("main", *arguments)
+    assert done.returncode == 0, done.stderr
+    for words in ("dense twin", "sparse", "loss", "steps/s", "Dense_0/kernel", "the same network trained dense"):
+        assert words in done.stdout
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 < result["dense_twin"]["metric"] < 1
+    again = command("main", *arguments)
+    assert again.returncode == 2
+    assert "holds the result of a run" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.sparsifier.sparisty=0.5", 'Did you mean "sparsity"'),
+        ("--config.sparsifier.name=sequental_attention", "did you mean 'sequential_attention'"),
+        ("--config.model=LeNet", "did you mean 'LeNet300'"),
+        ("--config.sparsifier.sparsity=1.5", "got 1.5"),
+        ("--config.sparsifier.block=(400,4)", "block larger than its 300×100 matrix"),
+        ("--config.steps=10", "has no step"),
+        ("--config.batch_size=5000", "4000 training examples, got 5000"),
+        ("--config=configs/nothing.py", "configs/nothing.py"),
+        ("typo", "unexpected argument 'typo'"),
+    ],
+)
+def test_bad_input_is_answered_in_a_sentence(argument, message):
+    done = command("main", argument)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_compare_from_the_command_line(tmp_path):
+    done = command(
+        "compare",
+        "--config.steps=60",
+        "--algorithms=dense,random",
+        "--seeds=2",
+        f"--workdir={tmp_path}",
+        "--together=no",
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert list(result["algorithms"]) == ["dense", "random"]
+    assert all(len(row["metric"]) == 2 for row in result["algorithms"].values())
+    assert "±" in done.stdout
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_half_written_files_never_appear(tmp_path):
+    path = tmp_path / "result.json"
+    report.write_json(path, {"loss": float("nan")})
+    with pytest.raises(TypeError):
+        report.write_json(path, {"loss": object()})
+
+    def fails_midway(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        report.write_atomically(path, fails_midway)
+    assert json.loads(path.read_text()) == {"loss": None}
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

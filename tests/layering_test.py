@@ -1,0 +1,66 @@
+"""Imports go one way, and the library needs nothing but jax, optax and numpy."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIBRARY = ("blocks", "select", "phases", "planning", "sparsifier", "algorithms", "transforms", "metrics", "__init__")
+EXPERIMENTS = (
+    "naming",
+    "data.arrays",
+    "data.mnist",
+    "data",
+    "models.small",
+    "models",
+    "building",
+    "tasks",
+    "train",
+    "report",
+    "progress",
+    "cli",
+    "main",
+    "compare",
+    "__init__",
+)
+
+
+def modules(package):
+    """`{dotted name below the package: file}`."""
+    folder = ROOT / package
+    names = {}
+    for file in folder.rglob("*.py"):
+        parts = file.relative_to(folder).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = file
+    return names
+
+
+def imported(file):
+    """Dotted names that a file imports; `from a import b` counts as both `a` and `a.b`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(("package", "order"), [("sa_plus_plus", LIBRARY), ("experiments", EXPERIMENTS)])
+def test_imports_go_down_the_list_only(package, order):
+    files = modules(package)
+    assert set(files) == set(order), "a new module belongs in this list, below all that it imports"
+    for name, file in files.items():
+        for target in imported(file):
+            inner = target.removeprefix(f"{package}.")
+            if target != inner and inner in order:
+                assert order.index(inner) < order.index(name), f"{name} imports {inner}, which stands above it"
+
+
+def test_library_depends_on_jax_optax_numpy_alone():
+    allowed = {*sys.stdlib_module_names, "jax", "optax", "numpy", "sa_plus_plus"}
+    for name, file in modules("sa_plus_plus").items():
+        found = {target.split(".")[0] for target in imported(file)} - allowed
+        assert found <= ({"matplotlib"} if name == "phases" else set()), f"{name} imports {found}"
