@@ -48,11 +48,12 @@ def test_weight_decay_reaches_logits_but_not_masked_weights():
     trainable, prune = sp.init(problems.network())
     ramp = {path: jnp.linspace(-1, 1, x.size).reshape(x.shape) for path, x in trainable.logits.items()}
     trainable = trainable._replace(logits=ramp)
+    update = jax.jit(sp.update)
     for _ in range(2):
-        trainable, prune = sp.update(trainable, prune)
+        trainable, prune = update(trainable, prune)
     tx = optax.chain(optax.add_decayed_weights(0.1), optax.scale(-1.0))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, trainable), tx.init(trainable), trainable)
-    after, _ = sp.update(trainable, prune, updates)
+    after, _ = update(trainable, prune, updates)
     for path, layer in sp.plan(trainable.params).pruned.items():
         name = path.split("/")[0]
         mask = np.asarray(sapp.blocks.spread(prune.masks[path], layer.shape, layer.block))
@@ -74,7 +75,7 @@ def test_logits_may_have_an_optimizer_of_their_own():
     tx = optax.chain(optax.GradientTransformation(lambda p: optax.EmptyState(), spy), optax.sgd(0.1))
     tx = sapp.sparsify(tx, problems.sparsifier("sequential_attention"), logits_tx=optax.sgd(0.0))
     grads = jax.grad(problems.loss)(params, problems.batch(0))
-    _, state = tx.update(grads, tx.init(params), params)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
     assert seen == [jax.tree.structure(params)], "the weights' optimizer sees the user's own tree"
     assert all(not np.any(x) for x in state.trainable.logits.values())
 
@@ -141,8 +142,9 @@ def test_global_scope_keeps_the_sum_of_the_layers():
     params = problems.network()
     params["conv"]["kernel"] *= 100
     trainable, prune = sp.init(params)
+    update = jax.jit(sp.update)
     for _ in range(problems.STEPS):
-        trainable, prune = sp.update(trainable, prune)
+        trainable, prune = update(trainable, prune)
     kept = {path: int(mask.sum()) for path, mask in prune.masks.items()}
     assert sum(kept.values()) == sum(layer.kept for layer in sp.plan(params).pruned.values())
     assert kept == {"conv/kernel": 60, "wide/kernel": 0}
