@@ -2,9 +2,13 @@
 
 import os
 
-# Programs here are small and run a few times: compiling them is what takes the time.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",  # programs here are small and run a few times: compiling takes the time
+    ]
+)
 os.environ["MPLBACKEND"] = "Agg"
 
 import hypothesis
