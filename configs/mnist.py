@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
     config.eval_batch_size = 500
     config.log_every = 20
     config.eval_every = 40
+    config.checkpoint_every = 400
+    config.keep = 2  # newest checkpoints kept, besides the best
+    config.mesh = ConfigDict({"fsdp": 1})  # over how many devices the state is split; batches are split over all
     config.dense_twin = True  # also train the same network without pruning, to compare with
 
     config.optimizer = ConfigDict(

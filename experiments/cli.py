@@ -2,12 +2,13 @@
 
 import contextlib
 import datetime
+import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -17,11 +18,22 @@ DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "m
 # No default here: it would be read, overrides and all, where the flag is defined, out of reach of `_parse`.
 CONFIG = config_flags.DEFINE_config_file("config", None, f"What to run; by default configs/{DEFAULT_CONFIG.name}.")
 
+# As `jax.distributed.initialize` takes them; on clusters that JAX knows, `--distributed` alone is enough.
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of several hosts in one run.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
 
 def run(main: Callable[[list[str]], None]) -> None:
     """`absl.app.run` without tracebacks for unknown config keys and unreadable config files."""
     logging.set_verbosity(logging.WARNING)
-    app.run(main, flags_parser=_parse)
+
+    def start(argv: list[str]) -> None:
+        _join_hosts()
+        main(argv)
+
+    app.run(start, flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -49,21 +61,26 @@ def users_mistakes() -> Iterator[None]:
         fail(str(error))
 
 
-def prepare_workdir(path: str | None, name: str, result: str, overwrite: bool) -> pathlib.Path:
-    """Make the work directory; where none is given, a new one under runs/, called by `name` and the time.
-
-    Raises:
-      FileExistsError: if it holds a file `result` already and `overwrite` is false.
-      OSError: if it cannot be written to.
-    """
+def workdir_path(path: str | None, name: str) -> pathlib.Path:
+    """The work directory asked for; where none is, a new one under runs/, called by `name` and the time."""
     if path is None:
         path = f"runs/{name}-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}"
-    workdir = pathlib.Path(path)
-    if (workdir / result).exists() and not overwrite:
-        raise FileExistsError(f"{workdir} holds the result of a run: choose another --workdir or pass --overwrite")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):  # raises now rather than at the end of the run
-        return workdir
+    return pathlib.Path(path)
+
+
+def cache_compilations(directory: pathlib.Path) -> None:
+    """Keep compiled programs on disk for the next run, unless JAX is already told where (or not to)."""
+    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(directory / ".jax_cache"))
+
+
+def _join_hosts() -> None:
+    """Make one run of the processes of several hosts, where `--distributed` asks for it."""
+    if not _DISTRIBUTED.value:
+        return
+    jax.distributed.initialize(
+        coordinator_address=_COORDINATOR.value, num_processes=_PROCESSES.value, process_id=_PROCESS.value
+    )
 
 
 def fail(message: str) -> NoReturn:

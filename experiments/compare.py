@@ -36,7 +36,10 @@ def main(argv: list[str]) -> None:
         names = building.NAMES if _ALGORITHMS.value == ["all"] else _ALGORITHMS.value
         configs = {name: _with_algorithm(config, name) for name in names}
         plans = [train.check(each) for each in configs.values()]
-        workdir = cli.prepare_workdir(_WORKDIR.value, f"{config.name}-compare", RESULT, _OVERWRITE.value)
+        workdir = cli.workdir_path(_WORKDIR.value, f"{config.name}-compare")
+        if (workdir / RESULT).exists() and not _OVERWRITE.value:
+            raise FileExistsError(f"{workdir} holds a comparison: choose another --workdir or pass --overwrite")
+        workdir.mkdir(parents=True, exist_ok=True)
     seeds = [config.seed + i for i in range(_SEEDS.value)]
     together = {"yes": True, "no": False, "auto": side_by_side_pays(plans[0])}[_TOGETHER.value]
     groups = [seeds] if together else [[s] for s in seeds]
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> None:
         for group in groups:
             title = f"{name}, seed{'s' if len(group) > 1 else ''} {', '.join(map(str, group))}"
             with progress.Live(title, config.steps, metric, console) as live:
-                outcomes[name] += train.train(program, group, live)
+                outcomes[name] += train.train(program, group, train.Hooks(on_row=live))
     rows = [_summary(name, outcomes[name], metric) for name in names]
     content = {
         "metric_name": f"test_{metric}",

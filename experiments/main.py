@@ -3,71 +3,128 @@
     python -m experiments.main
     python -m experiments.main --config=configs/mnist.py --config.sparsifier.name=acdc --workdir=runs/acdc
 
-Without flags it runs configs/mnist.py. The work directory gets `result.json`, `metrics.jsonl`, `pruned.safetensors`
-and `run.png`. Exit status: 0 done, 2 bad input, 3 diverged.
+Without flags it runs configs/mnist.py. The work directory gets `result.json`, `metrics.jsonl`, `pruned.safetensors`,
+`run.png`, `tensorboard/` and `checkpoints/`. The same command again resumes a run that was interrupted, and ends as if
+it had not been. Exit status: 0 done, 2 bad input, 3 diverged, 4 stopped by SIGTERM after saving.
 """
 
+import contextlib
 import json
 import pathlib
+import shutil
 import sys
 
+import jax
 import ml_collections
 from absl import flags
 from rich.console import Console
 
-from experiments import cli, progress, report, train
+from experiments import checkpoint, cli, observe, progress, report, train, workdir
 
-DIVERGED = 3  # exit status
+DIVERGED, PREEMPTED = 3, 4  # exit status
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the results that the work directory holds.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run that the work directory holds and begin anew.")
+_RESUME_CHANGED = flags.DEFINE_bool("resume_changed", False, "Resume though the config differs from the run's own.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Write a JAX trace of a few steps to profile/ in the work directory.")
 
 
 def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     config, console = cli.CONFIG.value, progress.console()
-    with cli.users_mistakes():
-        train.check(config)
-        workdir = cli.prepare_workdir(
-            _WORKDIR.value, f"{config.name}-{config.sparsifier.name}", report.RESULT, _OVERWRITE.value
-        )
-    if run(config, workdir, console):
+    path = cli.workdir_path(_WORKDIR.value, f"{config.name}-{config.sparsifier.name}")
+    with contextlib.ExitStack() as stack:
+        with cli.users_mistakes():
+            train.check(config)
+            if jax.process_index() == 0:
+                stack.enter_context(workdir.claim(path))
+                if _OVERWRITE.value:
+                    _clear(path)
+                workdir.settle(path, config, _RESUME_CHANGED.value)
+        cli.cache_compilations(path.parent)
+        try:
+            result = run(config, path, console, _PROFILE.value)
+        except train.Preempted as preempted:
+            console.print(f"Saved after {preempted.step} steps on SIGTERM: the same command with --workdir={path} resumes")
+            sys.exit(PREEMPTED)
+        except checkpoint.NoIntactCheckpoint as error:
+            cli.fail(str(error))
+    if result["diverged"]:
         sys.exit(DIVERGED)
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Console) -> bool:
-    """One run, with its dense twin if the config asks for it; returns whether it diverged."""
-    metric = train.task_of(config).metric
-    name = config.sparsifier.name
+def run(config: ml_collections.ConfigDict, path: pathlib.Path, console: Console, profile: bool = False) -> dict:
+    """One run, after its dense twin if the config asks for one; returns the content of its `result.json`."""
     twin = None
-    if config.dense_twin and name != "dense":
+    if config.dense_twin and config.sparsifier.name != "dense":
         dense = config.copy_and_resolve_references()
-        dense.sparsifier.name = "dense"
-        with progress.Live("dense twin", config.steps, metric, console) as live:
-            (twin,) = train.train(train.compiled(dense), [config.seed], live)
-    with (
-        (workdir / "metrics.jsonl").open("w") as file,
-        progress.Live(name, config.steps, metric, console) as live,
-    ):
+        dense.sparsifier.name, dense.dense_twin = "dense", False
+        twin_path = path / "dense_twin"
+        twin_path.mkdir(parents=True, exist_ok=True)
+        twin = _one(dense, twin_path, "dense twin", console, None)
+    result = _one(config, path, config.sparsifier.name, console, twin, profile)
+    if jax.process_index() == 0:
+        _show(result, path, console)
+    return result
 
-        def on_row(row: train.Row) -> None:
-            live(row)
-            file.write(json.dumps(report.finite(train.row_of_seed(row, 0))) + "\n")
-            file.flush()
 
-        (outcome,) = train.train(train.compiled(config), [config.seed], on_row)
+def _one(
+    config: ml_collections.ConfigDict,
+    path: pathlib.Path,
+    title: str,
+    console: Console,
+    twin: dict | None,
+    profile: bool = False,
+) -> dict:
+    """Run, or resume, or find done already, one config in one directory."""
+    if (path / workdir.RESULT).exists():
+        return json.loads((path / workdir.RESULT).read_text())
+    metric = train.task_of(config).metric
+    with contextlib.ExitStack() as stack:
+        saved = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(path / "checkpoints", keep=config.keep)))
+        observer = observe.Observer(path, title, config.steps, metric, console, saved, profile)
+        stack.enter_context(observer)
+        (outcome,) = train.train(train.compiled(config), [config.seed], observer.hooks)
+        rows = observer.rows
+        last_saved = saved.latest_step()
     result = report.result(config, outcome, metric)
-    if twin is not None:
-        result["dense_twin"] = {"metric": twin.test[f"test_{metric}"], "loss": twin.test["test_loss"]}
-    report.save_weights(workdir / "pruned.safetensors", outcome)
-    title = f"{config.name}: {name}, blocks {'×'.join(map(str, config.sparsifier.block))}"
-    report.plot_run(workdir / "run.png", outcome, metric, title)
-    report.write_json(workdir / report.RESULT, result)  # last: where it stands, the run is complete
-    console.print(progress.table("Layers", [_layer_cells(row) for row in result["layers"]]))
-    console.print(_summary(result), highlight=False)
-    console.print(f"In {workdir}: {', '.join(sorted(p.name for p in workdir.iterdir()))}", highlight=False)
     if outcome.diverged:
-        console.print(f"[red]Diverged[/] before step {result['steps']}: lower config.optimizer.learning_rate")
-    return outcome.diverged
+        result["diverged_at"] = {**rows[-1], "last_checkpoint": last_saved}
+    if twin is not None:
+        result["dense_twin"] = {"metric": twin["metric"], "loss": twin["loss"]}
+    if jax.process_index() == 0:
+        report.save_weights(path / "pruned.safetensors", outcome)
+        heading = f"{config.name}: {config.sparsifier.name}, blocks {'×'.join(map(str, config.sparsifier.block))}"
+        report.plot_run(path / "run.png", outcome, rows, metric, heading)
+        report.write_json(path / workdir.RESULT, result)  # last: where it stands, the run is complete
+    return report.finite(result)
+
+
+def _clear(path: pathlib.Path) -> None:
+    """Delete what a run has left in a directory; nothing in one that holds no run."""
+    if not (path / workdir.CONFIG).exists():
+        return
+    for name in (workdir.RESULT, workdir.METRICS, "pruned.safetensors", "run.png"):
+        (path / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "tensorboard", "profile", "dense_twin"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    (path / workdir.CONFIG).unlink()
+
+
+def _show(result: dict, path: pathlib.Path, console: Console) -> None:
+    console.print(progress.table("Layers", [_layer_cells(row) for row in result["layers"]]))
+    if result["diverged"]:
+        at = result["diverged_at"]
+        rescue = "no checkpoint" if at["last_checkpoint"] is None else f"last good checkpoint: step {at['last_checkpoint']}"
+        console.print(
+            f"Diverged: the loss was not finite after step {at['step']}, in a {at['phase']} phase, at learning rate "
+            f"{at['learning_rate']:.3g}; {rescue}. A lower config.optimizer.learning_rate may help.",
+            style="red",
+            highlight=False,
+        )
+    else:
+        console.print(_summary(result), highlight=False)
+    console.print(f"In {path}: {', '.join(sorted(p.name for p in path.iterdir() if p.name[0] != '.'))}", highlight=False)
 
 
 def _layer_cells(row: dict) -> dict[str, str | int]:

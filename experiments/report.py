@@ -22,8 +22,6 @@ from experiments.train import Outcome
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-RESULT = "result.json"
-
 
 def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write(file)` fill a file that appears under its name only when it is complete."""
@@ -109,7 +107,7 @@ def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> 
         "metric": outcome.test.get(f"test_{metric}", float("nan")),
         "loss": outcome.test.get("test_loss", float("nan")),
         "diverged": outcome.diverged,
-        "steps": outcome.rows[-1]["step"],
+        "steps": outcome.steps,
         "seconds": outcome.seconds,
         "compile_seconds": outcome.compile_seconds,
         "seed": outcome.seed,
@@ -126,16 +124,15 @@ def save_weights(path: pathlib.Path, outcome: Outcome) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
-def plot_run(path: pathlib.Path, outcome: Outcome, metric: str, title: str) -> None:
+def plot_run(path: pathlib.Path, outcome: Outcome, rows: list[dict[str, Any]], metric: str, title: str) -> None:
     """Test metric and sparsity against step, phases shaded."""
     fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
     outcome.phases.shade(ax)
-    tested = [row for row in outcome.rows if f"test_{metric}" in row]
+    tested = [row for row in rows if f"test_{metric}" in row]
     ax.plot([r["step"] for r in tested], [r[f"test_{metric}"] for r in tested], color="#1f4e9c", label=f"test {metric}")
     steps = np.arange(outcome.phases.total_steps + 1)
     due = outcome.plan.sparsity * np.asarray(outcome.phases.fraction(steps))
     ax.step(steps, due, where="post", color="black", lw=0.8, label="sparsity of all kernels: due")
-    rows = outcome.rows
     ax.plot([r["step"] for r in rows], [r["sparsity"] for r in rows], "k.", ms=3, label="measured")
     ax.set(xlabel="step", xlim=(0, outcome.phases.total_steps), ylim=(0, 1.02), title=title)
     ax.legend(loc="lower right", fontsize="small", ncols=2)

@@ -1,5 +1,6 @@
 """What is trained: a model on a data set, with its loss and metric. The training loop knows nothing else of them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,29 +17,62 @@ class Task(NamedTuple):
 
     Attributes:
       metric: name of the headline metric among the outputs; higher is better.
-      dataset: training and test arrays.
-      init: `init(key) -> params`.
-      outputs: `outputs(params, batch) -> {name: (batch,)}`: values per example, `loss` among them. The loop minimises
-        the mean of `loss`, and reports the mean of each.
+      dataset: training and test examples.
+      init: `init(key) -> (params, model_state)`.
+      outputs: `outputs(params, model_state, batch, training) -> ({name: (batch,)}, model_state)`: values per example,
+        `loss` among them. The loop minimises the mean of `loss`, and reports the mean of each.
     """
 
     metric: str
     dataset: data.Dataset
-    init: Callable[[jax.Array], Any]
-    outputs: Callable[[Any, Any], dict[str, jax.Array]]
+    init: Callable[[jax.Array], tuple[Any, Any]]
+    outputs: Callable[..., tuple[dict[str, jax.Array], Any]]
 
 
 def classification(config: ml_collections.ConfigDict) -> Task:
     """Image classification by cross-entropy, measured by accuracy."""
-    dataset = naming.lookup(data, config.data.name, "config.data.name", config.data.options)
+    dataset = _dataset(config)
     model = naming.lookup(models, config.model, "config.model", {"classes": dataset.classes})
 
-    def outputs(params: Any, batch: Any) -> dict[str, jax.Array]:
-        logits = model.apply({"params": params}, batch["image"])
+    def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
+        logits, model_state = _apply(model, params, model_state, _unit(batch["image"]), training)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return {"loss": loss, "accuracy": (jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32)}
+        accuracy = (jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32)
+        return {"loss": loss, "accuracy": accuracy}, model_state
 
-    def init(key: jax.Array) -> Any:
-        return model.init(key, dataset.train["image"][:1])["params"]
+    return Task("accuracy", dataset, functools.partial(_init, model, dataset), outputs)
 
-    return Task("accuracy", dataset, init, outputs)
+
+def reconstruction(config: ml_collections.ConfigDict) -> Task:
+    """Images through a bottleneck and back, by squared error, measured by the peak signal-to-noise ratio in dB."""
+    dataset = _dataset(config)
+    model = naming.lookup(models, config.model, "config.model", {})
+
+    def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
+        image = _unit(batch["image"])
+        output, model_state = _apply(model, params, model_state, image, training)
+        loss = jnp.mean(jnp.square(output - image), axis=(1, 2, 3))
+        return {"loss": loss, "psnr": -10 * jnp.log10(jnp.maximum(loss, 1e-10))}, model_state
+
+    return Task("psnr", dataset, functools.partial(_init, model, dataset), outputs)
+
+
+def _dataset(config: ml_collections.ConfigDict) -> data.Dataset:
+    return naming.lookup(data, config.data.name, "config.data.name", config.data.options)
+
+
+def _unit(image: jax.Array) -> jax.Array:
+    """Images as float32 in [0, 1]; bytes are what travels to the device."""
+    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+
+
+def _init(model: Any, dataset: data.Dataset, key: jax.Array) -> tuple[Any, Any]:
+    """`(params, model_state)` of a flax linen model: what it carries besides its parameters, such as batch statistics."""
+    state = dict(model.init(key, _unit(jnp.asarray(dataset.example["image"]))))
+    return state.pop("params"), state
+
+
+def _apply(model: Any, params: Any, model_state: Any, image: jax.Array, training: bool) -> tuple[jax.Array, Any]:
+    if not (training and model_state):
+        return model.apply({"params": params, **model_state}, image), model_state
+    return model.apply({"params": params, **model_state}, image, mutable=list(model_state))

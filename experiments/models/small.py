@@ -1,4 +1,4 @@
-"""Small classifiers for small images; inputs `(batch, height, width, channels)`, outputs logits `(batch, classes)`."""
+"""Small networks for small images, `(batch, height, width, channels)`; classifiers give logits `(batch, classes)`."""
 
 import flax.linen as nn
 import jax
@@ -29,3 +29,19 @@ class ConvNet(nn.Module):
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(72)(x))
         return nn.Dense(self.classes)(x)
+
+
+class Autoencoder(nn.Module):
+    """Two dense layers to a code and two back; the output has the shape of the input."""
+
+    width: int = 256
+    code: int = 32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape
+        x = x.reshape(shape[0], -1)
+        size = x.shape[1]
+        x = nn.Dense(self.code)(nn.relu(nn.Dense(self.width)(x)))
+        x = nn.sigmoid(nn.Dense(size)(nn.relu(nn.Dense(self.width)(x))))
+        return x.reshape(shape)

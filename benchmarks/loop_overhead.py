@@ -1,0 +1,94 @@
+"""What the training loop costs on top of its own jitted step, at about 5 ms a step.
+
+    python -m benchmarks.loop_overhead
+
+The bare contender calls the compiled step over and over on one batch that is on the device already. The loop does what it
+does in a run: draws and places batches, reads a row of metrics every `log_every` steps, and, as a third contender, also
+saves a checkpoint every 100 steps. Start-up is reported beside it: compiling, with an empty cache and with a warm one.
+"""
+
+import functools
+import pathlib
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import app
+
+from benchmarks import timing
+from configs import mnist
+from experiments import progress, train
+from experiments.checkpoint import Checkpoints
+
+STEPS, ROUNDS, FIRST = 400, 7, 20
+
+
+def bare(program: train.Program) -> float:
+    """Seconds per step of the compiled step alone."""
+    seed = np.int32(0)
+    state = program.functions.init(seed)
+    batch = train._stacked(train._streams(program.config, program.task, [0]), program)
+    for _ in range(FIRST):
+        state, _ = program.functions.step(seed, state, batch)
+    jax.block_until_ready(state)
+    started = time.perf_counter()
+    for _ in range(STEPS - FIRST):
+        state, _ = program.functions.step(seed, state, batch)
+    jax.block_until_ready(state)
+    return (time.perf_counter() - started) / (STEPS - FIRST)
+
+
+def loop(program: train.Program, save: bool) -> float:
+    """Seconds per step of the training loop."""
+    times = {}
+
+    def on_step(done: int) -> bool:
+        times[done] = time.perf_counter()
+        return False
+
+    with tempfile.TemporaryDirectory() as directory:
+        saved = Checkpoints(pathlib.Path(directory), keep=2) if save else None
+        train.train(program, [0], train.Hooks(on_step=on_step, checkpoints=saved))
+        if saved:
+            saved.close()
+    return (times[STEPS - 1] - times[FIRST]) / (STEPS - 1 - FIRST)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    config = mnist.get_config()
+    config.steps, config.eval_every, config.checkpoint_every = STEPS, STEPS, 100
+    config.batch_size, config.eval_batch_size = 500, 1000
+    compile_seconds = {}
+    with tempfile.TemporaryDirectory() as cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        for kind in ("empty", "warm"):
+            jax.clear_caches()
+            program = train.compiled(config)
+            compile_seconds[kind] = round(program.compile_seconds, 2)
+    contenders = {
+        "bare step": functools.partial(bare, program),
+        "loop": functools.partial(loop, program, False),
+        "loop, saving": functools.partial(loop, program, True),
+    }
+    seconds = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, measure in contenders.items():
+            seconds[name].append(measure())
+    base = np.array(seconds["bare step"])
+    rows = [
+        {
+            "contender": name,
+            "ms_per_step": round(1e3 * float(np.median(s)), 3),
+            "ratio": timing.spread(np.array(s) / base),
+        }
+        for name, s in seconds.items()
+    ]
+    progress.console().print(progress.table(f"Loop overhead; compile seconds {compile_seconds}", rows))
+    print(timing.save("loop_overhead", {"steps": STEPS, "rows": rows, "compile_seconds_by_cache": compile_seconds}))
+
+
+if __name__ == "__main__":
+    app.run(main)

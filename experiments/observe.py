@@ -1,0 +1,107 @@
+"""What a run tells while it goes: progress on the screen, metrics.jsonl, TensorBoard, a profile, the wish to stop."""
+
+import pathlib
+import signal
+import threading
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+import tensorboardX
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+import sa_plus_plus as sapp
+from experiments import progress, train
+from experiments.checkpoint import Checkpoints
+from experiments.workdir import METRICS, Metrics
+
+_PROFILED = range(10, 15)  # steps of a session: past compilation and warm-up
+
+
+class Observer:
+    """The hooks of one run in one directory; a context manager. Only the first host writes.
+
+    Args:
+      path: the run's directory.
+      title: what is running.
+      total_steps: its length.
+      metric: the task's headline metric.
+      console: the screen.
+      checkpoints: where to save.
+      profile: whether to write a trace of a few steps to `path/profile`, for TensorBoard or Perfetto.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        title: str,
+        total_steps: int,
+        metric: str,
+        console: Console,
+        checkpoints: Checkpoints,
+        profile: bool = False,
+    ) -> None:
+        self._path, self._profile = path, profile
+        self._first = 0
+        self._writes = jax.process_index() == 0
+        self._live = progress.Live(title, total_steps, metric, console)
+        self._checkpoints = checkpoints
+        self._terminated = threading.Event()
+        self._metrics: Metrics | None = None
+        self._board: Any = None
+
+    @property
+    def hooks(self) -> train.Hooks:
+        return train.Hooks(self._on_start, self._on_row, self._on_state, self._checkpoints, self._on_step)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of the run, those of earlier sessions included."""
+        return self._metrics.rows if self._metrics else []
+
+    def __enter__(self) -> Self:
+        self._old_handler = signal.signal(signal.SIGTERM, lambda number, frame: self._terminated.set())
+        if self._writes:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        signal.signal(signal.SIGTERM, self._old_handler)
+        if self._writes:
+            self._live.__exit__(kind, error, tb)
+        if self._metrics:
+            self._metrics.close()
+        if self._board:
+            self._board.close()
+
+    def _on_start(self, step: int) -> None:
+        self._first = step
+        if self._writes:
+            self._metrics = Metrics(self._path / METRICS, step)
+            self._board = tensorboardX.SummaryWriter(str(self._path / "tensorboard"), purge_step=step)
+
+    def _on_row(self, row: train.Row) -> None:
+        if not self._writes:
+            return
+        self._live(row)
+        self._metrics.add(train.row_of_seed(row, 0))
+        for name, value in (*row.values.items(), ("learning_rate", row.learning_rate), ("steps_per_s", row.rate)):
+            self._board.add_scalar(name, float(np.mean(value)), row.step)
+
+    def _on_state(self, step: int, state: train.TrainState) -> None:
+        for path, logits in state.trainable.logits.items():
+            weights = multihost_utils.process_allgather(logits, tiled=True) if jax.process_count() > 1 else logits
+            if self._writes:
+                histogram = np.asarray(sapp.attention_weights(np.asarray(weights))).ravel()
+                self._board.add_histogram(f"attention/{path}", histogram, step)
+
+    def _on_step(self, done: int) -> bool:
+        if self._profile and self._writes and done - self._first == _PROFILED.start:
+            jax.profiler.start_trace(str(self._path / "profile"))
+        if self._profile and self._writes and done - self._first == _PROFILED.stop:
+            jax.profiler.stop_trace()
+        if jax.process_count() > 1:  # the hosts must agree on the step at which they stop
+            return multihost_utils.reached_preemption_sync_point(done)
+        return self._terminated.is_set()

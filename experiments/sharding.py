@@ -1,0 +1,70 @@
+"""Where arrays live: the only place that builds a mesh.
+
+A step is written once, in the global view, and `jax.jit` splits it over the mesh. Batches are split over all devices;
+the state is replicated, or with `fsdp > 1` parameters, logits and optimizer state are split over that axis. Masks come out
+identical on every host by construction: they are part of the one global program's state, computed from scores that the
+program has already summed over devices, by comparisons and integer counts, for which the order of summation is of no
+matter.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+
+
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices, by default all of all hosts, as a `data x fsdp` mesh.
+
+    Raises:
+      ValueError: if the number of devices is not a multiple of `fsdp`.
+    """
+    count = len(devices or jax.devices())
+    if fsdp < 1 or count % fsdp:
+        raise ValueError(f"config.mesh.fsdp={fsdp} does not divide the number of devices, {count}")
+    return jax.make_mesh((count // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def of_state(abstract: Any, mesh: Mesh) -> Any:
+    """A sharding for each leaf of a state: split over `fsdp` along the longest axis that it divides, else replicated."""
+    fsdp = mesh.shape["fsdp"]
+
+    def sharding(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, n in enumerate(leaf.shape) if n % fsdp == 0 and n >= fsdp]
+        if fsdp == 1 or not axes:
+            return NamedSharding(mesh, PartitionSpec())
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*(["fsdp" if a == longest else None for a in range(len(leaf.shape))])))
+
+    return jax.tree.map(sharding, abstract)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def of_batch(mesh: Mesh, example_axis: int = 0) -> NamedSharding:
+    """Examples, which lie along `example_axis`, over all devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * example_axis, AXES))
+
+
+def check_batch(size: int, mesh: Mesh, name: str) -> None:
+    """Refuse a global batch that the devices or the hosts cannot share evenly."""
+    if size % mesh.size:
+        raise ValueError(f"{name}={size} is not a multiple of the {mesh.size} devices")
+
+
+def place(batch: Any, sharding: NamedSharding) -> Any:
+    """Put this host's part of a global batch on the devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree: what a checkpoint is restored to."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

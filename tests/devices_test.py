@@ -1,0 +1,121 @@
+"""One device, eight, parameters split or not, one process or two: the same losses and the same masks."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from configs import mnist
+from experiments import sharding, train
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def config(name="sequential_attention", fsdp=1):
+    result = mnist.get_config()
+    result.steps, result.eval_every, result.log_every, result.dense_twin = 60, 20, 1, False
+    result.batch_size, result.eval_batch_size, result.mesh.fsdp = 96, 400, fsdp
+    result.sparsifier.name = name
+    return result
+
+
+def trained(c, devices):
+    mesh = sharding.make_mesh(c.mesh.fsdp, jax.devices()[:devices])
+    masks = []
+
+    def keep(step, state):
+        masks.append(jax.tree.map(np.asarray, state.prune.masks))
+
+    (outcome,) = train.train(train.compiled(c, mesh=mesh), [0], train.Hooks(on_state=keep))
+    return outcome, masks
+
+
+@pytest.mark.parametrize("name", ["sequential_attention", "acdc"])
+def test_eight_devices_equal_one(name):
+    one, masks = trained(config(name), 1)
+    for fsdp in (1, 4):
+        many, many_masks = trained(config(name, fsdp), 8)
+        for a, b in zip(one.rows, many.rows, strict=True):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+        for a, b in zip(masks, many_masks, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, a, b)
+        assert one.test == pytest.approx(many.test, abs=1e-5)
+
+
+def test_fsdp_splits_parameters_logits_and_moments():
+    c = config(fsdp=4)
+    program = train.compiled(c, mesh=sharding.make_mesh(4))
+    state = program.functions.init(np.int32(0))
+    state, _ = program.functions.step(np.int32(0), state, train._stacked(train._streams(c, program.task, [0]), program))
+    kernel = state.trainable.params["Dense_0"]["kernel"]
+    logits = state.trainable.logits["Dense_0/kernel"]
+    momentum = next(x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape)
+    for x in (kernel, logits, momentum):
+        assert x.addressable_shards[0].data.size == x.size // 4
+
+
+def test_batches_that_do_not_divide_are_refused():
+    c = config()
+    c.batch_size = 100
+    with pytest.raises(ValueError, match=r"config.batch_size=100 is not a multiple of the 8 devices"):
+        train.check(c)
+    with pytest.raises(ValueError, match=r"config.mesh.fsdp=3 does not divide the number of devices, 8"):
+        sharding.make_mesh(3)
+
+
+FLAGS = [
+    *("--config.steps=60", "--config.batch_size=96", "--config.eval_batch_size=400", "--config.log_every=1"),
+    *("--config.eval_every=20", "--config.checkpoint_every=25", "--config.dense_twin=False"),
+]
+
+
+def start(workdir, devices, *flags):
+    line = [sys.executable, "-m", "experiments.main", *FLAGS, f"--workdir={workdir}", *flags]
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes):
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+
+
+def rows_and_masks(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    weights = safetensors.numpy.load_file(workdir / "pruned.safetensors")
+    return rows, {path: w != 0 for path, w in weights.items() if w.ndim == 2}
+
+
+def two_processes(workdir, *flags):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"--coordinator_address=localhost:{free.getsockname()[1]}"
+    hosts = ["--distributed", address, "--num_processes=2"]
+    return [start(workdir, 2, *hosts, f"--process_id={i}", *flags) for i in range(2)]
+
+
+def test_two_processes_equal_one_and_checkpoints_move_between_them(tmp_path):
+    finish(start(tmp_path / "one", 4))
+    finish(*two_processes(tmp_path / "two", "--config.mesh.fsdp=2", "--resume_changed"))
+    rows, masks = rows_and_masks(tmp_path / "one")
+    two_rows, two_masks = rows_and_masks(tmp_path / "two")
+    for a, b in zip(rows, two_rows, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, masks, two_masks)
+    for written, read in (("one", "two"), ("two", "one")):  # go on from the other's last checkpoint
+        workdir = tmp_path / written
+        (workdir / "result.json").unlink()
+        (workdir / "metrics.jsonl").write_text("")
+        flags = ["--config.steps=60", "--resume_changed"]
+        finish(*two_processes(workdir, *flags) if read == "two" else [start(workdir, 1, *flags)])
+        _, again = rows_and_masks(workdir)
+        jax.tree.map(np.testing.assert_array_equal, masks, again)

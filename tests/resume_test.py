@@ -1,0 +1,141 @@
+"""A run killed at any moment and started again ends as one that never was; SIGTERM saves; directories are guarded."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.numpy
+
+import sa_plus_plus as sapp
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 120
+FLAGS = [
+    f"--config.steps={STEPS}",
+    "--config.log_every=3",
+    "--config.eval_every=20",
+    "--config.checkpoint_every=7",
+    "--config.dense_twin=False",
+]
+
+
+def run(workdir, *flags, when=None, wait=True):
+    start = ["tests/killed.py", when] if when else ["-m", "experiments.main"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    process = subprocess.Popen(
+        [sys.executable, *start, *FLAGS, f"--workdir={workdir}", *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if not wait:
+        return process
+    process.output, _ = process.communicate(timeout=300)
+    return process
+
+
+def outcome(workdir):
+    result = json.loads((workdir / "result.json").read_text())
+    weights = safetensors.numpy.load_file(workdir / "pruned.safetensors")
+    kept = {k: result[k] for k in ("metric", "loss", "real_sparsity", "steps", "layers")}
+    return (workdir / "metrics.jsonl").read_bytes(), {k: v.tobytes() for k, v in weights.items()}, kept
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("resume") / "whole"
+    done = run(workdir)
+    assert done.returncode == 0, done.output
+    return workdir
+
+
+def test_killed_at_twenty_instants_ends_bit_for_bit_the_same(uninterrupted):
+    """One run, killed again and again: around boundaries and checkpoints, and wherever the clock has it."""
+    starts = [p.start for p in sapp.phases.sequential_attention(STEPS).phases[1:]]
+    rng = random.Random(0)
+    at_steps = sorted({*rng.sample(starts, 4), 6, 7, 8, *rng.sample(range(1, STEPS), 3), STEPS - 1, STEPS})
+    by_clock = [f"{rng.uniform(0.0, 0.15):.3f}s" for _ in range(20 - len(at_steps))]
+    workdir = uninterrupted.parent / "killed"
+    instants = [str(s) for s in at_steps]
+    for when in by_clock:  # among the others
+        instants.insert(rng.randrange(len(instants)), when)
+    for when in instants:
+        done = run(workdir, when=when)
+        assert done.returncode == -signal.SIGKILL, done.output
+    done = run(workdir)
+    assert done.returncode == 0, done.output
+    assert outcome(workdir) == outcome(uninterrupted)
+
+
+def test_sigterm_saves_and_exits_with_its_own_status(uninterrupted):
+    workdir = uninterrupted.parent / "terminated"
+    done = run(workdir, when="term:50")
+    assert done.returncode == 4, done.output
+    assert "Saved after 50 steps" in done.output
+    done = run(workdir)
+    assert done.returncode == 0, done.output
+    assert outcome(workdir) == outcome(uninterrupted)
+    again = run(workdir)
+    assert again.returncode == 0, "done already"
+    assert "test_accuracy" in again.output
+    assert outcome(workdir) == outcome(uninterrupted)
+
+
+def test_another_config_is_refused_with_the_differing_keys_unless_asked(uninterrupted):
+    done = run(uninterrupted, "--config.optimizer.learning_rate=0.05", "--config.seed=3", "--config.keep=5")
+    assert done.returncode == 2
+    assert "config.optimizer.learning_rate: 0.1 there, 0.05 now" in done.output
+    assert "config.seed: 0 there, 3 now" in done.output
+    assert "keep:" not in done.output
+    workdir = uninterrupted.parent / "changed"
+    assert run(workdir, when="40").returncode == -signal.SIGKILL
+    done = run(workdir, "--config.optimizer.learning_rate=0.05", "--resume_changed")
+    assert done.returncode == 0, done.output
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    whole = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert rows[:5] == whole[:5]
+    assert rows[-1] != whole[-1]
+
+
+def test_second_process_on_a_directory_is_refused(tmp_path):
+    first = run(tmp_path / "run", "--config.steps=100000", wait=False)
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < until:
+            time.sleep(0.2)
+        second = run(tmp_path / "run", "--config.steps=100000")
+        assert second.returncode == 2
+        assert f"in use by process {first.pid}" in second.output
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_divergence_names_the_place_and_keeps_the_good_checkpoint(tmp_path):
+    done = run(tmp_path, "--config.optimizer.learning_rate=3e4", "--config.checkpoint_every=1")
+    assert done.returncode == 3, done.output
+    result = json.loads((tmp_path / "result.json").read_text())
+    at = result["diverged_at"]
+    assert result["diverged"] is True
+    assert at["train_loss"] is None
+    assert at["last_checkpoint"] == at["step"] - 1
+    for words in (f"after step {at['step']}", "in a dense phase", "at learning rate 3e+04", "last good checkpoint: step"):
+        assert words in " ".join(done.output.split())
+
+
+def test_unwritable_work_directory(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = run(blocked / "run")
+    assert done.returncode == 2
+    assert str(blocked) in done.output
+    assert "Traceback" not in done.output
