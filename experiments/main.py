@@ -18,6 +18,7 @@ from rich.console import Console
 from experiments import cli, progress, report, train
 
 DIVERGED = 3  # exit status
+flags.declare_key_flag("config")  # for --help
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the results that the work directory holds.")
 

@@ -67,7 +67,7 @@ class Outcome(NamedTuple):
       params: the pruned network.
       plan: what was to be pruned.
       phases: the schedule.
-      test: mean of each output over the test set, by the pruned network.
+      test: mean of each output over the test set, by the pruned network; NaN where the run ended early.
       rows: its rows, each value a float.
       seconds: training and evaluation, shared evenly where seeds ran together.
       compile_seconds: of the program that it ran in.
@@ -184,8 +184,8 @@ class Program(NamedTuple):
 
 def compiled(config: ml_collections.ConfigDict, seeds: int = 1) -> Program:
     """Compile a config for `seeds` seeds side by side."""
-    started = time.perf_counter()
     task, plan = task_of(config), check(config)
+    started = time.perf_counter()
     fns = functions(config, task) if seeds == 1 else over_seeds(functions(config, task))
     test = [jax.device_put(batch) for batch in data.padded_batches(task.dataset.test, config.eval_batch_size)]
     seed = _seed_argument(range(seeds))
@@ -255,10 +255,10 @@ def train(program: Program, seeds: Sequence[int], on_row: Callable[[Row], None] 
             pending = None
             if not any(np.isfinite(rows[-1].values["train_loss"])):
                 break
-        tests = done == config.steps or done % config.eval_every == 0
-        if tests or done in enters_sparse or done % config.log_every == 0:
+        is_test = done == config.steps or done % config.eval_every == 0
+        if is_test or done in enters_sparse or done % config.log_every == 0:
             values = {f"train_{name}": x for name, x in means.items()} | program.status(state)
-            if tests:
+            if is_test:
                 values |= tested(state)
             if done in enters_sparse:
                 before, sparse_masks = sparse_masks, jax.tree.map(np.asarray, state.prune.masks)
@@ -269,17 +269,19 @@ def train(program: Program, seeds: Sequence[int], on_row: Callable[[Row], None] 
         report(*pending)
     seconds = (time.perf_counter() - started) / len(seeds)
     params = fns.finalize(seed, state)
+    last = rows[-1].values  # without results on the test set, if the run ended early
+    tests = {f"test_{name}": last.get(f"test_{name}", np.full(len(seeds), np.nan)) for name in means}
     return [
         Outcome(
             seed=s,
             params=jax.tree.map(lambda x, n=n: x[n], params) if program.seeds > 1 else params,
             plan=program.plan,
             phases=sp.phases,
-            test={k: float(v[n]) for k, v in rows[-1].values.items() if k.startswith("test_")},
+            test={name: float(x[n]) for name, x in tests.items()},
             rows=[row_of_seed(row, n) for row in rows],
             seconds=seconds,
             compile_seconds=program.compile_seconds,
-            diverged=not all(np.isfinite(row.values["train_loss"][n]) for row in rows),
+            diverged=not np.isfinite([tests["test_loss"][n], *(row.values["train_loss"][n] for row in rows)]).all(),
         )
         for n, s in enumerate(seeds)
     ]
