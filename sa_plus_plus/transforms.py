@@ -22,8 +22,8 @@ def reset_on(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         tx = optax.chain(sapp.reset_on(optax.trace(0.9)), optax.scale_by_learning_rate(schedule))
         updates, opt_state = tx.update(grads, opt_state, trainable, boundary=prune.boundary)
 
-    What calls `inner` on some steps only belongs inside too: `reset_on(optax.MultiSteps(optax.adam(1e-3), 4))`. The other
-    way round, `optax.MultiSteps(reset_on(...), 4)` drops a boundary that falls on a step of mere accumulation.
+    What calls `inner` on some steps only belongs inside too: `reset_on(optax.MultiSteps(optax.adam(1e-3), 4))`. The
+    other way round, `optax.MultiSteps(reset_on(...), 4)` drops a boundary that falls on a step of mere accumulation.
 
     Args:
       inner: momentum, Adam's moments, or any transformation.
