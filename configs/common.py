@@ -16,6 +16,7 @@ def sparsifier() -> ConfigDict:
     config.sparsification = True  # False: SequentialAttention++ on ACDC's schedule (D.1)
     config.exponent = 4.0  # c of the sparsification curve (D.2)
     config.schedule = ()  # a schedule of your own instead: (("dense", "20%"), ("sparsification", 0.3), ("sparse", 0.5))
+    # clip: "density", "none" or a range, "0.1,10"
     config.sequential_attention = ConfigDict(
         {"clip": "density", "monotone": True, "mask_every": 1, "logit_lr": 1.0, "reset_logits_at": ()}
     )

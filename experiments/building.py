@@ -40,13 +40,28 @@ def sparsifier(
         if name == "sequential_attention":
             rising["sparsification"] = config.sparsification
         phases = own_phases(total_steps, recipe=config.recipe, **rising)
+    if len(config.block) != 2:
+        raise ValueError(f"config.sparsifier.block needs both sides, such as (8, 8); got {config.block}")
     options = dict(config[name])
-    if options.get("clip") == "none":
-        options["clip"] = None
+    if "clip" in options:
+        options["clip"] = _clip(options["clip"])
     if name == "random":
         options["seed"] = seed
     common = {key: config[key] for key in ("block", "sparsity", "min_blocks", "scope")}
     return make(phases=phases, overrides=config.overrides.to_dict(), **common, **options)
+
+
+def _clip(clip: Any) -> Any:
+    """A config holds text, since the type of an option may not change: `density`, `none`, or a range `0.1,10`."""
+    if not isinstance(clip, str) or clip == "density":
+        return clip
+    if clip == "none":
+        return None
+    low, comma, high = clip.strip("()").partition(",")
+    try:
+        return (float(low), float(high)) if comma else clip
+    except ValueError:
+        return clip  # for the constructor to refuse
 
 
 def optimizer(

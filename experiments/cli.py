@@ -2,15 +2,18 @@
 
 import contextlib
 import datetime
+import difflib
+import itertools
 import os
 import pathlib
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 BAD_INPUT = 2  # exit status
 DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "mnist.py"
@@ -44,12 +47,34 @@ def _parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         while isinstance(error.args[0], Exception):  # ml_collections wraps the one that knows in others
             error = error.args[0]
-        fail("no config key " + " ".join(error.args[0].split()))
+        fail("no config key " + " ".join(error.args[0].split()) + _nearest_key(argv, error.args[0]))
     except (TypeError, ValueError, OSError, flags.Error) as error:
         fail(str(error))
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; options look like --config.steps=100")
     return rest
+
+
+def _nearest_key(argv: list[str], message: str) -> str:
+    """Where the message names no key instead: the nearest of the whole config, which may be in another section."""
+    options = [arg.lstrip("-") for arg in argv[1:]]
+    paths = [arg.removeprefix("config=") for arg in options if arg.startswith("config=")]
+    paths += [after for arg, after in itertools.pairwise(options) if arg == "config"]
+    if "Did you mean" in message or not paths:
+        return ""
+    known = list(_keys(runpy.run_path(paths[-1])["get_config"]()))
+    wrong = [arg.split("=")[0].removeprefix("config.") for arg in options if arg.startswith("config.")]
+    for key in wrong:
+        if key not in known and any(part in message for part in key.split(".")):
+            return f'; did you mean "{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]}"?'
+    return ""
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for key in config:
+        yield prefix + key
+        if isinstance(config[key], ConfigDict):
+            yield from _keys(config[key], f"{prefix}{key}.")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 import sa_plus_plus as sapp
 from experiments import building, cli, naming, progress, report, train
 
+flags.declare_key_flag("config")  # for --help
 _ALGORITHMS = flags.DEFINE_list("algorithms", ["all"], "Comma-separated names, or all.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds: config.seed and those that follow it.", lower_bound=1)
 _TOGETHER = flags.DEFINE_enum("together", "auto", ["auto", "yes", "no"], "Run the seeds side by side, or in turn.")
@@ -33,7 +34,9 @@ def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     config, console = cli.CONFIG.value, progress.console()
     with cli.users_mistakes():
-        names = building.NAMES if _ALGORITHMS.value == ["all"] else _ALGORITHMS.value
+        names = building.NAMES if _ALGORITHMS.value == ["all"] else tuple(dict.fromkeys(_ALGORITHMS.value))
+        if not names:
+            raise ValueError(f"--algorithms is empty; write all, or some of {', '.join(building.NAMES)}")
         configs = {name: _with_algorithm(config, name) for name in names}
         plans = [train.check(each) for each in configs.values()]
         workdir = cli.workdir_path(_WORKDIR.value, f"{config.name}-compare")
@@ -63,8 +66,8 @@ def main(argv: list[str]) -> None:
         "config": config.to_dict(),
         "date": datetime.date.today().isoformat(),
     }
-    _plot(workdir / "compare.png", config, outcomes, metric)
     report.write_json(workdir / RESULT, content)
+    _plot(workdir / "compare.png", config, outcomes, metric)
     title = f"{config.name}, {config.model}, blocks {config.sparsifier.block}: mean ± std of {len(seeds)} seeds"
     console.print(progress.table(title, [_cells(row, metric) for row in rows]))
     console.print(f"In {workdir}: compare.json, compare.png", highlight=False)
@@ -89,8 +92,8 @@ def _summary(name: str, outcomes: list[train.Outcome], metric: str) -> dict[str,
     sparsity = [report.real_sparsity(report.layer_rows(o)) for o in outcomes]
     return {
         "algorithm": name,
-        "metric": [o.test.get(f"test_{metric}", float("nan")) for o in outcomes],
-        "loss": [o.test.get("test_loss", float("nan")) for o in outcomes],
+        "metric": [o.test[f"test_{metric}"] for o in outcomes],
+        "loss": [o.test["test_loss"] for o in outcomes],
         "real_sparsity": sparsity,
         "diverged": [o.diverged for o in outcomes],
         "seconds": [o.seconds for o in outcomes],
@@ -122,17 +125,21 @@ def _plot(
     """Test metric against step, mean and spread of each algorithm; and at the end, a point a seed."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(2, 1), sharey=True)
     for i, (name, runs) in enumerate(outcomes.items()):
-        tested = [[row for row in o.rows if f"test_{metric}" in row] for o in runs]
-        steps = [row["step"] for row in min(tested, key=len)]
-        curves = np.array([[row[f"test_{metric}"] for row in rows[: len(steps)]] for rows in tested])
-        mean, std = curves.mean(0), curves.std(0)
+        tested = [{row["step"]: row[f"test_{metric}"] for row in o.rows if f"test_{metric}" in row} for o in runs]
+        steps = sorted(set().union(*tested))
+        curves = np.array([[values.get(step, np.nan) for step in steps] for values in tested])
+        mean, std = curves.mean(0), curves.std(0, ddof=min(1, len(runs) - 1))
+        last = [o.test[f"test_{metric}"] for o in runs]
         (line,) = left.plot(steps, mean, lw=1.2, label=name)
         left.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.15, lw=0)
-        right.plot([i] * len(runs), curves[:, -1], "o", color=line.get_color(), alpha=0.6)
-        right.plot([i - 0.3, i + 0.3], [mean[-1]] * 2, color=line.get_color())
-    ends = np.concatenate([[o.test[f"test_{metric}"] for o in runs] for runs in outcomes.values()])
-    margin = 0.2 * (np.ptp(ends) + 0.01)
-    left.set(xlabel="step", ylabel=f"test {metric}", ylim=(ends.min() - 3 * margin, ends.max() + margin))
+        right.plot([i] * len(runs), last, "o", color=line.get_color(), alpha=0.6)
+        right.plot([i - 0.3, i + 0.3], [np.mean(last)] * 2, color=line.get_color())
+    left.set(xlabel="step", ylabel=f"test {metric}")
+    ends = np.array([o.test[f"test_{metric}"] for runs in outcomes.values() for o in runs])
+    if np.isfinite(ends).any():  # NaN where a run diverged
+        low, high = np.nanmin(ends), np.nanmax(ends)
+        margin = 0.2 * (high - low + 0.01)
+        left.set_ylim(low - 3 * margin, high + margin)
     left.legend(fontsize="small")
     right.set_xticks(range(len(outcomes)), list(outcomes), rotation=35, ha="right", fontsize="small")
     block = "×".join(map(str, config.sparsifier.block))

@@ -23,6 +23,7 @@ from experiments import checkpoint, cli, observe, progress, report, train, workd
 
 DIVERGED, PREEMPTED = 3, 4  # exit status
 
+flags.declare_key_flag("config")  # for --help
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run that the work directory holds and begin anew.")
 _RESUME_CHANGED = flags.DEFINE_bool("resume_changed", False, "Resume though the config differs from the run's own.")

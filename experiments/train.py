@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
       plan: what was to be pruned.
       phases: the schedule.
       steps: steps done.
-      test: mean of each output over the test set, by the pruned network; empty if the run diverged.
+      test: mean of each output over the test set, by the pruned network; NaN where the run ended early.
       rows: its rows of this session, each value a float.
       seconds: training and evaluation, shared evenly where seeds ran together; since the last restart.
       compile_seconds: of the program that it ran in.
@@ -222,6 +222,7 @@ class Program(NamedTuple):
       seeds: how many seeds run side by side; with 1, arrays have no axis for them.
       functions: as `Functions`, compiled.
       status: `status(state)`: what the algorithm is doing.
+      outputs: names of the task's outputs.
       state: shapes, dtypes and shardings of a state.
       train_sharding: of a training batch.
       test_sharding: of a test batch.
@@ -235,6 +236,7 @@ class Program(NamedTuple):
     seeds: int
     functions: Functions
     status: Callable[[TrainState], dict[str, jax.Array]]
+    outputs: tuple[str, ...]
     state: TrainState
     train_sharding: Any
     test_sharding: Any
@@ -270,6 +272,7 @@ def compiled(config: ml_collections.ConfigDict, seeds: int = 1, mesh: Mesh | Non
             finalize=jax.jit(fns.finalize, out_shardings=whole),
         ),
         status=status.lower(state).compile(),
+        outputs=tuple(name for name in jax.eval_shape(fns.evaluate, seed, state, test) if name != "weight"),
         state=state,
         train_sharding=train_sharding,
         test_sharding=test_sharding,
@@ -361,10 +364,11 @@ def train(program: Program, seeds: Sequence[int], hooks: Hooks | None = None) ->
     if pending is not None:
         report(*pending)
     diverged = [bool(rows) and any(not np.isfinite(r.values["train_loss"][n]) for r in rows) for n in range(len(seeds))]
-    test: dict[str, np.ndarray] = {}
-    if not all(diverged):
-        ended = rows[-1].values if rows and rows[-1].step == config.steps else tested(state)
-        test = {k: np.atleast_1d(np.asarray(v)) for k, v in ended.items() if k.startswith("test_")}
+    # Evaluated with the last row; again if that was written by an earlier session.
+    ended = rows[-1].values if rows else tested(state)
+    names = [f"test_{name}" for name in program.outputs]
+    test = {name: np.atleast_1d(np.asarray(ended.get(name, np.full(len(seeds), np.nan)))) for name in names}
+    diverged = [d or not np.isfinite(test["test_loss"][n]) for n, d in enumerate(diverged)]
     if hooks.checkpoints is not None:
         hooks.checkpoints.wait()
     seconds = (time.perf_counter() - started) / len(seeds)

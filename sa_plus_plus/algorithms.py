@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning
 from sa_plus_plus.phases import DENSE, KINDS, Phases
-from sa_plus_plus.planning import MIN_BLOCKS, Layer, Overrides, Plan, not_embedding
+from sa_plus_plus.planning import MIN_BLOCKS, Layer, Overrides, Plan, named_as_kernel
 from sa_plus_plus.sparsifier import (
     IDENTITY,
     Parametrisation,
@@ -20,6 +21,7 @@ from sa_plus_plus.sparsifier import (
     Sparsifier,
     State,
     Trainable,
+    check_phases,
     compose,
     times,
 )
@@ -38,6 +40,7 @@ def dense(*, phases: Phases) -> Sparsifier:
     Raises:
       ValueError: if a phase is not dense.
     """
+    check_phases(phases)
     if odd := [str(p) for p in phases.phases if p.kind != DENSE]:
         raise ValueError(f"dense prunes nothing, but the schedule has {odd[0]}")
 
@@ -63,7 +66,7 @@ def magnitude(
     sparsity: float,
     phases: Phases,
     min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = not_embedding,
+    where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
     scope: str = "layer",
 ) -> Sparsifier:
@@ -74,7 +77,7 @@ def magnitude(
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.magnitude(total_steps)`.
       min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings.
+      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
       overrides: other `block` or `sparsity` by path or pattern; see `plan`.
       scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
 
@@ -102,7 +105,7 @@ def gradual_magnitude(
     mask_every: int = 1,
     monotone: bool = True,
     min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = not_embedding,
+    where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
     scope: str = "layer",
 ) -> Sparsifier:
@@ -115,7 +118,7 @@ def gradual_magnitude(
       mask_every: steps between selections in the sparsification phase.
       monotone: a block once dropped stays dropped.
       min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings.
+      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
       overrides: other `block` or `sparsity` by path or pattern; see `plan`.
       scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
     """
@@ -141,7 +144,7 @@ def random(
     phases: Phases,
     seed: int | jax.Array = 0,
     min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = not_embedding,
+    where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
     scope: str = "layer",
 ) -> Sparsifier:
@@ -153,7 +156,7 @@ def random(
       phases: usually `phases.random(total_steps)`.
       seed: which mask; may be traced, to `vmap` over masks.
       min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings.
+      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
       overrides: other `block` or `sparsity` by path or pattern; see `plan`.
       scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
     """
@@ -183,7 +186,7 @@ def acdc(
     phases: Phases,
     form: str = "pruning",
     min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = not_embedding,
+    where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
     scope: str = "layer",
 ) -> Sparsifier:
@@ -196,7 +199,7 @@ def acdc(
       form: `pruning`: pruned weights restart from 0 in the next dense phase (the paper's choice for ImageNet);
         `masking`: they are as they were when masked (its choice for Criteo).
       min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings.
+      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
       overrides: other `block` or `sparsity` by path or pattern; see `plan`.
       scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
 
@@ -226,7 +229,7 @@ def powerpropagation(
     phases: Phases,
     alpha: float = 2.0,
     min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = not_embedding,
+    where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
     scope: str = "layer",
 ) -> Sparsifier:
@@ -241,7 +244,7 @@ def powerpropagation(
       phases: usually `phases.powerpropagation(total_steps)`.
       alpha: at least 1; 2 is the paper's (Lemma 2.3), 1 is `magnitude`.
       min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings.
+      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
       overrides: other `block` or `sparsity` by path or pattern; see `plan`.
       scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
 
@@ -290,7 +293,7 @@ def sequential_attention(
     logit_lr: float = 1.0,
     reset_logits_at: Sequence[str] = (),
     min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = not_embedding,
+    where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
     scope: str = "layer",
 ) -> Sparsifier:
@@ -313,7 +316,7 @@ def sequential_attention(
       reset_logits_at: kinds of phases (such as `("dense",)`) on entering which the logits return to 0; by default
         they are kept throughout.
       min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings.
+      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
       overrides: other `block` or `sparsity` by path or pattern; see `plan`.
       scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
 
@@ -322,12 +325,12 @@ def sequential_attention(
     """
     if isinstance(clip, str) and clip != "density":
         raise ValueError(f'clip must be "density", a (low, high) pair or None, got {clip!r}')
-    if not (clip is None or isinstance(clip, str)) and not (len(clip) == 2 and 0 <= clip[0] <= 1 <= clip[1]):
+    if not (clip is None or isinstance(clip, str)) and not (np.shape(clip) == (2,) and 0 <= clip[0] <= 1 <= clip[1]):
         raise ValueError(f"clip must be a range (low, high) around 1, the mean of the attention weights; got {clip}")
     if not logit_lr > 0:
         raise ValueError(f"logit_lr must be positive, got {logit_lr}")
-    if unknown := set(reset_logits_at) - set(KINDS):
-        raise ValueError(f"reset_logits_at takes kinds of phases ({', '.join(KINDS)}), got {sorted(unknown)}")
+    if isinstance(reset_logits_at, str) or set(reset_logits_at) - set(KINDS):
+        raise ValueError(f"reset_logits_at takes a list of {', '.join(KINDS)}; got {reset_logits_at!r}")
 
     def scale(weights: jax.Array, logits: Any, layer: Layer) -> jax.Array:
         attention = attention_weights(logits)

@@ -155,7 +155,7 @@ class Phases:
         if ax is None:
             from matplotlib import pyplot as plt  # noqa: PLC0415 - optional: the library itself does not need it
 
-            _, ax = plt.subplots(figsize=(8, 3))
+            _, ax = plt.subplots(figsize=(8, 3), layout="constrained")
         self.shade(ax)
         steps = np.arange(self.total_steps + 1)
         ax.step(steps, sparsity * np.asarray(self.fraction(steps)), where="post", color="black", lw=1.2)

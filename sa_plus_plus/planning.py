@@ -106,9 +106,20 @@ def path_string(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def not_embedding(path: str) -> bool:
-    """The default predicate: true unless the leaf's own name speaks of an embedding, as flax's `Embed` does."""
-    return "embed" not in path.rsplit("/", 1)[-1].lower()
+def named_as_kernel(path: str) -> bool:
+    """The default predicate: false for embeddings, biases and norm scales, told by the leaf's name as in flax.
+
+    Biases and scales may well be 2-D: an attention layer's biases by head, or what `nn.scan` stacks.
+    """
+    return not _other_name(path)
+
+
+def _other_name(path: str) -> str:
+    """What a leaf is, if its own name says that it is no kernel: `embedding`, `bias` or `scale`; else empty."""
+    name = path.rsplit("/", 1)[-1].lower()
+    if "embed" in name:
+        return "embedding"
+    return name if name in ("bias", "scale") else ""
 
 
 def map_layers(fn: Callable[..., Any], params: Any, layers: Mapping[str, Layer], *rest: Any) -> Any:
@@ -122,7 +133,7 @@ def plan(
     block: int | Sequence[int],
     sparsity: float,
     min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = not_embedding,
+    where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
 ) -> Plan:
     """Decide which leaves of a parameter tree are pruned (paper, C.1).
@@ -135,7 +146,7 @@ def plan(
       block: `(b_r, b_c)` over the kernel's matrix, or one integer for a square.
       sparsity: share of the blocks to remove, in [0, 1).
       min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings.
+      where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings, biases and scales.
       overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=...)` to use there.
         The first pattern that matches counts.
 
@@ -173,6 +184,8 @@ def check_options(
     defaults = {"block": blk.as_block(block), "sparsity": _checked_sparsity(sparsity, "sparsity")}
     if min_blocks < 1:
         raise ValueError(f"min_blocks must be at least 1, got {min_blocks}")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise ValueError(f'overrides must be a mapping such as {{"*/kernel": {{"sparsity": 0.5}}}}, got {overrides!r}')
     return defaults, {pattern: _checked_override(pattern, o) for pattern, o in (overrides or {}).items()}
 
 
@@ -181,6 +194,8 @@ def stays_dense(path: str, leaf: Any, why_not: str) -> Layer:
     shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
         return Layer(path, shape, (1, 1), (0, 0), 0, 0.0, f"not a kernel ({len(shape)}-D)")
+    if other := _other_name(path):
+        return Layer(path, shape, (1, 1), (0, 0), 0, 0.0, other)
     return Layer(path, shape, blk.matrix_shape(shape), (1, 1), 1, 0.0, why_not)
 
 
@@ -196,13 +211,15 @@ def _layer(
     shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
         return stays_dense(path, leaf, "")
+    if where is named_as_kernel and (other := _other_name(path)):
+        return Layer(path, shape, (1, 1), (0, 0), 0, 0.0, other)
     grid = blk.grid_shape(shape, block)
     n = math.prod(grid)
     too_large = any(b > side for b, side in zip(block, blk.matrix_shape(shape), strict=True))
     if too_large and forced:
         raise ValueError(f"override for {path}: block {block} is larger than its matrix {blk.matrix_shape(shape)}")
     if not where(path):
-        why_not = "excluded by `where`" if where is not not_embedding else "embedding"
+        why_not = "excluded by `where`"
     elif too_large:
         why_not = f"block larger than its {_by(blk.matrix_shape(shape))} matrix"
     elif n < min_blocks:
@@ -224,9 +241,10 @@ def _layer(
 
 
 def _checked_sparsity(sparsity: float, name: str) -> float:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"{name} is the share of blocks to remove and must be in [0, 1), got {sparsity}")
-    return float(sparsity)
+    if isinstance(sparsity, str) or sparsity is None or not 0 <= sparsity < 1:
+        raise ValueError(f"{name} is the share of blocks to remove and must be in [0, 1), got {sparsity!r}")
+    # Of an array scalar the decimal number that is meant: float(np.float32(0.8)) is more than 0.8.
+    return float(str(sparsity)) if hasattr(sparsity, "dtype") else float(sparsity)
 
 
 def _checked_override(pattern: str, override: Any) -> dict[str, Any]:

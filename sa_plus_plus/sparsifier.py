@@ -60,9 +60,12 @@ class Sparsifier(NamedTuple):
       init: `init(params) -> (trainable, prune)`. Outside `jit` it also checks that the kernels are finite.
       apply: `apply(trainable, prune) -> params`: the effective parameters, differentiable in `trainable`.
       update: `update(trainable, prune, updates=None) -> (trainable, prune)`: add an optimizer's `updates` (a tree
-        like `trainable`; masked weights stay untouched), then go one step on: phase, masks, what a boundary brings.
+        like `trainable`), then go one step on: phase, masks, what a boundary brings. Hand the updates over rather than
+        adding them yourself: only here do masked weights stay untouched by momentum and weight decay, and is
+        `logit_lr` applied. None is for going on without an update.
       finalize: `finalize(trainable, prune) -> params`: the pruned network in the model's own tree, masked blocks
-        exactly zero. Equal to `apply`, for use after the last step.
+        exactly zero. Equal to `apply`, for use after the last step: it folds in the masks as they are, and in a dense
+        phase, or where training stopped before `phases.total_steps`, these do not prune as planned.
       plan: `plan(params) -> Plan`: which layers are pruned and how.
       phases: the schedule.
     """
@@ -130,12 +133,15 @@ def compose(
       logit_lr: factor on the logits' updates.
       reset_logits_at: kinds of phases on entering which the logits return to zero.
     """
+    check_phases(phases)
     if phases.phases[-1].kind == DENSE:
         raise ValueError(f"the last phase is {phases.phases[-1]} and would not leave the network pruned: end sparse")
     if scope not in ("layer", "global"):
         raise ValueError(f'scope must be "layer" or "global", got {scope!r}')
     if mask_every < 1:
         raise ValueError(f"mask_every must be at least 1 step, got {mask_every}")
+    if mask_every != int(mask_every):
+        raise ValueError(f"mask_every must be a whole number of steps, got {mask_every}")
     choose = select.top_k_per_layer if scope == "layer" else select.top_k_global
 
     plan = functools.partial(
@@ -219,6 +225,12 @@ def compose(
         return moved._replace(params=map_layers(held, moved.params, layers, trainable.params))
 
     return Sparsifier(init, apply, update, finalize, plan, phases)
+
+
+def check_phases(phases: Any) -> None:
+    """Refuse what is no schedule, such as a list of phases."""
+    if not isinstance(phases, Phases):
+        raise TypeError(f"phases must be a schedule such as `phases.custom(total_steps, [...])` makes, got {phases!r}")
 
 
 def _blocks_due(layer: Layer, phases: Phases, step: jax.Array) -> jax.Array:

@@ -22,6 +22,9 @@ def reset_on(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         tx = optax.chain(sapp.reset_on(optax.trace(0.9)), optax.scale_by_learning_rate(schedule))
         updates, opt_state = tx.update(grads, opt_state, trainable, boundary=prune.boundary)
 
+    What calls `inner` on some steps only belongs inside too: `reset_on(optax.MultiSteps(optax.adam(1e-3), 4))`. The
+    other way round, `optax.MultiSteps(reset_on(...), 4)` drops a boundary that falls on a step of mere accumulation.
+
     Args:
       inner: momentum, Adam's moments, or any transformation.
 
@@ -68,8 +71,10 @@ def sparsify(
     trained live in the optimizer's state. Gradients with respect to the effective weights are pulled back to them by
     `jax.vjp` of `sp.apply`; `tx` gets `boundary=` with each update, for `reset_on`.
 
-    Put it last in a chain: what comes after it would alter the effective weights. Where the schedule begins sparse,
-    start from `params = sp.finalize(state.trainable, state.prune)`, with the state that `tx.init` gave.
+    Put it last in a chain: what comes after it would alter the effective weights. To accumulate gradients, wrap it:
+    `optax.MultiSteps(sapp.sparsify(tx, sp), n)`; the schedule then counts the updates. The network is pruned when
+    `total_steps` updates are done. Updates of parameters narrower than float32 are float32. Where the schedule begins
+    sparse, start from `params = sp.finalize(state.trainable, state.prune)`, with the state that `tx.init` gave.
 
     Args:
       tx: the optimizer. Trains the `Trainable(params, logits)` tree, so masks inside it must be functions of the tree
@@ -102,7 +107,7 @@ def sparsify(
 
 def _step_to(target: jax.Array, start: jax.Array) -> jax.Array:
     """The update that takes `start` to `target`; in float32 for narrower types, so that adding it rounds once."""
-    return widened(target) - widened(start)
+    return widened(target) - widened(jnp.asarray(start))
 
 
 def _side_by_side(

@@ -127,6 +127,11 @@ def test_divergence_stops_the_run_and_is_recorded(tmp_path):
     assert result["metric"] is None
 
 
+def test_a_dense_twin_may_diverge_too(tmp_path):
+    assert main.run(config(**{"optimizer.learning_rate": 1e9, "dense_twin": True}), tmp_path, progress.console())
+    assert json.loads((tmp_path / "result.json").read_text())["dense_twin"] == {"metric": None, "loss": None}
+
+
 def test_main_from_the_command_line(tmp_path):
     arguments = ["--config.steps=60", "--config.sparsifier.name=acdc", f"--workdir={tmp_path / 'run'}"]
     done = command("main", *arguments)
@@ -144,6 +149,8 @@ def test_main_from_the_command_line(tmp_path):
     ("argument", "message"),
     [
         ("--config.sparsifier.sparisty=0.5", 'Did you mean "sparsity"'),
+        ("--config.min_blocks=3", 'did you mean "sparsifier.min_blocks"'),
+        ("--config.sparsifier.block=4", r"such as (8, 8); got (4,)"),
         ("--config.sparsifier.name=sequental_attention", "did you mean 'sequential_attention'"),
         ("--config.model=LeNet", "did you mean 'LeNet300'"),
         ("--config.sparsifier.sparsity=1.5", "got 1.5"),
@@ -177,6 +184,13 @@ def test_compare_from_the_command_line(tmp_path):
     assert all(len(row["metric"]) == 2 for row in result["algorithms"].values())
     assert "±" in done.stdout
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_a_comparison_survives_divergence(tmp_path):
+    arguments = ["--config.steps=60", "--config.optimizer.learning_rate=1e9", "--algorithms=dense", "--seeds=2"]
+    done = command("compare", *arguments, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "compare.json").read_text())["algorithms"]["dense"]["diverged"] == [True, True]
 
 
 def test_half_written_files_never_appear(tmp_path):

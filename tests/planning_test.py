@@ -168,6 +168,22 @@ def test_embeddings_stay_dense(name):
     assert result.layers[0].why_not == "embedding"
 
 
+@pytest.mark.parametrize("name", ["bias", "scale"])
+def test_biases_and_scales_stay_dense_though_they_be_matrices(name):
+    params = {"attention": {"kernel": leaf(64, 64), name: leaf(64, 64)}}
+    for result in (sapp.plan(params, block=4, sparsity=0.5), sapp.dense(phases=sapp.phases.dense(10)).plan(params)):
+        assert {la.path: la.why_not for la in result.layers}[f"attention/{name}"] == name
+        assert result.kernel_weights == 64 * 64
+    chosen = sapp.plan(params, block=4, sparsity=0.5, where=lambda path: True)
+    assert sorted(chosen.pruned) == sorted([f"attention/{name}", "attention/kernel"])
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, jnp.float32])
+def test_a_sparsity_of_any_width_is_the_decimal_that_is_meant(kind):
+    result = sapp.plan({"kernel": leaf(100, 100)}, block=1, sparsity=kind(0.8))
+    assert result.pruned["kernel"].kept == 2000
+
+
 def test_a_dense_layer_inside_a_module_called_embedding_is_pruned():
     result = sapp.plan({"embedding_mlp": {"kernel": leaf(64, 64)}}, block=4, sparsity=0.5)
     assert list(result.pruned) == ["embedding_mlp/kernel"]

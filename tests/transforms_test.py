@@ -111,12 +111,21 @@ def test_nan_weights_are_refused_before_training(bad):
         ("sequential_attention", {"clip": "dense"}, "clip must be .* got 'dense'"),
         ("sequential_attention", {"logit_lr": 0}, "logit_lr must be positive, got 0"),
         ("sequential_attention", {"mask_every": 0}, "mask_every must be at least 1 step, got 0"),
+        ("sequential_attention", {"mask_every": 2.5}, "mask_every must be a whole number of steps, got 2.5"),
+        ("sequential_attention", {"clip": 2.0}, r"clip must be .* got 2.0"),
+        ("sequential_attention", {"reset_logits_at": "dense"}, "a list of dense, .* got 'dense'"),
         ("sequential_attention", {"reset_logits_at": ("dnse",)}, "dnse"),
     ],
 )
 def test_options_out_of_range_are_refused_at_once(name, options, message):
     with pytest.raises(ValueError, match=message):
         problems.sparsifier(name, **options)
+
+
+def test_what_is_no_schedule_is_refused():
+    for make in (sapp.dense, lambda phases: sapp.magnitude(block=2, sparsity=0.5, phases=phases)):
+        with pytest.raises(TypeError, match=r"phases must be a schedule .* got \[\('dense', 10\)\]"):
+            make(phases=[("dense", 10)])
 
 
 def test_schedules_that_do_not_fit_the_algorithm_are_refused():

