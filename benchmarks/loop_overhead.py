@@ -2,9 +2,9 @@
 
     python -m benchmarks.loop_overhead
 
-The bare contender calls the compiled step over and over on one batch that is on the device already. The loop does what it
-does in a run: draws and places batches, reads a row of metrics every `log_every` steps, and, as a third contender, also
-saves a checkpoint every 100 steps. Start-up is reported beside it: compiling, with an empty cache and with a warm one.
+The bare contender calls the compiled step over and over on one batch that is on the device already. The loop does what
+it does in a run: draws and places batches, reads a row of metrics every `log_every` steps, and, as a third contender,
+also saves a checkpoint every 100 steps. Start-up is reported beside it: compiling, with an empty and with a warm cache.
 """
 
 import functools

@@ -46,7 +46,9 @@ def main(argv: list[str]) -> None:
         try:
             result = run(config, path, console, _PROFILE.value)
         except train.Preempted as preempted:
-            console.print(f"Saved after {preempted.step} steps on SIGTERM: the same command with --workdir={path} resumes")
+            console.print(
+                f"Saved after {preempted.step} steps on SIGTERM: the same command with --workdir={path} resumes"
+            )
             sys.exit(PREEMPTED)
         except checkpoint.NoIntactCheckpoint as error:
             cli.fail(str(error))
@@ -87,7 +89,7 @@ def _one(
         stack.enter_context(observer)
         (outcome,) = train.train(train.compiled(config), [config.seed], observer.hooks)
         rows = observer.rows
-        last_saved = saved.latest_step()
+        last_saved = saved.latest
     result = report.result(config, outcome, metric)
     if outcome.diverged:
         result["diverged_at"] = {**rows[-1], "last_checkpoint": last_saved}
@@ -116,7 +118,9 @@ def _show(result: dict, path: pathlib.Path, console: Console) -> None:
     console.print(progress.table("Layers", [_layer_cells(row) for row in result["layers"]]))
     if result["diverged"]:
         at = result["diverged_at"]
-        rescue = "no checkpoint" if at["last_checkpoint"] is None else f"last good checkpoint: step {at['last_checkpoint']}"
+        rescue = (
+            "no checkpoint" if at["last_checkpoint"] is None else f"last good checkpoint: step {at['last_checkpoint']}"
+        )
         console.print(
             f"Diverged: the loss was not finite after step {at['step']}, in a {at['phase']} phase, at learning rate "
             f"{at['learning_rate']:.3g}; {rescue}. A lower config.optimizer.learning_rate may help.",
@@ -125,7 +129,9 @@ def _show(result: dict, path: pathlib.Path, console: Console) -> None:
         )
     else:
         console.print(_summary(result), highlight=False)
-    console.print(f"In {path}: {', '.join(sorted(p.name for p in path.iterdir() if p.name[0] != '.'))}", highlight=False)
+    console.print(
+        f"In {path}: {', '.join(sorted(p.name for p in path.iterdir() if p.name[0] != '.'))}", highlight=False
+    )
 
 
 def _layer_cells(row: dict) -> dict[str, str | int]:

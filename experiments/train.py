@@ -149,7 +149,9 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> sapp.P
         sharding.check_batch(config[name], mesh, f"config.{name}")
     task = task_of(config)
     if config.batch_size > len(task.dataset.train):
-        raise ValueError(f"config.batch_size={config.batch_size} exceeds the {len(task.dataset.train)} training examples")
+        raise ValueError(
+            f"config.batch_size={config.batch_size} exceeds the {len(task.dataset.train)} training examples"
+        )
     building.optimizer(config.optimizer, config.steps)
     sp = building.sparsifier(config.sparsifier, config.steps, steps_per_epoch(config, task))
     return sp.plan(jax.eval_shape(task.init, jax.random.key(0))[0])
@@ -350,7 +352,10 @@ def train(program: Program, seeds: Sequence[int], hooks: Hooks | None = None) ->
                 pending = None
             if _lost(np.atleast_1d(np.asarray(means["loss"]))):  # not worth keeping
                 if not rows or rows[-1].step != done:
-                    report(done, {f"train_{name}": x for name, x in means.items() if name != "churn"} | program.status(state))
+                    report(
+                        done,
+                        {f"train_{name}": x for name, x in means.items() if name != "churn"} | program.status(state),
+                    )
                 break
             metric = rows[-1].values.get(f"test_{program.task.metric}") if rows and rows[-1].step == done else None
             host = {"data": [stream.get_state() for stream in streams]}

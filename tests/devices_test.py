@@ -80,7 +80,8 @@ FLAGS = [
 def start(workdir, devices, *flags):
     line = [sys.executable, "-m", "experiments.main", *FLAGS, f"--workdir={workdir}", *flags]
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(line, cwd=ROOT, env=environment, **pipes)
 
 
 def finish(*processes):

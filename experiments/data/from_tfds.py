@@ -1,0 +1,114 @@
+"""Image classification data sets of TensorFlow Datasets, read without TensorFlow."""
+
+import difflib
+import functools
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.data.sources import Dataset, Records, in_memory
+
+_IN_MEMORY_BYTES = 2**30  # CIFAR-10 takes 0.2 of it
+
+
+@functools.lru_cache(maxsize=2)
+def tfds(
+    name: str,
+    data_dir: str = "",
+    train: str = "train",
+    test: str = "test",
+    download: bool = False,
+    memory: bool | None = None,
+) -> Dataset:
+    """A data set prepared in a format with random access, ArrayRecord say.
+
+    Args:
+      name: as TFDS has it: `"cifar10"`, `"imagenet2012:5.1.0"`.
+      data_dir: where TFDS keeps its data; by default `$TFDS_DATA_DIR`, or else `~/tensorflow_datasets`.
+      train: split to train on; slices such as `"train[:90%]"` too.
+      test: split to test on.
+      download: whether to download and prepare it, unless that is done. Needs the internet, and for most data sets
+        TensorFlow.
+      memory: whether to read it into memory at once; by default if its images are all of one shape and take at most
+        1 GiB. Else records are read as they are needed.
+
+    Returns:
+      `image` as stored and `label` int32.
+
+    Raises:
+      FileNotFoundError: if it is not prepared in such a format, with what to do.
+      ValueError: if TFDS has no such data set, version or split, or it is not one of labelled images.
+    """
+    builder = _builder(name, data_dir)
+    if download and not builder.is_prepared():
+        builder = _builder(name, data_dir, file_format="array_record")
+        try:
+            builder.download_and_prepare()
+        except ImportError as error:
+            reason, how = str(error).splitlines()[-1], _how_to_prepare(name, data_dir)  # before it, a whole example
+            raise FileNotFoundError(f"the TFDS data set {name!r} cannot be prepared here: {reason}. {how}") from error
+    if not builder.is_prepared():
+        how = _how_to_prepare(name, data_dir)
+        raise FileNotFoundError(f"the TFDS data set {name!r} is not in {builder.data_path}. {how}")
+    image, label, classes = _image_and_label(builder)
+    try:
+        parts = [builder.as_data_source(split) for split in (train, test)]
+    except NotImplementedError as error:
+        stored, how = builder.info.file_format.value, _how_to_prepare(name, "ANOTHER DIRECTORY")
+        raise FileNotFoundError(
+            f"the TFDS data set {name!r} is in {builder.data_path} as {stored}, without random access. {how}"
+        ) from error
+    lazy = [Records(part, functools.partial(_renamed, image=image, label=label)) for part in parts]
+    if memory is None:
+        memory = _bytes(builder.info.features[image]) * sum(map(len, lazy)) <= _IN_MEMORY_BYTES
+    to_train, to_test = map(in_memory, lazy) if memory else lazy
+    return Dataset(to_train, to_test, classes)
+
+
+def _builder(name: str, data_dir: str, **options: Any) -> Any:
+    # A heavy import, only for who uses it.
+    import tensorflow_datasets  # noqa: PLC0415
+
+    if data_dir:
+        options["data_dir"] = os.path.expanduser(data_dir)
+    try:
+        return tensorflow_datasets.builder(name, **options)
+    except tensorflow_datasets.core.DatasetNotFoundError as error:  # its own message lists all there are
+        known = tensorflow_datasets.list_builders(with_community_datasets=False)
+        nearest = difflib.get_close_matches(re.split("[/:]", name)[0], known, n=1, cutoff=0.0)
+        raise ValueError(f"TFDS has no data set {name!r}; did you mean {nearest[0]!r}?") from error
+    except AssertionError as error:  # a version that it neither makes nor has
+        raise ValueError(str(error)) from error
+
+
+def _how_to_prepare(name: str, data_dir: str) -> str:
+    place = f"data_dir={os.path.expanduser(data_dir)!r}, " if data_dir else ""
+    return (
+        "To prepare it takes, once, the internet and TensorFlow, which to read it does not:\n"
+        "  pip install tensorflow tensorflow-datasets array_record importlib_resources\n"
+        '  python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({name!r}, {place}file_format='array_record').download_and_prepare()\""
+    )
+
+
+def _image_and_label(builder: Any) -> tuple[str, str, int]:
+    """Names of the two features that make it a classification data set, and the number of classes."""
+    keys, features = builder.info.supervised_keys, builder.info.features
+    if keys and len(keys) == 2 and hasattr(features[keys[1]], "num_classes"):
+        return *keys, features[keys[1]].num_classes
+    raise ValueError(
+        f"the TFDS data set {builder.name!r} is not one of labelled examples: it has {', '.join(features)}"
+    )
+
+
+def _renamed(record: Mapping[str, Any], image: str, label: str) -> dict[str, Any]:
+    return {"image": record[image], "label": np.int32(record[label])}
+
+
+def _bytes(feature: Any) -> float:
+    """What an image takes in memory."""
+    return math.inf if None in feature.shape else math.prod(feature.shape) * np.dtype(feature.np_dtype).itemsize

@@ -1,0 +1,199 @@
+"""Batches of a source: endless shuffled ones to train on, every example once to evaluate on.
+
+The order is a function of the number of examples, the seed and the step, whatever the source, the number of hosts and
+the number of worker processes: a run goes on from a checkpoint on other hosts as it would have gone on, and a data set
+gives the same batches read from disk as from memory. The reading ahead, by threads or processes, is grain's.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from experiments.data.sources import Batch, Source
+
+_ENDLESS = 2**62  # steps; grain wants a length
+_THREADS = 4  # each reads a batch of its own, and of a batch's records a data source may read several at once
+
+
+class TrainIterator(grain.DatasetIterator[Batch]):
+    """Endless batches with a state; made by `train_iterator`.
+
+    A grain iterator, so that checkpointing made for these takes it too. Nothing is read before the first batch is
+    asked for. To be closed where there are worker processes.
+    """
+
+    def __init__(self, batches: "_Shuffled", workers: int) -> None:
+        super().__init__()
+        self._batches, self._workers = batches, workers
+        self._step = 0
+        self._reader: grain.DatasetIterator[Batch] | None = None
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        if self._reader is None:
+            self._reader = iter(_ahead(self._batches, self._workers, self._step))
+        batch = next(self._reader)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """What `set_state` needs to go on from here, the same on all hosts; fit for JSON."""
+        return {"step": self._step, **self._batches.identity()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another iterator stood.
+
+        Args:
+          state: of an iterator over as many examples, with the same batch size and seed; hosts and workers may differ.
+
+        Raises:
+          ValueError: if it is the state of another stream.
+        """
+        expected = self._batches.identity()
+        found = {name: state.get(name) for name in expected}
+        if found != expected:
+            raise ValueError(f"the state belongs to a stream with {found}, this one has {expected}")
+        self._stop()
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        """Stop reading ahead; there are no batches after that."""
+        self._stop()
+        super().close()
+
+    def __str__(self) -> str:
+        return f"TrainIterator(step={self._step})"
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
+def train_iterator(
+    source: Source, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1, workers: int = 0
+) -> TrainIterator:
+    """Endless shuffled batches: each epoch is a permutation of its own, drawn from `(seed, epoch)`.
+
+    A batch may span two epochs; every example is seen once an epoch, by all hosts together.
+
+    Args:
+      source: the examples.
+      batch_size: of all hosts together; each gets an equal part.
+      seed: of the order.
+      process_index: this host, which gets rows `[process_index * b, (process_index + 1) * b)` of the global batch,
+        where `b = batch_size / process_count`.
+      process_count: number of hosts. The global batches do not depend on it.
+      workers: processes that read and decode ahead; with 0, threads of this one do. A program with workers needs an
+        `if __name__ == "__main__"` guard, since they import it. In-memory sources need neither and use neither.
+
+    Returns:
+      An iterator with `get_state()` and `set_state(state)`.
+
+    Raises:
+      ValueError: if the batch is larger than the source, or cannot be dealt out to the hosts evenly.
+    """
+    if not 0 < batch_size <= len(source):
+        raise ValueError(f"batch_size must be between 1 and the {len(source)} training examples, got {batch_size}")
+    share = _share(batch_size, process_index, process_count)
+    return TrainIterator(_Shuffled(source, batch_size, int(seed), share), workers)
+
+
+def eval_batches(
+    source: Source, batch_size: int, process_index: int = 0, process_count: int = 1, workers: int = 0
+) -> grain.IterDataset[Batch]:
+    """Every example once over all hosts, in order, in batches of one size, as many on each host.
+
+    Args:
+      source: the examples.
+      batch_size: of all hosts together.
+      process_index: this host.
+      process_count: number of hosts.
+      workers: as in `train_iterator`.
+
+    Returns:
+      An iterable, to be run through as often as wanted, of batches with `weight`: 1 for an example, 0 for the copies
+      of the last example that pad the last batch.
+
+    Raises:
+      ValueError: if the batch is empty or cannot be dealt out to the hosts evenly.
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size of the evaluation must be at least 1, got {batch_size}")
+    return _ahead(_Padded(source, batch_size, _share(batch_size, process_index, process_count)), workers)
+
+
+class _Shuffled:
+    """This host's part of the batch of every step, as a random-access source for grain."""
+
+    def __init__(self, source: Source, batch_size: int, seed: int, share: range) -> None:
+        self.source, self.batch_size, self.seed, self.share = source, batch_size, seed, share
+        self._orders: dict[int, np.ndarray] = {}  # of the last two epochs: a permutation takes time in proportion to n
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, step: int) -> Batch:
+        position = step * self.batch_size + self.share.start
+        stop = step * self.batch_size + self.share.stop
+        parts = []
+        while position < stop:
+            epoch, offset = divmod(position, len(self.source))
+            parts.append(self._order(epoch)[offset : offset + stop - position])
+            position += len(parts[-1])
+        return self.source.gather(np.concatenate(parts))
+
+    def identity(self) -> dict[str, int]:
+        """What the global batches depend on, but for the examples themselves."""
+        return {"examples": len(self.source), "batch_size": self.batch_size, "seed": self.seed}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        orders = self._orders
+        if epoch not in orders:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+            # A new dictionary, since other threads may be looking into the old one.
+            orders = self._orders = {**dict(list(orders.items())[-1:]), epoch: order}
+        return orders[epoch]
+
+
+class _Padded:
+    """This host's part of every batch of the evaluation, as a random-access source for grain."""
+
+    def __init__(self, source: Source, batch_size: int, share: range) -> None:
+        self.source, self.batch_size, self.share = source, batch_size, share
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.source) / self.batch_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        rows = number * self.batch_size + np.arange(self.share.start, self.share.stop)
+        batch = self.source.gather(np.minimum(rows, len(self.source) - 1))
+        return batch | {"weight": (rows < len(self.source)).astype(np.float32)}
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> range:
+    """This host's rows of a global batch."""
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must be between 0 and {process_count - 1}, got {process_index}")
+    if batch_size % process_count:
+        raise ValueError(f"a batch size of {batch_size} cannot be dealt out evenly to {process_count} processes")
+    size = batch_size // process_count
+    return range(process_index * size, (process_index + 1) * size)
+
+
+def _ahead(batches: "_Shuffled | _Padded", workers: int, start: int = 0) -> grain.IterDataset[Batch]:
+    """The batches from `start` on, prepared ahead of time where that takes longer than to hand them over."""
+    chosen = grain.MapDataset.source(batches).slice(slice(start, None))
+    if batches.source.in_memory:
+        return chosen.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if workers == 0:
+        return chosen.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads its own flags before it starts processes
+    one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return chosen.to_iter_dataset(one_thread).mp_prefetch(options)
