@@ -1,10 +1,9 @@
 """Where arrays live: the only place that builds a mesh.
 
 A step is written once, in the global view, and `jax.jit` splits it over the mesh. Batches are split over all devices;
-the state is replicated, or with `fsdp > 1` parameters, logits and optimizer state are split over that axis. Masks come out
-identical on every host by construction: they are part of the one global program's state, computed from scores that the
-program has already summed over devices, by comparisons and integer counts, for which the order of summation is of no
-matter.
+the state is replicated, or with `fsdp > 1` parameters, logits and optimizer state are split over that axis. Masks come
+out identical on every host by construction: they are part of the one global program's state, computed from scores that
+the program has already summed over devices, by comparisons and integer counts, which no order of summation changes.
 """
 
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
 
 
 def of_state(abstract: Any, mesh: Mesh) -> Any:
-    """A sharding for each leaf of a state: split over `fsdp` along the longest axis that it divides, else replicated."""
+    """A sharding for each leaf of a state: split along the longest axis that `fsdp` divides, else replicated."""
     fsdp = mesh.shape["fsdp"]
 
     def sharding(leaf: Any) -> NamedSharding:

@@ -69,7 +69,7 @@ def _unit(image: jax.Array) -> jax.Array:
 
 
 def _init(model: Any, dataset: data.Dataset, key: jax.Array) -> tuple[Any, Any]:
-    """`(params, model_state)` of a flax linen model: what it carries besides its parameters, such as batch statistics."""
+    """`(params, model_state)` of a flax linen model; the latter is what else it carries, such as batch statistics."""
     state = dict(model.init(key, _unit(jnp.asarray(dataset.example["image"]))))
     return state.pop("params"), state
 

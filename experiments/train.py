@@ -352,10 +352,7 @@ def train(program: Program, seeds: Sequence[int], hooks: Hooks | None = None) ->
                 pending = None
             if _lost(np.atleast_1d(np.asarray(means["loss"]))):  # not worth keeping
                 if not rows or rows[-1].step != done:
-                    report(
-                        done,
-                        {f"train_{name}": x for name, x in means.items() if name != "churn"} | program.status(state),
-                    )
+                    report(done, {"train_loss": means["loss"]} | program.status(state))
                 break
             metric = rows[-1].values.get(f"test_{program.task.metric}") if rows and rows[-1].step == done else None
             host = {"data": [stream.get_state() for stream in streams]}

@@ -123,7 +123,7 @@ def test_main_from_the_command_line(tmp_path):
         ("--config.sparsifier.sparsity=1.5", "got 1.5"),
         ("--config.sparsifier.block=(400,400)", "block larger than its 300×100 matrix"),
         ("--config.steps=10", "has no step"),
-        ("--config.batch_size=5000", "4000 training examples, got 5000"),
+        ("--config.batch_size=5000", "config.batch_size=5000 exceeds the 4000 training examples"),
         ("--config=configs/nothing.py", "configs/nothing.py"),
         ("typo", "unexpected argument 'typo'"),
     ],

@@ -1,8 +1,8 @@
-"""`python tests/killed.py STEP|SECONDSs [flags]`: experiments.main that kills itself, as the power or a scheduler would.
+"""`python tests/killed.py STEP|SECONDSs [flags]`: experiments.main that kills itself, as a scheduler would.
 
 An integer kills it with SIGKILL as soon as that step, or a later one, was dispatched, a number with an `s` that long
-after the loop began; `term:STEP` sends it SIGTERM after that step. Steps take 10 ms more than usual, to give the clock a
-chance.
+after the loop began; `term:STEP` sends it SIGTERM after that step. Steps take 10 ms more than usual, to give the clock
+a chance.
 """
 
 import os
