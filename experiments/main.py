@@ -33,10 +33,10 @@ _PROFILE = flags.DEFINE_bool("profile", False, "Write a JAX trace of a few steps
 def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     config, console = cli.CONFIG.value, progress.console()
-    path = cli.workdir_path(_WORKDIR.value, f"{config.name}-{config.sparsifier.name}")
     with contextlib.ExitStack() as stack:
         with cli.users_mistakes():
             train.check(config)
+            path = cli.workdir_path(_WORKDIR.value, f"{config.name}-{config.sparsifier.name}")
             if jax.process_index() == 0:
                 stack.enter_context(workdir.claim(path))
                 if _OVERWRITE.value:

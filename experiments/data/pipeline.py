@@ -5,7 +5,9 @@ the number of worker processes: a run goes on from a checkpoint on other hosts a
 gives the same batches read from disk as from memory. The reading ahead, by threads or processes, is grain's.
 """
 
+import atexit
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +25,7 @@ class TrainIterator(grain.DatasetIterator[Batch]):
     """Endless batches with a state; made by `train_iterator`.
 
     A grain iterator, so that checkpointing made for these takes it too. Nothing is read before the first batch is
-    asked for. To be closed where there are worker processes.
+    asked for. To be closed where there are worker processes; the end of the program does so too.
     """
 
     def __init__(self, batches: "_Shuffled", workers: int) -> None:
@@ -36,6 +38,7 @@ class TrainIterator(grain.DatasetIterator[Batch]):
         self._assert_not_closed()
         if self._reader is None:
             self._reader = iter(_ahead(self._batches, self._workers, self._step))
+            _reading.add(self)
         batch = next(self._reader)
         self._step += 1
         return batch
@@ -72,6 +75,16 @@ class TrainIterator(grain.DatasetIterator[Batch]):
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+
+_reading: weakref.WeakSet[TrainIterator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Grain's processes and shared memory outlive the modules that are needed to stop them."""
+    for iterator in list(_reading):
+        iterator.close()
 
 
 def train_iterator(

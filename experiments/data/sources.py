@@ -92,8 +92,8 @@ class Dataset(NamedTuple):
     """What a network is trained and tested on.
 
     Attributes:
-      train: examples with, for image classification, `image` `(height, width, channels)`, uint8 where they are stored
-        so (a quarter of the memory to read and to send; the device makes them floats), and `label` int32.
+      train: examples with, for image classification, `image` `(height, width, channels)`, float32 in [0, 1] or uint8
+        as stored (a quarter of the bytes to gather and to send; the device makes them floats), and `label` int32.
       test: held-out examples of the same kind.
       classes: number of classes.
     """
