@@ -128,13 +128,15 @@ def plot_run(path: pathlib.Path, outcome: Outcome, rows: list[dict[str, Any]], m
     """Test metric and sparsity against step, phases shaded."""
     fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
     outcome.phases.shade(ax)
-    tested = [row for row in rows if f"test_{metric}" in row]
-    ax.plot([r["step"] for r in tested], [r[f"test_{metric}"] for r in tested], color="#1f4e9c", label=f"test {metric}")
     steps = np.arange(outcome.phases.total_steps + 1)
     due = outcome.plan.sparsity * np.asarray(outcome.phases.fraction(steps))
     ax.step(steps, due, where="post", color="black", lw=0.8, label="sparsity of all kernels: due")
     ax.plot([r["step"] for r in rows], [r["sparsity"] for r in rows], "k.", ms=3, label="measured")
-    ax.set(xlabel="step", xlim=(0, outcome.phases.total_steps), ylim=(0, 1.02), title=title)
+    ax.set(xlabel="step", ylabel="sparsity", xlim=(0, outcome.phases.total_steps), ylim=(0, 1.02), title=title)
+    tested = [row for row in rows if f"test_{metric}" in row]
+    right = ax.twinx()  # metrics have scales of their own
+    right.plot([r["step"] for r in tested], [r[f"test_{metric}"] for r in tested], color="#1f4e9c")
+    right.set_ylabel(f"test {metric}", color="#1f4e9c")
     ax.legend(loc="lower right", fontsize="small", ncols=2)
     save_figure(path, fig)
 
