@@ -344,6 +344,18 @@ def test_what_is_kept(tmp_path):
         checkpoint.Checkpoints(tmp_path, keep=0)
 
 
+def test_older_ones_plainly_damaged_neither_count_nor_go(two):
+    (two / "50").mkdir()
+    (two / "60").write_text("?")
+    (two / "100" / "host.json").write_text("?")
+    with contextlib.closing(checkpoint.Checkpoints(two, keep=2)) as checkpoints:
+        checkpoints.save(300, small(300), {})
+        checkpoints.wait()
+        assert names(two) == ["100", "200", "300", "50", "60"]
+        checkpoints.save(400, small(400), {})
+    assert names(two) == ["100", "300", "400", "50", "60"]
+
+
 def test_nothing_is_deleted_before_the_next_is_intact(two, monkeypatch):
     before = contents(two)
     write = checkpoint._write_manifest
@@ -363,6 +375,15 @@ def test_nothing_is_deleted_before_the_next_is_intact(two, monkeypatch):
     checkpoints.save(300, small(300), {})  # which did not come to be, so that this is no repetition
     checkpoints.close()
     assert names(two) == ["300"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, sync, unfinished = [], checkpoint._sync, tmp_path / "1.unfinished"
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: synced.append(path) or sync(path))
+    save(tmp_path, 1)
+    there = {unfinished / path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*")}
+    assert there - {unfinished / "manifest.json"} <= set(synced[:-3])
+    assert synced[-3:] == [unfinished / ".manifest.json", unfinished, tmp_path]
 
 
 def test_the_manifest_is_last_and_lists_every_file(saved):
@@ -481,7 +502,7 @@ def test_a_directory_that_cannot_be_written_to(tiny_disk):
 
 
 WORKER = """
-import contextlib, pathlib, sys
+import concurrent.futures, contextlib, pathlib, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from experiments import checkpoint
@@ -552,6 +573,11 @@ with contextlib.closing(checkpoint.Checkpoints(directory / "two", keep=2)) as ch
     if index == 0:
         checkpoint._write_manifest = write
     checkpoints.save(5, state(5), {"at": 5})
+    checkpoints.wait()
+    if index == 1:  # an error of its own
+        checkpoints._pending = concurrent.futures.Future()
+        checkpoints._pending.set_exception(KeyError("mine"))
+        raises(KeyError, "mine", checkpoints.wait)
 print("passed", index)
 """
 
@@ -582,7 +608,7 @@ def test_two_processes(tmp_path):
         for index in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

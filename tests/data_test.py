@@ -176,6 +176,7 @@ def test_evaluation_sees_every_example_once(n, hosts, each, lazy, times):
             np.testing.assert_array_equal(batch["y"], np.stack([batch["x"], -batch["x"]], axis=1))
             seen += batch["x"][batch["weight"] == 1].tolist()
             assert set(batch["weight"]) <= {0, 1}
+            assert set(batch["x"][batch["weight"] == 0]) <= {n - 1}
     assert seen == list(range(n))
 
 
@@ -309,20 +310,14 @@ def write_tar(file, names, *shapes):
 
 @pytest.mark.parametrize("shape", [(4, 5, 3), (4, 5)])
 def test_cifar10_tar(tmp_path, shape):
-    names = [
-        "test/frog/1.png",
-        "train/frog/7.png",
-        "train/cat/3.png",
-        "train/frog/1.png",
-        "test/cat/9.png",
-        "notes.png",
-    ]
+    train_names = ["train/frog/7.png", "train/cat/3.png", "train/ant/1.png"]
+    names = ["test/frog/1.png", *train_names, "test/cat/9.png", "test/ant/1.png", "notes.png"]
     images = write_tar(tmp_path / "a.tar.xz", names, shape)
     dataset = data.cifar10_tar(str(tmp_path / "a.tar.xz"))
-    assert dataset.classes == 2
-    assert dataset.train.arrays["label"].tolist() == [1, 0, 1]
-    assert dataset.test.arrays["label"].tolist() == [1, 0]
-    for pixels, name in zip(dataset.train.arrays["image"], names[1:4], strict=True):
+    assert dataset.classes == 3
+    assert dataset.train.arrays["label"].tolist() == [2, 1, 0]
+    assert dataset.test.arrays["label"].tolist() == [2, 1, 0]
+    for pixels, name in zip(dataset.train.arrays["image"], train_names, strict=True):
         grey = images[name].reshape(4, 5, -1)
         np.testing.assert_array_equal(pixels, np.broadcast_to(grey, (4, 5, 3)))
 
