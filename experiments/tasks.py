@@ -31,7 +31,7 @@ class Task(NamedTuple):
 
 def classification(config: ml_collections.ConfigDict) -> Task:
     """Image classification by cross-entropy, measured by accuracy."""
-    dataset = _dataset(config.data)
+    dataset = dataset_of(config.data)
     model = naming.lookup(models, config.model, "config.model", {"classes": dataset.classes})
 
     def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
@@ -45,7 +45,7 @@ def classification(config: ml_collections.ConfigDict) -> Task:
 
 def reconstruction(config: ml_collections.ConfigDict) -> Task:
     """Images through a bottleneck and back, by squared error, measured by the peak signal-to-noise ratio in dB."""
-    dataset = _dataset(config.data)
+    dataset = dataset_of(config.data)
     model = naming.lookup(models, config.model, "config.model", {})
 
     def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
@@ -57,7 +57,7 @@ def reconstruction(config: ml_collections.ConfigDict) -> Task:
     return Task("psnr", dataset, functools.partial(_init, model, dataset), outputs)
 
 
-def _dataset(config: ml_collections.ConfigDict) -> data.Dataset:
+def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:
     """The data set of `config`: `name`, `options`, and where a data set may be read from local files, `local`."""
     make = getattr(data, naming.check(config.name, data.NAMES, "config.data.name"))
     return make(**config.options, **({"local": config.local} if "local" in config and config.local else {}))
