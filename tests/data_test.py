@@ -553,9 +553,9 @@ def test_stored_pixels_reach_the_network_as_floats(tmp_path):
     config = fashion_mnist.get_config()
     config.data.local = str(tmp_path)
     task = tasks.classification(config)
-    params = task.init(jax.random.key(0))
+    params, state = task.init(jax.random.key(0))
     batch = next(data.train_iterator(task.dataset.train, 8, 0))
     assert batch["image"].dtype == np.uint8
     as_floats = batch | {"image": (batch["image"] / 255).astype(np.float32)}
-    stored, floats = (task.outputs(params, b)["loss"] for b in (batch, as_floats))
+    stored, floats = (task.outputs(params, state, b, training=False)[0]["loss"] for b in (batch, as_floats))
     np.testing.assert_allclose(stored, floats, rtol=1e-5)
