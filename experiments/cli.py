@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-BAD_INPUT = 2  # exit status
+BAD_INPUT, DIVERGED, PREEMPTED, DISK_FULL = 2, 3, 4, 5  # exit status
 DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "mnist.py"
 
 # No default here: it would be read, overrides and all, where the flag is defined, out of reach of `_parse`.
@@ -108,6 +108,6 @@ def _join_hosts() -> None:
     )
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, status: int = BAD_INPUT) -> NoReturn:
     print(f"Cannot run: {message}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(status)

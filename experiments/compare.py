@@ -4,11 +4,12 @@
 
 `all` is the five algorithms and the two controls: gradual magnitude pruning, and a fixed random mask. Each algorithm is
 compiled once; its seeds run side by side in that program where this pays, else one after another. The work directory
-gets `compare.json` and `compare.png`.
+gets `compare.json` and `compare.png`. Exit status: 0 done, 2 bad input, 3 every run diverged.
 """
 
 import datetime
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from absl import flags
 from matplotlib import pyplot as plt
 
 import sa_plus_plus as sapp
-from experiments import building, cli, naming, progress, report, train
+from experiments import building, cli, naming, program, progress, report, train
 
 flags.declare_key_flag("config")  # for --help
 _ALGORITHMS = flags.DEFINE_list("algorithms", ["all"], "Comma-separated names, or all.")
@@ -37,24 +38,23 @@ def main(argv: list[str]) -> None:
         names = building.NAMES if _ALGORITHMS.value == ["all"] else tuple(dict.fromkeys(_ALGORITHMS.value))
         if not names:
             raise ValueError(f"--algorithms is empty; write all, or some of {', '.join(building.NAMES)}")
-        configs = {name: _with_algorithm(config, name) for name in names}
-        plans = [train.check(each) for each in configs.values()]
+        setups = {name: program.prepare(_with_algorithm(config, name)) for name in names}
         workdir = cli.workdir_path(_WORKDIR.value, f"{config.name}-compare")
         if (workdir / RESULT).exists() and not _OVERWRITE.value:
             raise FileExistsError(f"{workdir} holds a comparison: choose another --workdir or pass --overwrite")
         workdir.mkdir(parents=True, exist_ok=True)
     seeds = [config.seed + i for i in range(_SEEDS.value)]
-    together = {"yes": True, "no": False, "auto": side_by_side_pays(plans[0])}[_TOGETHER.value]
+    together = {"yes": True, "no": False, "auto": side_by_side_pays(setups[names[0]].plan)}[_TOGETHER.value]
     groups = [seeds] if together else [[s] for s in seeds]
-    metric = train.task_of(config).metric
+    metric = setups[names[0]].task.metric
     outcomes: dict[str, list[train.Outcome]] = {}
-    for name, each in configs.items():
+    for name, setup in setups.items():
         outcomes[name] = []
-        program = train.compiled(each, len(groups[0]))
+        run = program.compiled(setup, len(groups[0]))
         for group in groups:
             title = f"{name}, seed{'s' if len(group) > 1 else ''} {', '.join(map(str, group))}"
             with progress.Live(title, config.steps, metric, console) as live:
-                outcomes[name] += train.train(program, group, train.Hooks(on_row=live))
+                outcomes[name] += train.train(run, group, train.Hooks(on_row=live))
     rows = [_summary(name, outcomes[name], metric) for name in names]
     content = {
         "metric_name": f"test_{metric}",
@@ -71,6 +71,8 @@ def main(argv: list[str]) -> None:
     title = f"{config.name}, {config.model}, blocks {config.sparsifier.block}: mean ± std of {len(seeds)} seeds"
     console.print(progress.table(title, [_cells(row, metric) for row in rows]))
     console.print(f"In {workdir}: compare.json, compare.png", highlight=False)
+    if all(all(row["diverged"]) for row in rows):
+        sys.exit(cli.DIVERGED)
 
 
 def side_by_side_pays(plan: sapp.Plan) -> bool:

@@ -5,23 +5,24 @@
 
 Without flags it runs configs/mnist.py. The work directory gets `result.json`, `metrics.jsonl`, `pruned.safetensors`,
 `run.png`, `tensorboard/` and `checkpoints/`. The same command again resumes a run that was interrupted, and ends as if
-it had not been. Exit status: 0 done, 2 bad input, 3 diverged, 4 stopped by SIGTERM after saving.
+it had not been. Exit status: 0 done, 2 bad input, 3 diverged, 4 stopped by SIGTERM after saving, 5 disk full.
 """
 
 import contextlib
+import errno
 import json
 import pathlib
 import shutil
 import sys
+import time
 
 import jax
 import ml_collections
 from absl import flags
 from rich.console import Console
 
-from experiments import checkpoint, cli, observe, progress, report, train, workdir
-
-DIVERGED, PREEMPTED = 3, 4  # exit status
+import experiments
+from experiments import checkpoint, cli, observe, program, progress, report, train, workdir
 
 flags.declare_key_flag("config")  # for --help
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     config, console = cli.CONFIG.value, progress.console()
     with contextlib.ExitStack() as stack:
         with cli.users_mistakes():
-            train.check(config)
+            program.prepare(config)
             path = cli.workdir_path(_WORKDIR.value, f"{config.name}-{config.sparsifier.name}")
             if jax.process_index() == 0:
                 stack.enter_context(workdir.claim(path))
@@ -44,28 +45,51 @@ def main(argv: list[str]) -> None:
                 workdir.settle(path, config, _RESUME_CHANGED.value)
         cli.cache_compilations(path.parent)
         try:
-            result = run(config, path, console, _PROFILE.value)
+            result = run(config, path, console, _PROFILE.value, experiments.STARTED)
         except train.Preempted as preempted:
             console.print(
                 f"Saved after {preempted.step} steps on SIGTERM: the same command with --workdir={path} resumes"
             )
-            sys.exit(PREEMPTED)
+            sys.exit(cli.PREEMPTED)
         except checkpoint.NoIntactCheckpoint as error:
             cli.fail(str(error))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            rescue = f"make room, and the same command with --workdir={path} resumes from the last checkpoint"
+            cli.fail(f"{error}: {rescue}", cli.DISK_FULL)
     if result["diverged"]:
-        sys.exit(DIVERGED)
+        sys.exit(cli.DIVERGED)
 
 
-def run(config: ml_collections.ConfigDict, path: pathlib.Path, console: Console, profile: bool = False) -> dict:
-    """One run, after its dense twin if the config asks for one; returns the content of its `result.json`."""
-    twin = None
+def run(
+    config: ml_collections.ConfigDict,
+    path: pathlib.Path,
+    console: Console,
+    profile: bool = False,
+    started: float | None = None,
+) -> dict:
+    """One run, after its dense twin if the config asks for one.
+
+    Args:
+      config: of the run.
+      path: its directory.
+      console: the screen.
+      profile: whether to write a trace of a few steps.
+      started: when the program began, on the clock of `time.perf_counter`; by default now.
+
+    Returns:
+      The content of its `result.json`.
+    """
+    twin, started = None, started or time.perf_counter()
     if config.dense_twin and config.sparsifier.name != "dense":
         dense = config.copy_and_resolve_references()
         dense.sparsifier.name, dense.dense_twin = "dense", False
         twin_path = path / "dense_twin"
         twin_path.mkdir(parents=True, exist_ok=True)
-        twin = _one(dense, twin_path, "dense twin", console, None)
-    result = _one(config, path, config.sparsifier.name, console, twin, profile)
+        twin = _one(dense, twin_path, "dense twin", console, started)
+        started = time.perf_counter()
+    result = _one(config, path, config.sparsifier.name, console, started, twin, profile)
     if jax.process_index() == 0:
         _show(result, path, console)
     return result
@@ -76,21 +100,23 @@ def _one(
     path: pathlib.Path,
     title: str,
     console: Console,
-    twin: dict | None,
+    started: float,
+    twin: dict | None = None,
     profile: bool = False,
 ) -> dict:
     """Run, or resume, or find done already, one config in one directory."""
     if (path / workdir.RESULT).exists():
         return json.loads((path / workdir.RESULT).read_text())
-    metric = train.task_of(config).metric
+    setup = program.prepare(config)
+    metric = setup.task.metric
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(path / "checkpoints", keep=config.keep)))
         observer = observe.Observer(path, title, config.steps, metric, console, saved, profile)
         stack.enter_context(observer)
-        (outcome,) = train.train(train.compiled(config), [config.seed], observer.hooks)
+        (outcome,) = train.train(program.compiled(setup), [config.seed], observer.hooks)
         rows = observer.rows
         last_saved = saved.latest
-    result = report.result(config, outcome, metric)
+    result = report.result(config, outcome, metric) | {"startup_seconds": outcome.first_step_at - started}
     if outcome.diverged:
         result["diverged_at"] = {**rows[-1], "last_checkpoint": last_saved}
     if twin is not None:
@@ -151,7 +177,10 @@ def _summary(result: dict) -> str:
     if "dense_twin" in result:
         line += f"; the same network trained dense: {result['dense_twin']['metric']:.4f}"
     seconds, compiling = result["seconds"], result["compile_seconds"]
-    return f"{line}\n{result['steps']} steps in {seconds:.1f} s, after {compiling:.1f} s compiling"
+    if result["startup_seconds"] is None:  # the run was complete but for its report
+        return line
+    startup = f"first step done after {result['startup_seconds']:.1f} s, {compiling:.1f} s of them compiling"
+    return f"{line}\n{result['steps']} steps in {seconds:.1f} s; {startup}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 import sa_plus_plus as sapp
-from experiments import progress, train
+from experiments import program, progress, train
 from experiments.checkpoint import Checkpoints
 from experiments.workdir import METRICS, Metrics
 
@@ -90,7 +90,7 @@ class Observer:
         for name, value in (*row.values.items(), ("learning_rate", row.learning_rate), ("steps_per_s", row.rate)):
             self._board.add_scalar(name, float(np.mean(value)), row.step)
 
-    def _on_state(self, step: int, state: train.TrainState) -> None:
+    def _on_state(self, step: int, state: program.TrainState) -> None:
         for path, logits in state.trainable.logits.items():
             weights = multihost_utils.process_allgather(logits, tiled=True) if jax.process_count() > 1 else logits
             if self._writes:

@@ -58,7 +58,13 @@ def check_batch(size: int, mesh: Mesh, name: str) -> None:
 
 
 def place(batch: Any, sharding: NamedSharding) -> Any:
-    """Put this host's part of a global batch on the devices."""
+    """Put this host's part of a global batch on the devices.
+
+    A single CPU device shares its memory with the host: the compiled step takes the arrays as they are, in a fraction
+    of the time that placing them ahead takes.
+    """
+    if sharding.mesh.size == 1 and sharding.mesh.devices.flat[0].platform == "cpu":
+        return batch
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

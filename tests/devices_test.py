@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from configs import mnist
-from experiments import sharding, train
+from experiments import program, sharding, train
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ def trained(c, devices):
     def keep(step, state):
         masks.append(jax.tree.map(np.asarray, state.prune.masks))
 
-    (outcome,) = train.train(train.compiled(c, mesh=mesh), [0], train.Hooks(on_state=keep))
+    (outcome,) = train.train(program.compiled(program.prepare(c, mesh)), [0], train.Hooks(on_state=keep))
     return outcome, masks
 
 
@@ -52,9 +52,10 @@ def test_eight_devices_equal_one(name):
 
 def test_fsdp_splits_parameters_logits_and_moments():
     c = config(fsdp=4)
-    program = train.compiled(c, mesh=sharding.make_mesh(4))
-    state = program.functions.init(np.int32(0))
-    state, _ = program.functions.step(np.int32(0), state, train._stacked(train._streams(c, program.task, [0]), program))
+    run = program.compiled(program.prepare(c, sharding.make_mesh(4)))
+    state = run.functions.init(np.int32(0))
+    batch = program.next_batch(run, program.train_streams(run, [0]))
+    state, _ = run.functions.step(np.int32(0), state, batch)
     kernel = state.trainable.params["Dense_0"]["kernel"]
     logits = state.trainable.logits["Dense_0/kernel"]
     momentum = next(x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape)
@@ -66,7 +67,7 @@ def test_batches_that_do_not_divide_are_refused():
     c = config()
     c.batch_size = 100
     with pytest.raises(ValueError, match=r"config.batch_size=100 is not a multiple of the 8 devices"):
-        train.check(c)
+        program.prepare(c)
     with pytest.raises(ValueError, match=r"config.mesh.fsdp=3 does not divide the number of devices, 8"):
         sharding.make_mesh(3)
 

@@ -24,6 +24,7 @@ EXPERIMENTS = (
     "evaluate",
     "sharding",
     "checkpoint",
+    "program",
     "train",
     "report",
     "progress",

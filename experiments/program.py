@@ -1,0 +1,269 @@
+"""A run as the loop needs it: all parts of its config checked, and its pure functions compiled."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+import sa_plus_plus as sapp
+from experiments import building, data, evaluate, naming, sharding, tasks
+
+TASKS = ("classification", "reconstruction")
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. The number of steps done is `prune.step`.
+
+    Attributes:
+      trainable: weights and logits.
+      prune: masks, step, phase boundary.
+      opt_state: the optimizer's.
+      model_state: what the model carries itself, such as running averages; may be empty.
+      sparse_masks: those of the latest sparse phase: what the next one's churn is measured against.
+    """
+
+    trainable: sapp.Trainable
+    prune: sapp.PruneState
+    opt_state: optax.OptState
+    model_state: Any
+    sparse_masks: dict[str, jax.Array]
+
+
+class Functions(NamedTuple):
+    """The pure functions of a run. `seed` is an integer or a tracer, so that they can be mapped over seeds.
+
+    Attributes:
+      init: `init(seed) -> state`.
+      step: `step(seed, state, batch) -> (state, {name: mean over the batch, and churn})`.
+      evaluate: `evaluate(seed, state, batch) -> {name: sum over the batch's real examples, and weight}`.
+      finalize: `finalize(seed, state) -> params`.
+    """
+
+    init: Callable[..., TrainState]
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[..., dict[str, jax.Array]]
+    finalize: Callable[..., Any]
+
+
+class Setup(NamedTuple):
+    """The parts of a run that its config describes.
+
+    Attributes:
+      config: the config.
+      mesh: the devices.
+      task: what is trained.
+      tx: the optimizer.
+      schedule: learning rate against step.
+      sparsifier: `sparsifier(seed) -> Sparsifier`; the seed may be traced, and matters to `random` alone.
+      plan: what is pruned.
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    task: tasks.Task
+    tx: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+    sparsifier: Callable[..., sapp.Sparsifier]
+    plan: sapp.Plan
+
+
+class Program(NamedTuple):
+    """A config's functions, compiled: for one seed at a time, or for several side by side.
+
+    Attributes:
+      setup: the parts of the run.
+      phases: its schedule.
+      seeds: how many seeds run side by side; with 1, arrays have no axis for them.
+      functions: as `Functions`, compiled.
+      status: `status(state)`: what the algorithm is doing, and the learning rate of the last step.
+      outputs: names of the task's outputs.
+      state: shapes, dtypes and shardings of a state.
+      train_sharding: of a training batch.
+      test_sharding: of a test batch.
+      compile_seconds: how long it took.
+    """
+
+    setup: Setup
+    phases: sapp.Phases
+    seeds: int
+    functions: Functions
+    status: Callable[[TrainState], dict[str, jax.Array]]
+    outputs: tuple[str, ...]
+    state: TrainState
+    train_sharding: Any
+    test_sharding: Any
+    compile_seconds: float
+
+
+def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Setup:
+    """Build every part of a run but the compiled step, so that what is wrong with a config shows at once.
+
+    Args:
+      config: of the run.
+      mesh: the devices; by default all of them, as `config.mesh` has it.
+
+    Raises:
+      ValueError: if any part of the config is out of range, unknown or does not fit the others.
+    """
+    for name in ("steps", "batch_size", "eval_batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} must be at least 1, got {config[name]}")
+    mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
+    for name in ("batch_size", "eval_batch_size"):
+        sharding.check_batch(config[name], mesh, f"config.{name}")
+    task = getattr(tasks, naming.check(config.task, TASKS, "config.task"))(config)
+    examples = len(task.dataset.train)
+    if config.batch_size > examples:
+        raise ValueError(f"config.batch_size={config.batch_size} exceeds the {examples} training examples")
+    tx, schedule = building.optimizer(config.optimizer, config.steps)
+    epoch = max(1, round(examples / config.batch_size))
+    sparsifier = functools.partial(building.sparsifier, config.sparsifier, config.steps, epoch)
+    plan = sparsifier(config.seed).plan(jax.eval_shape(task.init, jax.random.key(0))[0])
+    return Setup(config, mesh, task, tx, schedule, sparsifier, plan)
+
+
+def functions(setup: Setup) -> Functions:
+    """The pure functions of a run."""
+    task, tx, make = setup.task, setup.tx, setup.sparsifier
+
+    def init(seed: Any) -> TrainState:
+        params, model_state = task.init(jax.random.key(seed))
+        trainable, prune = make(seed).init(params)
+        # Its own buffers: a state is donated leaf by leaf.
+        sparse_masks = jax.tree.map(jnp.copy, prune.masks)
+        return TrainState(trainable, prune, tx.init(trainable), model_state, sparse_masks)
+
+    def step(seed: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        sp = make(seed)
+
+        def mean_loss(trainable: sapp.Trainable) -> tuple[jax.Array, Any]:
+            params = sp.apply(trainable, state.prune)
+            outputs, model_state = task.outputs(params, state.model_state, batch, training=True)
+            means = jax.tree.map(jnp.mean, outputs)
+            return means["loss"], (means, model_state)
+
+        grads, (means, model_state) = jax.grad(mean_loss, has_aux=True)(state.trainable)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, boundary=state.prune.boundary)
+        trainable, prune = sp.update(state.trainable, state.prune, updates)
+        entered = prune.boundary & sp.phases.kind_in(["sparse"], prune.step)
+        churn = list(sapp.metrics.churn(state.sparse_masks, prune.masks).values())
+        sparse_masks = jax.tree.map(lambda new, old: jnp.where(entered, new, old), prune.masks, state.sparse_masks)
+        state = TrainState(trainable, prune, opt_state, model_state, sparse_masks)
+        return state, means | ({"churn": jnp.mean(jnp.stack(churn))} if churn else {})
+
+    def evaluate_batch(seed: Any, state: TrainState, batch: Any) -> dict[str, jax.Array]:
+        params = make(seed).apply(state.trainable, state.prune)
+        outputs, _ = task.outputs(params, state.model_state, batch, training=False)
+        return evaluate.weighted_sums(outputs, batch["weight"])
+
+    def finalize(seed: Any, state: TrainState) -> Any:
+        return make(seed).finalize(state.trainable, state.prune)
+
+    return Functions(init, step, evaluate_batch, finalize)
+
+
+def over_seeds(fns: Functions) -> Functions:
+    """The same for several seeds at once: every argument and result gains a leading axis, but for the test batch.
+
+    The step counter and the phase are the same for all seeds and stay scalars, so that the choice of masks remains a
+    branch: mapped over, it would be computed at every step.
+    """
+    axes = TrainState(0, sapp.PruneState(step=None, boundary=None, masks=0), 0, 0, 0)
+    return Functions(
+        init=jax.vmap(fns.init, out_axes=axes),
+        step=jax.vmap(fns.step, in_axes=(0, axes, 0), out_axes=(axes, 0)),
+        evaluate=jax.vmap(fns.evaluate, in_axes=(0, axes, None)),
+        finalize=jax.vmap(fns.finalize, in_axes=(0, axes)),
+    )
+
+
+def compiled(setup: Setup, seeds: int = 1) -> Program:
+    """Compile a run for `seeds` seeds side by side."""
+    started = time.perf_counter()
+    config, mesh = setup.config, setup.mesh
+    fns = functions(setup) if seeds == 1 else over_seeds(functions(setup))
+    seed = seed_argument(range(seeds))
+    shapes = jax.eval_shape(fns.init, seed)
+    layout = sharding.of_state(shapes, mesh)
+    state = sharding.abstract(shapes, layout)
+    whole = sharding.replicated(mesh)
+    train_sharding = sharding.of_batch(mesh, example_axis=int(seeds > 1))
+    test_sharding = sharding.of_batch(mesh)
+    batch = _batch_shapes(setup, config.batch_size, train_sharding, (seeds,) if seeds > 1 else ())
+    test = _batch_shapes(setup, config.eval_batch_size, test_sharding)
+    test["weight"] = jax.ShapeDtypeStruct((config.eval_batch_size,), np.float32, sharding=test_sharding)
+    status = jax.jit(functools.partial(_status, setup=setup, over_seeds=seeds > 1), out_shardings=whole)
+    return Program(
+        setup=setup,
+        phases=setup.sparsifier(config.seed).phases,
+        seeds=seeds,
+        functions=Functions(
+            init=jax.jit(fns.init, out_shardings=layout),
+            step=jax.jit(fns.step, donate_argnums=1, out_shardings=(layout, whole)).lower(seed, state, batch).compile(),
+            evaluate=jax.jit(fns.evaluate, out_shardings=whole).lower(seed, state, test).compile(),
+            finalize=jax.jit(fns.finalize, out_shardings=whole),
+        ),
+        status=status.lower(state).compile(),
+        outputs=tuple(name for name in jax.eval_shape(fns.evaluate, seed, state, test) if name != "weight"),
+        state=state,
+        train_sharding=train_sharding,
+        test_sharding=test_sharding,
+        compile_seconds=time.perf_counter() - started,
+    )
+
+
+def seed_argument(seeds: Sequence[int]) -> np.ndarray:
+    """One seed as a scalar, several as a vector."""
+    return np.asarray(seeds if len(seeds) > 1 else seeds[0], np.int32)
+
+
+def train_streams(program: Program, seeds: Sequence[int]) -> list[data.TrainIterator]:
+    """This host's part of the training batches, a stream a seed."""
+    hosts = jax.process_index(), jax.process_count()
+    source, size = program.setup.task.dataset.train, program.setup.config.batch_size
+    return [data.train_iterator(source, size, s, *hosts) for s in seeds]
+
+
+def next_batch(program: Program, streams: Sequence[data.TrainIterator]) -> Any:
+    """The next training batch, where the step wants it; those of several seeds along a new leading axis."""
+    parts = [next(stream) for stream in streams]
+    batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.stack(x), *parts)
+    return sharding.place(batch, program.train_sharding)
+
+
+def test_means(program: Program, seeds: Sequence[int], state: TrainState) -> dict[str, jax.Array]:
+    """Mean of each output over the test set, left on the device."""
+    hosts = jax.process_index(), jax.process_count()
+    source, size = program.setup.task.dataset.test, program.setup.config.eval_batch_size
+    batches = (sharding.place(b, program.test_sharding) for b in data.eval_batches(source, size, *hosts))
+    seed = seed_argument(seeds)
+    return evaluate.means(lambda batch: program.functions.evaluate(seed, state, batch), batches)
+
+
+def _batch_shapes(setup: Setup, size: int, layout: Any, lead: tuple[int, ...] = ()) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch."""
+    example = setup.task.dataset.example
+    return {k: jax.ShapeDtypeStruct((*lead, size, *x.shape[1:]), x.dtype, sharding=layout) for k, x in example.items()}
+
+
+def _status(state: TrainState, setup: Setup, over_seeds: bool) -> dict[str, jax.Array]:
+    """Sparsity of all kernels; mean entropy and largest of the attention weights; learning rate of the last step."""
+
+    def one(masks: Any, trainable: sapp.Trainable) -> dict[str, jax.Array]:
+        values = {"sparsity": sapp.metrics.kernel_sparsity(masks, setup.plan)}
+        attention = list(sapp.metrics.attention(trainable).values())
+        if attention:
+            values["attention_entropy"] = jnp.mean(jnp.stack([a["entropy"] for a in attention]))
+            values["attention_max"] = jnp.max(jnp.stack([a["max"] for a in attention]))
+        return values
+
+    values = (jax.vmap(one) if over_seeds else one)(state.prune.masks, state.trainable)
+    # Here, since a schedule evaluated outside a compiled function takes as long as a step.
+    return values | {"learning_rate": jnp.asarray(setup.schedule(state.prune.step - 1), jnp.float32)}
