@@ -14,39 +14,11 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.name = "cifar10"
-    config.seed = 0
-    config.task = "classification"
-    config.data = ConfigDict(
-        {
-            "name": "cifar10",
-            "local": "",  # tar file of images; "" for TFDS
-            "options": {"data_dir": "", "download": False},  # of TFDS
-        }
-    )
+    config = common.experiment("cifar10")
+    config.data = common.images("cifar10")  # local: tar file of images
     config.model = "ConvNet"
     config.steps = 4000  # about ten epochs; without augmentation more only overfits
     config.batch_size = 128
-    config.eval_batch_size = 1000
-    config.log_every = 100
-    config.eval_every = 500
-    config.checkpoint_every = 1000
-    config.keep = 2
-    config.mesh = ConfigDict({"fsdp": 1})
-    config.dense_twin = True
-
-    config.optimizer = ConfigDict(
-        {
-            "name": "sgd",
-            "learning_rate": 0.05,
-            "momentum": 0.9,
-            "weight_decay": 5e-4,
-            "schedule": "cosine",
-            "warmup_steps": 0,
-            "final_fraction": 0.1,
-        }
-    )
-    config.sparsifier = common.sparsifier()
+    config.optimizer.weight_decay = 5e-4
     config.sparsifier.block = (4, 4)
     return config

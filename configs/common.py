@@ -1,6 +1,45 @@
-"""What the configs share: every option of the pruning algorithms, with its default."""
+"""What the configs share: every option, with the default that most of them keep."""
 
 from ml_collections import ConfigDict
+
+
+def experiment(name: str) -> ConfigDict:
+    """Everything but the data, the model and the length of the run."""
+    config = ConfigDict()
+    config.name = name
+    config.seed = 0
+    config.task = "classification"  # or reconstruction
+    config.eval_batch_size = 1000
+    config.log_every = 100
+    config.eval_every = 500
+    config.checkpoint_every = 1000
+    config.keep = 2  # newest checkpoints kept, besides the best
+    config.mesh = ConfigDict({"fsdp": 1})  # over how many devices the state is split; batches are split over all
+    config.dense_twin = True  # also train the same network without pruning, to compare with
+    config.optimizer = ConfigDict(
+        {
+            "name": "sgd",  # or adamw
+            "learning_rate": 0.05,
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
+            "schedule": "cosine",  # or exponential, constant
+            "warmup_steps": 0,
+            "final_fraction": 0.1,  # never near zero: the last sparse phase of a short run still has to learn
+        }
+    )
+    config.sparsifier = sparsifier()
+    return config
+
+
+def images(name: str) -> ConfigDict:
+    """A data set of images, from TensorFlow Datasets or from local files."""
+    return ConfigDict(
+        {
+            "name": name,
+            "local": "",  # where its files are; "" for TFDS
+            "options": {"data_dir": "", "download": False},  # of TFDS
+        }
+    )
 
 
 def sparsifier() -> ConfigDict:

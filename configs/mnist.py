@@ -12,10 +12,7 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.name = "mnist"
-    config.seed = 0
-    config.task = "classification"
+    config = common.experiment("mnist")
     config.data = ConfigDict({"name": "mnist5k", "options": {"held_out": 1000, "seed": 0}})
     config.model = "LeNet300"  # or ConvNet
     config.steps = 1600
@@ -24,21 +21,6 @@ def get_config() -> ConfigDict:
     config.log_every = 20
     config.eval_every = 40
     config.checkpoint_every = 400
-    config.keep = 2  # newest checkpoints kept, besides the best
-    config.mesh = ConfigDict({"fsdp": 1})  # over how many devices the state is split; batches are split over all
-    config.dense_twin = True  # also train the same network without pruning, to compare with
-
-    config.optimizer = ConfigDict(
-        {
-            "name": "sgd",
-            "learning_rate": 0.1,
-            "momentum": 0.9,
-            "weight_decay": 1e-4,
-            "schedule": "cosine",
-            "warmup_steps": 0,
-            "final_fraction": 0.1,  # never near zero: the last sparse phase of a short run still has to learn
-        }
-    )
-    config.sparsifier = common.sparsifier()
+    config.optimizer.learning_rate = 0.1
     config.sparsifier.block = (4, 4)
     return config

@@ -1,5 +1,6 @@
 """What a run tells while it goes: progress on the screen, metrics.jsonl, TensorBoard, a profile, the wish to stop."""
 
+import contextlib
 import pathlib
 import signal
 import threading
@@ -68,13 +69,14 @@ class Observer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        signal.signal(signal.SIGTERM, self._old_handler)
-        if self._writes:
-            self._live.__exit__(kind, error, tb)
-        if self._metrics:
-            self._metrics.close()
-        if self._board:
-            self._board.close()
+        with contextlib.ExitStack() as stack:  # each of them, whatever becomes of the others
+            if self._board:
+                stack.callback(self._board.close)
+            if self._metrics:
+                stack.callback(self._metrics.close)
+            if self._writes:
+                stack.callback(self._live.__exit__, kind, error, tb)
+            signal.signal(signal.SIGTERM, self._old_handler)
 
     def _on_start(self, step: int) -> None:
         self._first = step

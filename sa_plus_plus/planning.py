@@ -167,6 +167,10 @@ def plan(
     for path, leaf in leaves:
         own = next((o for pattern, o in checked.items() if _matches(path, pattern)), {})
         layers.append(_layer(path, leaf, **(defaults | own), min_blocks=min_blocks, where=where, forced="block" in own))
+    for pattern in checked:
+        if not any(layer.is_kernel and _matches(layer.path, pattern) for layer in layers):
+            matched = next(layer for layer in layers if _matches(layer.path, pattern))
+            raise ValueError(f"override {pattern!r} matches no kernel, only {matched.path}: {matched.why_not}")
     result = Plan(tuple(layers))
     if not result.pruned:
         reasons = "\n".join(f"  {la.path} {la.shape}: {la.why_not}" for la in layers if len(la.shape) > 1)

@@ -83,8 +83,11 @@ def sparsify(
       logits_tx: another optimizer for the logits.
 
     Raises:
+      TypeError: if `sp` is not a `Sparsifier`, as when the first two arguments are swapped.
       ValueError: by `update`, if the parameters are missing.
     """
+    if not isinstance(sp, Sparsifier):
+        raise TypeError(f"sparsify(tx, sp) takes the optimizer first and a Sparsifier second, got {type(sp).__name__}")
     tx = optax.with_extra_args_support(tx if logits_tx is None else _side_by_side(tx, logits_tx))
 
     def init(params: Any) -> SparsifyState:

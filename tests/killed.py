@@ -1,10 +1,11 @@
 """`python tests/killed.py STEP|SECONDSs [flags]`: experiments.main that kills itself, as a scheduler would.
 
 An integer kills it with SIGKILL as soon as that step, or a later one, was dispatched, a number with an `s` that long
-after the loop began; `term:STEP` sends it SIGTERM after that step. Steps take 10 ms more than usual, to give the clock
-a chance.
+after the loop began; `term:STEP` sends it SIGTERM after that step, `full:STEP` fills the disk then. Steps take 10 ms
+more than usual, to give the clock a chance.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -23,6 +24,11 @@ def arm(when):
             os.kill(os.getpid(), signal.SIGKILL)
         if when == f"term:{done}":
             os.kill(os.getpid(), signal.SIGTERM)
+        if when == f"full:{done}":
+            self._checkpoints.wait()
+            with contextlib.suppress(OSError), (self._path / "filler").open("wb", buffering=0) as filler:
+                while filler.write(bytes(4096)):
+                    pass
         return original_step(self, done)
 
     def on_start(self, step):

@@ -418,3 +418,8 @@ def test_the_table_of_resnet50():
 
 def test_the_table_has_a_word_for_scalars():
     assert re.search(r"t +scalar", str(sapp.plan({"t": leaf(), "w": leaf(20, 20)}, block=2, sparsity=0.5)))
+
+
+def test_an_override_of_no_kernel_is_refused():
+    with pytest.raises(ValueError, match=r"override '\*/bias' matches no kernel, only hidden/bias: not a kernel"):
+        plan_mlp(overrides={"*/bias": {"sparsity": 0.5}})

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,3 +140,29 @@ def test_unwritable_work_directory(tmp_path):
     assert done.returncode == 2
     assert str(blocked) in done.output
     assert "Traceback" not in done.output
+
+
+def test_full_disk_stops_the_run_and_loses_nothing(uninterrupted, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount file systems here")
+    try:
+        done = run(disk / "run", when="full:58")  # a row is due at 60, a checkpoint at 63
+        assert done.returncode == 5, done.output
+        assert "No space left on device" in done.output
+        assert "resumes from the last checkpoint" in done.output
+        assert not (disk / "run" / "result.json").exists()
+        (disk / "run" / "filler").unlink()
+        done = run(disk / "run")
+        assert done.returncode == 0, done.output
+        assert outcome(disk / "run") == outcome(uninterrupted)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_profile_writes_a_trace(tmp_path):
+    done = run(tmp_path, "--profile")
+    assert done.returncode == 0, done.output
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

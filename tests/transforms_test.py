@@ -157,3 +157,9 @@ def test_global_scope_keeps_the_sum_of_the_layers():
     kept = {path: int(mask.sum()) for path, mask in prune.masks.items()}
     assert sum(kept.values()) == sum(layer.kept for layer in sp.plan(params).pruned.values())
     assert kept == {"conv/kernel": 60, "wide/kernel": 0}
+
+
+def test_swapped_arguments_are_refused():
+    sp, _ = problems.algorithm("acdc")
+    with pytest.raises(TypeError, match="optimizer first and a Sparsifier second"):
+        sapp.sparsify(sp, optax.sgd(0.1))
