@@ -9,6 +9,9 @@ def experiment(name: str) -> ConfigDict:
     config.name = name
     config.seed = 0
     config.task = "classification"  # or reconstruction
+    config.model_options = ConfigDict()
+    config.steps = 0  # or 0, for as many as `epochs` take
+    config.epochs = 0.0
     config.eval_batch_size = 1000
     config.log_every = 100
     config.eval_every = 500
@@ -19,11 +22,13 @@ def experiment(name: str) -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "name": "sgd",  # or adamw
-            "learning_rate": 0.05,
+            "learning_rate": 0.05,  # at a batch of `scale_batch`, in proportion at others; 0: at any
+            "scale_batch": 0,
             "momentum": 0.9,
             "weight_decay": 1e-4,
             "schedule": "cosine",  # or exponential, constant
-            "warmup_steps": 0,
+            "warmup_steps": 0,  # or 0, for as many as `warmup_epochs` take
+            "warmup_epochs": 0.0,
             "final_fraction": 0.1,  # never near zero: the last sparse phase of a short run still has to learn
         }
     )
@@ -37,9 +42,21 @@ def images(name: str) -> ConfigDict:
         {
             "name": name,
             "local": "",  # where its files are; "" for TFDS
+            "workers": 0,  # processes that read and decode; with 0, threads do
+            "mean": (),  # subtracted from images in [0, 1], per channel
+            "std": (),  # what they are divided by then
             "options": {"data_dir": "", "download": False},  # of TFDS
         }
     )
+
+
+def photographs(name: str) -> ConfigDict:
+    """A data set of photographs, scaled as is usual for ImageNet."""
+    config = images(name)
+    config.mean, config.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    config.options.size = 224
+    config.options.skip_corrupt = False
+    return config
 
 
 def sparsifier() -> ConfigDict:

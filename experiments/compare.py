@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         run = program.compiled(setup, len(groups[0]))
         for group in groups:
             title = f"{name}, seed{'s' if len(group) > 1 else ''} {', '.join(map(str, group))}"
-            with progress.Live(title, config.steps, metric, console) as live:
+            with progress.Live(title, setup.config.steps, metric, console) as live:
                 outcomes[name] += train.train(run, group, train.Hooks(on_row=live))
     rows = [_summary(name, outcomes[name], metric) for name in names]
     content = {

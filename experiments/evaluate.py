@@ -19,6 +19,15 @@ def weighted_sums(outputs: dict[str, jax.Array], weight: jax.Array) -> dict[str,
     return sums | {"weight": jnp.sum(weight)}
 
 
+def mean(outputs: dict[str, jax.Array], weight: jax.Array | None) -> dict[str, jax.Array]:
+    """Mean of each output over a batch; with weights, over its real examples, 0 where there are none."""
+    if weight is None:
+        return jax.tree.map(jnp.mean, outputs)
+    sums = weighted_sums(outputs, weight)
+    count = jnp.maximum(sums.pop("weight"), 1)
+    return {name: x / count for name, x in sums.items()}
+
+
 def means(evaluate: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any]) -> dict[str, jax.Array]:
     """Mean of each output over all batches, left on the device.
 

@@ -111,7 +111,7 @@ def _one(
     metric = setup.task.metric
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(path / "checkpoints", keep=config.keep)))
-        observer = observe.Observer(path, title, config.steps, metric, console, saved, profile)
+        observer = observe.Observer(path, title, setup.config.steps, metric, console, saved, profile)
         stack.enter_context(observer)
         (outcome,) = train.train(program.compiled(setup), [config.seed], observer.hooks)
         rows = observer.rows

@@ -19,5 +19,13 @@ def check(name: str, known: Sequence[str], where: str) -> str:
 
 
 def lookup(module: ModuleType, name: str, where: str, options: Mapping[str, Any]) -> Any:
-    """`module.name(**options)` for a public name of the module."""
-    return getattr(module, check(name, module.__all__, where))(**options)
+    """`module.name(**options)` for a public name of the module.
+
+    Raises:
+      ValueError: if it has no such name, or that takes no such option.
+    """
+    make = getattr(module, check(name, module.__all__, where))
+    try:
+        return make(**options)
+    except TypeError as error:
+        raise ValueError(f"{where}={name!r}: {error}") from error

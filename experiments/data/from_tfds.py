@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,56 @@ def tfds(
       FileNotFoundError: if it is not prepared in such a format, with what to do.
       ValueError: if TFDS has no such data set, version or split, or it is not one of labelled images.
     """
+    builder = _prepared(name, data_dir, download)
+    image, label, classes = _image_and_label(builder)
+    parts = _data_sources(builder, name, (train, test))
+    lazy = [Records(part, functools.partial(_renamed, image=image, label=label)) for part in parts]
+    if memory is None:
+        memory = _bytes(builder.info.features[image]) * sum(map(len, lazy)) <= _IN_MEMORY_BYTES
+    to_train, to_test = map(in_memory, lazy) if memory else lazy
+    return Dataset(to_train, to_test, classes)
+
+
+def encoded_images(
+    name: str, data_dir: str = "", train: str = "train", test: str = "validation", download: bool = False
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], int]:
+    """The images of a data set as the files they are stored as. Arguments and errors as of `tfds`.
+
+    Returns:
+      Records to train on and to test on, each with `image` (bytes), `label` and `file` (its name), and the number of
+      classes.
+    """
+    # A heavy import, only for who uses it.
+    from tensorflow_datasets.decode import SkipDecoding  # noqa: PLC0415
+
+    builder = _prepared(name, data_dir, download)
+    image, label, classes = _image_and_label(builder)
+    parts = _data_sources(builder, name, (train, test), decoders={image: SkipDecoding()})
+    to_train, to_test = (_Encoded(part, image, label) for part in parts)
+    return to_train, to_test, classes
+
+
+class _Encoded:
+    """Records of a TFDS data source by the names used here."""
+
+    def __init__(self, records: Any, image: str, label: str) -> None:
+        self._records, self._image, self._label = records, image, label
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        return [
+            {"image": r[self._image], "label": r[self._label], "file": r.get("file_name", f"record {i}")}
+            for i, r in zip(numbers, self._records.__getitems__(numbers), strict=True)
+        ]
+
+
+def _prepared(name: str, data_dir: str, download: bool) -> Any:
+    """The builder of a data set that is ready to be read."""
     builder = _builder(name, data_dir)
     if download and not builder.is_prepared():
         builder = _builder(name, data_dir, file_format="array_record")
@@ -54,19 +104,17 @@ def tfds(
     if not builder.is_prepared():
         how = _how_to_prepare(name, data_dir)
         raise FileNotFoundError(f"the TFDS data set {name!r} is not in {builder.data_path}. {how}")
-    image, label, classes = _image_and_label(builder)
+    return builder
+
+
+def _data_sources(builder: Any, name: str, splits: Sequence[str], **options: Any) -> list[Any]:
     try:
-        parts = [builder.as_data_source(split) for split in (train, test)]
+        return [builder.as_data_source(split, **options) for split in splits]
     except NotImplementedError as error:
         stored, how = builder.info.file_format.value, _how_to_prepare(name, "ANOTHER DIRECTORY")
         raise FileNotFoundError(
             f"the TFDS data set {name!r} is in {builder.data_path} as {stored}, without random access. {how}"
         ) from error
-    lazy = [Records(part, functools.partial(_renamed, image=image, label=label)) for part in parts]
-    if memory is None:
-        memory = _bytes(builder.info.features[image]) * sum(map(len, lazy)) <= _IN_MEMORY_BYTES
-    to_train, to_test = map(in_memory, lazy) if memory else lazy
-    return Dataset(to_train, to_test, classes)
 
 
 def _builder(name: str, data_dir: str, **options: Any) -> Any:

@@ -1,8 +1,10 @@
 """Data sets by their own name, from TFDS or from local files."""
 
+from experiments.data import images
 from experiments.data.from_files import cifar10_tar, idx_files
+from experiments.data.from_folder import image_folder, image_records
 from experiments.data.from_tfds import tfds
-from experiments.data.sources import Dataset
+from experiments.data.sources import Arrays, Dataset
 
 
 def mnist(local: str = "", data_dir: str = "", download: bool = False) -> Dataset:
@@ -21,15 +23,61 @@ def fashion_mnist(local: str = "", data_dir: str = "", download: bool = False) -
     return idx_files(local) if local else _from_tfds("fashion_mnist", data_dir, download)
 
 
-def cifar10(local: str = "", data_dir: str = "", download: bool = False) -> Dataset:
+def cifar10(local: str = "", data_dir: str = "", download: bool = False, vary: bool = False) -> Dataset:
     """CIFAR-10: 50,000 + 10,000 colour images 32 x 32 of 10 classes.
 
     Args:
       local: tar file of `train/<class>/<name>` and `test/<class>/<name>`; "" for TFDS.
       data_dir: where TFDS keeps its data; "" for its own default.
       download: whether TFDS may download it.
+      vary: whether training images are shifted by up to four pixels and flipped at random.
     """
-    return cifar10_tar(local) if local else _from_tfds("cifar10", data_dir, download)
+    dataset = cifar10_tar(local) if local else _from_tfds("cifar10", data_dir, download)
+    if not vary:
+        return dataset
+    return dataset._replace(train=Arrays(dataset.train.arrays, images.shifted, images.SHIFT_DRAWS))
+
+
+def imagenet(
+    local: str = "", data_dir: str = "", download: bool = False, size: int = 224, skip_corrupt: bool = False
+) -> Dataset:
+    """ImageNet (ILSVRC 2012): 1,281,167 + 50,000 photographs of 1,000 classes, cropped at random for training.
+
+    Args:
+      local: directory with `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`; "" for TFDS's `imagenet2012`.
+      data_dir: where TFDS keeps its data; "" for its own default.
+      download: whether TFDS may prepare it, from the two archives that it asks for.
+      size: of the crops, in pixels squared.
+      skip_corrupt: whether a file that cannot be decoded is left out, with a warning, instead of ending the run.
+    """
+    if local:
+        return _classes(image_folder(local, size=size, skip_corrupt=skip_corrupt), 1000, local)
+    return _jpeg_from_tfds("imagenet2012", data_dir, download, size, skip_corrupt)
+
+
+def imagenette(
+    local: str = "", data_dir: str = "", download: bool = False, size: int = 224, skip_corrupt: bool = False
+) -> Dataset:
+    """Imagenette: ten classes of ImageNet that are easy to tell apart. Arguments as of `imagenet`."""
+    if local:
+        return _classes(image_folder(local, size=size, skip_corrupt=skip_corrupt), 10, local)
+    return _jpeg_from_tfds("imagenette/320px-v2", data_dir, download, size, skip_corrupt)
+
+
+def _classes(dataset: Dataset, count: int, where: str) -> Dataset:
+    if dataset.classes != count:
+        raise ValueError(f"{where} has images of {dataset.classes} classes, not of {count}")
+    return dataset
+
+
+def _jpeg_from_tfds(name: str, data_dir: str, download: bool, size: int, skip_corrupt: bool) -> Dataset:
+    try:
+        return image_records(name, data_dir, download=download, size=size, skip_corrupt=skip_corrupt)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}\nOr have files read from a directory with train/<class>/ and val/<class>/ in it: `local`, "
+            "config.data.local in a config"
+        ) from error
 
 
 def _from_tfds(name: str, data_dir: str, download: bool) -> Dataset:

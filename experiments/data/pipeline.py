@@ -18,7 +18,7 @@ from absl import flags
 from experiments.data.sources import Batch, Source
 
 _ENDLESS = 2**62  # steps; grain wants a length
-_THREADS = 4  # each reads a batch of its own, and of a batch's records a data source may read several at once
+_BATCHES_AHEAD = 2  # the records of each are read by several threads at once
 
 
 class TrainIterator(grain.DatasetIterator[Batch]):
@@ -32,6 +32,7 @@ class TrainIterator(grain.DatasetIterator[Batch]):
         super().__init__()
         self._batches, self._workers = batches, workers
         self._step = 0
+        self._skipped = 0
         self._reader: grain.DatasetIterator[Batch] | None = None
 
     def __next__(self) -> Batch:
@@ -44,11 +45,18 @@ class TrainIterator(grain.DatasetIterator[Batch]):
                 _reading.add(self)
             batch = next(self._reader)
         self._step += 1
+        if "weight" in batch:
+            self._skipped += int(np.sum(batch["weight"] == 0))
         return batch
+
+    @property
+    def skipped(self) -> int:
+        """How many of the examples so far had weight 0: they could not be decoded. On this host."""
+        return self._skipped
 
     def get_state(self) -> dict[str, int]:
         """What `set_state` needs to go on from here, the same on all hosts; fit for JSON."""
-        return {"step": self._step, **self._batches.identity()}
+        return {"step": self._step, "skipped": self._skipped, **self._batches.identity()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on from where another iterator stood.
@@ -64,7 +72,7 @@ class TrainIterator(grain.DatasetIterator[Batch]):
         if found != expected:
             raise ValueError(f"the state belongs to a stream with {found}, this one has {expected}")
         self._stop()
-        self._step = int(state["step"])
+        self._step, self._skipped = int(state["step"]), int(state["skipped"])
 
     def close(self) -> None:
         """Stop reading ahead; there are no batches after that."""
@@ -133,7 +141,7 @@ def eval_batches(
 
     Returns:
       An iterable, to be run through as often as wanted, of batches with `weight`: 1 for an example, 0 for the copies
-      of the last example that pad the last batch.
+      of the last example that pad the last batch, and for examples that have no weight of their own.
 
     Raises:
       ValueError: if the batch is empty or cannot be dealt out to the hosts evenly.
@@ -161,7 +169,12 @@ class _Shuffled:
             epoch, offset = divmod(position, len(self.source))
             parts.append(self._order(epoch)[offset : offset + stop - position])
             position += len(parts[-1])
-        return self.source.gather(np.concatenate(parts))
+        rows = np.concatenate(parts)
+        if not self.source.draws:
+            return self.source.gather(rows)
+        # Of the global batch, so that they do not depend on the number of hosts.
+        random = np.random.default_rng((self.seed, step, 1)).random((self.batch_size, self.source.draws), np.float32)
+        return self.source.gather(rows, random[self.share.start : self.share.stop])
 
     def identity(self) -> dict[str, int]:
         """What the global batches depend on, but for the examples themselves."""
@@ -188,7 +201,8 @@ class _Padded:
     def __getitem__(self, number: int) -> Batch:
         rows = number * self.batch_size + np.arange(self.share.start, self.share.stop)
         batch = self.source.gather(np.minimum(rows, len(self.source) - 1))
-        return batch | {"weight": (rows < len(self.source)).astype(np.float32)}
+        real = (rows < len(self.source)).astype(np.float32)
+        return batch | {"weight": real * batch.get("weight", 1)}
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> range:
@@ -207,7 +221,7 @@ def _ahead(batches: "_Shuffled | _Padded", workers: int, start: int = 0) -> grai
     if batches.source.in_memory:
         return chosen.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers == 0:
-        return chosen.to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS))
+        return chosen.to_iter_dataset(grain.ReadOptions(num_threads=_BATCHES_AHEAD, prefetch_buffer_size=_BATCHES_AHEAD))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its own flags before it starts processes
     one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -1,5 +1,8 @@
 """Where examples come from: one interface for arrays in memory and for records that are read one by one."""
 
+import concurrent.futures
+import functools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -13,15 +16,22 @@ class Source(Protocol):
 
     Attributes:
       in_memory: whether gathering is but copying, so that nothing is won by doing it ahead of time.
+      draws: how many random numbers it takes to vary an example; 0 where examples are not varied.
     """
 
     in_memory: bool
+    draws: int
 
     def __len__(self) -> int:
         """Number of examples."""
 
-    def gather(self, rows: np.ndarray) -> Batch:
-        """The examples of these numbers, in this order, along the first axis of each array."""
+    def gather(self, rows: np.ndarray, random: np.ndarray | None = None) -> Batch:
+        """The examples of these numbers, in this order, along the first axis of each array.
+
+        Args:
+          rows: their numbers.
+          random: `(len(rows), draws)`, uniform in [0, 1): how each is varied; None for not at all.
+        """
 
 
 class Arrays:
@@ -29,6 +39,8 @@ class Arrays:
 
     Args:
       arrays: by name, all of one length.
+      vary: `vary(batch, random) -> batch`: the batch, each example varied by its row of `random`.
+      draws: the columns of `random`.
 
     Raises:
       ValueError: if their lengths differ, or there are none.
@@ -36,7 +48,13 @@ class Arrays:
 
     in_memory = True
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        vary: Callable[[Batch, np.ndarray], Batch] | None = None,
+        draws: int = 0,
+    ) -> None:
+        self.vary, self.draws = vary, draws
         lengths = {name: len(a) for name, a in arrays.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"arrays of one data set must have one length, got {lengths}")
@@ -47,8 +65,9 @@ class Arrays:
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
-    def gather(self, rows: np.ndarray) -> Batch:
-        return {name: np.take(a, rows, axis=0) for name, a in self.arrays.items()}  # half the time of a[rows]
+    def gather(self, rows: np.ndarray, random: np.ndarray | None = None) -> Batch:
+        batch = {name: np.take(a, rows, axis=0) for name, a in self.arrays.items()}  # half the time of a[rows]
+        return batch if self.vary is None or random is None else self.vary(batch, random)
 
 
 class Records:
@@ -57,7 +76,9 @@ class Records:
     Args:
       records: a random-access sequence of mappings from names to values. Where it has a method `__getitems__`, as the
         data sources of TFDS have, whole batches are asked of that.
-      transform: turns a record into the mapping that is batched. Threads call it at the same time.
+      transform: `transform(record)` turns a record into the mapping that is batched; `transform(record, random)` with
+        as many numbers as `draws`, or with None, where there are any. Threads call it at the same time.
+      draws: how many random numbers it takes.
     """
 
     in_memory = False
@@ -65,27 +86,52 @@ class Records:
     def __init__(
         self,
         records: Sequence[Mapping[str, Any]],
-        transform: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+        transform: Callable[..., Mapping[str, Any]] = dict,
+        draws: int = 0,
     ) -> None:
-        self.records, self.transform = records, transform
+        self.records, self.transform, self.draws = records, transform, draws
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def gather(self, rows: np.ndarray) -> Batch:
-        """As `Source.gather`.
+    def gather(self, rows: np.ndarray, random: np.ndarray | None = None) -> Batch:
+        """As `Source.gather`, on as many threads as there are cores.
 
         Raises:
           ValueError: if the records' values differ in shape.
         """
+        batch: Batch = {}
+        values = self._values(rows[:1], None if random is None else random[:1])
+        for name, value in next(iter(values)).items():
+            batch[name] = np.empty((len(rows), *np.shape(value)), np.asarray(value).dtype)
+            batch[name][0] = value
+
+        def fill(start: int) -> None:
+            stop = min(start + _AT_ONCE, len(rows))
+            part = None if random is None else random[start:stop]
+            for i, example in enumerate(self._values(rows[start:stop], part), start):
+                for name, array in batch.items():
+                    if np.shape(example[name]) != array.shape[1:]:
+                        shapes = f"{array.shape[1:]}, {np.shape(example[name])}"
+                        raise ValueError(
+                            f"records whose {name!r} differ in shape make no batch: {shapes}; give a transform to one shape"
+                        )
+                    array[i] = example[name]
+
+        for _ in _pool().map(fill, range(1, len(rows), _AT_ONCE)):
+            pass
+        return batch
+
+    def _values(self, rows: np.ndarray, random: np.ndarray | None) -> Iterable[Mapping[str, Any]]:
         numbers = rows.tolist()
         read: Iterable[Mapping[str, Any]]
         if hasattr(self.records, "__getitems__"):
             read = self.records.__getitems__(numbers)
         else:
             read = (self.records[i] for i in numbers)
-        parts = [self.transform(record) for record in read]
-        return {name: _stacked(name, [part[name] for part in parts]) for name in parts[0]}
+        if not self.draws:
+            return map(self.transform, read)
+        return map(self.transform, read, [None] * len(rows) if random is None else random)
 
 
 class Dataset(NamedTuple):
@@ -128,9 +174,10 @@ def in_memory(source: Source, chunk: int = 1024) -> Arrays:
     return Arrays(arrays)
 
 
-def _stacked(name: str, values: Sequence[Any]) -> np.ndarray:
-    shapes = {np.shape(value) for value in values}
-    if len(shapes) > 1:
-        few = ", ".join(map(str, sorted(shapes)[:3]))
-        raise ValueError(f"records whose {name!r} differ in shape make no batch: {few}; give a transform to one shape")
-    return np.stack(values)
+_AT_ONCE = 16  # records to a call: enough that handing them out costs nothing
+
+
+@functools.cache
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+    """This process's threads for reading and decoding."""
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "records")

@@ -1,0 +1,110 @@
+"""Image files on disk, in a directory for each class, and the same from TFDS: decoded as they are needed."""
+
+import functools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from experiments.data import images
+from experiments.data.from_tfds import encoded_images
+from experiments.data.sources import Dataset, Records
+
+_SUFFIXES = (".jpeg", ".jpg", ".png")
+
+
+def image_folder(
+    directory: str, train: str = "train", test: str = "val", size: int = 224, skip_corrupt: bool = False
+) -> Dataset:
+    """Images in `<train>/<class>/<name>.JPEG` and `<test>/<class>/<name>.JPEG`.
+
+    Args:
+      directory: where the two are.
+      train: directory of the training images.
+      test: directory of the test images.
+      size: they are cropped and resized to this many pixels squared: at random for training, the centre for testing.
+      skip_corrupt: what cannot be decoded gets weight 0 instead of ending the run.
+
+    Returns:
+      `image` uint8 and `label` int32; classes are numbered in alphabetical order.
+
+    Raises:
+      FileNotFoundError: if they are not there.
+      ValueError: if the two have not the same classes.
+    """
+    root = pathlib.Path(directory).expanduser()
+    parts = [_Files(root / part) for part in (train, test)]
+    if parts[0].classes != parts[1].classes:
+        differing = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+        raise ValueError(f"{root}: {train}/ and {test}/ differ in their classes: {', '.join(differing[:5])}")
+    return _varied(*parts, len(parts[0].classes), size, skip_corrupt)
+
+
+def image_records(
+    name: str, data_dir: str = "", test: str = "validation", download: bool = False, size: int = 224, **options: Any
+) -> Dataset:
+    """A TFDS data set of JPEG files, as `image_folder` for the rest."""
+    train_records, test_records, classes = encoded_images(name, data_dir, test=test, download=download)
+    return _varied(train_records, test_records, classes, size, **options)
+
+
+def _varied(
+    train: Sequence[Mapping[str, Any]],
+    test: Sequence[Mapping[str, Any]],
+    classes: int,
+    size: int,
+    skip_corrupt: bool = False,
+) -> Dataset:
+    decode = functools.partial(_decoded, size=size, skip_corrupt=skip_corrupt)
+    return Dataset(Records(train, decode, images.CROP_DRAWS), Records(test, decode), classes)
+
+
+def _decoded(record: Mapping[str, Any], random: np.ndarray | None = None, *, size: int, skip_corrupt: bool) -> dict:
+    """The example of a record of `image`, a file's content, `label` and `file`, its name."""
+    content, weight = record["image"], np.float32(1)
+    try:
+        image = images.centre_crop(content, size) if random is None else images.random_crop(content, size, random)
+    except images.CorruptImage as error:
+        if not skip_corrupt:
+            raise images.CorruptImage(
+                f"{record['file']} is corrupt: {error}; replace it, or have such files left out: "
+                "config.data.options.skip_corrupt=True"
+            ) from error
+        logging.log_first_n(logging.WARNING, "%s is corrupt and left out: %s", 100, record["file"], error)
+        image, weight = np.zeros((size, size, 3), np.uint8), np.float32(0)
+    example = {"image": image, "label": np.int32(record["label"])}
+    return example | ({"weight": weight} if skip_corrupt else {})
+
+
+class _Files:
+    """The image files below a directory, as records; a directory below it for each class."""
+
+    def __init__(self, root: pathlib.Path) -> None:
+        wanted = f"a directory for each class, with its images ({', '.join(_SUFFIXES)}) in it"
+        if not root.is_dir():
+            raise FileNotFoundError(f"no directory {root.absolute()}: it should hold {wanted}")
+        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+        self.root, self.classes = root, [entry.name for entry in entries if entry.is_dir()]
+        if not self.classes:
+            flat = f"{len(entries)} files: sort them by class" if entries else "nothing"
+            raise FileNotFoundError(f"{root.absolute()} should hold {wanted}, and holds {flat}")
+        names, labels = [], []
+        for label, name in enumerate(self.classes):
+            files = sorted(f.name for f in os.scandir(root / name) if f.name.lower().endswith(_SUFFIXES))
+            if not files:
+                raise FileNotFoundError(f"{root / name} has no image files ({', '.join(_SUFFIXES)})")
+            names += files
+            labels += [label] * len(files)
+        # Arrays, since a million Python strings would fill the memory of every worker process.
+        self._names, self._labels = np.array([os.fsencode(name) for name in names]), np.array(labels, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        label = self._labels[i]
+        file = self.root / self.classes[label] / os.fsdecode(self._names[i])
+        return {"image": file.read_bytes(), "label": label, "file": file}

@@ -1,0 +1,138 @@
+"""Images to arrays: crops and flips to train on, centre crops to test on. Bytes as uint8; the device makes them floats.
+
+What is random is a function of an example and of the numbers in [0, 1) handed in with it, so that an order of examples
+and a seed determine every pixel, on whatever hosts and threads.
+"""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from experiments.data.sources import Batch
+
+CROP_DRAWS = 23  # of `random_crop`: ten areas, ten aspect ratios, two positions, one flip
+SHIFT_DRAWS = 3  # of `shifted`: two offsets, one flip
+_ATTEMPTS = 10
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+class CorruptImage(ValueError):
+    """The content of an image file cannot be decoded."""
+
+
+def random_crop(content: bytes, size: int, random: np.ndarray, min_area: float = 0.08) -> np.ndarray:
+    """A part of an image of random area, shape and place, resized and perhaps flipped (Szegedy et al. 2015).
+
+    Args:
+      content: of an image file.
+      size: of the result.
+      random: `CROP_DRAWS` numbers in [0, 1).
+      min_area: smallest share of the image's area; the largest is 1.
+
+    Returns:
+      `(size, size, 3)` uint8.
+
+    Raises:
+      CorruptImage: if the content cannot be decoded.
+    """
+    width, height = dimensions(content)
+    image = resized_part(content, _random_box(width, height, random, min_area), size)
+    return image[:, ::-1] if random[-1] < 0.5 else image
+
+
+def centre_crop(content: bytes, size: int, margin: float = 256 / 224) -> np.ndarray:
+    """The centre of an image: what is left of it when its shorter side is resized to `margin * size` and cropped.
+
+    Args:
+      content: of an image file.
+      size: of the result.
+      margin: as above; 1 for the largest square.
+
+    Returns:
+      `(size, size, 3)` uint8.
+
+    Raises:
+      CorruptImage: if the content cannot be decoded.
+    """
+    width, height = dimensions(content)
+    side = min(width, height) / margin
+    left, top = (width - side) / 2, (height - side) / 2
+    return resized_part(content, (left, top, left + side, top + side), size)
+
+
+def dimensions(content: bytes) -> tuple[int, int]:
+    """Width and height, from the file's header."""
+    try:
+        return Image.open(io.BytesIO(content)).size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CorruptImage(str(error)) from error
+
+
+def resized_part(content: bytes, box: Box, size: int) -> np.ndarray:
+    """The part of an image within `box`, resized to `(size, size, 3)`, by triangles as wide as it is reduced.
+
+    Where the part is reduced to half or less, the JPEG decoder does most of that: it needs only the coarse
+    coefficients.
+    """
+    left, top, right, bottom = box
+    image, factor = _decoded(content, max(1.0, min(right - left, bottom - top) / size))
+    scaled = tuple(x / factor for x in box)
+    right, bottom = min(scaled[2], image.width), min(scaled[3], image.height)  # a reduced image may lack a fraction
+    part = image.resize((size, size), Image.Resampling.BILINEAR, box=(scaled[0], scaled[1], right, bottom))
+    return np.asarray(part)
+
+
+def shifted(batch: Batch, random: np.ndarray, margin: int = 4) -> Batch:
+    """Images in memory, shifted by up to `margin` pixels, zeros coming in, and perhaps flipped.
+
+    Args:
+      batch: `image` is `(batch, height, width, channels)`.
+      random: `(batch, SHIFT_DRAWS)` in [0, 1).
+      margin: in pixels.
+    """
+    image = batch["image"]
+    n, height, width, _ = image.shape
+    padded = np.pad(image, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    top, left = (random[:, :2] * (2 * margin + 1)).astype(np.int64).T
+    rows = top[:, None] + np.arange(height)
+    columns = left[:, None] + np.arange(width)
+    columns = np.where(random[:, 2:] < 0.5, columns[:, ::-1], columns)
+    return batch | {"image": padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]}
+
+
+def _random_box(width: int, height: int, random: np.ndarray, min_area: float) -> Box:
+    """The first of ten random boxes that fits in the image; the largest of an allowed shape in its centre if none."""
+    areas, ratios = np.asarray(random[:_ATTEMPTS], float), np.asarray(random[_ATTEMPTS : 2 * _ATTEMPTS], float)
+    area = width * height * (min_area + (1 - min_area) * areas)
+    ratio = np.exp(math.log(3 / 4) + math.log(16 / 9) * ratios)  # width to height, from 3/4 to 4/3
+    w, h = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
+    fits = np.flatnonzero((w >= 1) & (h >= 1) & (w <= width) & (h <= height))
+    if fits.size:
+        w, h = float(w[fits[0]]), float(h[fits[0]])
+        left = math.floor(float(random[2 * _ATTEMPTS]) * (width - w + 1))
+        top = math.floor(float(random[2 * _ATTEMPTS + 1]) * (height - h + 1))
+    else:
+        w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
+        left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
+
+
+def _decoded(content: bytes, reduction: float) -> tuple[Any, float]:
+    """An RGB image that may be up to `reduction` times smaller than stored, and how many times it is."""
+    if content[:2] == b"\xff\xd8":
+        factor = 2 ** min(3, int(math.log2(reduction)))  # 1, 2, 4 or 8: for these, decoders have fast transforms
+        try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(content)
+            sides = {"min_height": -(-height // factor), "min_width": -(-width // factor)} if factor > 1 else {}
+            return Image.fromarray(simplejpeg.decode_jpeg(content, **sides)), factor
+        except ValueError:  # four colours, or damage: Pillow reads all that can be read
+            pass
+    try:
+        return Image.open(io.BytesIO(content)).convert("RGB"), 1.0
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CorruptImage(str(error)) from error
