@@ -59,6 +59,26 @@ def photographs(name: str) -> ConfigDict:
     return config
 
 
+def imagenet(block: int) -> ConfigDict:
+    """ResNet-50 on ImageNet (paper, section 4 and C.1): 90 epochs in batches of 2048."""
+    config = experiment(f"resnet50_block{block}")
+    config.data = photographs("imagenet")
+    config.model = "ResNet50"
+    config.model_options.dtype = "bfloat16"  # of activations; parameters and statistics are float32
+    config.epochs = 90.0
+    config.batch_size = 2048
+    config.eval_batch_size = 2048
+    config.eval_every = 1251  # two epochs
+    config.checkpoint_every = 626  # one
+    config.dense_twin = False  # it takes as long again; --config.sparsifier.name=dense
+    config.optimizer.learning_rate = 0.8
+    config.optimizer.scale_batch = 2048
+    config.optimizer.warmup_epochs = 5.0
+    config.optimizer.final_fraction = 0.0
+    config.sparsifier.block = (block, block)
+    return config
+
+
 def sparsifier() -> ConfigDict:
     """Options of all algorithms: the common ones first, then a section for each that has its own."""
     config = ConfigDict()

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.eval_every = 116  # two epochs of 1,850 images
     config.checkpoint_every = 116
     config.dense_twin = False
-    config.optimizer.learning_rate = 0.05
+    config.optimizer.learning_rate = 0.004  # in batches of 32 and from scratch, 0.01 does not start
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.weight_decay = 5e-4
     config.sparsifier.block = (8, 8)

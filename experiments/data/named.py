@@ -1,5 +1,8 @@
 """Data sets by their own name, from TFDS or from local files."""
 
+import os
+import pathlib
+
 from experiments.data import images
 from experiments.data.from_files import cifar10_tar, idx_files
 from experiments.data.from_folder import image_folder, image_records
@@ -52,7 +55,10 @@ def imagenet(
     """
     if local:
         return _classes(image_folder(local, size=size, skip_corrupt=skip_corrupt), 1000, local)
-    return _jpeg_from_tfds("imagenet2012", data_dir, download, size, skip_corrupt)
+    where = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    archives = "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
+    hint = f"It takes {archives}, from https://image-net.org, in {where}/downloads/manual."
+    return _jpeg_from_tfds("imagenet2012", data_dir, download, size, skip_corrupt, hint)
 
 
 def imagenette(
@@ -70,12 +76,14 @@ def _classes(dataset: Dataset, count: int, where: str) -> Dataset:
     return dataset
 
 
-def _jpeg_from_tfds(name: str, data_dir: str, download: bool, size: int, skip_corrupt: bool) -> Dataset:
+def _jpeg_from_tfds(
+    name: str, data_dir: str, download: bool, size: int, skip_corrupt: bool, hint: str = ""
+) -> Dataset:
     try:
         return image_records(name, data_dir, download=download, size=size, skip_corrupt=skip_corrupt)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, AssertionError) as error:  # the latter where the archives are missing
         raise FileNotFoundError(
-            f"{error}\nOr have files read from a directory with train/<class>/ and val/<class>/ in it: `local`, "
+            f"{error}\n{hint}\nOr have files read from a directory with train/<class>/ and val/<class>/ in it: `local`, "
             "config.data.local in a config"
         ) from error
 

@@ -1,0 +1,97 @@
+"""Show what a config prunes, layer by layer, without data or training.
+
+    python -m experiments.inspect --config=configs/resnet50_block8.py --config.sparsifier.sparsity=0.95
+    python -m experiments.inspect --config=configs/resnet50_block8.py --sparsities=0.7,0.8,0.9,0.95
+
+The first prints each kernel's grid, kept blocks, weights and multiply-adds before and after, and the phases; the second
+the whole network's sparsity at each of several targets.
+"""
+
+import jax
+import ml_collections
+from absl import flags
+from rich.console import Console
+
+import sa_plus_plus as sapp
+from experiments import cli, data, program, progress, sharding
+from experiments.models import costs
+
+flags.declare_key_flag("config")  # for --help
+_SPARSITIES = flags.DEFINE_list("sparsities", [], "Target sparsities to tabulate instead of showing each layer.")
+
+
+def main(argv: list[str]) -> None:
+    del argv  # cli.run has refused any
+    config, console = cli.CONFIG.value, progress.console()
+    with cli.users_mistakes():
+        if _SPARSITIES.value:
+            rows = [_totals(_setup(config, float(s))) for s in _SPARSITIES.value]
+            console.print(progress.table(_title(config), rows))
+        else:
+            show(_setup(config), console)
+
+
+def show(setup: program.Setup, console: Console) -> None:
+    """Print the plan and the phases of a run."""
+    cost = multiply_adds(setup)
+    rows = [_cells(layer, cost.get(layer.path, 0)) for layer in setup.plan.layers if layer.is_kernel]
+    console.print(progress.table(_title(setup.config), rows))
+    console.print(progress.table("The whole network", [_totals(setup)]))
+    console.print(f"{setup.config.steps:,} steps of {setup.config.batch_size} examples\n", highlight=False)
+    console.print(str(setup.sparsifier(setup.config.seed).phases), highlight=False)
+
+
+def multiply_adds(setup: program.Setup) -> dict[str, int]:
+    """Of each kernel for one example."""
+    task = setup.task
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct(task.dataset.example["image"].shape, "float32")
+    return costs.multiply_adds(task.model, {"params": params, **model_state}, x)
+
+
+def _setup(config: ml_collections.ConfigDict, sparsity: float | None = None) -> program.Setup:
+    config = config.copy_and_resolve_references()
+    if sparsity is not None:
+        config.sparsifier.sparsity = sparsity
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    dataset = data.declared(config.data.name, config.data.options.get("size"))
+    return program.prepare(config, mesh, dataset)
+
+
+def _title(config: ml_collections.ConfigDict) -> str:
+    sparsifier = config.sparsifier
+    return f"{config.name}, {config.model}: {sparsifier.name}, blocks {'×'.join(map(str, sparsifier.block))}"
+
+
+def _cells(layer: sapp.Layer, cost: int) -> dict[str, str]:
+    share = layer.kept / layer.blocks
+    return {
+        "kernel": layer.path.removesuffix("/kernel"),
+        "shape": "×".join(map(str, layer.shape)),
+        "grid": "-" if layer.why_not else "×".join(map(str, layer.grid)),
+        "kept blocks": "-" if layer.why_not else f"{layer.kept:,} of {layer.blocks:,}",
+        "weights": f"{layer.weights:,}",
+        "M multiply-adds": f"{cost / 1e6:.2f}",
+        "after": f"{cost * share / 1e6:.2f}",
+        "sparsity": layer.why_not or f"{1 - share:.2%}",
+    }
+
+
+def _totals(setup: program.Setup) -> dict[str, str]:
+    cost, plan = multiply_adds(setup), setup.plan
+    share = {layer.path: layer.kept / layer.blocks for layer in plan.layers if layer.is_kernel}
+    params = jax.tree.leaves(jax.eval_shape(setup.task.init, jax.random.key(0))[0])
+    return {
+        "target": f"{setup.config.sparsifier.sparsity:.0%}",
+        "parameters": f"{sum(leaf.size for leaf in params):,}",
+        "kernels": str(len(share)),
+        "pruned": str(len(plan.pruned)),
+        "kernel weights": f"{plan.kernel_weights:,}",
+        "sparsity": f"{plan.sparsity:.2%}",
+        "G multiply-adds": f"{sum(cost.values()) / 1e9:.3f}",
+        "after": f"{sum(n * share[path] for path, n in cost.items()) / 1e9:.3f}",
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
