@@ -29,7 +29,9 @@ def bare(run: program.Program) -> float:
     """Seconds per step of the compiled step alone."""
     seed = program.seed_argument([0])
     state = run.functions.init(seed)
-    batch = jax.device_put(program.next_batch(run, program.train_streams(run, [0])), next(iter(run.batch.values())).sharding)
+    batch = jax.device_put(
+        program.next_batch(run, program.train_streams(run, [0])), next(iter(run.batch.values())).sharding
+    )
     for _ in range(FIRST):
         state, _ = run.functions.step(seed, state, batch)
     jax.block_until_ready(state)

@@ -2,8 +2,8 @@
 
     python -m experiments.main --config=configs/imagenette_block8.py --config.data.local=path/with/train/and/val
 
-The directory holds `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`; without it the data set is read as TensorFlow Datasets
-has prepared it. On two CPU cores and 1,850 training images a run takes a quarter of an hour at 64 pixels.
+The directory holds `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`; without it the data set is read as TensorFlow
+Datasets has prepared it. On two CPU cores and 1,850 training images a run takes a quarter of an hour at 64 pixels.
 """
 
 from ml_collections import ConfigDict

@@ -25,10 +25,10 @@ def main(argv: list[str]) -> None:
     config, console = cli.CONFIG.value, progress.console()
     with cli.users_mistakes():
         if _SPARSITIES.value:
-            rows = [_totals(_setup(config, float(s))) for s in _SPARSITIES.value]
+            rows = [_totals(setup_without_data(config, float(s))) for s in _SPARSITIES.value]
             console.print(progress.table(_title(config), rows))
         else:
-            show(_setup(config), console)
+            show(setup_without_data(config), console)
 
 
 def show(setup: program.Setup, console: Console) -> None:
@@ -49,7 +49,7 @@ def multiply_adds(setup: program.Setup) -> dict[str, int]:
     return costs.multiply_adds(task.model, {"params": params, **model_state}, x)
 
 
-def _setup(config: ml_collections.ConfigDict, sparsity: float | None = None) -> program.Setup:
+def setup_without_data(config: ml_collections.ConfigDict, sparsity: float | None = None) -> program.Setup:
     config = config.copy_and_resolve_references()
     if sparsity is not None:
         config.sparsifier.sparsity = sparsity

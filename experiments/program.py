@@ -102,9 +102,7 @@ class Program(NamedTuple):
     compile_seconds: float
 
 
-def prepare(
-    config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset: data.Dataset | None = None
-) -> Setup:
+def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset: data.Dataset | None = None) -> Setup:
     """Build every part of a run but the compiled step, so that what is wrong with a config shows at once.
 
     Args:
@@ -215,7 +213,9 @@ def compiled(setup: Setup, seeds: int = 1) -> Program:
     state = sharding.abstract(shapes, layout)
     whole = sharding.replicated(mesh)
     test_sharding = sharding.of_batch(mesh)
-    batch = _batch_shapes(setup, config.batch_size, sharding.of_batch(mesh, example_axis=int(seeds > 1)), (seeds,) if seeds > 1 else ())
+    batch = _batch_shapes(
+        setup, config.batch_size, sharding.of_batch(mesh, example_axis=int(seeds > 1)), (seeds,) if seeds > 1 else ()
+    )
     test = _batch_shapes(setup, config.eval_batch_size, test_sharding)
     test["weight"] = jax.ShapeDtypeStruct((config.eval_batch_size,), np.float32, sharding=test_sharding)
     status = jax.jit(functools.partial(_status, setup=setup, over_seeds=seeds > 1), out_shardings=whole)

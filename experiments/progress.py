@@ -69,10 +69,10 @@ class Live:
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """A rich table of dicts with the same keys."""
+    """A rich table of dicts with the same keys; the first column, which names the row, is never shortened."""
     result = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        result.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for i, name in enumerate(rows[0]):
+        result.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=i == 0)
     for row in rows:
         result.add_row(*(str(x) for x in row.values()))
     return result

@@ -7,13 +7,13 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from data_test import SHARED, needs
+from data_test import FILES, needs
 from PIL import Image
 
 from experiments import data
 from experiments.data import images
 
-PHOTOS = SHARED / "imagenette224_subset/imagenette224_subset.tar.xz"
+PHOTOS = FILES / "imagenette224_subset/imagenette224_subset.tar.xz"
 
 
 def smooth(height, width):
@@ -66,7 +66,7 @@ def test_reduction_by_the_decoder_is_close_to_pillow_on_a_photograph_like_pictur
 @hypothesis.given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 2**32), st.floats(0.01, 1))
 def test_random_boxes_lie_inside_and_have_the_area_asked_for(width, height, seed, min_area):
     random = np.random.default_rng(seed).random(images.CROP_DRAWS, np.float32)
-    left, top, right, bottom = images._random_box(width, height, random, min_area)
+    left, top, right, bottom = images.random_box(width, height, random, min_area)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     if min(width, height) > 100:
@@ -78,7 +78,7 @@ def test_areas_shapes_places_and_flips_are_uniform():
     boxes, flips = [], 0
     content = encoded(smooth(80, 100))
     for random in np.random.default_rng(0).random((4000, images.CROP_DRAWS)):
-        boxes.append(images._random_box(1000, 1000, random, 0.08))
+        boxes.append(images.random_box(1000, 1000, random, 0.08))
         flips += random[-1] < 0.5
     left, top, right, bottom = np.array(boxes).T
     area, ratio = (right - left) * (bottom - top) / 1e6, (right - left) / (bottom - top)
@@ -108,7 +108,9 @@ def test_centre_crop_is_the_centre_of_the_resized_image():
 def test_kinds_of_image_files(mode, kind):
     content = encoded(smooth(60, 80), kind, mode)
     crop = images.centre_crop(content, 32, margin=1)
-    want = np.asarray(Image.open(io.BytesIO(content)).convert("RGB").resize((32, 32), Image.BILINEAR, box=(10, 0, 70, 60)))
+    want = np.asarray(
+        Image.open(io.BytesIO(content)).convert("RGB").resize((32, 32), Image.BILINEAR, box=(10, 0, 70, 60))
+    )
     assert np.abs(crop.astype(float) - want).max() <= 2
     if mode == "L":
         assert np.ptp(crop, axis=-1).max() == 0
@@ -244,9 +246,9 @@ def test_tfds_jpegs_are_read_as_files(tmp_path):
             )
 
         def _split_generators(self, dl_manager):
-            return {"train": self._examples(), "validation": self._examples()}
+            return {"train": self._generate_examples(), "validation": self._generate_examples()}
 
-        def _examples(self):
+        def _generate_examples(self):
             for i, content in enumerate(contents):
                 yield i, {"image": io.BytesIO(content), "label": i % 2, "file_name": f"{i}.JPEG"}
 

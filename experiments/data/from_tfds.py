@@ -62,12 +62,9 @@ def encoded_images(
       Records to train on and to test on, each with `image` (bytes), `label` and `file` (its name), and the number of
       classes.
     """
-    # A heavy import, only for who uses it.
-    from tensorflow_datasets.decode import SkipDecoding  # noqa: PLC0415
-
     builder = _prepared(name, data_dir, download)
     image, label, classes = _image_and_label(builder)
-    parts = _data_sources(builder, name, (train, test), decoders={image: SkipDecoding()})
+    parts = _data_sources(builder, name, (train, test), decoders={image: _decode().SkipDecoding()})
     to_train, to_test = (_Encoded(part, image, label) for part in parts)
     return to_train, to_test, classes
 
@@ -115,6 +112,12 @@ def _data_sources(builder: Any, name: str, splits: Sequence[str], **options: Any
         raise FileNotFoundError(
             f"the TFDS data set {name!r} is in {builder.data_path} as {stored}, without random access. {how}"
         ) from error
+
+
+def _decode() -> Any:
+    import tensorflow_datasets  # noqa: PLC0415
+
+    return tensorflow_datasets.decode
 
 
 def _builder(name: str, data_dir: str, **options: Any) -> Any:

@@ -6,6 +6,7 @@ and a seed determine every pixel, on whatever hosts and threads.
 
 import io
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,34 @@ def random_crop(content: bytes, size: int, random: np.ndarray, min_area: float =
       CorruptImage: if the content cannot be decoded.
     """
     width, height = dimensions(content)
-    image = resized_part(content, _random_box(width, height, random, min_area), size)
-    return image[:, ::-1] if random[-1] < 0.5 else image
+    box = random_box(width, height, random, min_area)
+    return resized_part(content, box, size, flip=random[-1] < 0.5, exact=False)
+
+
+def random_box(width: int, height: int, random: np.ndarray, min_area: float) -> Box:
+    """The first of ten random boxes that fits in the image; the largest of an allowed shape in its centre if none.
+
+    Areas are uniform in `[min_area, 1]` of the image's, the logarithm of the aspect ratio in `[log 3/4, log 4/3]`.
+
+    Args:
+      width: of the image.
+      height: of the image.
+      random: `CROP_DRAWS` numbers in [0, 1).
+      min_area: as above.
+    """
+    areas, ratios = np.asarray(random[:_ATTEMPTS], float), np.asarray(random[_ATTEMPTS : 2 * _ATTEMPTS], float)
+    area = width * height * (min_area + (1 - min_area) * areas)
+    ratio = np.exp(math.log(3 / 4) + math.log(16 / 9) * ratios)  # width to height, from 3/4 to 4/3
+    w, h = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
+    fits = np.flatnonzero((w >= 1) & (h >= 1) & (w <= width) & (h <= height))
+    if fits.size:
+        w, h = float(w[fits[0]]), float(h[fits[0]])
+        left = math.floor(float(random[2 * _ATTEMPTS]) * (width - w + 1))
+        top = math.floor(float(random[2 * _ATTEMPTS + 1]) * (height - h + 1))
+    else:
+        w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
+        left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
 
 
 def centre_crop(content: bytes, size: int, margin: float = 256 / 224) -> np.ndarray:
@@ -73,18 +100,30 @@ def dimensions(content: bytes) -> tuple[int, int]:
         raise CorruptImage(str(error)) from error
 
 
-def resized_part(content: bytes, box: Box, size: int) -> np.ndarray:
+def resized_part(content: bytes, box: Box, size: int, flip: bool = False, exact: bool = True) -> np.ndarray:
     """The part of an image within `box`, resized to `(size, size, 3)`, by triangles as wide as it is reduced.
 
     Where the part is reduced to half or less, the JPEG decoder does most of that: it needs only the coarse
     coefficients.
+
+    Args:
+      content: of an image file.
+      box: the part.
+      size: of the result.
+      flip: whether left and right change places.
+      exact: whether colours between those stored are interpolated, as most decoders do, or repeated, which is faster.
+
+    Raises:
+      CorruptImage: if the content cannot be decoded.
     """
     left, top, right, bottom = box
-    image, factor = _decoded(content, max(1.0, min(right - left, bottom - top) / size))
+    image, factor = _decoded(content, max(1.0, min(right - left, bottom - top) / size), exact)
     scaled = tuple(x / factor for x in box)
     right, bottom = min(scaled[2], image.width), min(scaled[3], image.height)  # a reduced image may lack a fraction
     part = image.resize((size, size), Image.Resampling.BILINEAR, box=(scaled[0], scaled[1], right, bottom))
-    return np.asarray(part)
+    if flip:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(part.convert("RGB"))
 
 
 def shifted(batch: Batch, random: np.ndarray, margin: int = 4) -> Batch:
@@ -105,34 +144,36 @@ def shifted(batch: Batch, random: np.ndarray, margin: int = 4) -> Batch:
     return batch | {"image": padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]}
 
 
-def _random_box(width: int, height: int, random: np.ndarray, min_area: float) -> Box:
-    """The first of ten random boxes that fits in the image; the largest of an allowed shape in its centre if none."""
-    areas, ratios = np.asarray(random[:_ATTEMPTS], float), np.asarray(random[_ATTEMPTS : 2 * _ATTEMPTS], float)
-    area = width * height * (min_area + (1 - min_area) * areas)
-    ratio = np.exp(math.log(3 / 4) + math.log(16 / 9) * ratios)  # width to height, from 3/4 to 4/3
-    w, h = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
-    fits = np.flatnonzero((w >= 1) & (h >= 1) & (w <= width) & (h <= height))
-    if fits.size:
-        w, h = float(w[fits[0]]), float(h[fits[0]])
-        left = math.floor(float(random[2 * _ATTEMPTS]) * (width - w + 1))
-        top = math.floor(float(random[2 * _ATTEMPTS + 1]) * (height - h + 1))
-    else:
-        w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
-        left, top = (width - w) / 2, (height - h) / 2
-    return left, top, left + w, top + h
+def _decoded(content: bytes, reduction: float, exact: bool) -> tuple[Any, float]:
+    """An image that may be up to `reduction` times smaller than stored, and how many times it is.
 
-
-def _decoded(content: bytes, reduction: float) -> tuple[Any, float]:
-    """An RGB image that may be up to `reduction` times smaller than stored, and how many times it is."""
+    Red, green and blue are its first three bands. It is good until this thread's next call.
+    """
     if content[:2] == b"\xff\xd8":
         factor = 2 ** min(3, int(math.log2(reduction)))  # 1, 2, 4 or 8: for these, decoders have fast transforms
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(content)
             sides = {"min_height": -(-height // factor), "min_width": -(-width // factor)} if factor > 1 else {}
-            return Image.fromarray(simplejpeg.decode_jpeg(content, **sides)), factor
+            fast = {"fastdct": not exact, "fastupsample": not exact}
+            # Into memory that is there already, four bytes a pixel as Pillow has them: new pages and copies would take
+            # as long as the decoding.
+            buffer = _buffer(4 * (height + 8) * (width + 8))
+            pixels = simplejpeg.decode_jpeg(content, "RGBX", buffer=buffer, **sides, **fast)
+            size = pixels.shape[1], pixels.shape[0]
+            return Image.frombuffer("RGBX", size, pixels, "raw", "RGBX", 0, 1), factor
         except ValueError:  # four colours, or damage: Pillow reads all that can be read
             pass
     try:
         return Image.open(io.BytesIO(content)).convert("RGB"), 1.0
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CorruptImage(str(error)) from error
+
+
+_own = threading.local()
+
+
+def _buffer(size: int) -> np.ndarray:
+    """At least so many bytes, this thread's own."""
+    if getattr(_own, "buffer", np.empty(0)).size < size:
+        _own.buffer = np.empty(size, np.uint8)
+    return _own.buffer

@@ -76,15 +76,13 @@ def _classes(dataset: Dataset, count: int, where: str) -> Dataset:
     return dataset
 
 
-def _jpeg_from_tfds(
-    name: str, data_dir: str, download: bool, size: int, skip_corrupt: bool, hint: str = ""
-) -> Dataset:
+def _jpeg_from_tfds(name: str, data_dir: str, download: bool, size: int, skip_corrupt: bool, hint: str = "") -> Dataset:
     try:
         return image_records(name, data_dir, download=download, size=size, skip_corrupt=skip_corrupt)
     except (FileNotFoundError, AssertionError) as error:  # the latter where the archives are missing
         raise FileNotFoundError(
-            f"{error}\n{hint}\nOr have files read from a directory with train/<class>/ and val/<class>/ in it: `local`, "
-            "config.data.local in a config"
+            f"{error}\n{hint}\nOr have files read from a directory with train/<class>/ and val/<class>/ in it: "
+            "`local`, config.data.local in a config"
         ) from error
 
 

@@ -221,7 +221,9 @@ def _ahead(batches: "_Shuffled | _Padded", workers: int, start: int = 0) -> grai
     if batches.source.in_memory:
         return chosen.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers == 0:
-        return chosen.to_iter_dataset(grain.ReadOptions(num_threads=_BATCHES_AHEAD, prefetch_buffer_size=_BATCHES_AHEAD))
+        return chosen.to_iter_dataset(
+            grain.ReadOptions(num_threads=_BATCHES_AHEAD, prefetch_buffer_size=_BATCHES_AHEAD)
+        )
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its own flags before it starts processes
     one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -112,9 +112,9 @@ class Records:
             for i, example in enumerate(self._values(rows[start:stop], part), start):
                 for name, array in batch.items():
                     if np.shape(example[name]) != array.shape[1:]:
-                        shapes = f"{array.shape[1:]}, {np.shape(example[name])}"
                         raise ValueError(
-                            f"records whose {name!r} differ in shape make no batch: {shapes}; give a transform to one shape"
+                            f"records whose {name!r} differ in shape make no batch: {array.shape[1:]}, "
+                            f"{np.shape(example[name])}; give a transform to one shape"
                         )
                     array[i] = example[name]
 

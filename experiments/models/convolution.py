@@ -15,8 +15,8 @@ def convolution(
     """As `jax.lax.conv_general_dilated` for flax's layers, of `(batch, height, width, channels)`.
 
     On a CPU a 3 x 3 convolution of very small images runs at 2 to 9 GFLOP/s, forwards and backwards (two cores, 2 x 2
-    positions, 512 channels), and a product with the patches side by side at 220. That is what a ResNet ends in on images
-    of 64 x 64.
+    positions, 512 channels), and a product with the patches side by side at 220. That is what a ResNet ends in on
+    images of 64 x 64. A 1 x 1 convolution as a product is one and a half to three times as fast.
     """
     height, width = kernel.shape[:2]
     rows, columns = (

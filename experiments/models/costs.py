@@ -10,9 +10,9 @@ import sa_plus_plus as sapp
 
 
 def multiply_adds(model: nn.Module, variables: Any, x: Any) -> dict[str, int]:
-    """Multiply-adds of each convolution and dense layer for one example, by the path of its kernel; nothing is computed.
+    """Multiply-adds of each convolution and dense layer for one example, by the path of its kernel.
 
-    Each weight is used once at every position of the result.
+    Nothing is computed. Each weight is used once at every position of the result.
 
     Args:
       model: a flax linen module.
@@ -21,8 +21,8 @@ def multiply_adds(model: nn.Module, variables: Any, x: Any) -> dict[str, int]:
     """
 
     def results(variables: Any, x: Any) -> Any:
-        layers = dict(capture_intermediates=lambda module, _: isinstance(module, nn.Conv | nn.Dense))
-        return model.apply(variables, x, mutable=["intermediates"], **layers)[1]["intermediates"]
+        captured = model.apply(variables, x, mutable=["intermediates"], capture_intermediates=_is_layer)
+        return captured[1]["intermediates"]
 
     shapes = jax.eval_shape(results, variables, x)
     kernels = {sapp.path_string(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])}
@@ -32,3 +32,7 @@ def multiply_adds(model: nn.Module, variables: Any, x: Any) -> dict[str, int]:
         positions = math.prod(result.shape[1:-1])
         costs[kernel] = costs.get(kernel, 0) + positions * math.prod(kernels[kernel].shape)
     return costs
+
+
+def _is_layer(module: nn.Module, method: str) -> bool:
+    return isinstance(module, nn.Conv | nn.Dense) and method == "__call__"

@@ -42,7 +42,9 @@ class ResNet(nn.Module):
         conv = functools.partial(
             nn.Conv, padding=0, use_bias=False, dtype=dtype, kernel_init=_HE, conv_general_dilated=convolution
         )
-        norm = functools.partial(nn.BatchNorm, use_running_average=not training, momentum=0.9, epsilon=1e-5, dtype=dtype)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not training, momentum=0.9, epsilon=1e-5, dtype=dtype
+        )
         x = x.astype(dtype)
         if self.small_images:
             x = nn.relu(norm(name="norm_stem")(conv(self.width, (3, 3), padding=1, name="conv_stem")(x)))
