@@ -20,6 +20,7 @@ EXPERIMENTS = [
     "orbax-checkpoint>=0.12.8",
     "pillow>=10",
     "scikit-learn>=1.3",
+    "simplejpeg>=1.8",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.7",
 ]

@@ -1,5 +1,7 @@
 """What the configs share: every option, with the default that most of them keep."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -36,18 +38,23 @@ def experiment(name: str) -> ConfigDict:
     return config
 
 
-def images(name: str) -> ConfigDict:
-    """A data set of images, from TensorFlow Datasets or from local files."""
+def dataset(name: str, **options: Any) -> ConfigDict:
+    """A data set of `experiments.data`, with the options that it has."""
     return ConfigDict(
         {
             "name": name,
-            "local": "",  # where its files are; "" for TFDS
+            "local": "",  # where its files are, for those that are read from files
             "workers": 0,  # processes that read and decode; with 0, threads do
             "mean": (),  # subtracted from images in [0, 1], per channel
             "std": (),  # what they are divided by then
-            "options": {"data_dir": "", "download": False},  # of TFDS
+            "options": options,
         }
     )
+
+
+def images(name: str) -> ConfigDict:
+    """A data set of images, from TensorFlow Datasets, or from files where `local` says so."""
+    return dataset(name, data_dir="", download=False)
 
 
 def photographs(name: str) -> ConfigDict:

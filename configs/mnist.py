@@ -13,7 +13,7 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.experiment("mnist")
-    config.data = ConfigDict({"name": "mnist5k", "options": {"held_out": 1000, "seed": 0}})
+    config.data = common.dataset("mnist5k", held_out=1000, seed=0)
     config.model = "LeNet300"  # or ConvNet
     config.steps = 1600
     config.batch_size = 100

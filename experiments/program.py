@@ -247,7 +247,7 @@ def train_streams(program: Program, seeds: Sequence[int]) -> list[data.TrainIter
     """This host's part of the training batches, a stream a seed."""
     hosts = jax.process_index(), jax.process_count()
     source, size = program.setup.task.dataset.train, program.setup.config.batch_size
-    workers = program.setup.config.data.get("workers", 0)
+    workers = program.setup.config.data.workers
     return [data.train_iterator(source, size, s, *hosts, workers=workers) for s in seeds]
 
 
@@ -262,7 +262,7 @@ def test_means(program: Program, seeds: Sequence[int], state: TrainState) -> dic
     """Mean of each output over the test set, left on the device."""
     hosts = jax.process_index(), jax.process_count()
     source, size = program.setup.task.dataset.test, program.setup.config.eval_batch_size
-    workers = program.setup.config.data.get("workers", 0)
+    workers = program.setup.config.data.workers
     batches = (sharding.place(b, program.test_sharding) for b in data.eval_batches(source, size, *hosts, workers))
     seed = seed_argument(seeds)
     return evaluate.means(lambda batch: program.functions.evaluate(seed, state, batch), batches)

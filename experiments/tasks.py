@@ -37,7 +37,7 @@ def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> 
     """Image classification by cross-entropy, measured by accuracy."""
     options = {"classes": dataset.classes, **config.model_options}
     model = naming.lookup(models, config.model, "config.model", options)
-    mean, std = (np.asarray(x or y, np.float32) for x, y in ((config.data.get("mean"), 0), (config.data.get("std"), 1)))
+    mean, std = np.float32(config.data.mean or 0), np.float32(config.data.std or 1)
 
     def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
         image = (_unit(batch["image"]) - mean) / std
@@ -65,7 +65,7 @@ def reconstruction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> 
 def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:
     """The data set of `config`: `name`, `options`, and where a data set may be read from local files, `local`."""
     make = getattr(data, naming.check(config.name, data.NAMES, "config.data.name"))
-    return make(**config.options, **({"local": config.local} if "local" in config and config.local else {}))
+    return make(**config.options, **({"local": config.local} if config.local else {}))
 
 
 def _unit(image: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 import sa_plus_plus as sapp
-from configs import mnist
+from configs import imagenette_block8, mnist
 from experiments import data, main, program, progress, report, train
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -89,6 +91,36 @@ def test_divergence_stops_the_run_and_is_recorded(tmp_path):
     assert result["diverged"] is True
     assert result["steps"] < 60
     assert result["metric"] is None
+
+
+def test_photographs_through_a_whole_schedule(tmp_path):
+    """Files of several sizes, one of them damaged; batch statistics; every phase; and again from a checkpoint."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 7)):
+        for label, name in enumerate(("dark", "light")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 128, (40 + i, 50, 3), np.uint8) + np.uint8(128 * label)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.JPEG")
+    (tmp_path / "train/dark/3.JPEG").write_bytes(b"nothing")
+    c = imagenette_block8.get_config()
+    c.data.name, c.data.options = "image_folder", {"directory": str(tmp_path), "size": 32, "skip_corrupt": True}
+    c.model, c.steps, c.batch_size, c.eval_batch_size = "ResNet20", 40, 8, 8
+    c.log_every, c.eval_every, c.checkpoint_every, c.sparsifier.min_blocks = 1, 10, 15, 20
+    c.optimizer.learning_rate = 0.02
+    main.run(c, tmp_path / "run", progress.console())
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["metric"] == 1, "light and dark are easily told apart"
+    assert 0.7 < result["real_sparsity"] < 0.9
+    rows = (tmp_path / "run/metrics.jsonl").read_text()
+    assert [json.loads(row)["skipped"] for row in rows.splitlines()][-1] == 8, "once in each of 320 / 40 epochs"
+    for name in ("result.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints/40")
+    main.run(c, tmp_path / "run", progress.console())
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "".join(rows.splitlines(keepends=True)[30:])
+    again = json.loads((tmp_path / "run/result.json").read_text())
+    assert (again["loss"], again["layers"]) == (result["loss"], result["layers"])
 
 
 def test_a_dense_twin_may_diverge_too(tmp_path):
