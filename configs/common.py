@@ -86,6 +86,32 @@ def imagenet(block: int) -> ConfigDict:
     return config
 
 
+def criteo(block: int) -> ConfigDict:
+    """A click-through network on Criteo's data (paper, section 4): 25 epochs in batches of 32768."""
+    config = experiment(f"criteo_block{block}")
+    config.task = "click_prediction"
+    config.data = dataset("criteo", verify=False)
+    config.model = "ClickNet"
+    config.model_options.dtype = "float32"
+    config.model_options.table_scale = 0.01
+    config.epochs = 25.0
+    config.batch_size = 32768
+    config.eval_batch_size = 32768
+    config.eval_every = 1007  # an epoch of 33 million rows
+    config.checkpoint_every = 1007
+    config.dense_twin = False
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 2e-2
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.schedule = "exponential"
+    config.optimizer.final_fraction = 0.015  # to 3e-4
+    config.sparsifier.block = (block, block)
+    config.sparsifier.only = "hidden1/kernel"
+    config.sparsifier.recipe = "criteo"
+    config.sparsifier.acdc.form = "masking"
+    return config
+
+
 def sparsifier() -> ConfigDict:
     """Options of all algorithms: the common ones first, then a section for each that has its own."""
     config = ConfigDict()
@@ -94,6 +120,7 @@ def sparsifier() -> ConfigDict:
     config.sparsity = 0.9
     config.min_blocks = 100
     config.scope = "layer"  # or "global"
+    config.only = ""  # pattern of the kernels to prune; "" for all
     config.overrides = ConfigDict()  # by path or pattern: {"*/Dense_0/kernel": {"block": (4, 4), "sparsity": 0.5}}
     config.recipe = "imagenet"  # whose schedule: "imagenet" or "criteo" (paper, section 4.2)
     config.sparsification = True  # False: SequentialAttention++ on ACDC's schedule (D.1)

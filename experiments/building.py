@@ -1,5 +1,7 @@
 """From a config to the pruning algorithm and the optimizer."""
 
+import fnmatch
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +50,13 @@ def sparsifier(
     if name == "random":
         options["seed"] = seed
     common = {key: config[key] for key in ("block", "sparsity", "min_blocks", "scope")}
+    if config.only:
+        common["where"] = functools.partial(_matches, config.only)
     return make(phases=phases, overrides=config.overrides.to_dict(), **common, **options)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern)
 
 
 def _clip(clip: Any) -> Any:

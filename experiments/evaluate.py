@@ -1,10 +1,13 @@
 """Exact evaluation: every example counts once, on any batch size and number of devices."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from experiments import ranking
 
 
 def weighted_sums(outputs: dict[str, jax.Array], weight: jax.Array) -> dict[str, jax.Array]:
@@ -28,15 +31,42 @@ def mean(outputs: dict[str, jax.Array], weight: jax.Array | None) -> dict[str, j
     return {name: x / count for name, x in sums.items()}
 
 
-def means(evaluate: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any]) -> dict[str, jax.Array]:
-    """Mean of each output over all batches, left on the device.
+class Ranked(NamedTuple):
+    """A batch's scores, labels and weights, each `(batch,)`, or with a leading axis of seeds."""
+
+    scores: jax.Array
+    labels: jax.Array
+    weight: jax.Array
+
+
+def means(
+    evaluate: Callable[[Any], tuple[dict[str, jax.Array], Ranked | None]], batches: Iterable[Any]
+) -> dict[str, Any]:
+    """Mean of each output over all batches, left on the device; and `auc`, which is not, where there is a ranking.
 
     Args:
-      evaluate: `evaluate(batch)`: what `weighted_sums` gives.
+      evaluate: `evaluate(batch)`: what `weighted_sums` gives, and what is to be ranked.
       batches: together, every example once.
     """
     totals: dict[str, jax.Array] = {}
+    rankings: list[ranking.Auc] = []
+    before: Ranked | None = None
     for batch in batches:
-        totals = {name: totals[name] + x if totals else x for name, x in evaluate(batch).items()}
+        sums, ranked = evaluate(batch)
+        totals = {name: totals[name] + x if totals else x for name, x in sums.items()}
+        _rank(rankings, before)  # while the device is busy with the batch just sent
+        before = ranked
+    _rank(rankings, before)
     weight = totals.pop("weight")
-    return {name: x / weight for name, x in totals.items()}
+    result: dict[str, Any] = {name: x / weight for name, x in totals.items()}
+    return result | ({"auc": np.array([r.value() for r in rankings])} if rankings else {})
+
+
+def _rank(rankings: list[ranking.Auc], ranked: Ranked | None) -> None:
+    """Add a batch to the rankings, one a seed."""
+    if ranked is None:
+        return
+    scores, labels, weight = (np.atleast_2d(x) for x in ranked)
+    rankings += [ranking.Auc() for _ in range(len(scores) - len(rankings))]
+    for each, s, y, w in zip(rankings, scores, labels, np.broadcast_to(weight, scores.shape), strict=True):
+        each.update(s[w > 0], y[w > 0])

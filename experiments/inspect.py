@@ -45,7 +45,8 @@ def multiply_adds(setup: program.Setup) -> dict[str, int]:
     """Of each kernel for one example."""
     task = setup.task
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
-    x = jax.ShapeDtypeStruct(task.dataset.example["image"].shape, "float32")
+    example = task.dataset.example[task.input]
+    x = jax.ShapeDtypeStruct(example.shape, "float32" if task.input == "image" else example.dtype)
     return costs.multiply_adds(task.model, {"params": params, **model_state}, x)
 
 

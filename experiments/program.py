@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 import sa_plus_plus as sapp
 from experiments import building, data, evaluate, naming, sharding, tasks
 
-TASKS = ("classification", "reconstruction")
+TASKS = ("classification", "click_prediction", "reconstruction")
 
 
 class TrainState(NamedTuple):
@@ -42,13 +42,13 @@ class Functions(NamedTuple):
     Attributes:
       init: `init(seed) -> state`.
       step: `step(seed, state, batch) -> (state, {name: mean over the batch, and churn})`.
-      evaluate: `evaluate(seed, state, batch) -> {name: sum over the batch's real examples, and weight}`.
+      evaluate: `evaluate(seed, state, batch) -> ({name: sum over the batch's real examples, and weight}, ranked)`.
       finalize: `finalize(seed, state) -> params`.
     """
 
     init: Callable[..., TrainState]
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    evaluate: Callable[..., dict[str, jax.Array]]
+    evaluate: Callable[..., tuple[dict[str, jax.Array], Any]]
     finalize: Callable[..., Any]
 
 
@@ -83,7 +83,7 @@ class Program(NamedTuple):
       seeds: how many seeds run side by side; with 1, arrays have no axis for them.
       functions: as `Functions`, compiled.
       status: `status(state)`: what the algorithm is doing, and the learning rate of the last step.
-      outputs: names of the task's outputs.
+      outputs: names of what `test_means` gives.
       state: shapes, dtypes and shardings of a state.
       batch: shapes, dtypes and shardings of a training batch.
       test_sharding: of a test batch.
@@ -176,10 +176,13 @@ def functions(setup: Setup) -> Functions:
         state = TrainState(trainable, prune, opt_state, model_state, sparse_masks)
         return state, means | ({"churn": jnp.mean(jnp.stack(churn))} if churn else {})
 
-    def evaluate_batch(seed: Any, state: TrainState, batch: Any) -> dict[str, jax.Array]:
+    def evaluate_batch(seed: Any, state: TrainState, batch: Any) -> tuple[dict[str, jax.Array], Any]:
         params = make(seed).apply(state.trainable, state.prune)
         outputs, _ = task.outputs(params, state.model_state, batch, training=False)
-        return evaluate.weighted_sums(outputs, batch["weight"])
+        ranked = None
+        if task.ranked:
+            ranked = evaluate.Ranked(*(outputs[name] for name in task.ranked), batch["weight"])
+        return evaluate.weighted_sums(outputs, batch["weight"]), ranked
 
     def finalize(seed: Any, state: TrainState) -> Any:
         return make(seed).finalize(state.trainable, state.prune)
@@ -230,7 +233,7 @@ def compiled(setup: Setup, seeds: int = 1) -> Program:
             finalize=jax.jit(fns.finalize, out_shardings=whole),
         ),
         status=status.lower(state).compile(),
-        outputs=tuple(name for name in jax.eval_shape(fns.evaluate, seed, state, test) if name != "weight"),
+        outputs=_output_names(setup, jax.eval_shape(fns.evaluate, seed, state, test)[0]),
         state=state,
         batch=batch,
         test_sharding=test_sharding,
@@ -258,14 +261,20 @@ def next_batch(program: Program, streams: Sequence[data.TrainIterator]) -> Any:
     return sharding.place(batch, next(iter(program.batch.values())).sharding)
 
 
-def test_means(program: Program, seeds: Sequence[int], state: TrainState) -> dict[str, jax.Array]:
-    """Mean of each output over the test set, left on the device."""
+def test_means(program: Program, seeds: Sequence[int], state: TrainState) -> dict[str, Any]:
+    """What the task reports of the test set: the mean of each output, left on the device, and more."""
     hosts = jax.process_index(), jax.process_count()
     source, size = program.setup.task.dataset.test, program.setup.config.eval_batch_size
     workers = program.setup.config.data.workers
     batches = (sharding.place(b, program.test_sharding) for b in data.eval_batches(source, size, *hosts, workers))
     seed = seed_argument(seeds)
-    return evaluate.means(lambda batch: program.functions.evaluate(seed, state, batch), batches)
+    means = evaluate.means(lambda batch: program.functions.evaluate(seed, state, batch), batches)
+    return program.setup.task.finish(means)
+
+
+def _output_names(setup: Setup, sums: dict[str, Any]) -> tuple[str, ...]:
+    means = jax.eval_shape(setup.task.finish, {name: x for name, x in sums.items() if name != "weight"})
+    return (*means, *(["auc"] if setup.task.ranked else []))
 
 
 def _batch_shapes(setup: Setup, size: int, layout: Any, lead: tuple[int, ...] = ()) -> dict[str, jax.ShapeDtypeStruct]:

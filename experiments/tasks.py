@@ -24,6 +24,9 @@ class Task(NamedTuple):
       init: `init(key) -> (params, model_state)`.
       outputs: `outputs(params, model_state, batch, training) -> ({name: (batch,)}, model_state)`: values per example,
         `loss` among them. The loop minimises the mean of `loss`, and reports the mean of each.
+      input: name of what the model takes from a batch.
+      ranked: names of two outputs, scores and labels, whose area under the ROC curve is reported as `auc`.
+      finish: `finish(means) -> means`: adds to the means over the test set what follows from them.
     """
 
     metric: str
@@ -31,6 +34,9 @@ class Task(NamedTuple):
     dataset: data.Dataset
     init: Callable[[jax.Array], tuple[Any, Any]]
     outputs: Callable[..., tuple[dict[str, jax.Array], Any]]
+    input: str = "image"
+    ranked: tuple[str, str] | None = None
+    finish: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = lambda means: means
 
 
 def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
@@ -60,6 +66,27 @@ def reconstruction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> 
         return {"loss": loss, "psnr": -10 * jnp.log10(jnp.maximum(loss, 1e-10))}, model_state
 
     return Task("psnr", model, dataset, functools.partial(_init, model, dataset), outputs)
+
+
+def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
+    """Whether a click follows, by cross-entropy; measured by AUC, and calibration: mean prediction to mean label."""
+    options = {"vocabulary": dataset.vocabulary, **config.model_options}
+    model = naming.lookup(models, config.model, "config.model", options)
+
+    def init(key: jax.Array) -> tuple[Any, Any]:
+        state = dict(model.init(key, jnp.asarray(dataset.example["ids"])))
+        return state.pop("params"), state
+
+    def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
+        logits, model_state = _apply(model, params, model_state, batch["ids"], training)
+        label = batch["label"].astype(jnp.float32)
+        loss = optax.sigmoid_binary_cross_entropy(logits, label)
+        return {"loss": loss, "prediction": jax.nn.sigmoid(logits), "label": label}, model_state
+
+    def finish(means: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return means | {"calibration": means["prediction"] / means["label"]}
+
+    return Task("auc", model, dataset, init, outputs, "ids", ("prediction", "label"), finish)
 
 
 def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:

