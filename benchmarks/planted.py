@@ -66,7 +66,7 @@ def measure(name: str, block: int, sparsity: float) -> dict[str, Any]:
 
 def teacher_of(config: ml_collections.ConfigDict) -> Teacher:
     options = config.data.options
-    return teacher(informative=options.informative, values=options.values, seed=options.seed)
+    return teacher(informative=options.informative, categories=options.categories, seed=options.seed)
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:

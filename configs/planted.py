@@ -15,7 +15,7 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.criteo(block=10)
     config.name = "planted"
-    config.data = common.dataset("planted", rows=1_000_000, held_out=100_000, informative=12, values=200, seed=0)
+    config.data = common.dataset("planted", rows=1_000_000, held_out=100_000, informative=12, categories=200, seed=0)
     config.model_options.widths = (400,)
     config.epochs = 0.0
     config.steps = 800

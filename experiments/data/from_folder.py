@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from experiments.data import images
 from experiments.data.from_tfds import encoded_images
+from experiments.data.images import CROP_DRAWS, CorruptImage, centre_crop, random_crop
 from experiments.data.sources import Dataset, Records
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -59,17 +59,17 @@ def _varied(
     skip_corrupt: bool = False,
 ) -> Dataset:
     decode = functools.partial(_decoded, size=size, skip_corrupt=skip_corrupt)
-    return Dataset(Records(train, decode, images.CROP_DRAWS), Records(test, decode), classes)
+    return Dataset(Records(train, decode, CROP_DRAWS), Records(test, decode), classes)
 
 
 def _decoded(record: Mapping[str, Any], random: np.ndarray | None = None, *, size: int, skip_corrupt: bool) -> dict:
     """The example of a record of `image`, a file's content, `label` and `file`, its name."""
     content, weight = record["image"], np.float32(1)
     try:
-        image = images.centre_crop(content, size) if random is None else images.random_crop(content, size, random)
-    except images.CorruptImage as error:
+        image = centre_crop(content, size) if random is None else random_crop(content, size, random)
+    except CorruptImage as error:
         if not skip_corrupt:
-            raise images.CorruptImage(
+            raise CorruptImage(
                 f"{record['file']} is corrupt: {error}; replace it, or have such files left out: "
                 "config.data.options.skip_corrupt=True"
             ) from error

@@ -3,10 +3,10 @@
 import os
 import pathlib
 
-from experiments.data import images
 from experiments.data.from_files import cifar10_tar, idx_files
 from experiments.data.from_folder import image_folder, image_records
 from experiments.data.from_tfds import tfds
+from experiments.data.images import SHIFT_DRAWS, shifted
 from experiments.data.sources import Arrays, Dataset
 
 
@@ -38,7 +38,7 @@ def cifar10(local: str = "", data_dir: str = "", download: bool = False, vary: b
     dataset = cifar10_tar(local) if local else _from_tfds("cifar10", data_dir, download)
     if not vary:
         return dataset
-    return dataset._replace(train=Arrays(dataset.train.arrays, images.shifted, images.SHIFT_DRAWS))
+    return dataset._replace(train=Arrays(dataset.train.arrays, shifted, SHIFT_DRAWS))
 
 
 def imagenet(

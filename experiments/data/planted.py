@@ -23,7 +23,7 @@ class Teacher(NamedTuple):
 
     Attributes:
       features: numbers of those that matter.
-      tables: by feature, embeddings `(values, 10)`.
+      tables: by feature, embeddings `(categories, 10)`.
       kernel: first layer, `(390, 400)`.
       readout: `(400,)`.
       scale: what its output is multiplied by to be a logit.
@@ -43,7 +43,7 @@ def planted(
     rows: int = 1_000_000,
     held_out: int = 100_000,
     informative: int = 12,
-    values: int = 200,
+    categories: int = 200,
     click_rate: float = 0.25,
     strength: float = 2.0,
     seed: int = 0,
@@ -54,7 +54,7 @@ def planted(
       rows: of the training set.
       held_out: rows of the test set.
       informative: features that the clicks depend on, of 39.
-      values: how many each feature has; value 0 is "missing", in 0 to 40% of the rows of a feature.
+      categories: how many values each feature has; value 0 is "missing", in 0 to 40% of the rows of a feature.
       click_rate: share of clicks, about.
       strength: standard deviation of the true logits.
       seed: of everything.
@@ -65,28 +65,28 @@ def planted(
     Raises:
       ValueError: if an argument is out of range.
     """
-    if not 1 <= informative <= FEATURES or values < 2 or not 0 < click_rate < 1:
+    if not 1 <= informative <= FEATURES or categories < 2 or not 0 < click_rate < 1:
         raise ValueError(
-            f"informative must be in [1, {FEATURES}], values at least 2 and click_rate in (0, 1): "
-            f"got {informative}, {values}, {click_rate}"
+            f"informative must be in [1, {FEATURES}], categories at least 2 and click_rate in (0, 1): "
+            f"got {informative}, {categories}, {click_rate}"
         )
-    ids = _ids(rows + held_out, values, seed, stream=0)
-    network = teacher(informative, values, click_rate, strength, seed)
+    ids = _ids(rows + held_out, categories, seed, stream=0)
+    network = teacher(informative, categories, click_rate, strength, seed)
     logits = true_logits(network, ids)
     chance = np.random.default_rng((seed, 2)).random(len(ids))
     label = (chance < 1 / (1 + np.exp(-logits))).astype(np.uint8)
     train, test = ({"ids": ids[part], "label": label[part]} for part in (slice(rows), slice(rows, None)))
-    return Dataset(Arrays(train), Arrays(test), 2, (values,) * FEATURES)
+    return Dataset(Arrays(train), Arrays(test), 2, (categories,) * FEATURES)
 
 
 @functools.lru_cache(maxsize=2)
 def teacher(
-    informative: int = 12, values: int = 200, click_rate: float = 0.25, strength: float = 2.0, seed: int = 0
+    informative: int = 12, categories: int = 200, click_rate: float = 0.25, strength: float = 2.0, seed: int = 0
 ) -> Teacher:
     """The network behind `planted` with the same arguments."""
     rng = np.random.default_rng((seed, 1))
     features = np.sort(rng.choice(FEATURES, informative, replace=False))
-    tables = tuple(rng.normal(size=(values, SIZE)).astype(np.float32) for _ in range(FEATURES))
+    tables = tuple(rng.normal(size=(categories, SIZE)).astype(np.float32) for _ in range(FEATURES))
     kernel = np.zeros((FEATURES * SIZE, HIDDEN), np.float32)
     for rank, feature in enumerate(rng.permutation(features)):
         # Each feature reaches a quarter of the units, block by block of ten, and less strongly than the one before.
@@ -95,7 +95,7 @@ def teacher(
         kernel[rows] = _DECAY**rank * units * rng.normal(size=(SIZE, HIDDEN)) / np.sqrt(SIZE)
     readout = (rng.normal(size=HIDDEN) / np.sqrt(HIDDEN)).astype(np.float32)
     plain = Teacher(features, tables, kernel, readout, 1.0, 0.0)
-    sample = _logits(plain, _ids(20_000, values, seed, stream=3))
+    sample = _logits(plain, _ids(20_000, categories, seed, stream=3))
     scale = strength / float(sample.std())
     # The bias that gives the click rate on the sample: the rate grows with it, so by bisection.
     low, high = -20.0, 20.0
@@ -111,13 +111,13 @@ def true_logits(network: Teacher, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([_logits(network, part) for part in np.split(ids, range(_CHUNK, len(ids), _CHUNK))])
 
 
-def _ids(rows: int, values: int, seed: int, stream: int) -> np.ndarray:
+def _ids(rows: int, categories: int, seed: int, stream: int) -> np.ndarray:
     """Zipf's law within each feature, in an order of its own, with exponents from 0.8 to 1.4."""
     law, rng = np.random.default_rng((seed, 4)), np.random.default_rng((seed, stream))
     ids = np.empty((rows, FEATURES), np.int32)
     for feature in range(FEATURES):
         exponent, missing = law.uniform(0.8, 1.4), law.uniform(0, 0.4)
-        weights = np.arange(1, values, dtype=float) ** -exponent
+        weights = np.arange(1, categories, dtype=float) ** -exponent
         shares = np.concatenate([[missing], (1 - missing) * law.permutation(weights / weights.sum())])
         steps = np.cumsum(shares)
         ids[:, feature] = np.searchsorted(steps[:-1], rng.random(rows, np.float32), side="right")

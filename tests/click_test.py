@@ -1,0 +1,151 @@
+"""The click network, exact AUC, the planted problem, and the Criteo configs."""
+
+import json
+import runpy
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from benchmarks.planted import found_and_covered
+from configs import planted as planted_config
+from experiments import main, models, program, progress, ranking, sharding, train
+from experiments.data.planted import planted, teacher, true_logits
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@hypothesis.given(st.data())
+def test_auc_agrees_with_scikit_learn(data):
+    n = data.draw(st.integers(2, 300))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    labels = rng.permutation(np.arange(n) < data.draw(st.integers(1, n - 1))).astype(int)
+    scores = rng.normal(size=n).round(data.draw(st.integers(0, 3))).astype(np.float32)  # ties, many or few
+    auc = ranking.Auc()
+    for part in np.array_split(np.arange(n), data.draw(st.integers(1, 5))):
+        auc.update(scores[part], labels[part])
+    assert auc.value() == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+
+
+def test_auc_of_millions_keeps_to_the_different_scores():
+    rng, auc = np.random.default_rng(0), ranking.Auc()
+    labels = rng.integers(0, 2, 3_000_000)
+    scores = ((rng.normal(size=labels.size) + labels) * 1000).round().astype(np.float32)
+    for part in np.array_split(np.arange(labels.size), 100):
+        auc.update(scores[part], labels[part])
+    assert auc.value() == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+    assert len(auc._scores) == len(np.unique(scores))
+
+
+def test_auc_without_both_labels_is_not_a_number():
+    auc = ranking.Auc()
+    assert np.isnan(auc.value())
+    auc.update(np.arange(3.0), np.ones(3))
+    assert np.isnan(auc.value())
+    auc.update(np.array([np.nan]), np.zeros(1))
+    assert np.isnan(auc.value())
+    with pytest.raises(ValueError, match="labels must be 0 or 1, got 2"):
+        auc.update(np.zeros(1), np.array([2]))
+    with pytest.raises(ValueError, match=r"scores \(2,\) and labels \(3,\)"):
+        auc.update(np.zeros(2), np.zeros(3))
+
+
+def test_forward_pass_against_numpy():
+    vocabulary = (5, 3, 7)
+    model = models.ClickNet(vocabulary, size=4, widths=(6, 5), table_scale=1.0)
+    ids = np.stack([np.random.default_rng(i).integers(0, n, 8) for i, n in enumerate(vocabulary)], 1).astype(np.int32)
+    params = model.init(jax.random.key(0), ids)["params"]
+    tables = np.split(np.asarray(params["table"]["embedding"]), np.cumsum(vocabulary)[:-1])
+    x = np.concatenate([table[column] for table, column in zip(tables, ids.T, strict=True)], axis=1)
+    for name in ("hidden1", "hidden2"):
+        x = np.maximum(x @ params[name]["kernel"] + params[name]["bias"], 0)
+    want = (x @ params["logit"]["kernel"] + params["logit"]["bias"])[:, 0]
+    np.testing.assert_allclose(model.apply({"params": params}, ids), want, rtol=1e-5, atol=1e-6)
+    half = models.ClickNet(vocabulary, size=4, widths=(6, 5), table_scale=1.0, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.init(jax.random.key(0), ids))} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(half.apply({"params": params}, ids), want, atol=0.05 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("block", [5, 10, 20, 1])
+def test_every_cell_of_table_2_prunes_the_first_layer_alone(block):
+    config = runpy.run_path(f"configs/criteo_block{max(block, 5)}.py")["get_config"]()
+    config.sparsifier.block = (block, block)
+    config.batch_size = config.eval_batch_size = 1000
+    config.steps = 100
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    dataset = planted(rows=2000, held_out=100)
+    for name in ("magnitude", "powerpropagation", "acdc", "sequential_attention", "dense"):
+        for sparsity in (0.9, 0.95, 0.97, 0.98, 0.99):
+            config.sparsifier.update({"name": name, "sparsity": sparsity})
+            setup = program.prepare(config, mesh, dataset)
+            assert list(setup.plan.pruned) == ([] if name == "dense" else ["hidden1/kernel"])
+            assert sum(layer.is_kernel for layer in setup.plan.layers) == 4, "the table is no kernel"
+    rates = [float(setup.schedule(step)) for step in (0, 50, 100)]
+    np.testing.assert_allclose(rates, [2e-2, np.sqrt(2e-2 * 3e-4), 3e-4], rtol=1e-4)
+
+
+def test_planted_data_are_what_they_are_said_to_be():
+    dataset, network = planted(rows=60_000, held_out=20_000), teacher()
+    ids, label = dataset.train.arrays["ids"], dataset.train.arrays["label"]
+    assert (ids.shape, ids.dtype, label.dtype) == ((60_000, 39), np.int32, np.uint8)
+    assert abs(label.mean() - 0.25) < 0.01
+    kernel = network.kernel.reshape(39, 10, 40, 10).any(axis=(1, 3))
+    assert set(np.flatnonzero(kernel.any(axis=1))) == set(network.features.tolist())
+    assert 0.1 < kernel[network.features].mean() < 0.4
+    logits = true_logits(network, ids)
+    assert np.std(logits) == pytest.approx(2, rel=0.05)
+    # Of the rows with logits around z, the share of clicks is 1 / (1 + exp(-z)).
+    for low in (-3, -2, -1, 0, 1):
+        chosen = (logits >= low) & (logits < low + 1)
+        assert label[chosen].mean() == pytest.approx(np.mean(1 / (1 + np.exp(-logits[chosen]))), abs=0.02)
+    counts = np.sort(np.bincount(ids[:, 0], minlength=200)[1:])[::-1]
+    slope = np.polyfit(np.log(np.arange(1, 51)), np.log(counts[:50]), 1)[0]
+    assert -1.5 < slope < -0.7, "Zipf's law"
+    missing = (ids == 0).mean(axis=0)
+    assert 0.3 < missing.max() < 0.41
+    again = planted.__wrapped__(rows=60_000, held_out=20_000)
+    np.testing.assert_array_equal(again.test.arrays["ids"], dataset.test.arrays["ids"])
+    with pytest.raises(ValueError, match="informative must be in"):
+        planted(rows=10, held_out=10, informative=40)
+
+
+def test_found_and_covered_counts_blocks_on_planted_rows():
+    kernel = np.zeros((390, 400), np.float32)
+    kernel[70:80, :20] = 1  # feature 7: two blocks of ten
+    kernel[200:210, 30:40] = 1  # feature 20: one
+    assert found_and_covered(kernel, 10, np.array([7, 8])) == (pytest.approx(2 / 3), 0.5, pytest.approx(2 / 39))
+    assert found_and_covered(kernel, 20, np.array([7])) == (0.5, 1.0, pytest.approx(1 / 20))
+
+
+def small():
+    config = planted_config.get_config()
+    config.data.options.update({"rows": 20_000, "held_out": 3_000})
+    config.steps, config.log_every, config.eval_every, config.checkpoint_every = 60, 10, 30, 60
+    config.eval_batch_size = 512  # so that the last batch is padded
+    return config
+
+
+def test_a_run_reports_loss_auc_and_calibration(tmp_path):
+    config = small()
+    main.run(config, tmp_path, progress.console())
+    result = json.loads((tmp_path / "result.json").read_text())
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (result["metric_name"], result["metric"]) == ("test_auc", last["test_auc"])
+    assert 0.55 < result["metric"] < 0.9
+    assert [row["path"] for row in result["layers"] if not row["why_not"]] == ["hidden1/kernel"]
+
+
+def test_metrics_of_seeds_side_by_side_against_scikit_learn():
+    config = small()
+    run = program.compiled(program.prepare(config, sharding.make_mesh(devices=jax.devices()[:4])), 2)
+    test = run.setup.task.dataset.test.arrays
+    for outcome in train.train(run, [0, 1]):
+        logits = np.asarray(run.setup.task.model.apply({"params": outcome.params}, test["ids"]), np.float64)
+        chance = 1 / (1 + np.exp(-logits))
+        assert outcome.test["test_auc"] == pytest.approx(roc_auc_score(test["label"], chance), abs=1e-4)
+        assert outcome.test["test_loss"] == pytest.approx(log_loss(test["label"], chance), abs=1e-5)
+        assert outcome.test["test_calibration"] == pytest.approx(chance.mean() / test["label"].mean(), abs=1e-5)
