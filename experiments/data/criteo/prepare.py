@@ -228,7 +228,7 @@ def _write(folder: pathlib.Path, first: _First, options: Options, workers: _Work
             ]
             for part, rows in zip(PARTS, first.rows, strict=True)
         ]
-        values = np.concatenate([words.by_id for words in first.words])
+        values = np.concatenate([words.keys for words in first.words])
         listed = stack.enter_context(_Output(folder / VALUES, values.shape, np.uint32))
         listed.add(values)
         staged = stack.enter_context(open(folder / _STAGED, "rb"))

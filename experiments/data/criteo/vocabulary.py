@@ -52,40 +52,77 @@ class Vocabulary(NamedTuple):
     """The ids of a feature's values.
 
     Attributes:
-      keys: `(n,)`, uint32, ascending.
-      ids: `(n,)`, int32, theirs: from `FIRST` on, the most frequent value first, of equally frequent ones the one with
-        the smallest key.
+      keys: `(n,)`, uint32: those of the ids from `FIRST` on. The most frequent value comes first, of equally frequent
+        ones the one with the smallest key.
+      tables: where to look for a key, one after the other.
     """
 
     keys: np.ndarray
-    ids: np.ndarray
+    tables: list["_Table"]
 
     @property
     def size(self) -> int:
         """Number of ids, with those for rare and for missing values."""
         return FIRST + len(self.keys)
 
-    @property
-    def by_id(self) -> np.ndarray:
-        """`(n,)`, uint32: the keys of the ids from `FIRST` on."""
-        return self.keys[np.argsort(self.ids)]
+
+class _Table(NamedTuple):
+    """Keys and ids by the hash of the key; keys that share a hash are in the next table, but for one."""
+
+    factor: np.uint32
+    shift: np.uint32
+    keys: np.ndarray
+    ids: np.ndarray
+
+    def slots(self, keys: np.ndarray) -> np.ndarray:
+        return keys * self.factor >> self.shift
 
 
 def vocabulary(total: np.ndarray, minimum_count: int) -> Vocabulary:
     """Of the values that a tally has at least so often."""
     frequent = total[(total & _LOW) >= minimum_count]
     keys, counts = (frequent >> np.uint64(32)).astype(np.uint32), (frequent & _LOW).astype(np.int64)
-    ids = np.empty(len(keys), np.int32)
-    ids[np.lexsort((keys, -counts))] = FIRST + np.arange(len(keys), dtype=np.int32)
-    return Vocabulary(keys, ids)
+    keys = keys[np.lexsort((keys, -counts))]
+    return Vocabulary(keys, _tables(keys))
+
+
+def _tables(keys: np.ndarray) -> list[_Table]:
+    ids, tables, rng = FIRST + np.arange(len(keys), dtype=np.int32), [], np.random.default_rng(0)
+    while len(keys):
+        bits = 2 + len(keys).bit_length()  # at most a quarter full
+        factor = np.uint32(rng.integers(2**31) * 2 + 1)
+        table = _Table(factor, np.uint32(32 - bits), np.zeros(1 << bits, np.uint32), np.zeros(1 << bits, np.int32))
+        slots = table.slots(keys)
+        table.keys[slots], table.ids[slots] = keys, ids
+        lost = table.keys[slots] != keys
+        keys, ids = keys[lost], ids[lost]
+        tables.append(table)
+    return tables
 
 
 def encode(words: Vocabulary, keys: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """`(n,)`, int32: the ids of keys."""
-    if len(words.keys):
-        place = np.minimum(np.searchsorted(words.keys, keys), len(words.keys) - 1)
-        ids = np.where(words.keys[place] == keys, words.ids[place], np.int32(RARE))
-    else:
-        ids = np.full(len(keys), RARE, np.int32)
+    """The ids of keys.
+
+    By hashing, since a binary search takes ten times as long.
+
+    Args:
+      words: the vocabulary.
+      keys: `(n,)`, uint32.
+      missing: `(n,)`, bool.
+
+    Returns:
+      `(n,)`, int32.
+    """
+    ids = np.full(len(keys), RARE, np.int32)
+    for number, table in enumerate(words.tables):
+        slots = table.slots(keys)
+        found = table.keys[slots] == keys  # an empty slot is found by key 0, and holds RARE
+        if number == 0:
+            np.copyto(ids, table.ids[slots], where=found)
+            rest = np.flatnonzero(~found)
+        else:
+            ids[rest[found]] = table.ids[slots[found]]
+            rest = rest[~found]
+        keys = keys[~found]
     ids[missing] = MISSING
     return ids
