@@ -32,7 +32,7 @@ LENIENT = Options(max_malformed=0.5)
 def make_lines(n, seed=0):
     """Lines of fields: frequent, rare and missing values, small, large and negative numbers."""
     rng = np.random.default_rng(seed)
-    pools = [["%08x" % v for v in rng.integers(0, 2**32, size)] for size in rng.integers(1, 60, 26)]
+    pools = [[f"{v:08x}" for v in rng.integers(0, 2**32, size)] for size in rng.integers(1, 60, 26)]
     pools[0] += ["00000000", "ffffffff"]
     largest = 10 ** rng.uniform(0.5, 9, 13)
     lines = []
@@ -68,7 +68,7 @@ FORMATS = {
 
 
 def plainly(content, options):
-    """What becomes of lines of tabs: by part the ids and labels, the sizes of the vocabularies, the bad lines by kind."""
+    """By part, ids and labels; the sizes of the vocabularies; the numbers of the bad lines by kind."""
     lines = content.split(b"\n")
     lines = lines[:-1] if lines[-1] == b"" else lines
     rows, bad = {}, collections.defaultdict(list)
@@ -231,7 +231,7 @@ def test_malformed_lines_are_counted_and_left_out(tmp_path, seed):
     with pytest.raises(InputError, match=r"malformed lines among its first 250, more than are allowed: .* \(line "):
         prepare(source, tmp_path / "too many")
     first = min(numbers[0] for numbers in expected[2].values())
-    with pytest.raises(InputError, match=rf"log, line {first}: it"):
+    with pytest.raises(InputError, match=rf"log, line {first}: (it|[IC]\d+) "):
         prepare(source, tmp_path / "strict", Options(strict=True, max_malformed=0.5), block=3000)
     assert sorted(os.listdir(tmp_path)) == ["log", "out"]
 
@@ -250,7 +250,7 @@ def test_strict_says_what_is_wrong(tmp_path, place, text, message):
     lines[16][place] = text
     for content, number in ((tabbed(lines), 17), (headed(lines).replace(b"\t", b","), 18)):
         source = written(tmp_path / "log", content)
-        with pytest.raises(InputError, match=re.escape(f"line {number}: {message.replace('its label', 'its label')}")):
+        with pytest.raises(InputError, match=re.escape(f"line {number}: {message}")):
             prepare(source, tmp_path / "out", Options(strict=True), block=2000)
 
 
@@ -280,7 +280,7 @@ def test_files_that_are_no_click_logs(tmp_path, content, message):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file .*/log: the click log should be there"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*/log: the click log should be there"):
         prepare(tmp_path / "log", tmp_path / "out")
 
 
@@ -375,7 +375,7 @@ def test_one_at_a_time(log, tmp_path):
     (tmp_path / ".out.partial").mkdir()
     lock = os.open(tmp_path / ".out.partial", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(BlockingIOError, match="another process is preparing .*/out; wait for it"):
+    with pytest.raises(BlockingIOError, match=r"another process is preparing .*/out; wait for it"):
         prepare(log, tmp_path / "out")
     os.close(lock)
     prepare(log, tmp_path / "out")
