@@ -231,7 +231,7 @@ def test_malformed_lines_are_counted_and_left_out(tmp_path, seed):
     with pytest.raises(InputError, match=r"malformed lines among its first 250, more than are allowed: .* \(line "):
         prepare(source, tmp_path / "too many")
     first = min(numbers[0] for numbers in expected[2].values())
-    with pytest.raises(InputError, match=rf"log, line {first}: (it|[IC]\d+) "):
+    with pytest.raises(InputError, match=rf"log, line {first}: (it|its label|[IC]\d+) "):
         prepare(source, tmp_path / "strict", Options(strict=True, max_malformed=0.5), block=3000)
     assert sorted(os.listdir(tmp_path)) == ["log", "out"]
 
@@ -242,6 +242,7 @@ def test_malformed_lines_are_counted_and_left_out(tmp_path, seed):
         (0, "2", "its label is '2', not 0 or 1"),
         (5, "1.5", "I5 is '1.5', not a whole number of 32 bits"),
         (39, "zz", "C26 is 'zz', not 8 hexadecimal digits"),
+        (1, "1\r", r"I1 is '1\r', not a whole"),
         (39, "00000000\t", "it has 41 fields instead of 40"),
     ],
 )
@@ -261,7 +262,7 @@ def test_strict_says_what_is_wrong(tmp_path, place, text, message):
         (gzip.compress(b""), "is empty"),
         (b"\n\n\n", "3 malformed lines among its first 3.*3 by blank"),
         (b"a,b,c\n" * 100, "100 by columns"),
-        (headed([]), "0 malformed lines among its first 0"),
+        (headed([]), "a header and no lines"),
         (b"label,I1\n0,1\n", r"a header that is not label,I1..I13,C1..C26 with or without Id: see \['c1', 'c10'"),
         (headed([]).replace(b"C26", b"C26,C27"), r"see \['c27'\]"),
         (headed([]).replace(b"C26", b"C26,C26"), "a name twice"),

@@ -49,10 +49,10 @@ def layout(path: pathlib.Path) -> Layout:
     """The layout that the first line of a file shows.
 
     Raises:
-      InputError: if the file is empty, or has a header that lacks names or has too many.
+      InputError: if the file is empty, damaged, or has a header of other names.
     """
     with _open(path) as file:
-        start = file.read(1 << 16)
+        start = _read(file, 1 << 16, path, 0)
     if not start:
         raise InputError(f"{path} is empty; expected lines of a label, 13 numbers and 26 categories")
     line = start.split(b"\n")[0].rstrip(b"\r").decode(errors="replace")

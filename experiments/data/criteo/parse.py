@@ -56,9 +56,7 @@ def parse(content: bytes, layout: Layout, options: Options) -> Rows:
       layout: of a line.
       options: of the buckets.
     """
-    if b"\r" in content:  # the CSV reader would end a line at each
-        content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\0")
-    table, torn = _fields(content, layout)
+    table, torn = _fields(_without_returns(content), layout)
     lines = np.delete(np.arange(table.num_rows + len(torn)), torn)
     label = _column(table["label"], _labels, _label)
     columns = [_column(table[name], _numbers, _number) for name in NUMERIC]
@@ -82,6 +80,11 @@ class _Column(NamedTuple):
     missing: np.ndarray
     values: np.ndarray
     bad: np.ndarray
+
+
+def _without_returns(content: bytes) -> bytes:
+    """Lines that end in `\\n`, with no other `\\r` for the CSV reader to end a line at."""
+    return content.replace(b"\r\n", b"\n").replace(b"\r", b"\0") if b"\r" in content else content
 
 
 def _fields(content: bytes, layout: Layout) -> tuple[pa.RecordBatch, list[int]]:
@@ -183,7 +186,7 @@ def _malformed(content: bytes, layout: Layout, numbers: list[int]) -> list[Malfo
     found = []
     for number in numbers:
         start = ends[number - 1] + 1 if number else 0
-        found.append(Malformed(number, *_complaint(content[start : ends[number]], layout)))
+        found.append(Malformed(number, *_complaint(content[start : ends[number]].removesuffix(b"\r"), layout)))
     return found
 
 

@@ -206,6 +206,8 @@ def _note(
 
 
 def _refusal(source: pathlib.Path, malformed: dict[str, dict[str, Any]], lines: int) -> str:
+    if not lines:
+        return f"{source} has a header and no lines"
     kinds = [
         f"{entry['lines']} by {kind} (line {', '.join(map(str, entry['first']))})"
         for kind, entry in malformed.items()
