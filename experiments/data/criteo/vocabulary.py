@@ -18,7 +18,8 @@ def tally(keys: np.ndarray) -> np.ndarray:
 
 def merged(tallies: list[np.ndarray]) -> np.ndarray:
     """The tally of all."""
-    entries = np.sort(np.concatenate(tallies))
+    entries = np.concatenate(tallies)
+    entries.sort()
     if not len(entries):
         return entries
     keys = entries >> np.uint64(32)
