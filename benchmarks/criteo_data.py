@@ -1,0 +1,137 @@
+"""Criteo's click data: rows a second prepared, with the memory that takes, and rows a second in batches.
+
+The log is made of a real sample's columns, each shuffled for itself, with ever new values in the larger vocabularies.
+
+python -m benchmarks.criteo_data --sample criteo_head_10k.tsv.gz
+"""
+
+import gzip
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+from absl import app, flags
+
+from benchmarks import timing
+from experiments import data, progress
+from experiments.data.criteo import criteo
+
+_SAMPLE = flags.DEFINE_string("sample", None, "A file of real rows, gzip.", required=True)
+_ROWS = flags.DEFINE_integer("rows", 2_500_000, "Rows of the log to make of it.")
+
+BATCH = 32_768
+CHUNK = 100_000
+LARGE = {2: 0.3, 3: 0.1, 11: 0.25, 15: 0.2, 20: 0.2, 23: 0.02, 25: 0.02}  # by category: share of values that are new
+
+
+def make_log(path: pathlib.Path, sample: pathlib.Path, rows: int) -> None:
+    """Write a log of so many rows."""
+    lines = gzip.decompress(sample.read_bytes()).decode().splitlines()
+    columns = [pa.array(values) for values in zip(*(line.split("\t") for line in lines), strict=True)]
+    rng = np.random.default_rng(0)
+    pools = {14 + category: _pool(rng, int(share * rows)) for category, share in LARGE.items()}
+    options = pyarrow.csv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none")
+    schema = pa.schema([(str(j), pa.string()) for j in range(len(columns))])
+    with pyarrow.csv.CSVWriter(path, schema, write_options=options) as writer:
+        for start in range(0, rows, CHUNK):
+            count = min(CHUNK, rows - start)
+            arrays = []
+            for j, column in enumerate(columns):
+                array = column.take(pa.array(rng.integers(0, len(column), count)))
+                if j in pools:  # the cube makes some of them frequent
+                    fresh = pools[j].take(pa.array((len(pools[j]) * rng.random(count) ** 3).astype(np.int64)))
+                    array = pa.compute.if_else(pa.array(rng.random(count) < 0.7), fresh, array)
+                arrays.append(array)
+            writer.write_table(pa.table(arrays, schema))
+
+
+def _pool(rng: np.random.Generator, count: int) -> pa.Array:
+    text = rng.bytes(4 * count).hex().encode()
+    offsets = np.arange(0, 8 * count + 1, 8, dtype=np.int32)
+    return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(text))
+
+
+def prepare(path: pathlib.Path, output: pathlib.Path) -> dict[str, float]:
+    """Prepare the log by a process of its own."""
+    command = [sys.executable, "-m", "experiments.data.criteo", "prepare", "--input", path, "--output", output]
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu, 2),
+        "rows_per_second": round(_ROWS.value / seconds),
+        "peak_mebibytes": round(after.ru_maxrss / 1024),
+    }
+
+
+def batches(output: pathlib.Path) -> dict[str, float]:
+    """Batches from what was prepared."""
+    iterator = data.train_iterator(criteo(output).train, BATCH, 0)
+    started = time.perf_counter()
+    next(iterator)
+    first = time.perf_counter() - started
+    seconds = timing.alternate({"batch": lambda: next(iterator)}, rounds=11)["batch"]
+    return {"first_batch_seconds": round(first, 4), "rows_per_second": round(BATCH / float(np.median(seconds)))}
+
+
+def far_epochs(rows: int = 33_000_000) -> dict[str, float]:
+    """The order of as many rows as the whole data set trains on, and the first batch of a far epoch."""
+    iterator = data.train_iterator(_Numbers(rows), BATCH, 0)
+    next(iterator)
+    iterator.set_state(iterator.get_state() | {"step": 24 * rows // BATCH})
+    started = time.perf_counter()
+    next(iterator)
+    first = time.perf_counter() - started
+    seconds = timing.alternate({"order": lambda: next(iterator)}, rounds=11)["order"]
+    return {
+        "rows": rows,
+        "first_batch_seconds": round(first, 4),
+        "rows_per_second": round(BATCH / float(np.median(seconds))),
+    }
+
+
+class _Numbers:
+    """A source of nothing but the numbers of its examples."""
+
+    in_memory, draws = True, 0
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def gather(self, rows: np.ndarray, random: np.ndarray | None = None) -> data.Batch:
+        del random
+        return {"row": rows}
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    with tempfile.TemporaryDirectory() as folder:
+        log, output = pathlib.Path(folder, "log.txt"), pathlib.Path(folder, "criteo")
+        make_log(log, pathlib.Path(_SAMPLE.value), _ROWS.value)
+        content = {"rows": _ROWS.value, "bytes": log.stat().st_size, "cores": os.cpu_count(), "load": os.getloadavg()}
+        content["prepare"] = prepare(log, output)
+        manifest = json.loads((output / "manifest.json").read_text())
+        content["ids"] = sum(manifest["vocabulary"].values())
+        content["batches"] = {"size": BATCH, **batches(output)}
+        content["order alone"] = far_epochs()
+    parts = ("prepare", "batches", "order alone")
+    rows = [{"what": part, "rows_per_second": content[part]["rows_per_second"]} for part in parts]
+    progress.console().print(progress.table(f"Criteo, {_ROWS.value:,} rows", rows))
+    print(timing.save("criteo_data", content))
+
+
+if __name__ == "__main__":
+    app.run(main)
