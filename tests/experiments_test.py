@@ -1,5 +1,6 @@
 """The main job and the comparison, run as a user would, and the parts they are made of."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from PIL import Image
 
 import sa_plus_plus as sapp
 from configs import imagenette_block8, mnist
-from experiments import data, main, program, progress, report, train
+from experiments import checkpoint, data, main, program, progress, report, train
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -82,6 +83,28 @@ def test_seeds_side_by_side_equal_seeds_in_turn():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), alone.params, outcome.params)
     kernels = [np.asarray(o.params["Dense_0"]["kernel"] != 0) for o in together]
     assert not np.array_equal(*kernels), "each seed has a random mask of its own"
+
+
+def test_nothing_is_compiled_once_the_first_evaluation_and_save_are_done(tmp_path):
+    compilations, done = [], [0]
+
+    def listen(event, seconds, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(done[0])
+
+    def on_step(step):
+        done[0] = step
+        return False
+
+    run = program.compiled(program.prepare(config(log_every=5, eval_every=10, checkpoint_every=10)))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
+            train.train(run, [0], train.Hooks(on_step=on_step, checkpoints=saved))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compilations, "the listener hears something"
+    assert not [step for step in compilations if 20 < step < 60]
 
 
 def test_divergence_stops_the_run_and_is_recorded(tmp_path):
