@@ -140,7 +140,7 @@ def _labels(field: pa.BinaryArray, text: np.ndarray) -> np.ndarray:
 def _numbers(field: pa.BinaryArray, text: np.ndarray) -> np.ndarray:
     if not np.all((text - ord("0") < 10) | (text == ord("-"))):  # the cast takes 0x10 too
         raise ValueError
-    return field.cast(pa.string()).cast(pa.int32()).fill_null(0).to_numpy()
+    return field.view(pa.string()).cast(pa.int32()).fill_null(0).to_numpy()
 
 
 def _categories(field: pa.BinaryArray, text: np.ndarray) -> np.ndarray:

@@ -261,10 +261,10 @@ def _staged(file: IO[bytes]) -> Iterator[list[np.ndarray]]:
 def _encode(block: list[np.ndarray], words: list[Vocabulary]) -> list[tuple[np.ndarray, np.ndarray]]:
     """The ids and labels of a block, by part."""
     part, label, keys, packed = block
-    ids = np.empty((len(part), len(words)), np.int32)
-    for j, vocabulary_ in enumerate(words):
-        missing = np.unpackbits(packed[j], count=len(part)).view(bool)
-        ids[:, j] = encode(vocabulary_, keys[j], missing)
+    ids = np.empty(keys.shape, np.int32)
+    for j, known in enumerate(words):
+        ids[j] = encode(known, keys[j], np.unpackbits(packed[j], count=len(part)).view(bool))
+    ids = np.ascontiguousarray(ids.T)
     chosen = [np.flatnonzero(part == p) for p in range(len(PARTS))]
     return [(ids[rows], label[rows]) for rows in chosen]
 
