@@ -285,6 +285,19 @@ def test_a_file_that_is_not_there(tmp_path):
         prepare(tmp_path / "log", tmp_path / "out")
 
 
+def test_a_file_that_changes(tmp_path):
+    source = written(tmp_path / "log", tabbed(make_lines(100)))
+    with pytest.raises(InputError, match="log changed while it was read"):
+        prepare(source, tmp_path / "out", progress=lambda _: os.utime(source, (1, 1)))
+    assert os.listdir(tmp_path) == ["log"]
+
+
+@pytest.mark.parametrize("choice", ["threads", "block"])
+def test_no_threads_and_no_blocks(log, tmp_path, choice):
+    with pytest.raises(ValueError, match=f"{choice} must be at least 1, got 0"):
+        prepare(log, tmp_path / "out", **{choice: 0})
+
+
 @pytest.mark.parametrize("options", [LENIENT, Options(order="chronological", max_malformed=0.5)])
 def test_output_depends_on_neither_blocks_nor_threads(tmp_path, options):
     lines = make_lines(600, seed=4)

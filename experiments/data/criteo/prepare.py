@@ -63,21 +63,25 @@ def prepare(
       FileExistsError: if the output exists, and is not to be replaced, or is no earlier preparation.
       BlockingIOError: if another process is preparing the same output.
       InputError: if the source is damaged, or has more malformed lines than the options allow.
+      ValueError: if there are no threads, or blocks of no bytes.
     """
     options, source, output = options or Options(), pathlib.Path(source), pathlib.Path(output).absolute()
-    said = _Progress(progress)
+    threads = os.cpu_count() or 1 if threads is None else threads
+    for name, value in (("threads", threads), ("block", block)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if not source.is_file():
         raise FileNotFoundError(f"no file {source}: the click log should be there")
+    said, before = _Progress(progress), source.stat()
     with _unfinished(output, overwrite) as folder:
-        with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            try:
-                digest = pool.submit(_digest, source)
-                first = _stage(source, folder / _STAGED, options, _Workers(pool), block, said)
-                manifest = _write(folder, first, options, _Workers(pool), said)
-                manifest["source"] = {"name": source.name, "bytes": source.stat().st_size, "sha256": digest.result()}
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        with _Workers(threads) as workers:
+            digest = workers.start(_digest, source)
+            first = _stage(source, folder / _STAGED, options, workers, block, said)
+            manifest = _write(folder, first, options, workers, said)
+            manifest["source"] = {"name": source.name, "bytes": before.st_size, "sha256": digest.result()}
+        after = source.stat()
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise InputError(f"{source} changed while it was read; prepare it when it is complete")
         (folder / _STAGED).unlink()
         text = json.dumps(manifest, indent=2) + "\n"
         with open(folder / MANIFEST, "wb") as file:
@@ -102,15 +106,24 @@ class _First(NamedTuple):
 class _Workers:
     """Threads to which work is given in order, and whose results come back in order."""
 
-    def __init__(self, pool: concurrent.futures.ThreadPoolExecutor) -> None:
-        self._pool = pool
+    def __init__(self, threads: int) -> None:
+        self._pool, self._ahead = concurrent.futures.ThreadPoolExecutor(threads), threads + 1
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)  # what waits is of no use after an error, and else nothing waits
+
+    def start(self, function: Callable[[_T], _R], item: _T) -> concurrent.futures.Future[_R]:
+        return self._pool.submit(function, item)
 
     def map(self, function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
         """As `map`; only a few items are taken ahead, so that memory does not depend on their number."""
         waiting: collections.deque[concurrent.futures.Future[_R]] = collections.deque()
         for item in items:
-            waiting.append(self._pool.submit(function, item))
-            if len(waiting) > self._pool._max_workers + 1:
+            waiting.append(self.start(function, item))
+            if len(waiting) > self._ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -139,7 +152,7 @@ class _Progress:
             self._say(f"{what}: {done:,} rows, {done / max(now - started, 1e-9):,.0f} rows/s")
 
 
-class _Part(NamedTuple):
+class _Parsed(NamedTuple):
     """A block after the first pass over it."""
 
     first: int
@@ -183,16 +196,16 @@ def _stage(
     return _First(rows.tolist(), clicks.tolist(), lines, malformed, words)
 
 
-def _parse(block: Block, form: Layout, total: int | None, options: Options) -> _Part:
+def _parse(block: Block, form: Layout, total: int | None, options: Options) -> _Parsed:
     rows = parse(block.content, form, options)
     part = parts(block.first, block.count, total, options)[rows.lines]
     train = part == 0
     tallies = [tally(keys[train & ~missing]) for keys, missing in zip(rows.keys, rows.missing, strict=True)]
-    return _Part(block.first, block.count, rows, part, tallies)
+    return _Parsed(block.first, block.count, rows, part, tallies)
 
 
 def _note(
-    malformed: dict[str, dict[str, Any]], block: _Part, source: pathlib.Path, form: Layout, options: Options
+    malformed: dict[str, dict[str, Any]], block: _Parsed, source: pathlib.Path, form: Layout, options: Options
 ) -> None:
     """Count the malformed lines of a block; with `strict`, refuse the first."""
     for bad in block.rows.malformed:
