@@ -62,6 +62,7 @@ FORMATS = {
     "two gzips": lambda lines: gzip.compress(tabbed(lines[:7])) + gzip.compress(tabbed(lines[7:])),
     "zstd": lambda lines: pa.compress(tabbed(lines), "zstd", asbytes=True),
     "csv": headed,
+    "csv with mark": lambda lines: "\ufeff".encode() + headed(lines),
     "csv with Id": lambda lines: headed(lines, number=True),
     "csv, crlf, gzip": lambda lines: gzip.compress(headed(lines).replace(b"\n", b"\r\n")),
 }
@@ -302,12 +303,14 @@ def test_no_threads_and_no_blocks(log, tmp_path, choice):
 def test_output_depends_on_neither_blocks_nor_threads(tmp_path, options):
     lines = make_lines(600, seed=4)
     lines[77] = lines[301] = ["x"]
+    lines[0] = lines[400] = ["\ufeff" + lines[0][0], *lines[0][1:]]  # an encoding's mark, which readers pass over
     source = written(tmp_path / "log", tabbed(lines))
     manifests = [
         prepare(source, tmp_path / f"{block}", options, threads=threads, block=block)
         for block, threads in ((1, 2), (999, 1), (20_000, 3), (10**7, 2))
     ]
     assert all(manifest == manifests[0] for manifest in manifests)
+    assert manifests[0]["malformed"]["label"] == {"lines": 2, "first": [1, 401]}
 
 
 def test_shares():
