@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -28,6 +29,7 @@ from experiments.data.criteo.stored import FORMAT, MANIFEST, VALUES, file_of, re
 from experiments.data.criteo.vocabulary import Count, Vocabulary, encode, tally, vocabulary
 
 _EXAMPLES = 5  # line numbers to name of each kind of malformed line
+_START, _HOPELESS = 1 << 16, 100  # bytes to look at first, and the lines there of which one at least must be good
 _SECONDS = 2.0  # between two reports of progress
 _T, _R = TypeVar("_T"), TypeVar("_R")
 
@@ -167,6 +169,7 @@ def _stage(
 ) -> _First:
     """Count what is in the file, and write its rows as keys."""
     form = layout(source)
+    _check_start(source, form, options)
     total = None
     if options.order == "chronological":
         total = sum(block.count for block in blocks(source, form.header, size))
@@ -178,8 +181,6 @@ def _stage(
         for block in said.each("reading", parsed, lambda block: len(block.part)):
             lines += block.lines
             _note(malformed, block, source, form, options)
-            if not rows.any() and not len(block.part):
-                raise InputError(_refusal(source, malformed, lines))
             rows += np.bincount(block.part, minlength=len(PARTS))
             clicks += np.bincount(block.part[block.rows.label == 1], minlength=len(PARTS))
             for count, new in zip(counts, block.tallies, strict=True):
@@ -194,6 +195,15 @@ def _stage(
     least = [options.numeric_minimum_count if name in NUMERIC else options.minimum_count for name in FEATURES]
     words = [vocabulary(count.total(), n) for count, n in zip(counts, least, strict=True)]
     return _First(rows.tolist(), clicks.tolist(), lines, malformed, words)
+
+
+def _check_start(source: pathlib.Path, form: Layout, options: Options) -> None:
+    """Refuse another kind of file at once, not after all of it."""
+    for block in itertools.islice(blocks(source, form.header, _START), 1):
+        rows = parse(block.content, form, options)
+        if block.count >= _HOPELESS and not len(rows.lines):
+            why = rows.malformed[0].why
+            raise InputError(f"{source} is no click log: its first {block.count} lines are malformed, the first: {why}")
 
 
 def _parse(block: Block, form: Layout, total: int | None, options: Options) -> _Parsed:
