@@ -62,6 +62,7 @@ FORMATS = {
     "two gzips": lambda lines: gzip.compress(tabbed(lines[:7])) + gzip.compress(tabbed(lines[7:])),
     "zstd": lambda lines: pa.compress(tabbed(lines), "zstd", asbytes=True),
     "csv": headed,
+    "csv with mark": lambda lines: "\ufeff".encode() + headed(lines),
     "csv with Id": lambda lines: headed(lines, number=True),
     "csv, crlf, gzip": lambda lines: gzip.compress(headed(lines).replace(b"\n", b"\r\n")),
 }
@@ -261,7 +262,8 @@ def test_strict_says_what_is_wrong(tmp_path, place, text, message):
         (b"", "is empty"),
         (gzip.compress(b""), "is empty"),
         (b"\n\n\n", "3 malformed lines among its first 3.*3 by blank"),
-        (b"a,b,c\n" * 100, "100 by columns"),
+        (b"a,b,c\n" * 99, "99 by columns"),
+        (b"a,b,c\n" * 9_000_000, r"no click log: its first \d{5} lines are malformed, the first: it has 1 fields inst"),
         (headed([]), "a header and no lines"),
         (b"label,I1\n0,1\n", r"a header that is not label,I1..I13,C1..C26 with or without Id: see \['c1', 'c10'"),
         (headed([]).replace(b"C26", b"C26,C27"), r"see \['c27'\]"),
@@ -285,16 +287,31 @@ def test_a_file_that_is_not_there(tmp_path):
         prepare(tmp_path / "log", tmp_path / "out")
 
 
+def test_a_file_that_changes(tmp_path):
+    source = written(tmp_path / "log", tabbed(make_lines(100)))
+    with pytest.raises(InputError, match="log changed while it was read"):
+        prepare(source, tmp_path / "out", progress=lambda _: os.utime(source, (1, 1)))
+    assert os.listdir(tmp_path) == ["log"]
+
+
+@pytest.mark.parametrize("choice", ["threads", "block"])
+def test_no_threads_and_no_blocks(log, tmp_path, choice):
+    with pytest.raises(ValueError, match=f"{choice} must be at least 1, got 0"):
+        prepare(log, tmp_path / "out", **{choice: 0})
+
+
 @pytest.mark.parametrize("options", [LENIENT, Options(order="chronological", max_malformed=0.5)])
 def test_output_depends_on_neither_blocks_nor_threads(tmp_path, options):
     lines = make_lines(600, seed=4)
     lines[77] = lines[301] = ["x"]
+    lines[0] = lines[400] = ["\ufeff" + lines[0][0], *lines[0][1:]]  # an encoding's mark, which readers pass over
     source = written(tmp_path / "log", tabbed(lines))
     manifests = [
         prepare(source, tmp_path / f"{block}", options, threads=threads, block=block)
         for block, threads in ((1, 2), (999, 1), (20_000, 3), (10**7, 2))
     ]
     assert all(manifest == manifests[0] for manifest in manifests)
+    assert manifests[0]["malformed"]["label"] == {"lines": 2, "first": [1, 401]}
 
 
 def test_shares():

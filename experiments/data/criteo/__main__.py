@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--input", required=True, help="the click log: .txt, .csv, plain, .gz or .zst")
     command.add_argument("--output", required=True, help="directory to make")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier preparation")
-    command.add_argument("--threads", type=int, help="by default as many as there are cores")
+    command.add_argument("--threads", type=_positive, help="by default as many as there are cores")
     for field in dataclasses.fields(Options):
         name, text = f"--{field.name}", _HELP[field.name]
         if field.type is bool:
@@ -63,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         else:
             command.add_argument(name, type=field.type, default=field.default, help=text)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def _say(sentence: str) -> None:

@@ -55,7 +55,7 @@ def layout(path: pathlib.Path) -> Layout:
         start = _read(file, 1 << 16, path, 0)
     if not start:
         raise InputError(f"{path} is empty; expected lines of a label, 13 numbers and 26 categories")
-    line = start.split(b"\n")[0].rstrip(b"\r").decode(errors="replace")
+    line = start.split(b"\n")[0].rstrip(b"\r").decode(errors="replace").removeprefix("\ufeff")
     delimiter = "\t" if "\t" in line else ","
     names = [name.strip().lower() for name in line.split(delimiter)]
     if "label" not in names:

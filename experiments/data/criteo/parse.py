@@ -56,7 +56,7 @@ def parse(content: bytes, layout: Layout, options: Options) -> Rows:
       layout: of a line.
       options: of the buckets.
     """
-    table, torn = _fields(_without_returns(content), layout)
+    table, torn = _fields(_plain(content), layout)
     lines = np.delete(np.arange(table.num_rows + len(torn)), torn)
     label = _column(table["label"], _labels, _label)
     columns = [_column(table[name], _numbers, _number) for name in NUMERIC]
@@ -82,9 +82,12 @@ class _Column(NamedTuple):
     bad: np.ndarray
 
 
-def _without_returns(content: bytes) -> bytes:
-    """Lines that end in `\\n`, with no other `\\r` for the CSV reader to end a line at."""
-    return content.replace(b"\r\n", b"\n").replace(b"\r", b"\0") if b"\r" in content else content
+def _plain(content: bytes) -> bytes:
+    """The lines without what the CSV reader would see more in than other bytes."""
+    if b"\r" in content:  # it would end a line at each
+        content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\0")
+    mark = "\ufeff".encode()  # it would pass over one at the beginning of a block
+    return b"\0" + content if content.startswith(mark) else content
 
 
 def _fields(content: bytes, layout: Layout) -> tuple[pa.RecordBatch, list[int]]:
@@ -140,7 +143,7 @@ def _labels(field: pa.BinaryArray, text: np.ndarray) -> np.ndarray:
 def _numbers(field: pa.BinaryArray, text: np.ndarray) -> np.ndarray:
     if not np.all((text - ord("0") < 10) | (text == ord("-"))):  # the cast takes 0x10 too
         raise ValueError
-    return field.cast(pa.string()).cast(pa.int32()).fill_null(0).to_numpy()
+    return field.view(pa.string()).cast(pa.int32()).fill_null(0).to_numpy()
 
 
 def _categories(field: pa.BinaryArray, text: np.ndarray) -> np.ndarray:

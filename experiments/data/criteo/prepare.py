@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -28,6 +29,7 @@ from experiments.data.criteo.stored import FORMAT, MANIFEST, VALUES, file_of, re
 from experiments.data.criteo.vocabulary import Count, Vocabulary, encode, tally, vocabulary
 
 _EXAMPLES = 5  # line numbers to name of each kind of malformed line
+_START, _HOPELESS = 1 << 16, 100  # bytes to look at first, and the lines there of which one at least must be good
 _SECONDS = 2.0  # between two reports of progress
 _T, _R = TypeVar("_T"), TypeVar("_R")
 
@@ -63,21 +65,25 @@ def prepare(
       FileExistsError: if the output exists, and is not to be replaced, or is no earlier preparation.
       BlockingIOError: if another process is preparing the same output.
       InputError: if the source is damaged, or has more malformed lines than the options allow.
+      ValueError: if there are no threads, or blocks of no bytes.
     """
     options, source, output = options or Options(), pathlib.Path(source), pathlib.Path(output).absolute()
-    said = _Progress(progress)
+    threads = os.cpu_count() or 1 if threads is None else threads
+    for name, value in (("threads", threads), ("block", block)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if not source.is_file():
         raise FileNotFoundError(f"no file {source}: the click log should be there")
+    said, before = _Progress(progress), source.stat()
     with _unfinished(output, overwrite) as folder:
-        with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            try:
-                digest = pool.submit(_digest, source)
-                first = _stage(source, folder / _STAGED, options, _Workers(pool), block, said)
-                manifest = _write(folder, first, options, _Workers(pool), said)
-                manifest["source"] = {"name": source.name, "bytes": source.stat().st_size, "sha256": digest.result()}
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        with _Workers(threads) as workers:
+            digest = workers.start(_digest, source)
+            first = _stage(source, folder / _STAGED, options, workers, block, said)
+            manifest = _write(folder, first, options, workers, said)
+            manifest["source"] = {"name": source.name, "bytes": before.st_size, "sha256": digest.result()}
+        after = source.stat()
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise InputError(f"{source} changed while it was read; prepare it when it is complete")
         (folder / _STAGED).unlink()
         text = json.dumps(manifest, indent=2) + "\n"
         with open(folder / MANIFEST, "wb") as file:
@@ -102,15 +108,24 @@ class _First(NamedTuple):
 class _Workers:
     """Threads to which work is given in order, and whose results come back in order."""
 
-    def __init__(self, pool: concurrent.futures.ThreadPoolExecutor) -> None:
-        self._pool = pool
+    def __init__(self, threads: int) -> None:
+        self._pool, self._ahead = concurrent.futures.ThreadPoolExecutor(threads), threads + 1
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)  # what waits is of no use after an error, and else nothing waits
+
+    def start(self, function: Callable[[_T], _R], item: _T) -> concurrent.futures.Future[_R]:
+        return self._pool.submit(function, item)
 
     def map(self, function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
         """As `map`; only a few items are taken ahead, so that memory does not depend on their number."""
         waiting: collections.deque[concurrent.futures.Future[_R]] = collections.deque()
         for item in items:
-            waiting.append(self._pool.submit(function, item))
-            if len(waiting) > self._pool._max_workers + 1:
+            waiting.append(self.start(function, item))
+            if len(waiting) > self._ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -139,7 +154,7 @@ class _Progress:
             self._say(f"{what}: {done:,} rows, {done / max(now - started, 1e-9):,.0f} rows/s")
 
 
-class _Part(NamedTuple):
+class _Parsed(NamedTuple):
     """A block after the first pass over it."""
 
     first: int
@@ -154,6 +169,7 @@ def _stage(
 ) -> _First:
     """Count what is in the file, and write its rows as keys."""
     form = layout(source)
+    _check_start(source, form, options)
     total = None
     if options.order == "chronological":
         total = sum(block.count for block in blocks(source, form.header, size))
@@ -165,8 +181,6 @@ def _stage(
         for block in said.each("reading", parsed, lambda block: len(block.part)):
             lines += block.lines
             _note(malformed, block, source, form, options)
-            if not rows.any() and not len(block.part):
-                raise InputError(_refusal(source, malformed, lines))
             rows += np.bincount(block.part, minlength=len(PARTS))
             clicks += np.bincount(block.part[block.rows.label == 1], minlength=len(PARTS))
             for count, new in zip(counts, block.tallies, strict=True):
@@ -183,16 +197,25 @@ def _stage(
     return _First(rows.tolist(), clicks.tolist(), lines, malformed, words)
 
 
-def _parse(block: Block, form: Layout, total: int | None, options: Options) -> _Part:
+def _check_start(source: pathlib.Path, form: Layout, options: Options) -> None:
+    """Refuse another kind of file at once, not after all of it."""
+    for block in itertools.islice(blocks(source, form.header, _START), 1):
+        rows = parse(block.content, form, options)
+        if block.count >= _HOPELESS and not len(rows.lines):
+            why = rows.malformed[0].why
+            raise InputError(f"{source} is no click log: its first {block.count} lines are malformed, the first: {why}")
+
+
+def _parse(block: Block, form: Layout, total: int | None, options: Options) -> _Parsed:
     rows = parse(block.content, form, options)
     part = parts(block.first, block.count, total, options)[rows.lines]
     train = part == 0
     tallies = [tally(keys[train & ~missing]) for keys, missing in zip(rows.keys, rows.missing, strict=True)]
-    return _Part(block.first, block.count, rows, part, tallies)
+    return _Parsed(block.first, block.count, rows, part, tallies)
 
 
 def _note(
-    malformed: dict[str, dict[str, Any]], block: _Part, source: pathlib.Path, form: Layout, options: Options
+    malformed: dict[str, dict[str, Any]], block: _Parsed, source: pathlib.Path, form: Layout, options: Options
 ) -> None:
     """Count the malformed lines of a block; with `strict`, refuse the first."""
     for bad in block.rows.malformed:
@@ -261,10 +284,10 @@ def _staged(file: IO[bytes]) -> Iterator[list[np.ndarray]]:
 def _encode(block: list[np.ndarray], words: list[Vocabulary]) -> list[tuple[np.ndarray, np.ndarray]]:
     """The ids and labels of a block, by part."""
     part, label, keys, packed = block
-    ids = np.empty((len(part), len(words)), np.int32)
-    for j, vocabulary_ in enumerate(words):
-        missing = np.unpackbits(packed[j], count=len(part)).view(bool)
-        ids[:, j] = encode(vocabulary_, keys[j], missing)
+    ids = np.empty(keys.shape, np.int32)
+    for j, known in enumerate(words):
+        ids[j] = encode(known, keys[j], np.unpackbits(packed[j], count=len(part)).view(bool))
+    ids = np.ascontiguousarray(ids.T)
     chosen = [np.flatnonzero(part == p) for p in range(len(PARTS))]
     return [(ids[rows], label[rows]) for rows in chosen]
 

@@ -114,16 +114,15 @@ def encode(words: Vocabulary, keys: np.ndarray, missing: np.ndarray) -> np.ndarr
     Returns:
       `(n,)`, int32.
     """
-    ids = np.full(len(keys), RARE, np.int32)
-    for number, table in enumerate(words.tables):
+    ids, rest = np.full(len(keys), RARE, np.int32), None
+    for table in words.tables:
         slots = table.slots(keys)
-        found = table.keys[slots] == keys  # an empty slot is found by key 0, and holds RARE
-        if number == 0:
-            np.copyto(ids, table.ids[slots], where=found)
-            rest = np.flatnonzero(~found)
+        there, found = table.ids[slots], table.keys[slots] == keys  # an empty slot is found by key 0, and holds RARE
+        if rest is None:
+            np.copyto(ids, there, where=found)
         else:
-            ids[rest[found]] = table.ids[slots[found]]
-            rest = rest[~found]
-        keys = keys[~found]
+            ids[rest[found]] = there[found]
+        lost = np.flatnonzero(~found & (there != RARE))  # one whose slot is empty is in no later table either
+        keys, rest = keys[lost], lost if rest is None else rest[lost]
     ids[missing] = MISSING
     return ids
