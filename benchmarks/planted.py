@@ -16,11 +16,10 @@ import numpy as np
 from absl import app, flags
 from matplotlib import pyplot as plt
 
-import sa_plus_plus as sapp
 from benchmarks import timing
 from configs import planted as planted_config
 from experiments import building, program, progress, ranking, report, train
-from experiments.data.planted import SIZE, Teacher, planted, teacher, true_logits
+from experiments.data.planted import Teacher, found_and_covered, planted, teacher, true_logits
 
 _ALGORITHMS = flags.DEFINE_list("algorithms", list(building.NAMES), "Algorithms to compare.")
 _BLOCKS = flags.DEFINE_list("blocks", ["5", "10", "20"], "Block sizes.")
@@ -30,19 +29,6 @@ _STEPS = flags.DEFINE_integer("steps", 800, "Steps of each run.")
 _LOGIT_LR = flags.DEFINE_float("logit_lr", 1.0, "Learning rate of the attention logits, to that of the weights.")
 _CLIP = flags.DEFINE_string("clip", "density", "Clip of the attention weights: density, none, or a range 0.1,10.")
 _SAVE = flags.DEFINE_bool("save", True, "Write benchmarks/results/planted.json and planted.png.")
-
-
-def found_and_covered(kernel: np.ndarray, block: int, features: np.ndarray) -> tuple[float, float, float]:
-    """Share of kept blocks on informative rows, share of informative features kept, and the former by chance.
-
-    A block is on informative rows where any of its rows belongs to a feature that matters.
-    """
-    kept = np.asarray(sapp.blocks.to_blocks(kernel, (block, block)) != 0).any(axis=(1, 3))
-    rows = np.arange(kept.shape[0] * block).reshape(-1, block)
-    owners = np.minimum(rows // SIZE, kernel.shape[0] // SIZE - 1)
-    informative = np.isin(owners, features).any(axis=1)
-    covered = [kept[(owners == feature).any(axis=1)].any() for feature in features]
-    return float(kept[informative].sum() / max(kept.sum(), 1)), float(np.mean(covered)), float(informative.mean())
 
 
 def measure(name: str, block: int, sparsity: float) -> dict[str, Any]:

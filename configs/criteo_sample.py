@@ -1,7 +1,7 @@
 """Click prediction on a sample of Criteo's rows: the whole of the Criteo experiment in a minute.
 
     python -m experiments.data.criteo prepare --input sample.tsv.gz --output path/to/sample \
-        --train 0.8 --validation 0.19 --test 0.01 --order chronological --minimum_count 20
+        --train 0.8 --validation 0.19 --test 0.01 --order chronological --minimum_count 20 --numeric_minimum_count 20
     python -m experiments.compare --config=configs/criteo_sample.py --config.data.local=path/to/sample --seeds=3
 
 For some 10,000 rows: more passes over so few only overfit.

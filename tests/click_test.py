@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from benchmarks.planted import found_and_covered
 from configs import planted as planted_config
 from experiments import main, models, program, progress, ranking, sharding, train
-from experiments.data.planted import planted, teacher, true_logits
+from experiments.data.planted import found_and_covered, planted, teacher, true_logits
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

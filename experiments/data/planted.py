@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import sa_plus_plus as sapp
 from experiments.data.sources import Arrays, Dataset
 
 FEATURES, SIZE, HIDDEN = 39, 10, 400
@@ -109,6 +110,24 @@ def teacher(
 def true_logits(network: Teacher, ids: np.ndarray) -> np.ndarray:
     """Logits of rows `(rows, 39)` by the teacher: what no student can do better than."""
     return np.concatenate([_logits(network, part) for part in np.split(ids, range(_CHUNK, len(ids), _CHUNK))])
+
+
+def found_and_covered(kernel: np.ndarray, block: int, features: np.ndarray) -> tuple[float, float, float]:
+    """Share of kept blocks on informative rows, share of informative features kept, and the former by chance.
+
+    A block is on informative rows where any of its rows belongs to a feature that matters.
+
+    Args:
+      kernel: a pruned first layer, `(390, units)`.
+      block: side of its blocks.
+      features: numbers of those that matter.
+    """
+    kept = np.asarray(sapp.blocks.to_blocks(kernel, (block, block)) != 0).any(axis=(1, 3))
+    rows = np.arange(kept.shape[0] * block).reshape(-1, block)
+    owners = np.minimum(rows // SIZE, kernel.shape[0] // SIZE - 1)
+    informative = np.isin(owners, features).any(axis=1)
+    covered = [kept[(owners == feature).any(axis=1)].any() for feature in features]
+    return float(kept[informative].sum() / max(kept.sum(), 1)), float(np.mean(covered)), float(informative.mean())
 
 
 def _ids(rows: int, categories: int, seed: int, stream: int) -> np.ndarray:
