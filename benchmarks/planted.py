@@ -1,13 +1,14 @@
 """Who finds what is planted: every algorithm on click data of which the features that matter are known.
 
     python -m benchmarks.planted
-    python -m benchmarks.planted --algorithms=acdc,sequential_attention --logit_lr=10 --save=false
+    python -m benchmarks.planted --algorithms=acdc,sequential_attention --set=sparsifier.recipe=imagenet --name=
 
 For each block size and sparsity, means over seeds of: the share of kept blocks that lie on rows of the features that
 matter (`found`; of blocks kept at random it is `chance`), the share of those features that keep any block (`covered`),
 loss and AUC on held-out rows. What the teacher itself reaches is printed beside them: no student can do better.
 """
 
+import ast
 import itertools
 from typing import Any
 
@@ -26,9 +27,8 @@ _BLOCKS = flags.DEFINE_list("blocks", ["5", "10", "20"], "Block sizes.")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.99"], "Target sparsities.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of the student; the data stay the same.")
 _STEPS = flags.DEFINE_integer("steps", 800, "Steps of each run.")
-_LOGIT_LR = flags.DEFINE_float("logit_lr", 1.0, "Learning rate of the attention logits, to that of the weights.")
-_CLIP = flags.DEFINE_string("clip", "density", "Clip of the attention weights: density, none, or a range 0.1,10.")
-_SAVE = flags.DEFINE_bool("save", True, "Write benchmarks/results/planted.json and planted.png.")
+_SET = flags.DEFINE_multi_string("set", [], "Another value in configs/planted.py, sparsifier.exponent=2.0; repeatable.")
+_NAME = flags.DEFINE_string("name", "planted", "Write benchmarks/results/<name>.json and .png; empty for neither.")
 
 
 def measure(name: str, block: int, sparsity: float) -> dict[str, Any]:
@@ -36,8 +36,7 @@ def measure(name: str, block: int, sparsity: float) -> dict[str, Any]:
     config = planted_config.get_config()
     config.steps = config.eval_every = _STEPS.value
     config.sparsifier.update({"name": name, "block": (block, block), "sparsity": sparsity})
-    config.sparsifier.sequential_attention.logit_lr = _LOGIT_LR.value
-    config.sparsifier.sequential_attention.clip = _CLIP.value
+    config.update_from_flattened_dict(changes())
     run = program.compiled(program.prepare(config), _SEEDS.value)
     outcomes = train.train(run, range(_SEEDS.value))
     network = teacher_of(config)
@@ -48,6 +47,19 @@ def measure(name: str, block: int, sparsity: float) -> dict[str, Any]:
     for key, values in (("found", found), ("covered", covered), ("loss", loss), ("auc", auc)):
         row[key] = [round(float(x), 4) for x in values]
     return row
+
+
+def changes() -> dict[str, Any]:
+    """What `--set` asks for."""
+    pairs = [pair.partition("=") for pair in _SET.value]
+    return {key: _literal(text) for key, _, text in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def teacher_of(config: ml_collections.ConfigDict) -> Teacher:
@@ -91,7 +103,7 @@ def plot(rows: list[dict[str, Any]], own: dict[str, float]) -> None:
     axes[0, 0].set_ylabel("share of kept blocks on planted rows\n(dotted: by chance)")
     axes[1, 0].set_ylabel("held-out loss\n(dotted: the teacher's own)")
     axes[1, -1].legend(fontsize="x-small")
-    report.save_figure(timing.RESULTS / "planted.png", fig)
+    report.save_figure(timing.RESULTS / f"{_NAME.value}.png", fig)
 
 
 def main(argv: list[str]) -> None:
@@ -104,10 +116,9 @@ def main(argv: list[str]) -> None:
         console.print(f"{i:>3}/{len(grid)}  {shown}", highlight=False, soft_wrap=True)
     console.print(progress.table("Planted features", [cells(row) for row in rows]))
     console.print(f"the teacher: loss {own['loss']:.4f}, auc {own['auc']:.4f}", highlight=False)
-    if _SAVE.value:
+    if _NAME.value:
         plot(rows, own)
-        settings = {"steps": _STEPS.value, "logit_lr": _LOGIT_LR.value, "clip": _CLIP.value, "teacher": own}
-        print(timing.save("planted", {"rows": rows, **settings}))
+        print(timing.save(_NAME.value, {"rows": rows, "steps": _STEPS.value, "changed": changes(), "teacher": own}))
 
 
 if __name__ == "__main__":
