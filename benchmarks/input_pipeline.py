@@ -31,12 +31,7 @@ MEAN, STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
 
 def plain(content: bytes, size: int, random: np.ndarray) -> np.ndarray:
     """The training transform in the order of its description."""
-    image = Image.open(io.BytesIO(content)).convert("RGB")
-    box = images.random_box(*image.size, random, 0.08)
-    image = image.crop(tuple(round(x) for x in box)).resize((size, size), Image.Resampling.BILINEAR)
-    if random[-1] < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return (np.asarray(image, np.float32) / 255 - MEAN) / STD
+    return (plain_bytes(content, size, random).astype(np.float32) / 255 - MEAN) / STD
 
 
 def plain_bytes(content: bytes, size: int, random: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ def experiment(name: str) -> ConfigDict:
     config = ConfigDict()
     config.name = name
     config.seed = 0
-    config.task = "classification"  # or reconstruction
+    config.task = "classification"  # or click_prediction, reconstruction
     config.model_options = ConfigDict()
-    config.steps = 0  # or 0, for as many as `epochs` take
+    config.steps = 0  # 0: as many as `epochs` take
     config.epochs = 0.0
     config.eval_batch_size = 1000
     config.log_every = 100
@@ -29,7 +29,7 @@ def experiment(name: str) -> ConfigDict:
             "momentum": 0.9,
             "weight_decay": 1e-4,
             "schedule": "cosine",  # or exponential, constant
-            "warmup_steps": 0,  # or 0, for as many as `warmup_epochs` take
+            "warmup_steps": 0,  # 0: as many as `warmup_epochs` take
             "warmup_epochs": 0.0,
             "final_fraction": 0.1,  # never near zero: the last sparse phase of a short run still has to learn
         }

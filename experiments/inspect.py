@@ -25,7 +25,9 @@ def main(argv: list[str]) -> None:
     config, console = cli.CONFIG.value, progress.console()
     with cli.users_mistakes():
         if _SPARSITIES.value:
-            rows = [_totals(setup_without_data(config, float(s))) for s in _SPARSITIES.value]
+            setups = [setup_without_data(config, float(s)) for s in _SPARSITIES.value]
+            cost = multiply_adds(setups[0])  # of the network, whatever is pruned
+            rows = [_totals(setup, cost) for setup in setups]
             console.print(progress.table(_title(config), rows))
         else:
             show(setup_without_data(config), console)
@@ -36,7 +38,7 @@ def show(setup: program.Setup, console: Console) -> None:
     cost = multiply_adds(setup)
     rows = [_cells(layer, cost.get(layer.path, 0)) for layer in setup.plan.layers if layer.is_kernel]
     console.print(progress.table(_title(setup.config), rows))
-    console.print(progress.table("The whole network", [_totals(setup)]))
+    console.print(progress.table("The whole network", [_totals(setup, cost)]))
     console.print(f"{setup.config.steps:,} steps of {setup.config.batch_size} examples\n", highlight=False)
     console.print(str(setup.sparsifier(setup.config.seed).phases), highlight=False)
 
@@ -78,8 +80,8 @@ def _cells(layer: sapp.Layer, cost: int) -> dict[str, str]:
     }
 
 
-def _totals(setup: program.Setup) -> dict[str, str]:
-    cost, plan = multiply_adds(setup), setup.plan
+def _totals(setup: program.Setup, cost: dict[str, int]) -> dict[str, str]:
+    plan = setup.plan
     share = {layer.path: layer.kept / layer.blocks for layer in plan.layers if layer.is_kernel}
     layers = [layer for layer in plan.layers if layer.why_not != "embedding"]  # its size depends on the data
     return {

@@ -464,13 +464,13 @@ def test_batches(prepared):
     batches = [next(iterator) for iterator in [data.train_iterator(source, n // 2, 0)] for _ in range(2)]
     assert {name: (x.shape, x.dtype) for name, x in batches[0].items()} == {
         "ids": ((n // 2, 39), np.int32),
-        "label": ((n // 2,), np.float32),
+        "label": ((n // 2,), np.uint8),
     }
     seen = np.concatenate([np.column_stack([b["ids"], b["label"]]) for b in batches])
     order = np.random.default_rng((0, 0)).permutation(n)[: len(seen)]
-    np.testing.assert_array_equal(seen, np.column_stack([source.ids, source.label])[order])
+    np.testing.assert_array_equal(seen, np.column_stack([source.arrays["ids"], source.arrays["label"]])[order])
     with pytest.raises(ValueError, match="read-only"):
-        source.ids[0] = 0
+        source.arrays["ids"][0] = 0
     evaluated = list(data.eval_batches(criteo(prepared).test, 32))
     assert sum(batch["weight"].sum() for batch in evaluated) == len(criteo(prepared).test)
 

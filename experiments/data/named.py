@@ -1,5 +1,6 @@
 """Data sets by their own name, from TFDS or from local files."""
 
+import functools
 import os
 import pathlib
 
@@ -71,6 +72,7 @@ def imagenette(
     return _jpeg_from_tfds("imagenette/320px-v2", data_dir, download, size, skip_corrupt)
 
 
+@functools.lru_cache(maxsize=2)
 def criteo(local: str = "", verify: bool = False) -> Dataset:
     """Criteo's display advertising data: 33 million rows of 39 categories to train on, 8.3 million to validate on.
 

@@ -56,7 +56,7 @@ class TrainIterator(grain.DatasetIterator[Batch]):
         return self._skipped
 
     def get_state(self) -> dict[str, int]:
-        """What `set_state` needs to go on from here, the same on all hosts; fit for JSON."""
+        """What `set_state` needs to go on from here, fit for JSON; the same on all hosts, but for what each skipped."""
         return {"step": self._step, "skipped": self._skipped, **self._batches.identity()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:

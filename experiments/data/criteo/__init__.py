@@ -1,5 +1,5 @@
 """Criteo's display-advertising data: `python -m experiments.data.criteo prepare` makes what `criteo` reads."""
 
-from experiments.data.criteo.stored import Criteo, Stored, criteo
+from experiments.data.criteo.stored import Criteo, criteo
 
-__all__ = ["Criteo", "Stored", "criteo"]
+__all__ = ["Criteo", "criteo"]

@@ -25,7 +25,7 @@ import numpy as np
 from experiments.data.criteo.columns import FEATURES, NUMERIC, PARTS, Options, parts
 from experiments.data.criteo.lines import BLOCK, Block, InputError, Layout, blocks, layout
 from experiments.data.criteo.parse import KINDS, Rows, parse
-from experiments.data.criteo.stored import FORMAT, MANIFEST, VALUES, file_of, read_manifest
+from experiments.data.criteo.stored import FORMAT, MANIFEST, VALUES, file_of, read_manifest, sha256
 from experiments.data.criteo.vocabulary import Count, Vocabulary, encode, tally, vocabulary
 
 _EXAMPLES = 5  # line numbers to name of each kind of malformed line
@@ -77,7 +77,7 @@ def prepare(
     said, before = _Progress(progress), source.stat()
     with _unfinished(output, overwrite) as folder:
         with _Workers(threads) as workers:
-            digest = workers.start(_digest, source)
+            digest = workers.start(sha256, source)
             first = _stage(source, folder / _STAGED, options, workers, block, said)
             manifest = _write(folder, first, options, workers, said)
             manifest["source"] = {"name": source.name, "bytes": before.st_size, "sha256": digest.result()}
@@ -371,11 +371,6 @@ def _check_replaceable(output: pathlib.Path, overwrite: bool) -> None:
         read_manifest(output)
     except (OSError, ValueError) as error:
         raise FileExistsError(f"{output} is no earlier preparation, so it is not overwritten: {error}") from error
-
-
-def _digest(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(file: IO[bytes]) -> None:

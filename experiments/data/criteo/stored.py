@@ -9,42 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.data.criteo.columns import FEATURES, FIRST, PARTS
-from experiments.data.sources import Batch
+from experiments.data.sources import Arrays
 
 FORMAT = "criteo-1"
 MANIFEST, VALUES = "manifest.json", "values.npy"
-
-
-class Stored:
-    """Examples in two files that are mapped into memory: a source.
-
-    A row's 39 ids lie side by side, so that an example is had by one look into memory, not by 39.
-
-    Args:
-      ids: `(n, 39)`, int32.
-      label: `(n,)`, uint8.
-    """
-
-    in_memory = True
-    draws = 0
-
-    def __init__(self, ids: np.ndarray, label: np.ndarray) -> None:
-        self.ids, self.label = ids, label
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def gather(self, rows: np.ndarray, random: np.ndarray | None = None) -> Batch:
-        """`ids`, `(batch, 39)`, int32, each counted within its feature, and `label`, `(batch,)`, float32, 0 or 1."""
-        del random  # nothing is drawn
-        return {"ids": np.take(self.ids, rows, axis=0), "label": np.take(self.label, rows).astype(np.float32)}
 
 
 class Criteo(NamedTuple):
     """Prepared data.
 
     Attributes:
-      train: the rows to train on.
+      train: the rows to train on: `ids` `(39,)`, int32, each counted within its feature, side by side in the file, so
+        that an example is had by one look into memory; `label` uint8, 0 or 1.
       validation: the rows to validate on.
       test: the rows to test on.
       vocabulary: by feature, I1..I13 and C1..C26: the number of its ids. 0 is for values that training lacks or has too
@@ -52,9 +28,9 @@ class Criteo(NamedTuple):
       manifest: all that `manifest.json` says.
     """
 
-    train: Stored
-    validation: Stored
-    test: Stored
+    train: Arrays
+    validation: Arrays
+    test: Arrays
     vocabulary: tuple[int, ...]
     manifest: dict[str, Any]
 
@@ -83,7 +59,7 @@ def criteo(directory: str | os.PathLike, verify: bool = False) -> Criteo:
     for part in PARTS:
         rows = manifest["rows"][part]
         ids = _mapped(folder / file_of(part, "ids"), (rows, len(FEATURES)), np.int32)
-        parts.append(Stored(ids, _mapped(folder / file_of(part, "label"), (rows,), np.uint8)))
+        parts.append(Arrays({"ids": ids, "label": _mapped(folder / file_of(part, "label"), (rows,), np.uint8)}))
     return Criteo(*parts, vocabulary, manifest)
 
 
@@ -122,6 +98,12 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
+def sha256(path: pathlib.Path) -> str:
+    """A file's checksum."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _check(path: pathlib.Path, written: dict[str, Any], verify: bool) -> None:
     if not path.is_file():
         raise ValueError(f"no file {path}, though {MANIFEST} lists it; prepare the data again")
@@ -129,8 +111,7 @@ def _check(path: pathlib.Path, written: dict[str, Any], verify: bool) -> None:
     if size != written["bytes"]:
         raise ValueError(f"{path} has {size} bytes instead of {written['bytes']}; prepare the data again")
     if verify:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
         if found != written["sha256"]:
             raise ValueError(f"{path} has checksum {found} instead of {written['sha256']}; prepare the data again")
 
