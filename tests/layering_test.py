@@ -7,7 +7,19 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LIBRARY = ("blocks", "select", "phases", "planning", "sparsifier", "algorithms", "transforms", "metrics", "__init__")
+LIBRARY = (
+    "blocks",
+    "select",
+    "phases",
+    "planning",
+    "sparsifier",
+    "algorithms",
+    "transforms",
+    "metrics",
+    "sparse.kernel",
+    "sparse",
+    "__init__",
+)
 EXPERIMENTS = (
     "naming",
     "data.sources",

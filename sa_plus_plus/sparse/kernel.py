@@ -1,0 +1,211 @@
+"""A kernel of which only the blocks that are not zero are kept."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the kept blocks of a kernel stand: its grid by columns, compressed.
+
+    The blocks of grid column `j` are numbers `starts[j]` to `starts[j + 1]`, from top to bottom, and `rows` says in which
+    grid row each stands. A layout is checked when it is made and cannot be changed afterwards, so whatever computes
+    with one need not look again. It is hashable and equal by value: a program compiled for one serves all its equals.
+
+    Attributes:
+      shape: the kernel's shape, 2 to 5 dimensions.
+      block: `(b_r, b_c)` over the kernel's matrix.
+      rows: int32 `(kept,)`.
+      starts: int32 `(grid_c + 1,)`.
+
+    Raises:
+      ValueError: if an index is out of range, out of order or doubled.
+    """
+
+    shape: tuple[int, ...]
+    block: blk.Block
+    rows: np.ndarray
+    starts: np.ndarray
+
+    def __post_init__(self) -> None:
+        set_field = functools.partial(object.__setattr__, self)  # the class is frozen for all others
+        set_field("shape", tuple(int(n) for n in self.shape))
+        set_field("block", blk.as_block(self.block))
+        if min(self.shape) < 1:
+            raise ValueError(f"a kernel has no side of length 0, got shape {self.shape}")
+        set_field("rows", _indices(self.rows, "rows"))
+        set_field("starts", _indices(self.starts, "starts"))
+        grid_r, grid_c = self.grid
+        if len(self.starts) != grid_c + 1 or self.starts[0] != 0 or self.starts[-1] != len(self.rows):
+            ends = f"{self.starts[0]} to {self.starts[-1]}" if len(self.starts) else "nothing"
+            raise ValueError(
+                f"starts must be {grid_c + 1} numbers from 0 to {len(self.rows)}, the number of blocks; "
+                f"got {len(self.starts)}, {ends}"
+            )
+        if (falls := np.diff(self.starts) < 0).any():
+            raise ValueError(f"starts must not fall, but do after column {int(falls.argmax())} of the grid")
+        outside = (self.rows < 0) | (self.rows >= grid_r)
+        if outside.any():
+            at = int(outside.argmax())
+            raise ValueError(f"block {at} stands in grid row {self.rows[at]}, outside 0 to {grid_r - 1}")
+        falls = (np.diff(self.rows) <= 0) & (np.diff(self.columns) == 0)
+        if falls.any():
+            at = int(falls.argmax())
+            raise ValueError(
+                f"rows must rise within a column of the grid, but block {at + 1} stands in row {self.rows[at + 1]} "
+                f"after row {self.rows[at]}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks down and across."""
+        return blk.grid_shape(self.shape, self.block)
+
+    @property
+    def kept(self) -> int:
+        """Number of blocks kept."""
+        return len(self.rows)
+
+    @property
+    def density(self) -> float:
+        """Share of the blocks kept."""
+        grid_r, grid_c = self.grid
+        return self.kept / (grid_r * grid_c)
+
+    @functools.cached_property
+    def columns(self) -> np.ndarray:
+        """In which grid column each block stands, int32 `(kept,)`."""
+        return np.repeat(np.arange(self.grid[1], dtype=np.int32), np.diff(self.starts))
+
+    @functools.cached_property
+    def mask(self) -> np.ndarray:
+        """True where a block is kept, `(grid_r, grid_c)`."""
+        mask = np.zeros(self.grid, bool)
+        mask[self.rows, self.columns] = True
+        return mask
+
+    @functools.cached_property
+    def real(self) -> np.ndarray:
+        """True where an entry of a kept block is a weight and not padding beyond an edge, `(kept, b_r, b_c)`."""
+        (height, width), (b_r, b_c) = blk.matrix_shape(self.shape), self.block
+        down = self.rows[:, None] * b_r + np.arange(b_r) < height
+        across = self.columns[:, None] * b_c + np.arange(b_c) < width
+        return down[:, :, None] & across[:, None, :]
+
+    @functools.cached_property
+    def transposed(self) -> tuple["Layout", np.ndarray]:
+        """The layout of the transposed matrix, and the order in which it has this one's blocks."""
+        order = np.lexsort((self.columns, self.rows))
+        starts = np.concatenate([[0], np.cumsum(np.bincount(self.rows, minlength=self.grid[0]))])
+        shape = blk.matrix_shape(self.shape)[::-1]
+        return Layout(shape, self.block[::-1], self.columns[order], starts), order
+
+    @functools.cached_property
+    def _key(self) -> tuple[object, ...]:
+        return self.shape, self.block, self.rows.tobytes(), self.starts.tobytes()
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layout) and self._key == other._key)
+
+    def __repr__(self) -> str:
+        (grid_r, grid_c), (b_r, b_c) = self.grid, self.block
+        by = "×".join(map(str, self.shape))
+        return f"Layout({by} in {b_r}×{b_c}: {self.kept:,} of {grid_r * grid_c:,} blocks, {self.density:.1%})"
+
+
+def _indices(values: np.ndarray, name: str) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise ValueError(f"{name} must be a list of integers, got {values.dtype} of shape {values.shape}")
+    if values.size and not -(2**31) <= values.min() <= values.max() < 2**31:
+        raise ValueError(f"{name} must fit 32 bits, got values from {values.min()} to {values.max()}")
+    values = values.astype(np.int32)  # a copy: nobody else holds it
+    values.flags.writeable = False
+    return values
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["layout"])
+@dataclasses.dataclass(frozen=True)
+class BlockSparse:
+    """A kernel stored by its kept blocks; a pytree whose one leaf is `blocks`.
+
+    Attributes:
+      blocks: `(kept, b_r, b_c)` in the layout's order, zero beyond the kernel's edge.
+      layout: where they stand; static under `jit`.
+    """
+
+    blocks: jax.Array
+    layout: Layout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's shape."""
+        return self.layout.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.blocks.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of blocks and indices in memory."""
+        return self.blocks.nbytes + self.layout.rows.nbytes + self.layout.starts.nbytes
+
+    def __repr__(self) -> str:
+        return f"BlockSparse({self.layout!r}, {getattr(self.blocks, 'dtype', self.blocks)})"
+
+
+def to_block_sparse(kernel: jax.Array, block: int | Sequence[int], mask: np.ndarray | None = None) -> BlockSparse:
+    """Keep the blocks of a kernel that hold anything but zeros.
+
+    Args:
+      kernel: 2 to 5 dimensions, any dtype; concrete values, not a tracer.
+      block: `(b_r, b_c)` over the kernel's matrix, or one integer for a square.
+      mask: boolean `(grid_r, grid_c)`, to say instead which blocks are kept.
+
+    Raises:
+      TypeError: under `jax.jit`, where there are no values to look at.
+      ValueError: if the mask is not of the kernel's grid.
+    """
+    if isinstance(kernel, jax.core.Tracer):
+        raise TypeError("to_block_sparse looks at the weights, so call it outside jit, vmap and grad")
+    block = blk.as_block(block)
+    kernel = np.asarray(kernel)
+    (rows, cols), grid = blk.matrix_shape(kernel.shape), blk.grid_shape(kernel.shape, block)
+    matrix = kernel.reshape(rows, cols)
+    if (pad := (grid[0] * block[0] - rows, grid[1] * block[1] - cols)) != (0, 0):
+        matrix = np.pad(matrix, ((0, pad[0]), (0, pad[1])))
+    tiles = matrix.reshape(grid[0], block[0], grid[1], block[1]).swapaxes(1, 2)
+    if mask is None:
+        mask = (tiles != 0).any((2, 3))
+    elif np.shape(mask) != grid:
+        raise ValueError(f"mask must have the shape {grid} of the kernel's grid, got {np.shape(mask)}")
+    columns, down = np.nonzero(np.asarray(mask, bool).T)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=grid[1]))])
+    layout = Layout(kernel.shape, block, down, starts)
+    return BlockSparse(jnp.asarray(tiles[down, columns]), layout)
+
+
+def densify(w: BlockSparse) -> jax.Array:
+    """The kernel in full, exactly, zeros where no block is kept; differentiable and jittable."""
+    (grid_r, grid_c), (b_r, b_c) = w.layout.grid, w.layout.block
+    tiles = jnp.zeros((grid_r, grid_c, b_r, b_c), w.dtype).at[w.layout.rows, w.layout.columns].set(w.blocks)
+    return blk.from_blocks(tiles.swapaxes(1, 2), w.shape)
