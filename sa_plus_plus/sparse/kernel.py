@@ -15,8 +15,8 @@ from sa_plus_plus import blocks as blk
 class Layout:
     """Where the kept blocks of a kernel stand: its grid by columns, compressed.
 
-    The blocks of grid column `j` are numbers `starts[j]` to `starts[j + 1]`, from top to bottom, and `rows` says in which
-    grid row each stands. A layout is checked when it is made and cannot be changed afterwards, so whatever computes
+    The blocks of grid column `j` are numbers `starts[j]` to `starts[j + 1]`, from top to bottom, and `rows` says in
+    which grid row each stands. A layout is checked when it is made and cannot be changed afterwards, so whatever computes
     with one need not look again. It is hashable and equal by value: a program compiled for one serves all its equals.
 
     Attributes:
@@ -173,7 +173,9 @@ class BlockSparse:
         return f"BlockSparse({self.layout!r}, {getattr(self.blocks, 'dtype', self.blocks)})"
 
 
-def to_block_sparse(kernel: jax.Array, block: int | Sequence[int], mask: np.ndarray | None = None) -> BlockSparse:
+def to_block_sparse(
+    kernel: jax.Array | np.ndarray, block: int | Sequence[int], mask: np.ndarray | None = None
+) -> BlockSparse:
     """Keep the blocks of a kernel that hold anything but zeros.
 
     Args:
@@ -188,17 +190,15 @@ def to_block_sparse(kernel: jax.Array, block: int | Sequence[int], mask: np.ndar
     if isinstance(kernel, jax.core.Tracer):
         raise TypeError("to_block_sparse looks at the weights, so call it outside jit, vmap and grad")
     block = blk.as_block(block)
-    kernel = np.asarray(kernel)
     (rows, cols), grid = blk.matrix_shape(kernel.shape), blk.grid_shape(kernel.shape, block)
-    matrix = kernel.reshape(rows, cols)
+    matrix = np.asarray(kernel).reshape(rows, cols)
     if (pad := (grid[0] * block[0] - rows, grid[1] * block[1] - cols)) != (0, 0):
         matrix = np.pad(matrix, ((0, pad[0]), (0, pad[1])))
     tiles = matrix.reshape(grid[0], block[0], grid[1], block[1]).swapaxes(1, 2)
-    if mask is None:
-        mask = (tiles != 0).any((2, 3))
-    elif np.shape(mask) != grid:
-        raise ValueError(f"mask must have the shape {grid} of the kernel's grid, got {np.shape(mask)}")
-    columns, down = np.nonzero(np.asarray(mask, bool).T)
+    keep = (tiles != 0).any((2, 3)) if mask is None else np.asarray(mask, bool)
+    if keep.shape != grid:
+        raise ValueError(f"mask must have the shape {grid} of the kernel's grid, got {keep.shape}")
+    columns, down = np.nonzero(keep.T)
     starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=grid[1]))])
     layout = Layout(kernel.shape, block, down, starts)
     return BlockSparse(jnp.asarray(tiles[down, columns]), layout)
