@@ -28,6 +28,7 @@ def experiment(name: str) -> ConfigDict:
             "scale_batch": 0,
             "momentum": 0.9,
             "weight_decay": 1e-4,
+            "rows": "all",  # "batch": touch only the rows of an embedding table that a batch looks up
             "schedule": "cosine",  # or exponential, constant
             "warmup_steps": 0,  # 0: as many as `warmup_epochs` take
             "warmup_epochs": 0.0,

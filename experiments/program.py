@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 import sa_plus_plus as sapp
-from experiments import building, data, evaluate, naming, sharding, tasks
+from experiments import building, data, evaluate, naming, sharding, tables, tasks
 
 TASKS = ("classification", "click_prediction", "reconstruction")
 
@@ -63,6 +63,7 @@ class Setup(NamedTuple):
       schedule: learning rate against step.
       sparsifier: `sparsifier(seed) -> Sparsifier`; the seed may be traced, and matters to `random` alone.
       plan: what is pruned.
+      table: the embedding table of which a step touches only the batch's rows; None for steps on all parameters.
     """
 
     config: ml_collections.ConfigDict
@@ -72,6 +73,7 @@ class Setup(NamedTuple):
     schedule: optax.Schedule
     sparsifier: Callable[..., sapp.Sparsifier]
     plan: sapp.Plan
+    table: tables.Table | None
 
 
 class Program(NamedTuple):
@@ -129,7 +131,16 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     epoch = max(1, round(examples / config.batch_size))
     sparsifier = functools.partial(building.sparsifier, config.sparsifier, config.steps, epoch)
     plan = sparsifier(config.seed).plan(jax.eval_shape(task.init, jax.random.key(0))[0])
-    return Setup(config, mesh, task, tx, schedule, sparsifier, plan)
+    return Setup(config, mesh, task, tx, schedule, sparsifier, plan, _table(config.optimizer.rows, task))
+
+
+def _table(rows: str, task: tasks.Task) -> tables.Table | None:
+    """The table that an optimizer for the rows of the batch alone works on."""
+    if naming.check(rows, ["all", "batch"], "config.optimizer.rows") == "all":
+        return None
+    if task.table is None:
+        raise ValueError('config.optimizer.rows="batch" is for models with an embedding table; this one has none')
+    return task.table
 
 
 def _resolved(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:
@@ -158,12 +169,14 @@ def functions(setup: Setup) -> Functions:
         sparse_masks = jax.tree.map(jnp.copy, prune.masks)
         return TrainState(trainable, prune, tx.init(trainable), model_state, sparse_masks)
 
-    def step(seed: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        seed: Any, state: TrainState, batch: Any, outputs_of: Callable[..., Any] = task.outputs
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         sp = make(seed)
 
         def mean_loss(trainable: sapp.Trainable) -> tuple[jax.Array, Any]:
             params = sp.apply(trainable, state.prune)
-            outputs, model_state = task.outputs(params, state.model_state, batch, training=True)
+            outputs, model_state = outputs_of(params, state.model_state, batch, training=True)
             means = evaluate.mean(outputs, batch.get("weight"))
             return means["loss"], (means, model_state)
 
@@ -187,7 +200,27 @@ def functions(setup: Setup) -> Functions:
     def finalize(seed: Any, state: TrainState) -> Any:
         return make(seed).finalize(state.trainable, state.prune)
 
-    return Functions(init, step, evaluate_batch, finalize)
+    return Functions(init, _on_rows(step, setup.table) if setup.table else step, evaluate_batch, finalize)
+
+
+def _on_rows(step: Callable[..., Any], table: tables.Table) -> Callable[..., Any]:
+    """The same step with the table cut down to the rows of the batch, which are then put back."""
+    path = table.path
+
+    def step_on_rows(seed: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        rows, positions = tables.taken(table.rows(batch), table.length)
+        opt_state = tables.fresh_at(state.prune.boundary, path, state.opt_state)
+        small = state._replace(
+            trainable=tables.take(path, state.trainable, rows), opt_state=tables.take(path, opt_state, rows)
+        )
+        outputs_of = table.outputs(rows.shape[0])
+        small, means = step(seed, small, batch | {"positions": positions}, outputs_of)
+        return small._replace(
+            trainable=tables.put_back(path, state.trainable, small.trainable, rows),
+            opt_state=tables.put_back(path, opt_state, small.opt_state, rows),
+        ), means
+
+    return step_on_rows
 
 
 def over_seeds(fns: Functions) -> Functions:

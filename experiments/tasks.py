@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments import data, models, naming
+from experiments import data, models, naming, tables
 
 
 class Task(NamedTuple):
@@ -27,6 +27,7 @@ class Task(NamedTuple):
       input: name of what the model takes from a batch.
       ranked: names of two outputs, scores and labels, whose area under the ROC curve is reported as `auc`.
       finish: `finish(means) -> means`: adds to the means over the test set what follows from them.
+      table: its embedding table, for an optimizer that touches only the rows of the batch.
     """
 
     metric: str
@@ -37,6 +38,7 @@ class Task(NamedTuple):
     input: str = "image"
     ranked: tuple[str, str] | None = None
     finish: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = lambda means: means
+    table: tables.Table | None = None
 
 
 def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
@@ -77,8 +79,10 @@ def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -
         state = dict(model.init(key, jnp.asarray(dataset.example["ids"])))
         return state.pop("params"), state
 
-    def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
-        logits, model_state = _apply(model, params, model_state, batch["ids"], training)
+    def outputs(
+        params: Any, model_state: Any, batch: Any, training: bool, model: nn.Module = model, ids: str = "ids"
+    ) -> tuple[dict[str, jax.Array], Any]:
+        logits, model_state = _apply(model, params, model_state, batch[ids], training)
         label = batch["label"].astype(jnp.float32)
         loss = optax.sigmoid_binary_cross_entropy(logits, label)
         return {"loss": loss, "prediction": jax.nn.sigmoid(logits), "label": label}, model_state
@@ -86,7 +90,12 @@ def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -
     def finish(means: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return means | {"calibration": means["prediction"] / means["label"]}
 
-    return Task("auc", model, dataset, init, outputs, "ids", ("prediction", "label"), finish)
+    def outputs_of_rows(capacity: int) -> Callable[..., Any]:
+        return functools.partial(outputs, model=model.clone(vocabulary=(capacity,)), ids="positions")
+
+    length = sum(dataset.vocabulary)
+    table = tables.Table("table/embedding", length, lambda batch: model.rows(batch["ids"]), outputs_of_rows)
+    return Task("auc", model, dataset, init, outputs, "ids", ("prediction", "label"), finish, table)
 
 
 def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:

@@ -48,6 +48,7 @@ EXPERIMENTS = (
     "models.costs",
     "models",
     "building",
+    "tables",
     "tasks",
     "ranking",
     "evaluate",

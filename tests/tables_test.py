@@ -1,0 +1,123 @@
+"""Steps on the rows of the batch alone."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import mnist
+from configs import planted as planted_config
+from experiments import program, sharding, tables
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+STEPS = 12
+
+
+@hypothesis.given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 100))
+def test_taken_rows_are_the_distinct_ones(length, lookups, seed):
+    rng = np.random.default_rng(seed)
+    ids, table = rng.integers(0, length, (lookups, 2)).astype(np.int32), rng.normal(size=(length, 3))
+    rows, positions = tables.taken(jnp.asarray(ids), length)
+    distinct = np.unique(ids)
+    np.testing.assert_array_equal(rows[: len(distinct)], distinct)
+    np.testing.assert_array_equal(rows[len(distinct) :], length)
+    tree = {"table": {"embedding": jnp.asarray(table)}, "other": jnp.ones(2)}
+    small = tables.take("table/embedding", tree, rows)
+    np.testing.assert_array_equal(small["table"]["embedding"][positions], jnp.asarray(table)[ids])
+    moved = jax.tree.map(lambda x: x + 1, small)
+    whole = tables.put_back("table/embedding", tree, moved, rows)
+    want = jnp.asarray(table).at[distinct].add(1)
+    np.testing.assert_array_equal(whole["table"]["embedding"], want)
+    np.testing.assert_array_equal(whole["other"], 2)
+
+
+def run_of(rows, optimizer, algorithm="sequential_attention", seeds=1, devices=1):
+    config = planted_config.get_config()
+    config.data.options.update({"rows": 3_000, "held_out": 100})
+    config.steps, config.batch_size, config.eval_batch_size = STEPS, 16, 100
+    config.optimizer.update({"rows": rows, "weight_decay": 0.0, **optimizer})
+    config.sparsifier.name = algorithm
+    config.sparsifier.schedule = (("dense", 4), ("sparsification", 4), ("sparse", 4))
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    return program.compiled(program.prepare(config, mesh), seeds)
+
+
+def states(run, seeds=(0,)):
+    """`(batch, state after it)` for each step, the first of them `(None, initial state)`."""
+    seed, streams = program.seed_argument(seeds), program.train_streams(run, seeds)
+    state = run.functions.init(seed)
+    yield None, jax.tree.map(np.array, state)
+    for _ in range(STEPS):
+        batch = program.next_batch(run, streams)
+        ids = np.array(batch["ids"])
+        state, _ = run.functions.step(seed, state, batch)
+        yield ids, jax.tree.map(np.array, state)
+
+
+@pytest.mark.parametrize(("seeds", "devices"), [(1, 1), (2, 2)])
+def test_where_an_optimizer_has_no_memory_both_ways_are_the_same(seeds, devices):
+    ends = []
+    for rows in ("all", "batch"):
+        run = run_of(rows, {"name": "sgd", "momentum": 0.0}, seeds=seeds, devices=devices)
+        *_, (_, last) = states(run, tuple(range(seeds)))
+        ends.append((last.trainable, last.prune))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *ends)
+
+
+def test_adam_on_the_rows_of_the_batch_against_a_masked_adam_on_all():
+    """Every row keeps its weights and moments but in the steps whose batch looks it up."""
+    run = run_of("batch", {"name": "adamw", "learning_rate": 0.01, "schedule": "constant"}, algorithm="dense")
+    task, tx = run.setup.task, optax.adam(0.01)
+    walk = states(run)
+    _, first = next(walk)
+    params, source = first.trainable.params, task.dataset.train
+    state = tx.init(params)
+    for ids, got in walk:
+        label = _labels_of(source, ids)
+        batch = {"ids": ids, "label": label}
+        grads = jax.grad(lambda p, batch=batch: jnp.mean(task.outputs(p, {}, batch, True)[0]["loss"]))(params)
+        updates, new_state = tx.update(grads, state, params)
+        touched = np.zeros((task.table.length, 1), bool)
+        touched[np.asarray(task.table.rows({"ids": ids})).ravel()] = True
+
+        def keep(new, old, touched=touched):
+            return np.where(touched, new, old) if new.shape[:1] == touched.shape[:1] else new
+
+        params = jax.tree.map(keep, optax.apply_updates(params, updates), params)
+        state = jax.tree.map(keep, new_state, state)
+        assert 0 < touched.mean() < 0.9
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), got.trainable.params, params)
+
+
+def _labels_of(source, ids):
+    """Labels of rows, found by their ids (all features together tell rows apart)."""
+    arrays = source.arrays
+    at = {row.tobytes(): label for row, label in zip(arrays["ids"], arrays["label"], strict=True)}
+    return np.array([at[row.tobytes()] for row in ids.astype(arrays["ids"].dtype)])
+
+
+def test_moments_of_all_rows_start_afresh_with_a_phase():
+    run = run_of("batch", {"name": "sgd", "momentum": 0.9})
+    table = run.setup.task.table
+    walk, seen = states(run), set()
+    next(walk)
+    for step, (ids, state) in enumerate(walk):
+        (moment,) = (x for x in jax.tree.leaves(state.opt_state) if x.shape[:1] == (table.length,))
+        moving = np.flatnonzero((moment != 0).any(1))
+        seen = (set() if step in (4, 8) else seen) | set(np.ravel(table.rows({"ids": ids})).tolist())
+        assert set(moving.tolist()) <= seen
+        assert len(moving) > 0.9 * len(seen)  # all but those whose gradient happens to be zero
+
+
+def test_models_without_a_table_are_refused():
+    config = mnist.get_config()
+    config.batch_size = config.eval_batch_size = 96
+    config.optimizer.rows = "batch"
+    with pytest.raises(ValueError, match=r'config\.optimizer\.rows="batch" is for models with an embedding table'):
+        program.prepare(config)
+    config.optimizer.rows = "rows"
+    with pytest.raises(ValueError, match=r"config\.optimizer\.rows"):
+        program.prepare(config)
