@@ -1,11 +1,13 @@
 """Rows a second of the click network's training step: pruned against dense, and where the time goes.
 
     python -m benchmarks.criteo_step
-    python -m benchmarks.criteo_step --batch=4096 --table=200000 --rounds=5 --save=false
+    python -m benchmarks.criteo_step --table=10000000 --blocks= --name=criteo_step_large_table
+    python -m benchmarks.criteo_step --batch=4096 --table=200000 --rounds=5 --name=
 
 The steps are those of the training loop, for configs/criteo_block*.py, on one batch of Zipf-distributed ids that is on
-the device already. The parts are timed on their own: looking up and adding up the table's rows, forwards and backwards
-through the layers, and Adam on all parameters; their sum is not the step's time, since that is compiled as one.
+the device already. `dense, rows of the batch` is the step whose optimizer touches no other rows of the table. The parts
+are timed on their own: looking up and adding up the table's rows, forwards and backwards through the layers, and Adam
+on all parameters; their sum is not the step's time, since that is compiled as one.
 """
 
 import functools
@@ -27,7 +29,7 @@ _TABLE = flags.DEFINE_integer("table", 1_000_000, "Rows of the embedding table, 
 _BLOCKS = flags.DEFINE_list("blocks", ["5", "10", "20"], "Block sizes.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "What activations are computed in.")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
-_SAVE = flags.DEFINE_bool("save", True, "Write benchmarks/results/criteo_step.json.")
+_NAME = flags.DEFINE_string("name", "criteo_step", "Write benchmarks/results/<name>.json; empty for not.")
 FEATURES = 39
 
 
@@ -42,12 +44,12 @@ def dataset() -> data.Dataset:
     return data.Dataset(rows, rows, 2, tuple(vocabulary.tolist()))
 
 
-def compiled(rows: data.Dataset, block: int, algorithm: str) -> program.Program:
+def compiled(rows: data.Dataset, block: int, algorithm: str, touched: str = "all") -> program.Program:
     config = importlib.import_module(f"configs.criteo_block{block}").get_config()
     config.batch_size = config.eval_batch_size = _BATCH.value
     config.epochs, config.steps = 0.0, 10_000
     config.model_options.dtype = _DTYPE.value
-    config.sparsifier.name = algorithm
+    config.sparsifier.name, config.optimizer.rows = algorithm, touched
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     return program.compiled(program.prepare(config, mesh, rows))
 
@@ -100,9 +102,10 @@ def _wait(function: Callable[..., Any], *arguments: Any) -> None:
 def main(argv: list[str]) -> None:
     del argv
     rows = dataset()
-    dense = compiled(rows, int(_BLOCKS.value[0]), "dense")
+    dense = compiled(rows, 10, "dense")
     batch = jax.device_put(rows.train.gather(np.arange(_BATCH.value)), next(iter(dense.batch.values())).sharding)
-    contenders = {"dense": step_of(dense, batch)}
+    by_rows = compiled(rows, 10, "dense", "batch")
+    contenders = {"dense": step_of(dense, batch), "dense, rows of the batch": step_of(by_rows, batch)}
     for block in _BLOCKS.value:
         for name in ("acdc", "sequential_attention"):
             contenders[f"{name}, {block}"] = step_of(compiled(rows, int(block), name), batch)
@@ -120,9 +123,9 @@ def main(argv: list[str]) -> None:
     cells = [r | {"time_to_dense": "{median:.3f} [{q25:.3f}, {q75:.3f}]".format(**r["time_to_dense"])} for r in results]
     title = f"Click network, {_BATCH.value} rows, table of {sum(rows.vocabulary):,}, {_DTYPE.value}"
     progress.console().print(progress.table(title, cells))
-    if _SAVE.value:
+    if _NAME.value:
         content = {"rows": results, "batch": _BATCH.value, "table": sum(rows.vocabulary), "dtype": _DTYPE.value}
-        print(timing.save("criteo_step", content))
+        print(timing.save(_NAME.value, content))
 
 
 if __name__ == "__main__":
