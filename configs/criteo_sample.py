@@ -4,7 +4,10 @@
         --train 0.8 --validation 0.19 --test 0.01 --order chronological --minimum_count 20 --numeric_minimum_count 20
     python -m experiments.compare --config=configs/criteo_sample.py --config.data.local=path/to/sample --seeds=3
 
-For some 10,000 rows: more passes over so few only overfit.
+For some 10,000 rows: more passes over so few only overfit. Batch size, learning rate and passes were chosen by the loss
+on the last fifth of the first 8,000 rows. Dense, 3 seeds, on all of the last fifth (--validation 0.1999 --test 0.0001):
+AUC 0.744 ± 0.002, loss 0.4713 ± 0.0010; a logistic regression on hashed features has 0.734 and 0.4708 there. At 90% of
+the first layer: magnitude 0.719, ACDC 0.720, PowerPropagation 0.715, SA++ 0.713, gradual magnitude 0.725, random 0.734.
 """
 
 from ml_collections import ConfigDict
@@ -15,12 +18,12 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.criteo(block=10)
     config.name = "criteo_sample"
-    config.epochs = 4.0
-    config.batch_size = 512
+    config.epochs = 3.0
+    config.batch_size = 64
     config.eval_batch_size = 1000
-    config.log_every = 5
-    config.eval_every = 16
-    config.checkpoint_every = 32
+    config.log_every = 25
+    config.eval_every = 125
+    config.checkpoint_every = 125
     config.dense_twin = True
-    config.optimizer.learning_rate = 5e-3
+    config.optimizer.learning_rate = 1e-3
     return config
