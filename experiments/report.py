@@ -14,7 +14,6 @@ import matplotlib
 import ml_collections
 import numpy as np
 import optax
-import safetensors.flax
 
 import sa_plus_plus as sapp
 from experiments.train import Outcome
@@ -118,10 +117,8 @@ def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> 
 
 
 def save_weights(path: pathlib.Path, outcome: Outcome) -> None:
-    """The pruned network as a safetensors file: arrays by path, masked blocks zero."""
-    leaves = jax.tree_util.tree_leaves_with_path(outcome.params)
-    content = safetensors.flax.save({sapp.path_string(p): leaf for p, leaf in leaves})
-    write_atomically(path, lambda file: file.write(content))
+    """The pruned network by its kept blocks, for `sapp.load`."""
+    sapp.save(path, sapp.export(outcome.params, outcome.plan))
 
 
 def plot_run(path: pathlib.Path, outcome: Outcome, rows: list[dict[str, Any]], metric: str, title: str) -> None:

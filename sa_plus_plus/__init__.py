@@ -1,6 +1,6 @@
 """Block-wise pruning of neural networks in JAX: SequentialAttention++ and its rivals."""
 
-from sa_plus_plus import blocks, metrics, phases, select
+from sa_plus_plus import blocks, metrics, phases, select, sparse
 from sa_plus_plus.algorithms import (
     acdc,
     attention_weights,
@@ -13,6 +13,7 @@ from sa_plus_plus.algorithms import (
 )
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import Layer, Plan, path_string, plan
+from sa_plus_plus.sparse import BlockSparse, densify, export, load, save
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import SparsifyState, reset_on, sparsify
 
@@ -24,6 +25,7 @@ CONTROLS = ("gradual_magnitude", "random")
 __all__ = [
     "ALGORITHMS",
     "CONTROLS",
+    "BlockSparse",
     "Layer",
     "Phases",
     "Plan",
@@ -35,7 +37,10 @@ __all__ = [
     "attention_weights",
     "blocks",
     "dense",
+    "densify",
+    "export",
     "gradual_magnitude",
+    "load",
     "magnitude",
     "metrics",
     "path_string",
@@ -44,7 +49,9 @@ __all__ = [
     "powerpropagation",
     "random",
     "reset_on",
+    "save",
     "select",
     "sequential_attention",
+    "sparse",
     "sparsify",
 ]

@@ -9,8 +9,8 @@ import sys
 
 import jax
 import numpy as np
+import problems
 import pytest
-import safetensors.numpy
 
 from configs import mnist
 from experiments import program, sharding, train
@@ -93,7 +93,7 @@ def finish(*processes):
 
 def rows_and_masks(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    weights = safetensors.numpy.load_file(workdir / "pruned.safetensors")
+    weights = problems.weights_of(workdir / "pruned.safetensors")
     return rows, {path: w != 0 for path, w in weights.items() if w.ndim == 2}
 
 

@@ -11,8 +11,8 @@ import sys
 import jax
 import matplotlib.image
 import numpy as np
+import problems
 import pytest
-import safetensors.numpy
 from PIL import Image
 
 import sa_plus_plus as sapp
@@ -57,7 +57,7 @@ def test_a_run_leaves_complete_and_consistent_results(name, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(KEYS.split()) <= set(result)
     assert (result["algorithm"], result["steps"], result["diverged"]) == (name, 60, False)
-    weights = safetensors.numpy.load_file(tmp_path / "pruned.safetensors")
+    weights = problems.weights_of(tmp_path / "pruned.safetensors")
     kernels = [w for path, w in weights.items() if path.endswith("kernel")]
     zeros = sum((w == 0).sum() for w in kernels) / sum(w.size for w in kernels)
     assert result["real_sparsity"] == pytest.approx(zeros)

@@ -17,9 +17,16 @@ LIBRARY = (
     "transforms",
     "metrics",
     "sparse.kernel",
+    "sparse.storage",
+    "sparse.formats",
     "sparse",
     "__init__",
 )
+OPTIONAL = {  # imported where they are used, with an error that says what to install
+    "phases": {"matplotlib"},
+    "sparse.storage": {"safetensors"},
+    "sparse.formats": {"scipy", "jax2onnx"},
+}
 EXPERIMENTS = (
     "naming",
     "data.sources",
@@ -105,4 +112,4 @@ def test_library_depends_on_jax_optax_numpy_alone():
     allowed = {*sys.stdlib_module_names, "jax", "optax", "numpy", "sa_plus_plus"}
     for name, file in modules("sa_plus_plus").items():
         found = {target.split(".")[0] for target in imported(file)} - allowed
-        assert found <= ({"matplotlib"} if name == "phases" else set()), f"{name} imports {found}"
+        assert found <= OPTIONAL.get(name, set()), f"{name} imports {found}"

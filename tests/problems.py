@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import sa_plus_plus as sapp
@@ -79,3 +80,9 @@ def step(sp, run, data):
         updates, opt_state = optimizer().update(grads, opt_state, trainable, boundary=prune.boundary)
     trainable, prune = sp.update(trainable, prune, updates)
     return Run(trainable, prune, opt_state)
+
+
+def weights_of(path):
+    """`{path of a leaf: its weights in full}` of a file of a pruned network."""
+    leaves = jax.tree_util.tree_leaves_with_path(sapp.sparse.densify_tree(sapp.load(path)))
+    return {sapp.path_string(keys): np.asarray(leaf) for keys, leaf in leaves}

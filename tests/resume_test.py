@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 
+import problems
 import pytest
-import safetensors.numpy
 
 import sa_plus_plus as sapp
 
@@ -45,7 +45,7 @@ def run(workdir, *flags, when=None, wait=True):
 
 def outcome(workdir):
     result = json.loads((workdir / "result.json").read_text())
-    weights = safetensors.numpy.load_file(workdir / "pruned.safetensors")
+    weights = problems.weights_of(workdir / "pruned.safetensors")
     kept = {k: result[k] for k in ("metric", "loss", "real_sparsity", "steps", "layers")}
     return (workdir / "metrics.jsonl").read_bytes(), {k: v.tobytes() for k, v in weights.items()}, kept
 

@@ -1,5 +1,19 @@
 """Pruned kernels stored and computed with by their kept blocks alone."""
 
+from sa_plus_plus.sparse.formats import to_bsr, to_onnx
 from sa_plus_plus.sparse.kernel import BlockSparse, Layout, densify, to_block_sparse
+from sa_plus_plus.sparse.storage import Saved, densify_tree, export, load, save
 
-__all__ = ["BlockSparse", "Layout", "densify", "to_block_sparse"]
+__all__ = [
+    "BlockSparse",
+    "Layout",
+    "Saved",
+    "densify",
+    "densify_tree",
+    "export",
+    "load",
+    "save",
+    "to_block_sparse",
+    "to_bsr",
+    "to_onnx",
+]
