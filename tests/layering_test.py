@@ -17,6 +17,9 @@ LIBRARY = (
     "transforms",
     "metrics",
     "sparse.kernel",
+    "sparse.pure",
+    "sparse.native",
+    "sparse.matmul",
     "sparse",
     "__init__",
 )
