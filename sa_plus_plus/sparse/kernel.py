@@ -16,8 +16,9 @@ class Layout:
     """Where the kept blocks of a kernel stand: its grid by columns, compressed.
 
     The blocks of grid column `j` are numbers `starts[j]` to `starts[j + 1]`, from top to bottom, and `rows` says in
-    which grid row each stands. A layout is checked when it is made and cannot be changed afterwards, so whatever computes
-    with one need not look again. It is hashable and equal by value: a program compiled for one serves all its equals.
+    which grid row each stands. A layout is checked when it is made and cannot be changed afterwards, so whatever
+    computes with one need not look again. It is hashable and equal by value: a program compiled for one serves all its
+    equals.
 
     Attributes:
       shape: the kernel's shape, 2 to 5 dimensions.

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+import sa_plus_plus.sparse.native as native
+import sa_plus_plus.sparse.pure as pure
 from sa_plus_plus import blocks as blk
-from sa_plus_plus.sparse import native, pure
 from sa_plus_plus.sparse.kernel import BlockSparse, Layout, densify
 
 Backend = Literal["pure", "native", "pallas", "dense"]
@@ -34,8 +35,8 @@ def block_sparse_matmul(
       bias: `(cols,)`, added before rounding.
       relu: then `max(., 0)`, whose derivative at 0 is 0.
       backend: `"native"`: the compiled kernel for CPUs, float32 and bfloat16. `"pallas"`: the kernel for GPUs, in
-        Pallas's interpreter on a CPU. `"pure"`: plain JAX. `"dense"`: the whole kernel, zeros and all. None: on CPUs native
-        if it was built and knows the type, otherwise and elsewhere pure.
+        Pallas's interpreter on a CPU. `"pure"`: plain JAX. `"dense"`: the whole kernel, zeros and all. None: on CPUs
+        native if it was built and knows the type, otherwise and elsewhere pure.
 
     Returns:
       `(..., cols)` in the type of `x`.
@@ -45,6 +46,7 @@ def block_sparse_matmul(
       RuntimeError: if the native backend is asked for and was not built.
 
     >>> import numpy as np
+    >>> from sa_plus_plus.sparse import to_block_sparse
     >>> kernel = np.kron(np.eye(3, dtype=np.float32), np.ones((2, 2), np.float32))
     >>> block_sparse_matmul(jnp.arange(6.0), to_block_sparse(kernel, 2)).tolist()
     [1.0, 1.0, 5.0, 5.0, 9.0, 9.0]
@@ -58,15 +60,17 @@ def block_sparse_matmul(
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != w.dtype:
         raise ValueError(f"x and the kernel must be of one floating type, got {x.dtype} and {w.dtype}: cast either")
     if w.blocks.shape != (w.layout.kept, *w.layout.block):
-        raise ValueError(f"blocks must be {(w.layout.kept, *w.layout.block)} as the layout has it, got {w.blocks.shape}")
+        raise ValueError(
+            f"blocks must be {(w.layout.kept, *w.layout.block)} as the layout has it, got {w.blocks.shape}"
+        )
     if bias is not None and (bias.shape != (cols,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
         raise ValueError(f"bias must be floating and of shape {(cols,)}, got {bias.dtype} {bias.shape}")
-    backend = _checked(backend, x.dtype)
-    y = _compiled_product(x.reshape(math.prod(x.shape[:-1]), rows), w.blocks, bias, w.layout, relu, backend)
+    flat = x.reshape(math.prod(x.shape[:-1]), rows)
+    y = _compiled_product(flat, w.blocks, bias, w.layout, relu, _chosen(backend, x.dtype))
     return y.reshape(*x.shape[:-1], cols)
 
 
-def _checked(backend: Backend | None, dtype: Any) -> str:
+def _chosen(backend: Backend | None, dtype: Any) -> str:
     """The backend that is meant by the argument, `"auto"` if native or pure is to be chosen for the platform."""
     if backend is None:
         if dtype not in native.DTYPES or (native.missing() and jax.default_backend() != "cpu"):
@@ -107,7 +111,9 @@ def _forward(
         return _run(x, blocks, bias, layout, relu, backend)
 
     @call.def_vmap
-    def rule(size: int, batched: Any, x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, bool]:
+    def rule(
+        size: int, batched: Any, x: jax.Array, blocks: jax.Array, bias: jax.Array | None
+    ) -> tuple[jax.Array, bool]:
         if batched[1] or batched[2]:  # several kernels: plain JAX knows how
             axes = tuple(0 if is_batched else None for is_batched in batched)
             run = functools.partial(_run, layout=layout, relu=relu, backend="pure")
