@@ -143,7 +143,7 @@ def _plain(
 ) -> jax.Array:
     if dense:
         w = densify(BlockSparse(blocks, layout)).reshape(x.shape[-1], -1)
-        y = jnp.matmul(x, w, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+        y = jnp.matmul(x, w, preferred_element_type=pure.sum_type(x))
     else:
         y = pure.matmul(x, blocks, layout)
     if bias is not None:

@@ -69,7 +69,7 @@ def _inputs(x: jax.Array, group: Group) -> jax.Array:
 
 def _dots(x: jax.Array, weights: jax.Array) -> jax.Array:
     """`(batch, g, k)` times `(g, k, b_c)`: a product of matrices for each of the `g`."""
-    return jnp.einsum("bgk,gkc->bgc", x, weights, preferred_element_type=_sum_type(x))
+    return jnp.einsum("bgk,gkc->bgc", x, weights, preferred_element_type=sum_type(x))
 
 
 def _sums(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -77,7 +77,7 @@ def _sums(x: jax.Array, weights: jax.Array) -> jax.Array:
 
     Its products of small matrices, one call each, take up to several times as long.
     """
-    return jnp.sum(blk.widened(x)[..., None] * blk.widened(weights), axis=-2)
+    return jnp.sum(blk.widened(x)[..., None] * blk.widened(weights)[None], axis=-2)
 
 
 def _by_blocks(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
@@ -121,8 +121,9 @@ def _in_blocks(x: jax.Array, side: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, number * side - length))).reshape(batch, number, side)
 
 
-def _sum_type(x: jax.Array) -> np.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+def sum_type(x: jax.Array) -> np.dtype:
+    """In which products with `x` are added up: at least float32."""
+    return x.dtype if x.dtype.itemsize >= 4 else np.dtype(np.float32)
 
 
 def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
@@ -135,7 +136,7 @@ def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
     """
     batch, (_, width) = x.shape[0], blk.matrix_shape(layout.shape)
     if not batch or not layout.kept:
-        return jnp.zeros((batch, width), _sum_type(x))
+        return jnp.zeros((batch, width), sum_type(x))
     x = _in_blocks(x, layout.block[0])
     if batch < FEW:
         y = _by_blocks(x, blocks, layout)
@@ -158,7 +159,7 @@ def weight_gradient(x: jax.Array, g: jax.Array, layout: Layout) -> jax.Array:
       g: `(batch, cols)`.
       layout: which blocks are wanted.
     """
-    (b_r, b_c), dtype = layout.block, _sum_type(x)
+    (b_r, b_c), dtype = layout.block, sum_type(x)
     x, g = _in_blocks(x, b_r), _in_blocks(g, b_c)
     result = jnp.zeros((layout.kept + 1, b_r, b_c), dtype)  # the last takes what is padding
     for group in groups(layout) if x.shape[0] else ():
