@@ -19,6 +19,7 @@ LIBRARY = (
     "sparse.kernel",
     "sparse.pure",
     "sparse.native",
+    "sparse.pallas",
     "sparse.matmul",
     "sparse",
     "__init__",

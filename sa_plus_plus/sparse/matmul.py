@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import sa_plus_plus.sparse.native as native
+import sa_plus_plus.sparse.pallas as pallas
 import sa_plus_plus.sparse.pure as pure
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.kernel import BlockSparse, Layout, densify
@@ -127,12 +128,16 @@ def _forward(
 def _run(
     x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, backend: str
 ) -> jax.Array:
-    kernel = functools.partial(native.matmul, layout=layout, relu=relu)
+    compiled = functools.partial(native.matmul, layout=layout, relu=relu)
     plain = functools.partial(_plain, layout=layout, relu=relu, dense=backend == "dense")
+    tiles = functools.partial(pallas.matmul, layout=layout, relu=relu)
     if backend == "auto":
-        y = jax.lax.platform_dependent(x, blocks, bias, cpu=kernel, default=plain)
+        y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled, default=plain)
     elif backend == "native":
-        y = jax.lax.platform_dependent(x, blocks, bias, cpu=kernel)
+        y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled)
+    elif backend == "pallas":
+        on_gpu, interpreted = (functools.partial(tiles, interpret=interpret) for interpret in (False, True))
+        y = jax.lax.platform_dependent(x, blocks, bias, cuda=on_gpu, rocm=on_gpu, cpu=interpreted)
     else:
         y = plain(x, blocks, bias)
     return y.astype(x.dtype)
@@ -141,14 +146,10 @@ def _run(
 def _plain(
     x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, dense: bool
 ) -> jax.Array:
-    if dense:
-        w = densify(BlockSparse(blocks, layout)).reshape(x.shape[-1], -1)
-        y = jnp.matmul(x, w, preferred_element_type=pure.sum_type(x))
-    else:
-        y = pure.matmul(x, blocks, layout)
-    if bias is not None:
-        y = y + bias.astype(y.dtype)[None]
-    return jax.nn.relu(y) if relu else y
+    if not dense:
+        return pure.epilogue(pure.matmul(x, blocks, layout), bias, relu)
+    w = densify(BlockSparse(blocks, layout)).reshape(x.shape[-1], -1)
+    return pure.epilogue(jnp.matmul(x, w, preferred_element_type=pure.sum_type(x)), bias, relu)
 
 
 def _product_forward(

@@ -151,6 +151,13 @@ def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
     return y.reshape(batch, -1)[:, :width]
 
 
+def epilogue(y: jax.Array, bias: jax.Array | None, relu: bool) -> jax.Array:
+    """What is done to a product `(batch, cols)` before it is rounded: a bias `(cols,)` added, `max(., 0)` taken."""
+    if bias is not None:
+        y = y + bias.astype(y.dtype)[None]
+    return jax.nn.relu(y) if relu else y
+
+
 def weight_gradient(x: jax.Array, g: jax.Array, layout: Layout) -> jax.Array:
     """`x^T g` where blocks are kept, `(kept, b_r, b_c)`, in at least float32.
 
