@@ -19,6 +19,10 @@ LIBRARY = (
     "sparse.kernel",
     "sparse.storage",
     "sparse.formats",
+    "sparse.pure",
+    "sparse.native",
+    "sparse.pallas",
+    "sparse.matmul",
     "sparse",
     "__init__",
 )

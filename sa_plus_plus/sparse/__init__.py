@@ -2,12 +2,14 @@
 
 from sa_plus_plus.sparse.formats import to_bsr, to_onnx
 from sa_plus_plus.sparse.kernel import BlockSparse, Layout, densify, to_block_sparse
+from sa_plus_plus.sparse.matmul import block_sparse_matmul
 from sa_plus_plus.sparse.storage import Saved, densify_tree, export, load, save
 
 __all__ = [
     "BlockSparse",
     "Layout",
     "Saved",
+    "block_sparse_matmul",
     "densify",
     "densify_tree",
     "export",

@@ -1,0 +1,174 @@
+"""A matrix times a block-sparse one, differentiable, by whichever implementation suits the platform."""
+
+import functools
+import math
+import warnings
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+import sa_plus_plus.sparse.native as native
+import sa_plus_plus.sparse.pallas as pallas
+import sa_plus_plus.sparse.pure as pure
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.sparse.kernel import BlockSparse, Layout, densify
+
+Backend = Literal["pure", "native", "pallas", "dense"]
+
+
+def block_sparse_matmul(
+    x: jax.Array,
+    w: BlockSparse,
+    *,
+    bias: jax.Array | None = None,
+    relu: bool = False,
+    backend: Backend | None = None,
+) -> jax.Array:
+    """`x @ w`, at a cost in proportion to the blocks kept: `y[..., c] = sum_r x[..., r] w[r, c] (+ bias[c])`.
+
+    Differentiable in `x`, `w.blocks` and `bias` (backwards, once), under `jit` and `vmap`; one compilation serves all
+    kernels of equal layout. Sums are kept in at least float32 and rounded to the type of `x` at the end.
+
+    Args:
+      x: `(..., rows)`, any leading dimensions, none or an empty one among them.
+      w: a kernel whose matrix (`blocks.matrix_shape`) is `(rows, cols)`, of the same type as `x`.
+      bias: `(cols,)`, added before rounding.
+      relu: then `max(., 0)`, whose derivative at 0 is 0.
+      backend: `"native"`: the compiled kernel for CPUs, float32 and bfloat16. `"pallas"`: the kernel for GPUs, in
+        Pallas's interpreter on a CPU. `"pure"`: plain JAX. `"dense"`: the whole kernel, zeros and all. None: on CPUs
+        native if it was built and knows the type, otherwise and elsewhere pure.
+
+    Returns:
+      `(..., cols)` in the type of `x`.
+
+    Raises:
+      ValueError: if shapes or types do not fit or there is no such backend.
+      RuntimeError: if the native backend is asked for and was not built.
+
+    >>> import numpy as np
+    >>> from sa_plus_plus.sparse import to_block_sparse
+    >>> kernel = np.kron(np.eye(3, dtype=np.float32), np.ones((2, 2), np.float32))
+    >>> block_sparse_matmul(jnp.arange(6.0), to_block_sparse(kernel, 2)).tolist()
+    [1.0, 1.0, 5.0, 5.0, 9.0, 9.0]
+    """
+    rows, cols = blk.matrix_shape(w.shape)
+    if x.ndim < 1 or x.shape[-1] != rows:
+        raise ValueError(
+            f"x must be (..., {rows}) to be multiplied by a kernel of shape {w.shape}, a matrix of {rows} by {cols}; "
+            f"got {x.shape}"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != w.dtype:
+        raise ValueError(f"x and the kernel must be of one floating type, got {x.dtype} and {w.dtype}: cast either")
+    if w.blocks.shape != (w.layout.kept, *w.layout.block):
+        raise ValueError(
+            f"blocks must be {(w.layout.kept, *w.layout.block)} as the layout has it, got {w.blocks.shape}"
+        )
+    if bias is not None and (bias.shape != (cols,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
+        raise ValueError(f"bias must be floating and of shape {(cols,)}, got {bias.dtype} {bias.shape}")
+    flat = x.reshape(math.prod(x.shape[:-1]), rows)
+    y = _compiled_product(flat, w.blocks, bias, w.layout, relu, _chosen(backend, x.dtype))
+    return y.reshape(*x.shape[:-1], cols)
+
+
+def _chosen(backend: Backend | None, dtype: Any) -> str:
+    """The backend that is meant by the argument, `"auto"` if native or pure is to be chosen for the platform."""
+    if backend is None:
+        if dtype not in native.DTYPES or (native.missing() and jax.default_backend() != "cpu"):
+            return "pure"
+        if why := native.missing():
+            _notice(f"block-sparse products run in plain JAX, not in the compiled kernel, several times as fast: {why}")
+            return "pure"
+        return "auto"
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))} or None, got {backend!r}")
+    if backend == "native":
+        if dtype not in native.DTYPES:
+            raise ValueError(f"the native backend computes in float32 and bfloat16, not {dtype}: use backend='pure'")
+        if why := native.missing():
+            raise RuntimeError(f"there is no native backend: {why}; install the package again or use backend='pure'")
+    return backend
+
+
+@functools.cache
+def _notice(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _product(
+    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, backend: str
+) -> jax.Array:
+    return _forward(x, blocks, bias, layout, relu, backend)
+
+
+def _forward(
+    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, backend: str
+) -> jax.Array:
+    """The product with a batching rule: rows mapped over are more rows of one product."""
+
+    @jax.custom_batching.custom_vmap
+    def call(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return _run(x, blocks, bias, layout, relu, backend)
+
+    @call.def_vmap
+    def rule(
+        size: int, batched: Any, x: jax.Array, blocks: jax.Array, bias: jax.Array | None
+    ) -> tuple[jax.Array, bool]:
+        if batched[1] or batched[2]:  # several kernels: plain JAX knows how
+            axes = tuple(0 if is_batched else None for is_batched in batched)
+            run = functools.partial(_run, layout=layout, relu=relu, backend="pure")
+            return jax.vmap(run, axes, axis_size=size)(x, blocks, bias), True
+        y = _forward(x.reshape(-1, x.shape[-1]), blocks, bias, layout, relu, backend)
+        return y.reshape(size, -1, y.shape[-1]), True
+
+    return call(x, blocks, bias)
+
+
+def _run(
+    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, backend: str
+) -> jax.Array:
+    compiled = functools.partial(native.matmul, layout=layout, relu=relu)
+    plain = functools.partial(_plain, layout=layout, relu=relu, dense=backend == "dense")
+    tiles = functools.partial(pallas.matmul, layout=layout, relu=relu)
+    if backend == "auto":
+        y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled, default=plain)
+    elif backend == "native":
+        y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled)
+    elif backend == "pallas":
+        on_gpu, interpreted = (functools.partial(tiles, interpret=interpret) for interpret in (False, True))
+        y = jax.lax.platform_dependent(x, blocks, bias, cuda=on_gpu, rocm=on_gpu, cpu=interpreted)
+    else:
+        y = plain(x, blocks, bias)
+    return y.astype(x.dtype)
+
+
+def _plain(
+    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, dense: bool
+) -> jax.Array:
+    if not dense:
+        return pure.epilogue(pure.matmul(x, blocks, layout), bias, relu)
+    w = densify(BlockSparse(blocks, layout)).reshape(x.shape[-1], -1)
+    return pure.epilogue(jnp.matmul(x, w, preferred_element_type=pure.sum_type(x)), bias, relu)
+
+
+def _product_forward(
+    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, backend: str
+) -> tuple[jax.Array, Any]:
+    y = _forward(x, blocks, bias, layout, relu, backend)
+    return y, (x, blocks, bias, y if relu else None)
+
+
+def _product_backward(layout: Layout, relu: bool, backend: str, saved: Any, g: jax.Array) -> tuple[Any, Any, Any]:
+    x, blocks, bias, y = saved
+    if relu:
+        g = jnp.where(y > 0, g, jnp.zeros_like(g))
+    transposed, order = layout.transposed
+    dx = _forward(g, blocks[order].swapaxes(1, 2), None, transposed, False, backend)
+    d_blocks = pure.weight_gradient(x, g, layout).astype(blocks.dtype)
+    d_bias = None if bias is None else jnp.sum(blk.widened(g), axis=0).astype(bias.dtype)
+    return dx, d_blocks, d_bias
+
+
+_product.defvjp(_product_forward, _product_backward)
+_compiled_product = jax.jit(_product, static_argnums=(3, 4, 5))

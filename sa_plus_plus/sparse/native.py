@@ -1,0 +1,57 @@
+"""A matrix times a block-sparse one by the compiled kernel for CPUs in `csrc`, where it was built."""
+
+import ctypes
+import functools
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.sparse.kernel import Layout
+
+TARGET = "sa_plus_plus_block_sparse_matmul"
+DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is no compiled kernel, or None where there is; it is loaded at the first call."""
+    built = sorted(pathlib.Path(__file__).parent.glob("_native.*"))
+    if not built:
+        return "it was not compiled when the package was installed, which takes a C++17 compiler"
+    try:
+        library = ctypes.CDLL(str(built[-1]))
+        made_for = library.sa_plus_plus_ffi_version()
+    except (OSError, AttributeError) as error:
+        return f"{built[-1].name} cannot be loaded: {error}"
+    # XLA would not merely refuse a kernel made for a newer interface: its whole CPU backend would not start.
+    if made_for > (here := _ffi_version()):
+        return f"{built[-1].name} was compiled for version {made_for} of XLA's interface, this jaxlib has {here}"
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
+    return None
+
+
+def _ffi_version() -> int:
+    """`1000 * major + minor` of the interface for foreign functions that the installed jaxlib has."""
+    header = (pathlib.Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
+    major, minor = (int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1]) for part in ("MAJOR", "MINOR"))  # type: ignore[index]
+    return 1000 * major + minor
+
+
+def matmul(x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool) -> jax.Array:
+    """`x (batch, rows) @ w (rows, cols)`, plus bias, rectified if asked, in float32.
+
+    Args:
+      x: `(batch, rows)`; the kernel reads float32, so a narrower one is widened, which XLA fuses with what made it.
+      blocks: `(kept, b_r, b_c)`, float32 or bfloat16.
+      bias: `(cols,)`.
+      layout: where the blocks of `w` stand.
+      relu: `max(., 0)` of the result.
+    """
+    out = jax.ShapeDtypeStruct((x.shape[0], blk.matrix_shape(layout.shape)[1]), jnp.float32)
+    bias = jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)
+    x = x.astype(jnp.float32)
+    return jax.ffi.ffi_call(TARGET, out)(x, blocks, layout.rows, layout.starts, bias, relu=relu)

@@ -1,0 +1,175 @@
+"""A matrix times a block-sparse one in plain JAX: right on every platform, in every floating type."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.sparse.kernel import Layout
+
+FEW = 32  # rows of x below which it does not pay to bring the weights into another order
+TILE = 32  # rows of x at once on a CPU: what is gathered for them stays in its caches
+WASTE = 1 / 8  # of the work on a group of columns may be on padding
+
+
+class Group(NamedTuple):
+    """Columns of the grid computed together, as if all had `n` blocks.
+
+    Attributes:
+      columns: `(g,)`.
+      rows: `(g, n)`, the grid row of each block; 0 for padding.
+      at: `(g, n)`, the number of each block; the number of blocks for padding.
+    """
+
+    columns: np.ndarray
+    rows: np.ndarray
+    at: np.ndarray
+
+
+@functools.lru_cache(maxsize=256)
+def groups(layout: Layout) -> tuple[Group, ...]:
+    """Cut a grid's columns that have blocks into groups of about equally many.
+
+    From the fullest down, a group takes columns until more than `WASTE` of it would be padding.
+    """
+    counts = np.diff(layout.starts)
+    order = np.argsort(-counts, kind="stable")
+    order = order[: np.count_nonzero(counts)]
+    result = []
+    while order.size:
+        full = counts[order[0]]
+        enough = np.cumsum(counts[order]) >= (1 - WASTE) * full * np.arange(1, order.size + 1)
+        size = order.size if enough.all() else int(enough.argmin())
+        columns, order = np.sort(order[:size]), order[size:]
+        at = layout.starts[columns, None] + np.arange(full)
+        at = np.where(at < layout.starts[columns + 1, None], at, layout.kept)
+        result.append(Group(columns, np.append(layout.rows, 0)[at], at))
+    return tuple(result)
+
+
+def _weights(blocks: jax.Array, group: Group) -> jax.Array:
+    """The blocks of a group of columns, `(g, n * b_r, b_c)`, zeros for padding."""
+    kept, b_r, b_c = blocks.shape
+    if group.at.size == kept and (group.at.ravel() == np.arange(kept)).all():  # all columns alike: nothing to move
+        return blocks.reshape(len(group.columns), -1, b_c)
+    if (group.at == kept).any():
+        blocks = jnp.concatenate([blocks, jnp.zeros((1, b_r, b_c), blocks.dtype)])
+    return blocks[group.at].reshape(len(group.columns), -1, b_c)
+
+
+def _inputs(x: jax.Array, group: Group) -> jax.Array:
+    """What of `x (batch, grid_r, b_r)` meets the weights of a group of columns, `(batch, g, n * b_r)`."""
+    g, n = group.rows.shape
+    return x[:, group.rows].reshape(x.shape[0], g, n * x.shape[2])
+
+
+def _dots(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`(batch, g, k)` times `(g, k, b_c)`: a product of matrices for each of the `g`."""
+    return jnp.einsum("bgk,gkc->bgc", x, weights, preferred_element_type=sum_type(x))
+
+
+def _sums(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """The same as one reduction, which XLA compiles for CPUs to a loop with `b_c` sums in registers.
+
+    Its products of small matrices, one call each, take up to several times as long.
+    """
+    return jnp.sum(blk.widened(x)[..., None] * blk.widened(weights)[None], axis=-2)
+
+
+def _by_blocks(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
+    """Each block's product, then their sums down the columns: the weights stay where they are."""
+    products = _dots(x[:, layout.rows], blocks)
+    full = np.diff(layout.starts).max()
+    at = layout.starts[:-1, None] + np.arange(full)
+    at = np.where(at < layout.starts[1:, None], at, layout.kept)
+    return jnp.sum(jnp.pad(products, ((0, 0), (0, 1), (0, 0)))[:, at], axis=2)
+
+
+def _by_columns(
+    product: Callable[[jax.Array, jax.Array], jax.Array], layout: Layout, x: jax.Array, weights: list[jax.Array]
+) -> jax.Array:
+    """A product for each column of the grid, all columns of a group at once."""
+    cut = groups(layout)
+    parts = [product(_inputs(x, group), w) for group, w in zip(cut, weights, strict=True)]
+    columns = np.concatenate([group.columns for group in cut])
+    place = np.full(layout.grid[1], len(columns))  # where there is nothing: the zeros behind the last
+    place[columns] = np.arange(len(columns))
+    if (place == len(columns)).any():
+        parts.append(jnp.zeros_like(parts[0][:, :1]))
+    y = jnp.concatenate(parts, axis=1)
+    return y if np.array_equal(place, np.arange(y.shape[1])) else y[:, place]
+
+
+def _tiled(layout: Layout, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
+    """`_by_columns` over `TILE` rows of `x` at a time."""
+    batch = x.shape[0]
+    tiles = -(-batch // TILE)
+    size = -(-batch // tiles)
+    x = jnp.pad(x, ((0, tiles * size - batch), (0, 0), (0, 0))).reshape(tiles, size, *x.shape[1:])
+    y = jax.lax.map(lambda tile: _by_columns(_sums, layout, tile, weights), x)
+    return y.reshape(tiles * size, *y.shape[2:])[:batch]
+
+
+def _in_blocks(x: jax.Array, side: int) -> jax.Array:
+    """`(batch, length)` as `(batch, number of blocks, side)`, completed with zeros."""
+    batch, length = x.shape
+    number = -(-length // side)
+    return jnp.pad(x, ((0, 0), (0, number * side - length))).reshape(batch, number, side)
+
+
+def sum_type(x: jax.Array) -> np.dtype:
+    """In which products with `x` are added up: at least float32."""
+    return x.dtype if x.dtype.itemsize >= 4 else np.dtype(np.float32)
+
+
+def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
+    """`x (batch, rows) @ w (rows, cols)`, in at least float32.
+
+    Args:
+      x: `(batch, rows)`.
+      blocks: `(kept, b_r, b_c)`.
+      layout: where the blocks of `w` stand.
+    """
+    batch, (_, width) = x.shape[0], blk.matrix_shape(layout.shape)
+    if not batch or not layout.kept:
+        return jnp.zeros((batch, width), sum_type(x))
+    x = _in_blocks(x, layout.block[0])
+    if batch < FEW:
+        y = _by_blocks(x, blocks, layout)
+    else:
+        weights = [_weights(blocks, group) for group in groups(layout)]
+        y = jax.lax.platform_dependent(
+            x,
+            weights,
+            cpu=functools.partial(_tiled, layout),
+            default=functools.partial(_by_columns, _dots, layout),
+        )
+    return y.reshape(batch, -1)[:, :width]
+
+
+def epilogue(y: jax.Array, bias: jax.Array | None, relu: bool) -> jax.Array:
+    """What is done to a product `(batch, cols)` before it is rounded: a bias `(cols,)` added, `max(., 0)` taken."""
+    if bias is not None:
+        y = y + bias.astype(y.dtype)[None]
+    return jax.nn.relu(y) if relu else y
+
+
+def weight_gradient(x: jax.Array, g: jax.Array, layout: Layout) -> jax.Array:
+    """`x^T g` where blocks are kept, `(kept, b_r, b_c)`, in at least float32.
+
+    Args:
+      x: `(batch, rows)`.
+      g: `(batch, cols)`.
+      layout: which blocks are wanted.
+    """
+    (b_r, b_c), dtype = layout.block, sum_type(x)
+    x, g = _in_blocks(x, b_r), _in_blocks(g, b_c)
+    result = jnp.zeros((layout.kept + 1, b_r, b_c), dtype)  # the last takes what is padding
+    for group in groups(layout) if x.shape[0] else ():
+        products = jnp.einsum("bgk,bgc->gkc", _inputs(x, group), g[:, group.columns], preferred_element_type=dtype)
+        result = result.at[group.at].set(products.reshape(*group.at.shape, b_r, b_c))
+    return result[:-1]

@@ -1,0 +1,287 @@
+"""Products with block-sparse kernels: every backend against NumPy, exactly; gradients, batching, errors, memory."""
+
+import math
+import pathlib
+import shutil
+import subprocess
+import warnings
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import sa_plus_plus.sparse.matmul as matmul
+import sa_plus_plus.sparse.native as native
+import sa_plus_plus.sparse.pure as pure
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.sparse import BlockSparse, Layout, block_sparse_matmul, to_block_sparse
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+BACKENDS = ["pure", pytest.param("native", marks=needs_native), "dense"]
+CASES = {  # rows, columns, block, batch, share of blocks kept
+    "square": (64, 64, 16, 5, 0.3),
+    "ragged": (37, 45, (8, 20), 13, 0.4),
+    "many rows": (40, 24, 8, 70, 0.5),
+    "wide blocks": (33, 100, (5, 64), 3, 0.4),
+    "wider than the matrix": (3, 5, (8, 9), 2, 1.0),
+    "one row": (96, 64, 32, 1, 0.3),
+    "all kept": (32, 48, 16, 33, 1.0),
+    "none kept": (32, 48, 16, 4, 0.0),
+    "convolution": ((3, 3, 4), 16, 4, 6, 0.4),
+}
+
+
+def eighths(rng, shape):
+    """Numbers of which products and sums are exact in float32, so that results can be held to equality."""
+    return (rng.integers(-16, 17, shape) / 8).astype(np.float32)
+
+
+def problem(rows, cols, block, batch, density, seed=0, dtype=np.float32):
+    """`x`, a block-sparse kernel, its matrix and a bias, of numbers that bfloat16 has too."""
+    rng = np.random.default_rng(seed)
+    shape = (*(rows if isinstance(rows, tuple) else (rows,)), cols)
+    block = blk.as_block(block)
+    mask = rng.random(blk.grid_shape(shape, block)) < density
+    spread = np.repeat(np.repeat(mask, block[0], 0), block[1], 1)[: math.prod(shape[:-1]), :cols]
+    matrix = eighths(rng, spread.shape) * spread
+    w = to_block_sparse(matrix.reshape(shape).astype(dtype), block, mask)
+    x, bias = eighths(rng, (batch, len(matrix))), eighths(rng, cols)
+    return jnp.asarray(x, dtype), w, matrix.astype(np.float64), jnp.asarray(bias)
+
+
+def expected(x, matrix, bias=None, relu=False):
+    y = np.asarray(x, np.float64) @ matrix + (0 if bias is None else np.asarray(bias, np.float64))
+    return jnp.asarray((np.maximum(y, 0) if relu else y).astype(np.float32), x.dtype)
+
+
+def same(left, right):
+    assert left.dtype == right.dtype
+    np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_product_and_gradients_are_exact(name, dtype, backend):
+    x, w, matrix, bias = problem(*CASES[name], dtype=dtype)
+    same(block_sparse_matmul(x, w, backend=backend), expected(x, matrix))
+    g = jnp.asarray(eighths(np.random.default_rng(1), (len(x), matrix.shape[1])), dtype)
+    y, pull = jax.vjp(lambda x, w, b: block_sparse_matmul(x, w, bias=b, relu=True, backend=backend), x, w, bias)
+    same(y, expected(x, matrix, bias, relu=True))
+    dx, dw, db = pull(g)
+    g = np.asarray(g, np.float64) * (np.asarray(y, np.float64) > 0)
+    same(dx, expected(jnp.asarray(g, dtype), matrix.T))
+    full = to_block_sparse(
+        (np.asarray(x, np.float64).T @ g).astype(np.float32).reshape(w.shape), w.layout.block, w.layout.mask
+    )
+    same(dw.blocks, full.blocks.astype(dtype))
+    same(db, jnp.asarray(g.sum(0).astype(np.float32)))
+
+
+@hypothesis.given(
+    sides=st.tuples(*[st.integers(1, 70)] * 2),
+    block=st.tuples(*[st.sampled_from([1, 2, 3, 5, 8, 16, 20, 32, 40])] * 2),
+    lead=st.lists(st.sampled_from([0, 1, 2, 3, 7, 33]), max_size=3).map(tuple),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+    epilogue=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(sides, block, lead, density, dtype, epilogue, seed):
+    batch = math.prod(lead)
+    hypothesis.assume(batch * math.prod(sides) < 300_000)
+    x, w, matrix, bias = problem(*sides, block, batch, density, seed, dtype)
+    bias, relu = bias if epilogue[0] else None, epilogue[1]
+    wanted = expected(x, matrix, bias, relu).reshape(*lead, sides[1])
+    x = x.reshape(*lead, sides[0])
+    backends = ["pure", None] if native.missing() or dtype == jnp.float16 else ["pure", "native"]
+    for backend in backends:
+        same(block_sparse_matmul(x, w, bias=bias, relu=relu, backend=backend), wanted)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        x, w, matrix, _ = problem(*CASES["ragged"], dtype=np.float64)
+        x = x / 3
+        np.testing.assert_allclose(block_sparse_matmul(x, w), np.asarray(x) @ matrix, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_sums_are_kept_in_float32(backend):
+    ones = to_block_sparse(np.ones((1024, 8), jnp.bfloat16), 8)  # in bfloat16, 256 + 1 = 256
+    assert block_sparse_matmul(jnp.ones(1024, jnp.bfloat16), ones, backend=backend).tolist() == [1024] * 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_makes_one_larger_product(backend):
+    x, w, matrix, bias = problem(*CASES["ragged"])
+    x = jnp.stack([x, 2 * x])
+
+    def f(x, w=w, bias=bias):
+        return block_sparse_matmul(x, w, bias=bias, relu=True, backend=backend)
+
+    wanted = expected(x, matrix, bias, relu=True)
+    same(jax.vmap(f)(x), wanted)
+    same(jax.vmap(jax.vmap(f))(x), wanted)
+    same(jax.vmap(f, in_axes=2, out_axes=2)(jnp.moveaxis(x, 0, 2)), jnp.moveaxis(wanted, 0, 2))
+    same(jax.vmap(f, (None, None, 0))(x[0], w, jnp.stack([bias, -bias]))[1], expected(x[0], matrix, -bias, relu=True))
+    twice = jax.vmap(f, (0, 0, None))(x, jax.tree.map(lambda b: jnp.stack([b, b]), w), bias)
+    same(twice, wanted)
+    each = jax.vmap(jax.grad(lambda x, w: jnp.sum(f(x, w)), 1), (0, None))(x, w)
+    whole = jax.grad(lambda w: jnp.sum(f(x, w)))(w)
+    same(each.blocks.sum(0), whole.blocks)
+
+
+def test_one_compilation_for_equal_layouts():
+    x, w, *_ = problem(*CASES["square"])
+    traces = []
+
+    @jax.jit
+    def f(x, w):
+        traces.append(w.layout)
+        return block_sparse_matmul(x, w)
+
+    f(x, w)
+    f(x + 1, BlockSparse(2 * w.blocks, Layout(w.shape, w.layout.block, w.layout.rows, w.layout.starts)))
+    assert len(traces) == 1
+    f(x, problem(*CASES["square"], seed=1)[1])
+    assert len(traces) == 2
+
+
+def test_rows_on_several_devices():
+    x, w, matrix, _ = problem(64, 64, 16, 16, 0.3)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "data")
+    spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    same(jax.jit(block_sparse_matmul)(spread, w), expected(x, matrix))
+
+
+def test_a_program_for_another_platform_has_no_kernel_of_this_one():
+    x, w, *_ = problem(*CASES["square"])
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(native.TARGET)]
+    for platform, has in (("cpu", native.missing() is None), ("cuda", False), ("tpu", False)):
+        exported = jax.export.export(jax.jit(block_sparse_matmul), platforms=[platform], disabled_checks=unchecked)(
+            x, w
+        )
+        assert (native.TARGET in exported.mlir_module()) == has
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 1.0])
+def test_groups_hold_every_block_once_and_little_padding(density):
+    layout = problem(640, 720, (8, 9), 1, density)[1].layout
+    groups = pure.groups(layout)
+    at = np.concatenate([group.at.ravel() for group in groups])
+    assert sorted(at[at < layout.kept]) == list(range(layout.kept))
+    assert at.size <= layout.kept / (1 - pure.WASTE)
+    for group in groups:
+        real = group.at < layout.kept
+        np.testing.assert_array_equal(layout.rows[group.at[real]], group.rows[real])
+        np.testing.assert_array_equal(layout.columns[group.at[real]], group.columns[np.nonzero(real)[0]])
+
+
+def test_errors():
+    x, w, _, bias = problem(*CASES["ragged"])
+    for bad, wanted in (
+        (lambda: block_sparse_matmul(x[:, :-1], w), r"x must be \(\.\.\., 37\)"),
+        (lambda: block_sparse_matmul(jnp.float32(1), w), r"got \(\)"),
+        (lambda: block_sparse_matmul(x.astype(jnp.bfloat16), w), "one floating type, got bfloat16 and float32"),
+        (lambda: block_sparse_matmul(x.astype(int), w), "one floating type"),
+        (lambda: block_sparse_matmul(x, BlockSparse(w.blocks[1:], w.layout)), "blocks must be"),
+        (lambda: block_sparse_matmul(x, w, bias=bias[1:]), r"of shape \(45,\)"),
+        (lambda: block_sparse_matmul(x, w, backend="cuda"), "one of pure, native, pallas, dense or None, got 'cuda'"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            bad()
+    half = BlockSparse(w.blocks.astype(jnp.float16), w.layout)
+    with pytest.raises(ValueError, match="not float16: use backend='pure'"):
+        block_sparse_matmul(x.astype(jnp.float16), half, backend="native")
+
+
+def test_without_the_compiled_kernel_there_is_one_notice(monkeypatch):
+    x, w, matrix, _ = problem(*CASES["ragged"])
+    monkeypatch.setattr(native, "missing", lambda: "no compiler was found")
+    matmul._notice.cache_clear()
+    with pytest.warns(UserWarning, match="no compiler was found"):
+        same(block_sparse_matmul(x, w), expected(x, matrix))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(block_sparse_matmul(x[:2], w), expected(x[:2], matrix))
+        same(block_sparse_matmul(x, w, backend="pure"), expected(x, matrix))
+    with pytest.raises(RuntimeError, match="no compiler was found; install"):
+        block_sparse_matmul(x, w, backend="native")
+
+
+@needs_native
+def test_a_kernel_for_a_newer_interface_is_not_registered(monkeypatch):
+    monkeypatch.setattr(native, "_ffi_version", lambda: 0)
+    assert "this jaxlib has 0" in native.missing.__wrapped__()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"rows": [0, 9]}, "outside the grid"),
+        ({"rows": [-1, 0]}, "outside the grid"),
+        ({"rows": [0]}, "not those of the blocks"),
+        ({"starts": [0, 3, 2]}, "starts fall"),
+        ({"starts": [0, 1, 3]}, "number of blocks"),
+        ({"starts": [0, 2]}, "not those of the blocks"),
+        ({"bias": np.zeros(3, np.float32)}, "bias"),
+        ({"out": (4, 16)}, "leading dimensions"),
+        ({"blocks": np.zeros((2, 8, 8), np.int32)}, "float32"),
+    ],
+)
+def test_the_kernel_refuses_wrong_buffers(change, wanted):
+    call = {"rows": [0, 1], "starts": [0, 1, 2], "bias": np.zeros(0, np.float32), "out": (3, 16)}
+    call = {"blocks": np.ones((2, 8, 8), np.float32), **call, **change}
+    rows, starts = (np.array(call[name], np.int32) for name in ("rows", "starts"))
+    kernel = jax.ffi.ffi_call(native.TARGET, jax.ShapeDtypeStruct(call["out"], jnp.float32))
+    with pytest.raises((ValueError, RuntimeError), match=wanted):
+        jax.block_until_ready(
+            kernel(np.ones((3, 24), np.float32), call["blocks"], rows, starts, call["bias"], relu=False)
+        )
+
+
+def test_the_kernel_stays_within_its_memory(tmp_path):
+    """Its source under the address and undefined-behaviour sanitizers, on random products, without XLA."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    instructions = {
+        "kernel_avx2": ["-mavx2", "-mfma"],
+        "kernel_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    }
+    source = ROOT / "sa_plus_plus/sparse/csrc"
+    x86 = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True).stdout.startswith("x86_64")
+    flags = ["-O0", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{source}"]
+    probe = tmp_path / "probe.cc"
+    probe.write_text("int main() {}")
+    if subprocess.run([compiler, *flags, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
+        pytest.skip(f"{compiler} has no sanitizers")
+    files = [file for file in source.glob("*.cc") if file.stem != "ffi"] + [ROOT / "tests/kernel_fuzz.cc"]
+    jobs = []
+    for file in files:
+        extra = instructions.get(file.stem, []) if x86 else []
+        command = [
+            compiler,
+            *flags,
+            *extra,
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-c",
+            file,
+            "-o",
+            tmp_path / f"{file.stem}.o",
+        ]
+        jobs.append(subprocess.Popen(command))
+    assert [job.wait() for job in jobs] == [0] * len(files)
+    objects = [tmp_path / f"{file.stem}.o" for file in files]
+    subprocess.run([compiler, *flags, *objects, "-o", tmp_path / "fuzz"], check=True)
+    run = subprocess.run([tmp_path / "fuzz"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "400 products" in run.stdout
