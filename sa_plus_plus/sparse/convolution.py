@@ -1,0 +1,111 @@
+"""Convolution with a block-sparse kernel, as products with patches of the image."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sa_plus_plus.sparse.kernel import BlockSparse
+from sa_plus_plus.sparse.matmul import Backend, block_sparse_matmul
+
+PATCH_BYTES = 2**22  # of patches at a time: they stay in a CPU's caches, and are never all there
+
+Padding = str | Sequence[tuple[int, int]]
+
+
+def block_sparse_conv(
+    x: jax.Array,
+    w: BlockSparse,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: Padding = "SAME",
+    bias: jax.Array | None = None,
+    relu: bool = False,
+    backend: Backend | None = None,
+) -> jax.Array:
+    """Convolution of images with a block-sparse kernel; a 1 x 1 kernel makes it one `block_sparse_matmul`.
+
+    A larger kernel is multiplied with patches, some rows of some images at a time. Differentiable as the product is.
+
+    Args:
+      x: `(batch, height, width, channels)`.
+      w: a kernel `(k_h, k_w, channels, outputs)`; its blocks are over the matrix `(k_h * k_w * channels, outputs)`.
+      strides: down and across.
+      padding: `"SAME"`, `"VALID"` or `((top, bottom), (left, right))`, as `jax.lax.conv_general_dilated` takes it.
+      bias: `(outputs,)`.
+      relu: whether `max(., 0)` follows.
+      backend: as `block_sparse_matmul` takes it.
+
+    Returns:
+      `(batch, rows, columns, outputs)` in the type of `x`.
+
+    Raises:
+      ValueError: if shapes or types do not fit.
+    """
+    if x.ndim != 4 or w.ndim != 4 or x.shape[3] != w.shape[2]:
+        raise ValueError(
+            "a convolution takes images (batch, height, width, channels) and a kernel (k_h, k_w, channels, outputs), "
+            f"got {x.shape} and {w.shape}"
+        )
+    window, strides = (w.shape[0], w.shape[1]), (int(strides[0]), int(strides[1]))
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    x = _padded(x, padding)
+    rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
+    if min(rows, columns) < 1 or not x.shape[0]:
+        return jnp.zeros((x.shape[0], max(rows, 0), max(columns, 0), w.shape[3]), x.dtype)
+
+    def product(patches: jax.Array) -> jax.Array:
+        return block_sparse_matmul(patches, w, bias=bias, relu=relu, backend=backend)
+
+    def convolve(x: jax.Array, rows: int) -> jax.Array:
+        return product(_patches(x, window, strides, rows, columns))
+
+    if window == (1, 1):
+        return convolve(x, rows)
+    images, high = _tile(x.shape[0], rows, columns * int(np.prod(w.shape[:3])) * x.dtype.itemsize)
+    bands = -(-rows // high)
+    if x.shape[0] == images and bands == 1:
+        return convolve(x, rows)
+    # Bands of equal height: the last may reach below the image, into rows that are dropped.
+    x = _padded(x, ((0, (bands * high - 1) * strides[0] + window[0] - x.shape[1]), (0, 0)))
+    tall = (high - 1) * strides[0] + window[0]
+
+    def tile(i: jax.Array) -> jax.Array:
+        zero = jnp.zeros_like(i)
+        start = (i // bands * images, i % bands * high * strides[0], zero, zero)
+        return convolve(lax.dynamic_slice(x, start, (images, tall, *x.shape[2:])), high)
+
+    y = lax.map(tile, jnp.arange(x.shape[0] // images * bands, dtype=jnp.int32))
+    y = y.reshape(-1, bands, images, high, columns, w.shape[3]).swapaxes(1, 2)
+    return y.reshape(x.shape[0], bands * high, columns, w.shape[3])[:, :rows]
+
+
+def _tile(batch: int, rows: int, row_bytes: int) -> tuple[int, int]:
+    """How many images, and how many rows of the result in each, make patches of about `PATCH_BYTES`."""
+    if rows * row_bytes > PATCH_BYTES:
+        bands = -(-rows * row_bytes // PATCH_BYTES)
+        return 1, -(-rows // bands)
+    most = PATCH_BYTES // (rows * row_bytes)
+    return max(n for n in range(1, min(batch, most) + 1) if batch % n == 0), rows
+
+
+def _patches(x: jax.Array, window: tuple[int, int], strides: tuple[int, int], rows: int, columns: int) -> jax.Array:
+    """`(batch, rows, columns, k_h * k_w * channels)`: what each position of the result depends on."""
+    (down, across), (height, width) = strides, window
+    shifted = [
+        x[:, i : i + down * (rows - 1) + 1 : down, j : j + across * (columns - 1) + 1 : across]
+        for i in range(height)
+        for j in range(width)
+    ]
+    return jnp.concatenate(shifted, -1) if len(shifted) > 1 else shifted[0]
+
+
+def _padded(x: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
+    """Images with zeros around them; negative padding removes rows and columns."""
+    if not any(map(any, padding)):
+        return x
+    zero = jnp.zeros((), x.dtype)
+    return lax.pad(x, zero, ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)))

@@ -1,0 +1,258 @@
+"""A whole network made fast: products with pruned kernels in their sparse form where that is faster."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.sparse.convolution import block_sparse_conv
+from sa_plus_plus.sparse.kernel import BlockSparse, to_block_sparse
+from sa_plus_plus.sparse.matmul import Backend, block_sparse_matmul
+from sa_plus_plus.sparse.tracing import Call, Constant, Linear, Traced, Variable, trace
+
+BLOCKS = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are looked for
+_INLINE = 1024  # numbers of a constant that are compiled into the program rather than handed to it
+_ROUNDS, _ROUND_SECONDS = 5, 0.01  # of measuring
+
+
+class Choice(NamedTuple):
+    """What became of one dense layer or convolution.
+
+    Attributes:
+      layer: what it is.
+      kernel: the kernel's shape.
+      rows: how many rows of activations its matrix is multiplied with.
+      block: in which blocks it is pruned; None where it is not.
+      density: share of those blocks that are not zero.
+      dense_seconds: time it takes in full, NaN where it was not measured.
+      sparse_seconds: time it takes by its blocks.
+      sparse: which of them the network does.
+    """
+
+    layer: str
+    kernel: tuple[int, ...]
+    rows: int
+    block: blk.Block | None
+    density: float
+    dense_seconds: float
+    sparse_seconds: float
+    sparse: bool
+
+
+class Network:
+    """A network for inputs of one shape; call it like the function that it was made from.
+
+    Attributes:
+      choices: one for each dense layer and convolution, in order.
+      weights: what `fn` takes first.
+      fn: `fn(weights, *inputs)`, pure: to be jitted with others, or exported.
+    """
+
+    def __init__(self, traced: Traced, forms: Sequence[Any], choices: Sequence[Choice], backend: Backend | None):
+        self._traced = traced
+        self.choices = tuple(choices)
+        self.weights = [_needs(step, form) for step, form in zip(traced.steps, forms, strict=True)]
+        self.fn = functools.partial(_run, traced, backend)
+        self._jitted = jax.jit(self.fn)
+
+    def __call__(self, *inputs: Any) -> Any:
+        got = [(np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype)) for x in jax.tree.leaves(inputs)]
+        want = [(v.shape, v.dtype) for v in self._traced.inputs]
+        if got != want:
+            raise ValueError(
+                f"this network was made for {_shapes(want)}, got {_shapes(got)}: make another for these, "
+                "or pad them to that shape"
+            )
+        return self._jitted(self.weights, *inputs)
+
+    def __str__(self) -> str:
+        head = ("layer", "kernel", "rows", "block", "kept", "dense µs", "sparse µs", "runs")
+        table = [head, *(_cells(choice) for choice in self.choices)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def specialize(
+    fn: Callable[..., Any],
+    *examples: Any,
+    blocks: int | Sequence[Any] = BLOCKS,
+    choose: Literal["measured", "all", "none"] = "measured",
+    backend: Backend | None = None,
+) -> Network:
+    """A fast inference function from a network and its pruned weights, without a change to the model.
+
+        fast = sapp.specialize(lambda x: model.apply(variables, x), example)
+        y = fast(x)
+
+    The function is traced with its weights as constants. What depends on them alone is computed now; scales and shifts
+    of channels after a dense layer or convolution, batch normalisation among them, and ReLU are folded into it; and
+    each kernel most of whose blocks are zero, whatever it is called in the model, is multiplied by its blocks where
+    that is faster here than in full: `print(fast)` shows which. Results equal the network's up to rounding.
+
+    Args:
+      fn: jittable, the weights closed over, dropout off and averages running: the network as it serves.
+      examples: inputs, or their shapes and dtypes. The result takes inputs of these shapes alone.
+      blocks: sides or pairs of them in which kernels may have been pruned, largest first.
+      choose: `"measured"`: both forms of each pruned layer are timed on this machine, some seconds for a large network.
+        `"all"`: every pruned layer by its blocks. `"none"`: folding alone.
+      backend: as `block_sparse_matmul` takes it.
+
+    Raises:
+      ValueError: for an unknown `choose`, or a `blocks` without a side.
+    """
+    if choose not in ("measured", "all", "none"):
+        raise ValueError(f"choose must be measured, all or none, got {choose!r}")
+    sides = [blk.as_block(b) for b in (blocks if isinstance(blocks, Sequence) else (blocks,))]
+    if not sides:
+        raise ValueError("blocks needs at least one side, such as (8,) or ((8, 4),)")
+    traced = trace(fn, *examples)
+    measured: dict[Any, tuple[float, float]] = {}
+    forms, choices = [], []
+    for step in traced.steps:
+        form, choice = _decide(step, sides, choose, backend, measured) if isinstance(step, Linear) else (None, None)
+        forms.append(form)
+        choices += [choice] if choice else []
+    return Network(traced, forms, choices, backend)
+
+
+def _decide(
+    step: Linear, sides: list[blk.Block], choose: str, backend: Backend | None, measured: dict[Any, tuple[float, float]]
+) -> tuple[BlockSparse | None, Choice]:
+    """The sparse form of a layer's kernel if it is to run by that, and the reasons."""
+    kernel = np.asarray(step.kernel)
+    block, density = _pruned_in(kernel, sides) if _can_be_sparse(step) else (None, 1.0)
+    rows = int(np.prod(step.output.shape[:-1]))
+    about = (_described(step), kernel.shape, rows, block, density)
+    if block is None or choose == "none":
+        return None, Choice(*about, float("nan"), float("nan"), False)
+    w = to_block_sparse(kernel, block)
+    if choose == "all":
+        return w, Choice(*about, float("nan"), float("nan"), True)
+    key = (*about[:4], round(density, 2), step.x.shape, step.relu)
+    if key not in measured:
+        measured[key] = _measure(step, w, backend)
+    dense, sparse = measured[key]
+    return w if sparse < dense else None, Choice(*about, dense, sparse, sparse < dense)
+
+
+def _pruned_in(kernel: np.ndarray, sides: list[blk.Block]) -> tuple[blk.Block | None, float]:
+    """The largest block of which about as few are not zero as of any other, and their share; None if none is zero."""
+    rows, cols = blk.matrix_shape(kernel.shape)
+    occupied = kernel.reshape(rows, cols) != 0
+    shares = {}
+    for b_r, b_c in sides:
+        if b_r <= rows and b_c <= cols:
+            down = np.logical_or.reduceat(occupied, np.arange(0, rows, b_r), axis=0)
+            shares[b_r, b_c] = float(np.logical_or.reduceat(down, np.arange(0, cols, b_c), axis=1).mean())
+    least = min(shares.values(), default=1.0)
+    if least == 1:
+        return None, 1.0
+    return next((block, share) for block, share in shares.items() if share <= 1.1 * least)
+
+
+def _can_be_sparse(step: Linear) -> bool:
+    if step.x.dtype != step.kernel.dtype or not jnp.issubdtype(step.x.dtype, jnp.floating):
+        return False
+    if not step.is_convolution:
+        return True
+    options = step.call.options
+    numbers, plain = options["dimension_numbers"], (1, 1)
+    order = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+    dilated = (options["lhs_dilation"], options["rhs_dilation"]) != (plain, plain)
+    return order and not dilated and options["feature_group_count"] == 1
+
+
+def _sparse(step: Linear, x: Any, w: BlockSparse, bias: Any, backend: Backend | None) -> Any:
+    if step.is_convolution:
+        strides, padding = step.call.options["window_strides"], step.call.options["padding"]
+        y = block_sparse_conv(x, w, strides=strides, padding=padding, bias=bias, relu=step.relu, backend=backend)
+    else:
+        lead = x.ndim - (step.kernel.ndim - 1)
+        x = x.reshape(*x.shape[:lead], -1)
+        y = block_sparse_matmul(x, w, bias=bias, relu=step.relu, backend=backend)
+    return y.astype(step.output.dtype)
+
+
+def _measure(step: Linear, w: BlockSparse, backend: Backend | None) -> tuple[float, float]:
+    """Seconds of the layer in full and by its blocks, measured in turn."""
+    x = jax.random.normal(jax.random.key(0), step.x.shape).astype(step.x.dtype)
+    calls = [
+        functools.partial(jax.jit(step.dense), x, step.kernel, step.bias),
+        functools.partial(jax.jit(lambda x, w, bias: _sparse(step, x, w, bias, backend)), x, w, step.bias),
+    ]
+    seconds: list[list[float]] = [[], []]
+    repeats = [1, 1]
+    for i, call in enumerate(calls):
+        jax.block_until_ready(call())
+        repeats[i] = max(1, round(_ROUND_SECONDS / _timed(call, 1)))
+    for _ in range(_ROUNDS):
+        for call, n, taken in zip(calls, repeats, seconds, strict=True):
+            taken.append(_timed(call, n))
+    dense, sparse = (float(np.median(taken)) for taken in seconds)
+    return dense, sparse
+
+
+def _timed(call: Callable[[], Any], repeats: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repeats):
+        jax.block_until_ready(call())
+    return (time.perf_counter() - started) / repeats
+
+
+def _needs(step: Call | Linear, form: BlockSparse | None) -> Any:
+    """The arrays that a step takes besides its variables."""
+    if isinstance(step, Linear):
+        return (step.kernel if form is None else form, step.bias)
+    full = [value.full for value in step.inputs if isinstance(value, Constant) and not _small(value)]
+    return full
+
+
+def _small(constant: Constant) -> bool:
+    return int(np.prod(constant.shape)) <= _INLINE
+
+
+def _run(traced: Traced, backend: Backend | None, weights: Sequence[Any], *inputs: Any) -> Any:
+    values: dict[Variable, Any] = dict(zip(traced.inputs, jax.tree.leaves(inputs), strict=True))
+    for step, given in zip(traced.steps, weights, strict=True):
+        if isinstance(step, Linear):
+            kernel, bias = given
+            run = functools.partial(_sparse, backend=backend) if isinstance(kernel, BlockSparse) else Linear.dense
+            values[step.output] = run(step, values[step.x], kernel, bias)
+        else:
+            rest = iter(given)
+            arguments = [
+                values[v] if isinstance(v, Variable) else jnp.asarray(v.full) if _small(v) else next(rest)
+                for v in step.inputs
+            ]
+            values |= dict(zip(step.outputs, step.run(*arguments), strict=True))
+    results = [values[v] if isinstance(v, Variable) else v.full for v in traced.outputs]
+    return jax.tree.unflatten(traced.tree, results)
+
+
+def _described(step: Linear) -> str:
+    if not step.is_convolution:
+        return "dense"
+    options = step.call.options
+    window = "×".join(str(step.kernel.shape[i]) for i in range(step.kernel.ndim - 2))
+    strides = "×".join(map(str, options["window_strides"]))
+    return f"convolution {window}" + (f", strides {strides}" if set(options["window_strides"]) != {1} else "")
+
+
+def _cells(choice: Choice) -> tuple[str, ...]:
+    block = "-" if choice.block is None else "×".join(map(str, choice.block))
+    times = [
+        "-" if np.isnan(seconds) else f"{1e6 * seconds:,.0f}"
+        for seconds in (choice.dense_seconds, choice.sparse_seconds)
+    ]
+    kernel, rows = "×".join(map(str, choice.kernel)), f"{choice.rows:,}"
+    return choice.layer, kernel, rows, block, f"{choice.density:.1%}", *times, "sparse" if choice.sparse else "dense"
+
+
+def _shapes(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> str:
+    return ", ".join(f"{np.dtype(dtype).name}{list(shape)}" for shape, dtype in shapes)

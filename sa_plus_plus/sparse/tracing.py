@@ -1,0 +1,282 @@
+"""A network with its weights as a list of what remains to be done for each input.
+
+A function of its inputs is traced; whatever depends on weights alone is computed at once, and scales and shifts of each
+output channel, such as those of batch normalisation at inference, are folded into the kernel and bias before them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+_INLINED = ("pjit", "jit", "closed_call", "core_call", "remat", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+_ELEMENTWISE = (
+    *("add", "sub", "mul", "div", "neg", "max", "min", "sqrt", "rsqrt", "exp", "log", "square", "integer_pow", "pow"),
+    *("convert_element_type", "copy", "copy_p", "stop_gradient"),
+)
+
+
+class Variable(NamedTuple):
+    """A value that depends on the inputs."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Constant(NamedTuple):
+    """A value that does not.
+
+    Attributes:
+      value: of the same rank as `shape`, with 1 for axes along which it is constant.
+      shape: what it stands for.
+    """
+
+    value: Any
+    shape: tuple[int, ...]
+
+    @property
+    def full(self) -> jax.Array:
+        return jnp.broadcast_to(self.value, self.shape)
+
+
+Value = Variable | Constant
+
+
+@dataclasses.dataclass
+class Call:
+    """Any operation as JAX traced it."""
+
+    primitive: Any
+    options: dict[str, Any]
+    inputs: list[Value]
+    outputs: list[Variable]
+
+    def run(self, *inputs: Any) -> Any:
+        results = self.primitive.bind(*inputs, **self.primitive.get_bind_params(self.options))
+        return results if self.primitive.multiple_results else [results]
+
+
+@dataclasses.dataclass
+class Linear:
+    """A product with a kernel whose output channels come last: `relu?(scale * (x @ kernel) + bias)`.
+
+    Attributes:
+      call: the dense layer or convolution, as JAX traced it, of `x` and the kernel.
+      kernel: its last axis are the output channels; the scale is multiplied in already.
+      bias: `(channels,)`, or None.
+      relu: whether `max(., 0)` follows.
+      output: the result, after all of them.
+    """
+
+    call: Call
+    kernel: jax.Array
+    bias: jax.Array | None
+    relu: bool
+    output: Variable
+
+    @property
+    def x(self) -> Variable:
+        assert isinstance(self.call.inputs[0], Variable)
+        return self.call.inputs[0]
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.call.primitive.name == "conv_general_dilated"
+
+    def dense(self, x: Any, kernel: Any, bias: Any) -> Any:
+        """Run it as it was traced."""
+        (y,) = self.call.run(x, kernel)
+        if bias is not None:
+            y = y.astype(bias.dtype) + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        return (jax.nn.relu(y) if self.relu else y).astype(self.output.dtype)
+
+
+class Traced(NamedTuple):
+    """A traced network.
+
+    Attributes:
+      inputs: its arguments' leaves.
+      steps: in the order in which they can be run.
+      outputs: its results' leaves.
+      tree: the structure of its result.
+    """
+
+    inputs: list[Variable]
+    steps: list[Call | Linear]
+    outputs: list[Value]
+    tree: Any
+
+
+def trace(fn: Callable[..., Any], *examples: Any) -> Traced:
+    """Trace a network on arguments of given shapes; its weights are what it closes over.
+
+    Args:
+      fn: jittable.
+      examples: arrays, or their shapes and dtypes.
+    """
+    closed, result = jax.make_jaxpr(fn, return_shape=True)(*examples)
+    recorder = _Recorder()
+    inputs = [recorder.variable(v.aval) for v in closed.jaxpr.invars]
+    outputs = recorder.walk(closed, inputs)
+    return Traced(inputs, _folded(recorder.calls, outputs), outputs, jax.tree.structure(result))
+
+
+class _Recorder:
+    """Walks through a program; keeps what depends on its inputs."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.count = 0
+
+    def variable(self, aval: Any) -> Variable:
+        self.count += 1
+        return Variable(self.count, tuple(aval.shape), aval.dtype)
+
+    def walk(self, closed: Any, inputs: Sequence[Value]) -> list[Value]:
+        known: dict[Any, Value] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
+        known |= {v: _constant(c) for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
+
+        def read(atom: Any) -> Value:
+            if isinstance(atom, core.Literal):
+                return _constant(np.asarray(atom.val, atom.aval.dtype))  # type: ignore[attr-defined]
+            return known[atom]
+
+        for eqn in closed.jaxpr.eqns:
+            values = [read(atom) for atom in eqn.invars]
+            inner = _inner(eqn)
+            results = self.walk(inner, values) if inner else self.apply(eqn, values)
+            known |= dict(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in closed.jaxpr.outvars]
+
+    def apply(self, eqn: Any, values: list[Value]) -> Sequence[Value]:
+        constants = [value for value in values if isinstance(value, Constant)]
+        call = Call(eqn.primitive, eqn.params, values, [])
+        if len(constants) == len(values) and not eqn.effects:
+            return _computed(call, constants, eqn.outvars)
+        call.outputs = [self.variable(v.aval) for v in eqn.outvars]
+        self.calls.append(call)
+        return call.outputs
+
+
+def _inner(eqn: Any) -> Any:
+    """The program that an operation stands for, if it is one that only calls another."""
+    if eqn.primitive.name not in _INLINED:
+        return None
+    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+    return core.ClosedJaxpr(inner, ()) if isinstance(inner, core.Jaxpr) else inner
+
+
+def _constant(value: Any) -> Constant:
+    return Constant(value, np.shape(value))
+
+
+def _computed(call: Call, inputs: list[Constant], outvars: Sequence[Any]) -> list[Constant]:
+    """Run an operation on constants; what is constant along an axis is not repeated along it before it must be."""
+    name = call.primitive.name
+    if name == "broadcast_in_dim" and len(inputs) == 1:
+        shape, axes = call.options["shape"], call.options["broadcast_dimensions"]
+        narrow = [1] * len(shape)
+        for axis, length in zip(axes, np.shape(inputs[0].value), strict=True):
+            narrow[axis] = length
+        return [Constant(jnp.reshape(inputs[0].value, narrow), tuple(shape))]
+    if name in _ELEMENTWISE:
+        narrow_shape = np.broadcast_shapes(*(np.shape(c.value) for c in inputs))
+        results = call.run(*(jnp.broadcast_to(c.value, narrow_shape) for c in inputs))
+    else:
+        results = call.run(*(c.full for c in inputs))
+    return [Constant(value, tuple(v.aval.shape)) for value, v in zip(results, outvars, strict=True)]
+
+
+def _folded(calls: list[Call], outputs: list[Value]) -> list[Call | Linear]:
+    """Products with kernels as `Linear`, with all that may be folded into them."""
+    uses: dict[Value, int] = {}
+    for value in [*(value for call in calls for value in call.inputs), *outputs]:
+        if isinstance(value, Variable):
+            uses[value] = uses.get(value, 0) + 1
+    steps: list[Call | Linear] = []
+    open_ends: dict[Value, Linear] = {}  # products of which nobody else has seen the result
+    for call in calls:
+        if linear := _linear(call):
+            steps.append(linear)
+            open_ends[linear.output] = linear
+            continue
+        at = next((i for i, v in enumerate(call.inputs) if isinstance(v, Variable) and v in open_ends), None)
+        if at is None or uses[call.inputs[at]] > 1 or not _fold(open_ends[call.inputs[at]], call, at):
+            steps.append(call)
+        elif not (linear := open_ends[call.inputs[at]]).relu:
+            open_ends[linear.output] = linear
+    return steps
+
+
+def _linear(call: Call) -> Linear | None:
+    """A product of something variable with a constant kernel whose output channels are last in kernel and result."""
+    if len(call.inputs) != 2 or isinstance(call.inputs[0], Constant) or isinstance(call.inputs[1], Variable):
+        return None
+    x, kernel = call.inputs
+    assert isinstance(kernel, Constant)
+    name, options = call.primitive.name, call.options
+    if name == "dot_general":
+        (left, right), batch = options["dimension_numbers"]
+        n = len(right)
+        matches = tuple(left) == tuple(range(len(x.shape) - n, len(x.shape))) and tuple(right) == tuple(range(n))
+        if any(batch) or not matches or len(kernel.shape) != n + 1:
+            return None
+    elif name == "conv_general_dilated":
+        numbers, last = options["dimension_numbers"], len(x.shape) - 1
+        channels_last = (numbers.lhs_spec[1], numbers.rhs_spec[0], numbers.out_spec[1]) == (last, last, last)
+        if not channels_last or options["batch_group_count"] != 1:
+            return None
+    else:
+        return None
+    return Linear(call, kernel.full, None, False, call.outputs[0])
+
+
+def _fold(linear: Linear, call: Call, at: int) -> bool:
+    """Take an operation on a product's result into it, if that can be done."""
+    name, (output,) = call.primitive.name, call.outputs if len(call.outputs) == 1 else (None,)
+    if output is None or len(output.shape) == 0 or output.shape != linear.output.shape:
+        return False
+    if name == "convert_element_type":
+        if not (jnp.issubdtype(output.dtype, jnp.floating) and jnp.issubdtype(linear.output.dtype, jnp.floating)):
+            return False
+        linear.output = output
+        return True
+    others = [value for i, value in enumerate(call.inputs) if i != at]
+    if len(others) != 1 or not isinstance(others[0], Constant):
+        return False
+    value = others[0].value
+    if name == "max" and np.ndim(value) <= len(output.shape) and np.size(value) == 1 and not np.any(value):
+        linear.relu, linear.output = True, output
+        return True
+    if np.size(value) != (np.shape(value) or (1,))[-1]:  # it varies along another axis than the channels
+        return False
+    return _affine(linear, name, at, value, output)
+
+
+def _affine(linear: Linear, name: str, at: int, value: Any, output: Variable) -> bool:
+    """`y + c`, `y - c`, `c - y`, `y * c` or `y / c`, with a `c` for each channel or for all."""
+    c = jnp.broadcast_to(jnp.reshape(jnp.asarray(value), -1), output.shape[-1:])
+    wide = functools.partial(jnp.asarray, dtype=jnp.promote_types(jnp.float32, linear.kernel.dtype))
+    c, bias = wide(c), None if linear.bias is None else wide(linear.bias)
+    scale = None
+    if name in ("add", "add_any"):
+        bias = c if bias is None else bias + c
+    elif name == "sub":
+        bias = -c if bias is None else bias - c
+        if at == 1:
+            scale, bias = wide(-1.0), -bias
+    elif name == "mul" or (name == "div" and at == 0):
+        scale = c if name == "mul" else 1 / c
+        bias = None if bias is None else bias * scale
+    else:
+        return False
+    if scale is not None:
+        linear.kernel = (wide(linear.kernel) * scale).astype(linear.kernel.dtype)
+    linear.bias, linear.output = bias, output
+    return True
