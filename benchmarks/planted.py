@@ -24,7 +24,7 @@ from experiments.data.planted import Teacher, found_and_covered, planted, teache
 
 _ALGORITHMS = flags.DEFINE_list("algorithms", list(building.NAMES), "Algorithms to compare.")
 _BLOCKS = flags.DEFINE_list("blocks", ["5", "10", "20"], "Block sizes.")
-_SPARSITIES = flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.99"], "Target sparsities.")
+_SPARSITIES = flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.97", "0.98", "0.99"], "Target sparsities.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of the student; the data stay the same.")
 _STEPS = flags.DEFINE_integer("steps", 800, "Steps of each run.")
 _SET = flags.DEFINE_multi_string("set", [], "Another value in configs/planted.py, sparsifier.exponent=2.0; repeatable.")
