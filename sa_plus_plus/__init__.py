@@ -13,7 +13,16 @@ from sa_plus_plus.algorithms import (
 )
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import Layer, Plan, path_string, plan
-from sa_plus_plus.sparse import BlockSparse, densify, export, load, save
+from sa_plus_plus.sparse import (
+    BlockSparse,
+    block_sparse_conv,
+    block_sparse_matmul,
+    densify,
+    export,
+    load,
+    save,
+    specialize,
+)
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import SparsifyState, reset_on, sparsify
 
@@ -35,6 +44,8 @@ __all__ = [
     "Trainable",
     "acdc",
     "attention_weights",
+    "block_sparse_conv",
+    "block_sparse_matmul",
     "blocks",
     "dense",
     "densify",
@@ -54,4 +65,5 @@ __all__ = [
     "sequential_attention",
     "sparse",
     "sparsify",
+    "specialize",
 ]

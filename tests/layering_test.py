@@ -23,6 +23,9 @@ LIBRARY = (
     "sparse.native",
     "sparse.pallas",
     "sparse.matmul",
+    "sparse.convolution",
+    "sparse.tracing",
+    "sparse.network",
     "sparse",
     "__init__",
 )

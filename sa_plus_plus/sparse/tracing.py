@@ -277,6 +277,7 @@ def _affine(linear: Linear, name: str, at: int, value: Any, output: Variable) ->
     else:
         return False
     if scale is not None:
-        linear.kernel = (wide(linear.kernel) * scale).astype(linear.kernel.dtype)
+        across = jnp.broadcast_to(scale, linear.kernel.shape)
+        linear.kernel = (wide(linear.kernel) * across).astype(linear.kernel.dtype)
     linear.bias, linear.output = bias, output
     return True

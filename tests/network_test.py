@@ -1,0 +1,200 @@
+"""Convolutions by blocks, and whole networks made fast: the same results as in full."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sa_plus_plus as sapp
+from experiments import models
+from sa_plus_plus.sparse import block_sparse_conv, convolution, densify, network, to_block_sparse, tracing
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+@st.composite
+def convolutions(draw):
+    window = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    channels, outputs = draw(st.integers(1, 12)), draw(st.integers(1, 20))
+    strides = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    pads = st.tuples(st.integers(0, 3), st.integers(0, 3))
+    padding = draw(st.one_of(st.sampled_from(["SAME", "VALID"]), st.tuples(pads, pads)))
+    size = [draw(st.integers(k, 14)) for k in window]
+    block = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    kernel = rng.normal(size=(*window, channels, outputs)).astype(np.float32)
+    mask = rng.random(sapp.blocks.grid_shape(kernel.shape, block)) < draw(st.sampled_from([0, 0.2, 0.6, 1]))
+    x = rng.normal(size=(draw(st.integers(0, 5)), *size, channels)).astype(np.float32)
+    return jnp.asarray(x), to_block_sparse(kernel, block, mask), strides, padding, draw(st.sampled_from([2**22, 2000]))
+
+
+@hypothesis.given(convolutions(), st.sampled_from(["pure", None]), st.booleans())
+def test_convolution_against_the_dense_one(drawn, backend, relu):
+    x, w, strides, padding, patch_bytes = drawn
+    want = jax.lax.conv_general_dilated(x, densify(w), strides, padding, dimension_numbers=NHWC)
+    bias = jnp.linspace(-1, 1, w.shape[3])
+    want = want + bias[None, None, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "PATCH_BYTES", patch_bytes)
+        got = block_sparse_conv(x, w, strides=strides, padding=padding, bias=bias, relu=relu, backend=backend)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, np.maximum(want, 0) if relu else want, rtol=1e-4, atol=1e-4)
+
+
+def test_convolution_is_differentiable_and_maps():
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 8, 16)).astype(np.float32)
+    w = to_block_sparse(kernel, 4, rng.random((18, 4)) < 0.3)
+    x = jnp.asarray(rng.normal(size=(4, 9, 9, 8)), jnp.float32)
+
+    def dense(x, kernel):
+        return jnp.sum(jnp.sin(jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=NHWC)))
+
+    def sparse(x, w):
+        return jnp.sum(jnp.sin(block_sparse_conv(x, w, strides=(2, 2))))
+
+    want, got = jax.grad(dense, (0, 1))(x, densify(w)), jax.grad(sparse, (0, 1))(x, w)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got[1].blocks, to_block_sparse(want[1], 4, w.layout.mask).blocks, rtol=1e-4, atol=1e-4)
+    mapped = jax.jit(jax.vmap(lambda x: block_sparse_conv(x, w)))(x[None])
+    np.testing.assert_allclose(mapped[0], block_sparse_conv(x, w), rtol=1e-5, atol=1e-5)
+
+
+def test_convolution_refuses_what_does_not_fit():
+    w = to_block_sparse(np.ones((3, 3, 4, 8), np.float32), 4)
+    with pytest.raises(ValueError, match=r"got \(2, 8, 8, 3\) and \(3, 3, 4, 8\)"):
+        block_sparse_conv(jnp.ones((2, 8, 8, 3)), w)
+    with pytest.raises(ValueError, match="one floating type"):
+        block_sparse_conv(jnp.ones((2, 8, 8, 4), jnp.bfloat16), w)
+
+
+def pruned(model, x, block, **options):
+    """Variables as after training: nothing at its initial value, kernels pruned."""
+    variables = dict(model.init(jax.random.key(0), x))
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(lambda a: a + jnp.asarray(0.1 * np.abs(rng.normal(size=a.shape)), a.dtype), variables)
+    sp = sapp.random(block=block, sparsity=0.8, min_blocks=10, phases=sapp.phases.random(10), **options)
+    variables["params"] = sp.finalize(*sp.init(variables["params"]))
+    return variables, sp.plan(variables["params"])
+
+
+IMAGES = np.random.default_rng(0).normal(size=(3, 28, 28, 1)).astype(np.float32)
+PHOTOGRAPHS = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
+IDS = np.random.default_rng(0).integers(0, 5, (7, 39)).astype(np.int32)
+NETWORKS = {
+    "mlp": (models.LeNet300(), IMAGES, 4, 3, 0),
+    "cnn": (models.ConvNet(), IMAGES, 8, 5, 1),
+    "click": (models.ClickNet((5,) * 39), IDS, 20, 4, 8),
+    "residual": (models.ResNet(10, stages=(1, 1)), PHOTOGRAPHS, 8, 10, 10),
+    "basic residual": (models.ResNet(10, stages=(1, 1), bottleneck=False, small_images=True), PHOTOGRAPHS, 8, 7, 9),
+}
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.usefixtures("standard_promotion")
+def test_networks_give_the_same_results(name):
+    model, x, block, layers, most_others = NETWORKS[name]
+    variables, plan = pruned(model, x, block)
+
+    def apply(x):
+        return model.apply(variables, x)
+
+    want = jax.jit(apply)(x)
+    for choose in ("all", "none") + (("measured",) if name == "mlp" else ()):
+        fast = sapp.specialize(apply, x, choose=choose)
+        got = fast(x)
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(want))))
+        assert len(fast.choices) == layers
+        assert [c.sparse for c in fast.choices if c.block is None] == [False] * (layers - len(plan.pruned))
+        sparse = [c.sparse for c in fast.choices if c.block]
+        measured = [c.sparse_seconds < c.dense_seconds for c in fast.choices if c.block]
+        assert sparse == {"all": [True] * len(sparse), "none": [False] * len(sparse), "measured": measured}[choose]
+        steps = fast._traced.steps
+        others = [s.primitive.name for s in steps if not isinstance(s, tracing.Linear)]
+        assert not set(others) & {"rsqrt", "mul", "sub", "dot_general", "conv_general_dilated"}
+        assert len([o for o in others if o not in ("reshape", "pad", "slice", "squeeze")]) <= most_others
+        assert str(fast).count("\n") == layers + 1
+    assert {c.block for c in fast.choices if c.block} <= {
+        (block, block),
+        *((b, b) for b in network.BLOCKS if b < block),
+    }
+
+
+def everything(weights):
+    """Products followed by what may be folded into them, and by what may not."""
+
+    def apply(x):
+        w, c = weights
+        y = x @ w
+        a = jax.nn.relu((2.0 - y) / (jnp.abs(c) + 1) * 3 - c)  # folded
+        b = x @ w
+        b = b * b  # used twice
+        d = jnp.maximum(x @ w, 0.5) + x[:1] @ w  # not a ReLU; broadcast along rows
+        e = (x @ w) * jnp.arange(1.0, x.shape[0] + 1)[:, None] + c  # a scale for each row
+        f = jax.checkpoint(lambda x: jnp.exp(x @ w))(x) + jax.jit(lambda x: x @ w)(x)
+        g = c[None] / (x @ w + 100.0)
+        h = w[:3].T @ x[:3] if x.shape[0] >= 3 else c
+        return {"a": a, "rest": (b, d, e, f, g, h, jnp.sum(w))}
+
+    return apply
+
+
+def test_only_what_may_be_folded_is():
+    rng = np.random.default_rng(0)
+    w = np.kron(rng.random((6, 8)) < 0.3, np.ones((4, 4))) * rng.normal(size=(24, 32)) / 5
+    apply = everything((jnp.asarray(w, jnp.float32), jnp.asarray(rng.normal(size=32), jnp.float32)))
+    x = jnp.asarray(rng.normal(size=(5, 24)), jnp.float32)
+    with jax.numpy_rank_promotion("allow"):
+        want, fast = apply(x), sapp.specialize(apply, x, choose="all")
+        got = fast(x)
+        again = jax.jit(fast.fn)(fast.weights, x)
+    for result in (got, again):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, want)
+    first = next(s for s in fast._traced.steps if isinstance(s, tracing.Linear))
+    assert first.relu
+    assert first.bias is not None
+    assert all(choice.sparse and choice.block == (4, 4) for choice in fast.choices)
+
+
+@pytest.mark.parametrize("options", [{"feature_group_count": 2}, {"rhs_dilation": (2, 2)}, {"lhs_dilation": (2, 2)}])
+def test_unusual_convolutions_stay_dense_but_are_folded(options):
+    rng = np.random.default_rng(0)
+    groups = options.get("feature_group_count", 1)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 8 // groups, 16)), jnp.float32).at[..., 4:].set(0)
+    scale = jnp.asarray(rng.normal(size=(1, 1, 1, 16)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 9, 9, 8)), jnp.float32)
+
+    def apply(x):
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC, **options)
+        return jax.nn.relu(y * scale + scale)
+
+    fast = sapp.specialize(apply, x, choose="all")
+    np.testing.assert_allclose(fast(x), apply(x), rtol=1e-4, atol=1e-4)
+    assert [type(step) for step in fast._traced.steps] == [tracing.Linear]
+    assert not fast.choices[0].sparse
+
+
+def test_half_precision():
+    rng = np.random.default_rng(0)
+    w = np.kron(rng.random((6, 8)) < 0.3, np.ones((8, 8))) * rng.normal(size=(48, 64)) / 5
+    w = jnp.asarray(w, jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(5, 48)), jnp.bfloat16)
+    fast = sapp.specialize(lambda x: jax.nn.relu(x @ w), x, choose="all")
+    got, want = fast(x), jax.nn.relu(x @ w)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=0.02, atol=0.02)
+
+
+def test_bad_requests():
+    w = jnp.ones((4, 4))
+    fast = sapp.specialize(lambda x: x @ w, jax.ShapeDtypeStruct((2, 4), jnp.float32))
+    np.testing.assert_array_equal(fast(np.ones((2, 4), np.float32)), 4)
+    with pytest.raises(ValueError, match=r"made for float32\[2, 4\], got float32\[3, 4\]"):
+        fast(jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match="choose must be measured, all or none, got 'fast'"):
+        sapp.specialize(lambda x: x, w, choose="fast")
+    with pytest.raises(ValueError, match="blocks needs at least one side"):
+        sapp.specialize(lambda x: x, w, blocks=())
