@@ -1,49 +1,17 @@
-"""Alternating timing of several contenders, and what the results files have in common."""
+"""What all measurements have in common: timing in turn, and files of results."""
 
 import datetime
 import json
 import pathlib
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from experiments import report
+from experiments.timing import alternate, spread
+
+__all__ = ["RESULTS", "alternate", "save", "spread"]
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-
-
-def alternate(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, at_least: float = 0.2, warmup: int = 2
-) -> dict[str, np.ndarray]:
-    """Seconds per call of each contender, one figure a round.
-
-    In every round each contender is called, in turn, often enough to take `at_least` seconds; a contender's call must
-    return only when its work is done. Figures of one round were taken next to each other, so ratios between them hold
-    though the machine's speed drifts.
-    """
-    repeats = {}
-    for name, call in contenders.items():
-        for _ in range(warmup):
-            call()
-        started = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(at_least / (time.perf_counter() - started)))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            started = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            seconds[name].append((time.perf_counter() - started) / repeats[name])
-    return {name: np.array(s) for name, s in seconds.items()}
-
-
-def spread(ratios: np.ndarray) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = np.percentile(ratios, (25, 50, 75))
-    return {"median": round(float(median), 4), "q25": round(float(low), 4), "q75": round(float(high), 4)}
 
 
 def save(name: str, content: Mapping[str, Any]) -> pathlib.Path:

@@ -13,7 +13,7 @@ from absl import flags
 from rich.console import Console
 
 import sa_plus_plus as sapp
-from experiments import cli, data, program, progress, sharding
+from experiments import cli, program, progress
 from experiments.models import costs
 
 flags.declare_key_flag("config")  # for --help
@@ -25,12 +25,12 @@ def main(argv: list[str]) -> None:
     config, console = cli.CONFIG.value, progress.console()
     with cli.users_mistakes():
         if _SPARSITIES.value:
-            setups = [setup_without_data(config, float(s)) for s in _SPARSITIES.value]
+            setups = [program.prepare_without_data(config, float(s)) for s in _SPARSITIES.value]
             cost = multiply_adds(setups[0])  # of the network, whatever is pruned
             rows = [_totals(setup, cost) for setup in setups]
             console.print(progress.table(_title(config), rows))
         else:
-            show(setup_without_data(config), console)
+            show(program.prepare_without_data(config), console)
 
 
 def show(setup: program.Setup, console: Console) -> None:
@@ -50,15 +50,6 @@ def multiply_adds(setup: program.Setup) -> dict[str, int]:
     example = task.dataset.example[task.input]
     x = jax.ShapeDtypeStruct(example.shape, "float32" if task.input == "image" else example.dtype)
     return costs.multiply_adds(task.model, {"params": params, **model_state}, x)
-
-
-def setup_without_data(config: ml_collections.ConfigDict, sparsity: float | None = None) -> program.Setup:
-    config = config.copy_and_resolve_references()
-    if sparsity is not None:
-        config.sparsifier.sparsity = sparsity
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    dataset = data.declared(config.data.name, config.data.options.get("size"))
-    return program.prepare(config, mesh, dataset)
 
 
 def _title(config: ml_collections.ConfigDict) -> str:

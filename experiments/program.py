@@ -43,7 +43,7 @@ class Functions(NamedTuple):
       init: `init(seed) -> state`.
       step: `step(seed, state, batch) -> (state, {name: mean over the batch, and churn})`.
       evaluate: `evaluate(seed, state, batch) -> ({name: sum over the batch's real examples, and weight}, ranked)`.
-      finalize: `finalize(seed, state) -> params`.
+      finalize: `finalize(seed, state) -> (params, model_state)`: the pruned network.
     """
 
     init: Callable[..., TrainState]
@@ -134,6 +134,15 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     return Setup(config, mesh, task, tx, schedule, sparsifier, plan, _table(config.optimizer.rows, task))
 
 
+def prepare_without_data(config: ml_collections.ConfigDict, sparsity: float | None = None) -> Setup:
+    """As `prepare`, on one device and with blank examples where the data set's shapes are known beforehand."""
+    config = config.copy_and_resolve_references()
+    if sparsity is not None:
+        config.sparsifier.sparsity = sparsity
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return prepare(config, mesh, data.declared(config.data.name, config.data.options.get("size")))
+
+
 def _table(rows: str, task: tasks.Task) -> tables.Table | None:
     """The table that an optimizer for the rows of the batch alone works on."""
     if naming.check(rows, ["all", "batch"], "config.optimizer.rows") == "all":
@@ -198,7 +207,7 @@ def functions(setup: Setup) -> Functions:
         return evaluate.weighted_sums(outputs, batch["weight"]), ranked
 
     def finalize(seed: Any, state: TrainState) -> Any:
-        return make(seed).finalize(state.trainable, state.prune)
+        return make(seed).finalize(state.trainable, state.prune), state.model_state
 
     return Functions(init, _on_rows(step, setup.table) if setup.table else step, evaluate_batch, finalize)
 

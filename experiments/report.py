@@ -117,8 +117,8 @@ def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> 
 
 
 def save_weights(path: pathlib.Path, outcome: Outcome) -> None:
-    """The pruned network by its kept blocks, for `sapp.load`."""
-    sapp.save(path, sapp.export(outcome.params, outcome.plan))
+    """The pruned network by its kept blocks: with `sapp.load`, the variables that its model is applied to."""
+    sapp.save(path, {"params": sapp.export(outcome.params, outcome.plan), **outcome.model_state})
 
 
 def plot_run(path: pathlib.Path, outcome: Outcome, rows: list[dict[str, Any]], metric: str, title: str) -> None:

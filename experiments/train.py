@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
     Attributes:
       seed: its seed.
       params: the pruned network.
+      model_state: what the model carries besides, such as running averages; may be empty.
       plan: what was to be pruned.
       phases: the schedule.
       steps: steps done.
@@ -49,6 +50,7 @@ class Outcome(NamedTuple):
 
     seed: int
     params: Any
+    model_state: Any
     plan: sapp.Plan
     phases: sapp.Phases
     steps: int
@@ -161,11 +163,16 @@ def train(program: Program, seeds: Sequence[int], hooks: Hooks | None = None) ->
     if hooks.checkpoints is not None:
         hooks.checkpoints.wait()
     seconds = (time.perf_counter() - started) / len(seeds)
-    params = program.functions.finalize(seed, state)
+    networks = program.functions.finalize(seed, state)
+    if program.seeds > 1:
+        split = [jax.tree.map(lambda x, n=n: x[n], networks) for n in range(program.seeds)]
+    else:
+        split = [networks]
     return [
         Outcome(
             seed=s,
-            params=jax.tree.map(lambda x, n=n: x[n], params) if program.seeds > 1 else params,
+            params=split[n][0],
+            model_state=split[n][1],
             plan=program.setup.plan,
             phases=program.phases,
             steps=done,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import resnet50_block8
-from experiments import data, inspect, program, sharding
+from experiments import data, program, sharding
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -94,7 +94,7 @@ def test_steps_go_before_epochs():
 def test_every_cell_of_table_1_can_be_asked_for(block, name, sparsity):
     config = runpy.run_path(str(ROOT / f"configs/resnet50_block{block}.py"))["get_config"]()
     config.sparsifier.update({"name": name, "sparsity": sparsity})
-    s = inspect.setup_without_data(config)
+    s = program.prepare_without_data(config)
     assert len(s.plan.pruned) == (0 if name == "dense" else TABLE_1[block][0])
 
 

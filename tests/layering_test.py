@@ -66,6 +66,7 @@ EXPERIMENTS = (
     "tasks",
     "ranking",
     "evaluate",
+    "timing",
     "sharding",
     "checkpoint",
     "program",
@@ -78,6 +79,7 @@ EXPERIMENTS = (
     "data.criteo.__main__",
     "main",
     "inspect",
+    "serve_bench",
     "compare",
     "__init__",
 )

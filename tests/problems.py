@@ -83,6 +83,6 @@ def step(sp, run, data):
 
 
 def weights_of(path):
-    """`{path of a leaf: its weights in full}` of a file of a pruned network."""
-    leaves = jax.tree_util.tree_leaves_with_path(sapp.sparse.densify_tree(sapp.load(path)))
+    """`{path of a parameter: it in full}` of a run's file of its pruned network."""
+    leaves = jax.tree_util.tree_leaves_with_path(sapp.sparse.densify_tree(sapp.load(path)["params"]))
     return {sapp.path_string(keys): np.asarray(leaf) for keys, leaf in leaves}

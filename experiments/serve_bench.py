@@ -1,0 +1,169 @@
+"""How fast a pruned network serves: in full, with its layers folded, and by its blocks.
+
+    python -m experiments.serve_bench --config=configs/mnist.py --weights=runs/mnist/pruned.safetensors
+    python -m experiments.serve_bench --config=configs/resnet50_block32.py --blocks=16,32,64 --batches=1,32
+
+The first measures what a run has left. Without `--weights` the config's network gets random weights, of which random
+blocks are zero, for every block size and sparsity asked for: how fast it is does not depend on which. It needs no data.
+`model` is the network as it was trained, zeros multiplied; `folded` has batch normalisation and ReLU folded into its
+layers; `sparse` moreover multiplies by blocks where that is faster. They take turns, and their results are compared.
+The output directory gets `serve.json`, what became of each layer in `layers.txt`, and `serve.png`.
+"""
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from matplotlib import pyplot as plt
+
+import sa_plus_plus as sapp
+from experiments import cli, program, progress, report, timing
+
+flags.declare_key_flag("config")  # for --help
+_WEIGHTS = flags.DEFINE_string("weights", "", "A pruned.safetensors of a run with this config.")
+_BLOCKS = flags.DEFINE_list("blocks", ["8", "16", "32"], "Block sizes, where there are no --weights.")
+_SPARSITIES = flags.DEFINE_list("sparsities", ["0.5", "0.8", "0.9", "0.95"], "Sparsities, where there are none.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Batch sizes.")
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
+_OUTPUT = flags.DEFINE_string("output", "runs/serve", "Directory for the results.")
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the largest output
+
+Served = tuple[dict[str, Any], program.Setup, Callable[[], dict[str, Any]]]  # what it is, its parts, its variables
+
+
+def main(argv: list[str]) -> None:
+    del argv  # cli.run has refused any
+    console, config = progress.console(), cli.CONFIG.value
+    with cli.users_mistakes():
+        networks = list(_trained(config) if _WEIGHTS.value else _random(config))
+        batches = [_in_range("batches", int(batch), 1, 2**20) for batch in _BATCHES.value]
+        output = pathlib.Path(_OUTPUT.value)
+        output.mkdir(parents=True, exist_ok=True)
+    rows, layers = [], []
+    for (about, setup, make), batch in itertools.product(networks, batches):
+        row, network = measure(setup, make(), batch)
+        rows.append(about | row)
+        layers.append(f"{_named(rows[-1])}\n{network}\n")
+        console.print("  ".join(f"{k} {v}" for k, v in _cells(rows[-1]).items()), highlight=False, soft_wrap=True)
+    title = f"{config.name}, {config.model}, {jax.devices()[0].device_kind}"
+    console.print(progress.table(title, [_cells(row) for row in rows]))
+    content = {"config": config.name, "model": config.model, "rows": rows, "versions": report.versions()}
+    report.write_json(output / "serve.json", content)
+    report.write_atomically(output / "layers.txt", lambda file: file.write("\n".join(layers).encode()))
+    if not _WEIGHTS.value:
+        report.save_figure(output / "serve.png", plot(rows, title))
+    console.print(f"In {output}: {', '.join(sorted(p.name for p in output.iterdir()))}", highlight=False)
+
+
+def measure(setup: program.Setup, variables: Any, batch: int) -> tuple[dict[str, Any], sapp.sparse.Network]:
+    """Seconds of each contender for one batch, and how far its results are from the model's."""
+    model, example = setup.task.model, setup.task.dataset.example[setup.task.input]
+    dtype = "float32" if setup.task.input == "image" else example.dtype
+    x = jnp.asarray(np.random.default_rng(0).random((batch, *example.shape[1:])) * 3, dtype)
+
+    def apply(x: jax.Array) -> Any:
+        return model.apply(variables, x)
+
+    whole = jax.jit(model.apply)
+    folded, fast = sapp.specialize(apply, x, choose="none"), sapp.specialize(apply, x)
+    want = np.asarray(whole(variables, x), np.float64)
+    error = float(np.abs(np.asarray(fast(x), np.float64) - want).max() / np.abs(want).max())
+    if not error < _TOLERANCE[setup.config.model_options.get("dtype", "float32")]:
+        raise RuntimeError(f"results by blocks are {error:.1e} of the largest output away from the model's")
+    contenders = {
+        "model": lambda: jax.block_until_ready(whole(variables, x)),
+        "folded": lambda: jax.block_until_ready(folded(x)),
+        "sparse": lambda: jax.block_until_ready(fast(x)),
+    }
+    seconds = timing.alternate(contenders, _ROUNDS.value)
+    return {
+        "batch": batch,
+        **{f"{name}_ms": round(1e3 * float(np.median(taken)), 4) for name, taken in seconds.items()},
+        "model_to_sparse": timing.spread(seconds["model"] / seconds["sparse"]),
+        "folded_to_sparse": timing.spread(seconds["folded"] / seconds["sparse"]),
+        "sparse_layers": sum(choice.sparse for choice in fast.choices),
+        "layers": len(fast.choices),
+        "relative_error": error,
+    }, fast
+
+
+def _trained(config: ml_collections.ConfigDict) -> Iterator[Served]:
+    """The network of a file."""
+    setup = program.prepare_without_data(config)
+    like = jax.eval_shape(setup.task.init, jax.random.key(0))
+    variables = sapp.sparse.densify_tree(sapp.load(_WEIGHTS.value, like={"params": like[0], **like[1]}))
+    yield {"block": None, "sparsity": None}, setup, lambda: variables
+
+
+def _random(config: ml_collections.ConfigDict) -> Iterator[Served]:
+    """Networks of which random blocks are zero, in the kernels that would be pruned."""
+    for block, sparsity in itertools.product(_BLOCKS.value, _SPARSITIES.value):
+        config = config.copy_and_resolve_references()
+        config.sparsifier.name, config.sparsifier.block = "random", (int(block), int(block))
+        about = {"block": int(block), "sparsity": _in_range("sparsities", float(sparsity), 0, 1)}
+        setup = program.prepare_without_data(config, about["sparsity"])
+        yield about, setup, functools.partial(_drawn, setup)
+
+
+def _drawn(setup: program.Setup) -> dict[str, Any]:
+    params, model_state = setup.task.init(jax.random.key(0))
+    # Something everywhere, for batch normalisation may start with scales of zero.
+    params = jax.tree.map(lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)
+    sp = setup.sparsifier(0)
+    return {"params": sp.finalize(*sp.init(params)), **model_state}
+
+
+def _in_range(name: str, value: Any, low: Any, high: Any) -> Any:
+    if not low <= value < high:
+        raise ValueError(f"--{name} must be in [{low}, {high}), got {value}")
+    return value
+
+
+def _named(row: dict[str, Any]) -> str:
+    what = "trained weights" if row["block"] is None else f"blocks {row['block']}, sparsity {row['sparsity']:.0%}"
+    return f"{what}, batch {row['batch']}"
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    ratio = "{median:.2f} [{q25:.2f}, {q75:.2f}]"
+    return {
+        "network": _named(row),
+        "model ms": f"{row['model_ms']:.3f}",
+        "folded ms": f"{row['folded_ms']:.3f}",
+        "sparse ms": f"{row['sparse_ms']:.3f}",
+        "model / sparse": ratio.format(**row["model_to_sparse"]),
+        "folded / sparse": ratio.format(**row["folded_to_sparse"]),
+        "sparse layers": f"{row['sparse_layers']} of {row['layers']}",
+        "error": f"{row['relative_error']:.0e}",
+    }
+
+
+def plot(rows: list[dict[str, Any]], title: str) -> Any:
+    """Speed-up against sparsity, a panel for each batch size and a line for each block size."""
+    batches, blocks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("batch", "block"))
+    fig, axes = plt.subplots(1, len(batches), figsize=(4.5 * len(batches), 4), layout="constrained", squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for i, block in enumerate(blocks):
+            mine = [row for row in rows if (row["batch"], row["block"]) == (batch, block)]
+            ratios = [row["model_to_sparse"] for row in mine]
+            middle = [ratio["median"] for ratio in ratios]
+            spread = np.abs([[r["median"] - r["q25"] for r in ratios], [r["q75"] - r["median"] for r in ratios]])
+            x = [100 * row["sparsity"] for row in mine]
+            axis.errorbar(x, middle, spread, marker="o", ms=3, lw=1, capsize=2, color=f"C{i}", label=f"blocks {block}")
+        axis.axhline(1, color="black", ls=":", lw=0.8)
+        axis.set(xlabel="sparsity of the pruned kernels, %", title=f"batch {batch}", ylim=(0, None))
+    axes[0, 0].set_ylabel("times as fast as the model in full")
+    axes[0, -1].legend(fontsize="small")
+    fig.suptitle(title)
+    return fig
+
+
+if __name__ == "__main__":
+    cli.run(main)
