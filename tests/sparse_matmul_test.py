@@ -207,6 +207,16 @@ def test_groups_hold_every_block_once_and_little_padding(density):
         np.testing.assert_array_equal(layout.columns[group.at[real]], group.columns[np.nonzero(real)[0]])
 
 
+def test_many_rows_are_taken_in_tiles(monkeypatch):
+    monkeypatch.setattr(pure, "LARGE_TILE", 16)
+    monkeypatch.setattr(pure, "TILE", 12)
+    x, w, matrix, _ = problem(*CASES["many rows"])
+    g = jnp.asarray(eighths(np.random.default_rng(1), (len(x), matrix.shape[1])))
+    full = to_block_sparse(np.asarray(x).T @ np.asarray(g), w.layout.block, w.layout.mask)
+    same(pure.weight_gradient(x, g, w.layout), full.blocks)
+    same(pure.matmul(x, w.blocks, w.layout), expected(x, matrix))
+
+
 def test_errors():
     x, w, _, bias = problem(*CASES["ragged"])
     for bad, wanted in (
