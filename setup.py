@@ -8,6 +8,7 @@ import shutil
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = pathlib.Path(__file__).parent
 EXPERIMENTS = [
@@ -31,7 +32,7 @@ EXPERIMENTS = [
 ]
 
 SOURCES = pathlib.Path("sa_plus_plus/sparse/csrc")
-FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", "-ffp-contract=fast"]
+FLAGS = ["-O3", "-g0", "-std=c++17", "-DNDEBUG", "-ffp-contract=fast"]
 INSTRUCTIONS = {  # one source, compiled for several processors; which of them runs is decided there
     "kernel_avx2": ["-mavx2", "-mfma"],
     "kernel_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
@@ -42,9 +43,13 @@ class BuildKernels(build_ext):
     """Compiles each source with the flags it needs; where that fails the package is installed without."""
 
     def build_extension(self, ext: Extension) -> None:
-        if not shutil.which(self.compiler.compiler[0]):  # the compiler that Python itself was made with
-            self.compiler.set_executables(compiler="cc", compiler_so="cc -fPIC", linker_so="c++ -shared")
-            self.compiler.set_executables(compiler_so_cxx="c++ -fPIC", linker_so_cxx="c++ -shared")
+        if self.compiler.compiler_type != "unix":
+            raise CompileError("the kernel is written for gcc and clang")
+        if not shutil.which(self.compiler.compiler[0]):  # what Python itself was made with is not here
+            found = {"compiler": "cc", "compiler_so": "cc -fPIC", "linker_so": "c++ -shared"}
+            found |= {"compiler_cxx": "c++", "compiler_so_cxx": "c++ -fPIC", "linker_so_cxx": "c++ -shared"}
+            known = self.compiler.executables
+            self.compiler.set_executables(**{name: command for name, command in found.items() if name in known})
         jaxlib = importlib.util.find_spec("jaxlib")
         headers = [str(pathlib.Path(jaxlib.origin).parent / "include")] if jaxlib and jaxlib.origin else []
         x86 = platform.machine() in ("x86_64", "AMD64")

@@ -1,5 +1,6 @@
 """Products with block-sparse kernels: every backend against NumPy, exactly; gradients, batching, errors, memory."""
 
+import inspect
 import math
 import pathlib
 import shutil
@@ -80,6 +81,30 @@ def test_product_and_gradients_are_exact(name, dtype, backend):
     )
     same(dw.blocks, full.blocks.astype(dtype))
     same(db, jnp.asarray(g.sum(0).astype(np.float32)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["ragged", "many rows", "wide blocks", "none kept", "convolution"])
+def test_pallas_kernel_by_its_interpreter(name, dtype):
+    x, w, matrix, bias = problem(*CASES[name], dtype=dtype)
+    same(block_sparse_matmul(x, w, backend="pallas"), expected(x, matrix))
+    same(block_sparse_matmul(x, w, bias=bias, relu=True, backend="pallas"), expected(x, matrix, bias, relu=True))
+    (dx,) = jax.vjp(lambda x: block_sparse_matmul(x, w, backend="pallas"), x)[1](jnp.ones((len(x), w.shape[-1]), dtype))
+    same(dx, expected(jnp.ones((len(x), w.shape[-1]), dtype), matrix.T))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pallas_kernel_lowers_for_a_gpu(dtype):
+    """Down to Triton's language, which takes no GPU; that it runs there takes one."""
+    x, w, _, bias = problem(*CASES["ragged"], dtype=dtype)
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    product = jax.jit(lambda x, w: block_sparse_matmul(x, w, bias=bias, relu=True, backend="pallas"))
+    device = {}
+    if "platform" in inspect.signature(jax.sharding.AbstractDevice).parameters:  # newer versions ask which GPU
+        device = {"abstract_device": jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")}
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("one",), **device)):
+        program = jax.export.export(product, platforms=["cuda"], disabled_checks=unchecked)(x, w).mlir_module()
+    assert "block_sparse_matmul" in program and "triton" in program  # noqa: PT018
 
 
 @hypothesis.given(
@@ -180,6 +205,16 @@ def test_groups_hold_every_block_once_and_little_padding(density):
         real = group.at < layout.kept
         np.testing.assert_array_equal(layout.rows[group.at[real]], group.rows[real])
         np.testing.assert_array_equal(layout.columns[group.at[real]], group.columns[np.nonzero(real)[0]])
+
+
+def test_many_rows_are_taken_in_tiles(monkeypatch):
+    monkeypatch.setattr(pure, "LARGE_TILE", 16)
+    monkeypatch.setattr(pure, "TILE", 12)
+    x, w, matrix, _ = problem(*CASES["many rows"])
+    g = jnp.asarray(eighths(np.random.default_rng(1), (len(x), matrix.shape[1])))
+    full = to_block_sparse(np.asarray(x).T @ np.asarray(g), w.layout.block, w.layout.mask)
+    same(pure.weight_gradient(x, g, w.layout), full.blocks)
+    same(pure.matmul(x, w.blocks, w.layout), expected(x, matrix))
 
 
 def test_errors():

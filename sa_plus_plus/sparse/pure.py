@@ -13,7 +13,11 @@ from sa_plus_plus.sparse.kernel import Layout
 
 FEW = 32  # rows of x below which it does not pay to bring the weights into another order
 TILE = 32  # rows of x at once on a CPU: what is gathered for them stays in its caches
+LARGE_TILE = 2048  # elsewhere, and for gradients: what is gathered for them fits the memory
 WASTE = 1 / 8  # of the work on a group of columns may be on padding
+
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Group(NamedTuple):
@@ -73,10 +77,7 @@ def _dots(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _sums(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """The same as one reduction, which XLA compiles for CPUs to a loop with `b_c` sums in registers.
-
-    Its products of small matrices, one call each, take up to several times as long.
-    """
+    """The same written as a reduction, of which XLA makes one kernel on CPUs; its many small products take longer."""
     return jnp.sum(blk.widened(x)[..., None] * blk.widened(weights)[None], axis=-2)
 
 
@@ -89,9 +90,7 @@ def _by_blocks(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
     return jnp.sum(jnp.pad(products, ((0, 0), (0, 1), (0, 0)))[:, at], axis=2)
 
 
-def _by_columns(
-    product: Callable[[jax.Array, jax.Array], jax.Array], layout: Layout, x: jax.Array, weights: list[jax.Array]
-) -> jax.Array:
+def _by_columns(product: Product, layout: Layout, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
     """A product for each column of the grid, all columns of a group at once."""
     cut = groups(layout)
     parts = [product(_inputs(x, group), w) for group, w in zip(cut, weights, strict=True)]
@@ -104,14 +103,19 @@ def _by_columns(
     return y if np.array_equal(place, np.arange(y.shape[1])) else y[:, place]
 
 
-def _tiled(layout: Layout, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    """`_by_columns` over `TILE` rows of `x` at a time."""
+def _tiles(x: jax.Array, most: int) -> jax.Array:
+    """`(batch, ...)` as `(tiles, rows, ...)` of at most that many rows, completed with zeros."""
     batch = x.shape[0]
-    tiles = -(-batch // TILE)
-    size = -(-batch // tiles)
-    x = jnp.pad(x, ((0, tiles * size - batch), (0, 0), (0, 0))).reshape(tiles, size, *x.shape[1:])
-    y = jax.lax.map(lambda tile: _by_columns(_sums, layout, tile, weights), x)
-    return y.reshape(tiles * size, *y.shape[2:])[:batch]
+    tiles = -(-batch // most)
+    rows = -(-batch // tiles)
+    padding = ((0, tiles * rows - batch), *[(0, 0)] * (x.ndim - 1))
+    return jnp.pad(x, padding).reshape(tiles, rows, *x.shape[1:])
+
+
+def _tiled(product: Product, most: int, layout: Layout, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
+    """`_by_columns` over at most so many rows of `x` at a time, as for each all that its columns meet is gathered."""
+    y = jax.lax.map(lambda tile: _by_columns(product, layout, tile, weights), _tiles(x, most))
+    return y.reshape(-1, *y.shape[2:])[: x.shape[0]]
 
 
 def _in_blocks(x: jax.Array, side: int) -> jax.Array:
@@ -145,8 +149,8 @@ def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
         y = jax.lax.platform_dependent(
             x,
             weights,
-            cpu=functools.partial(_tiled, layout),
-            default=functools.partial(_by_columns, _dots, layout),
+            cpu=functools.partial(_tiled, _sums, TILE, layout),
+            default=functools.partial(_tiled, _dots, LARGE_TILE, layout),
         )
     return y.reshape(batch, -1)[:, :width]
 
@@ -166,10 +170,20 @@ def weight_gradient(x: jax.Array, g: jax.Array, layout: Layout) -> jax.Array:
       g: `(batch, cols)`.
       layout: which blocks are wanted.
     """
-    (b_r, b_c), dtype = layout.block, sum_type(x)
-    x, g = _in_blocks(x, b_r), _in_blocks(g, b_c)
-    result = jnp.zeros((layout.kept + 1, b_r, b_c), dtype)  # the last takes what is padding
-    for group in groups(layout) if x.shape[0] else ():
-        products = jnp.einsum("bgk,bgc->gkc", _inputs(x, group), g[:, group.columns], preferred_element_type=dtype)
-        result = result.at[group.at].set(products.reshape(*group.at.shape, b_r, b_c))
-    return result[:-1]
+    shape, dtype = (layout.kept, *layout.block), sum_type(x)
+    if not x.shape[0] or not layout.kept:
+        return jnp.zeros(shape, dtype)
+
+    def add(total: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        x, g = tile
+        parts = []
+        for group in groups(layout):
+            columns = g[:, group.columns]
+            part = jnp.einsum("bgk,bgc->gkc", _inputs(x, group), columns, preferred_element_type=dtype)
+            parts.append(part.reshape(-1, *layout.block))
+        return total + jnp.concatenate(parts)[place], None
+
+    numbers = np.concatenate([group.at.ravel() for group in groups(layout)])
+    place = np.argsort(numbers, kind="stable")[: layout.kept]  # behind them is padding
+    tiles = _tiles(_in_blocks(x, shape[1]), LARGE_TILE), _tiles(_in_blocks(g, shape[2]), LARGE_TILE)
+    return jax.lax.scan(add, jnp.zeros(shape, dtype), tiles)[0]

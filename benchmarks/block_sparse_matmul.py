@@ -1,0 +1,149 @@
+"""Products with a block-sparse kernel: this library, dense ones, and the block-sparse ones of PyTorch and SciPy.
+
+    python -m benchmarks.block_sparse_matmul
+
+Random positions of blocks, float32, all cores. A contender whose package is not installed is left out. Each one's
+result is compared with a product in double before anything is timed.
+"""
+
+import importlib.util
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from absl import app, flags
+
+import sa_plus_plus.sparse.native as native
+from benchmarks import timing
+from sa_plus_plus.sparse import block_sparse_matmul, to_block_sparse
+
+SHAPES = flags.DEFINE_list("shapes", ["2048x2048", "4096x4096", "4608x512"], "Rows by columns of the kernel.")
+BATCHES = flags.DEFINE_list("batches", ["1", "32", "256"], "Rows of x.")
+SPARSITIES = flags.DEFINE_list("sparsities", ["0.8", "0.9", "0.95"], "Shares of the blocks that are zero.")
+BLOCKS = flags.DEFINE_list("blocks", ["8", "16", "32", "64"], "Sides of a block.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of alternating measurement.")
+SECONDS = flags.DEFINE_float("seconds", 0.02, "At least so long is each contender called in a round.")
+NAME = flags.DEFINE_string("name", "block_sparse_matmul", "Of the files written to benchmarks/results; empty for none.")
+
+DENSE, OURS = "jax_dense", ("pure", "native")
+
+
+def kernel(
+    rows: int, cols: int, block: int, sparsity: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix of which a random share of the blocks is zero, and which are not."""
+    grid = (-(-rows // block), -(-cols // block))
+    mask = rng.random(grid) >= sparsity
+    matrix = rng.standard_normal((rows, cols), np.float32)
+    return matrix * np.kron(mask, np.ones((block, block), np.float32))[:rows, :cols], mask
+
+
+def of_jax(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) -> dict[str, Callable[[], Any]]:
+    w, x, matrix = to_block_sparse(matrix, block, mask), jnp.asarray(x), jnp.asarray(matrix)
+    dense = jax.jit(jnp.matmul)
+    calls = {DENSE: lambda: dense(x, matrix).block_until_ready()}
+    for backend in OURS:
+        if backend == "pure" or native.missing() is None:
+            product = jax.jit(lambda x, w, backend=backend: block_sparse_matmul(x, w, backend=backend))
+            calls[backend] = lambda product=product: product(x, w).block_until_ready()
+    return calls
+
+
+def of_torch(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) -> dict[str, Callable[[], Any]]:
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_grad_enabled(False)
+    x, dense = torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(matrix.T))
+    sparse, linear = dense.to_sparse_bsr((block, block)), torch.nn.functional.linear
+    return {"torch_dense": lambda: linear(x, dense), "torch_bsr": lambda: linear(x, sparse)}
+
+
+def of_scipy(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) -> dict[str, Callable[[], Any]]:
+    import scipy.sparse  # noqa: PLC0415
+
+    transposed, x = scipy.sparse.bsr_array(matrix.T, blocksize=(block, block)), np.ascontiguousarray(x.T)
+    return {"scipy_bsr": lambda: (transposed @ x).T}
+
+
+def cell(shape: tuple[int, int], batch: int, sparsity: float, block: int, makers: list[Callable]) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    matrix, mask = kernel(*shape, block, sparsity, rng)
+    x = rng.standard_normal((batch, shape[0]), np.float32)
+    calls: dict[str, Callable[[], Any]] = {}
+    for maker in makers:
+        calls |= maker(x, matrix, mask, block)
+    wanted = x.astype(np.float64) @ matrix
+    for name, call in calls.items():
+        np.testing.assert_allclose(np.asarray(call()), wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+    seconds = timing.alternate(calls, ROUNDS.value, SECONDS.value, warmup=1)
+    result = {"rows": shape[0], "cols": shape[1], "batch": batch, "sparsity": sparsity, "block": block}
+    result["milliseconds"] = {name: round(1e3 * float(np.median(s)), 4) for name, s in seconds.items()}
+    faster = min({DENSE, "torch_dense"} & set(seconds), key=lambda name: np.median(seconds[name]))
+    result["faster_dense"] = faster
+    result["times_as_fast_as"] = {
+        ours: {rival: timing.spread(s / seconds[ours]) for rival, s in seconds.items() if rival not in OURS}
+        for ours in OURS
+        if ours in seconds
+    }
+    return result
+
+
+def plot(cells: list[dict[str, Any]], path: Any) -> None:
+    """Speed-up against sparsity: a panel for each shape and batch, a line for each block size.
+
+    Over the faster of the dense products, jax's and PyTorch's.
+    """
+    shapes = list(dict.fromkeys((c["rows"], c["cols"]) for c in cells))
+    batches = list(dict.fromkeys(c["batch"] for c in cells))
+    ours = "native" if "native" in cells[0]["milliseconds"] else "pure"
+    figure, axes = plt.subplots(
+        len(shapes), len(batches), figsize=(3.4 * len(batches), 2.8 * len(shapes)), squeeze=False, layout="constrained"
+    )
+    for (row, shape), (column, batch) in itertools.product(enumerate(shapes), enumerate(batches)):
+        panel = axes[row, column]
+        for block in dict.fromkeys(c["block"] for c in cells):
+            line = [c for c in cells if ((c["rows"], c["cols"]), c["batch"], c["block"]) == (shape, batch, block)]
+            speed = [c["times_as_fast_as"][ours][c["faster_dense"]]["median"] for c in line]
+            panel.plot([c["sparsity"] for c in line], speed, marker="o", label=f"{block} × {block}")
+        panel.axhline(1, color="grey", linewidth=0.8)
+        panel.set(title=f"{shape[0]} × {shape[1]}, batch {batch}", yscale="log")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), title="block", loc="outside upper center", ncols=4)
+    figure.supxlabel("share of blocks that are zero")
+    figure.supylabel(f"times as fast as the faster dense product ({ours})")
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    makers = [of_jax]
+    for package, maker in (("torch", of_torch), ("scipy", of_scipy)):
+        if importlib.util.find_spec(package):
+            makers.append(maker)
+        else:
+            print(f"{package} is not installed and left out")
+    if why := native.missing():
+        print(f"native is left out: {why}")
+    shapes = [tuple(map(int, shape.split("x"))) for shape in SHAPES.value]
+    cells = []
+    for values in itertools.product(
+        shapes, map(int, BATCHES.value), map(int, BLOCKS.value), map(float, SPARSITIES.value)
+    ):
+        shape, batch, block, sparsity = values
+        cells.append(result := cell(shape, batch, sparsity, block, makers))
+        name = f"{shape[0]}x{shape[1]} batch {batch} block {block} sparsity {sparsity}"
+        text = "  ".join(f"{name} {ms}" for name, ms in result["milliseconds"].items())
+        print(f"{name}: ms: {text}", flush=True)
+    if NAME.value:
+        path = timing.save(NAME.value, {"dtype": "float32", "cores": len(os.sched_getaffinity(0)), "cells": cells})
+        plot(cells, path.with_suffix(".png"))
+        print(path)
+
+
+if __name__ == "__main__":
+    app.run(main)
