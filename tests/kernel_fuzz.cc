@@ -54,6 +54,27 @@ void one(const std::vector<Kernel>& kernels) {
   p.b_c = between(1, between(0, 1) ? 8 : 70);
   p.height = between(1, 5 * p.b_r);
   p.width = between(1, 5 * p.b_c);
+  p.run = std::max<int64_t>(1, p.batch), p.stride = p.height, p.runs = 1;
+  int64_t channels = p.height, window_columns = 1, line = 0, size = p.batch * p.height;
+  if (between(0, 1)) {  // a convolution
+    const int64_t images = between(1, 2), window_rows = between(1, 3), down = between(1, 2), across = between(1, 2);
+    window_columns = between(1, 3);
+    p.b_r = between(1, 20);
+    channels = p.b_r * between(1, 3);
+    p.runs = between(1, 4), p.run = between(1, 16);
+    const int64_t high = (p.runs - 1) * down + window_rows;
+    line = ((p.run - 1) * across + window_columns) * channels;
+    p.height = window_rows * window_columns * channels;
+    p.batch = images * p.runs * p.run;
+    p.stride = across * channels, p.run_stride = down * line, p.runs_stride = high * line;
+    size = images * high * line;
+  }
+  std::vector<int64_t> offsets;
+  auto offset = [&](int64_t k) {  // of number k of a row
+    const int64_t place = k / channels;
+    return place / window_columns * line + place % window_columns * channels + k % channels;
+  };
+  for (int64_t i = 0; i < p.grid_r(); ++i) offsets.push_back(offset(i * p.b_r));
   p.half = between(0, 1);
   p.relu = between(0, 1);
   const double density = std::vector<double>{0, 0.1, 0.5, 1}[between(0, 3)];
@@ -65,10 +86,12 @@ void one(const std::vector<Kernel>& kernels) {
     starts.push_back(rows.size());
   }
   p.kept = rows.size();
-  const auto x = numbers(p.batch * p.height), w = numbers(p.kept * p.b_r * p.b_c), bias = numbers(p.width);
+  const auto x = numbers(size), w = numbers(p.kept * p.b_r * p.b_c), bias = numbers(p.width);
   const auto x_memory = exactly(x), w_memory = exactly(w), bias_memory = exactly(bias);
   const auto half_memory = exactly(halves(w));
   const auto rows_memory = exactly(rows), starts_memory = exactly(starts);
+  const auto offsets_memory = exactly(offsets);
+  p.down = offsets_memory.get();
   p.x = x_memory.get();
   p.blocks = p.half ? static_cast<const void*>(half_memory.get()) : w_memory.get();
   p.rows = rows_memory.get();
@@ -88,7 +111,8 @@ void one(const std::vector<Kernel>& kernels) {
         double sum = p.bias ? bias[c] : 0;
         for (int64_t at = starts[c / p.b_c]; at < starts[c / p.b_c + 1]; ++at) {
           for (int64_t k = 0; k < p.b_r && rows[at] * p.b_r + k < p.height; ++k) {
-            sum += double{x[b * p.height + rows[at] * p.b_r + k]} * w[(at * p.b_r + k) * p.b_c + c % p.b_c];
+            const int64_t from = p.row(b) - p.x + offset(rows[at] * p.b_r + k);
+            sum += double{x[from]} * w[(at * p.b_r + k) * p.b_c + c % p.b_c];
           }
         }
         if (p.relu && sum < 0) sum = 0;

@@ -186,12 +186,12 @@ def test_rows_on_several_devices():
 
 def test_a_program_for_another_platform_has_no_kernel_of_this_one():
     x, w, *_ = problem(*CASES["square"])
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call(native.TARGET)]
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(native.MATMUL)]
     for platform, has in (("cpu", native.missing() is None), ("cuda", False), ("tpu", False)):
         exported = jax.export.export(jax.jit(block_sparse_matmul), platforms=[platform], disabled_checks=unchecked)(
             x, w
         )
-        assert (native.TARGET in exported.mlir_module()) == has
+        assert (native.MATMUL in exported.mlir_module()) == has
 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 1.0])
@@ -274,7 +274,7 @@ def test_the_kernel_refuses_wrong_buffers(change, wanted):
     call = {"rows": [0, 1], "starts": [0, 1, 2], "bias": np.zeros(0, np.float32), "out": (3, 16)}
     call = {"blocks": np.ones((2, 8, 8), np.float32), **call, **change}
     rows, starts = (np.array(call[name], np.int32) for name in ("rows", "starts"))
-    kernel = jax.ffi.ffi_call(native.TARGET, jax.ShapeDtypeStruct(call["out"], jnp.float32))
+    kernel = jax.ffi.ffi_call(native.MATMUL, jax.ShapeDtypeStruct(call["out"], jnp.float32))
     with pytest.raises((ValueError, RuntimeError), match=wanted):
         jax.block_until_ready(
             kernel(np.ones((3, 24), np.float32), call["blocks"], rows, starts, call["bias"], relu=False)

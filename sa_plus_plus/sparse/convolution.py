@@ -1,14 +1,17 @@
 """Convolution with a block-sparse kernel, as products with patches of the image."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sa_plus_plus.sparse.kernel import BlockSparse
-from sa_plus_plus.sparse.matmul import Backend, block_sparse_matmul
+import sa_plus_plus.sparse.native as native
+from sa_plus_plus.sparse.kernel import BlockSparse, Layout
+from sa_plus_plus.sparse.matmul import Backend, block_sparse_matmul, chosen
 
 PATCH_BYTES = 2**22  # of patches at a time: they stay in a CPU's caches, and are never all there
 
@@ -27,7 +30,8 @@ def block_sparse_conv(
 ) -> jax.Array:
     """Convolution of images with a block-sparse kernel; a 1 x 1 kernel makes it one `block_sparse_matmul`.
 
-    A larger kernel is multiplied with patches, some rows of some images at a time. Differentiable as the product is.
+    A larger kernel is multiplied with patches, some rows of some images at a time; the compiled kernel for CPUs reads
+    them where they stand in the image, if a block's rows divide the channels. Differentiable as the product is.
 
     Args:
       x: `(batch, height, width, channels)`.
@@ -56,12 +60,58 @@ def block_sparse_conv(
     rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
     if min(rows, columns) < 1 or not x.shape[0]:
         return jnp.zeros((x.shape[0], max(rows, 0), max(columns, 0), w.shape[3]), x.dtype)
+    in_place = window != (1, 1) and w.shape[2] % w.layout.block[0] == 0 and x.dtype == w.dtype
+    if in_place and chosen(backend, x.dtype) in ("auto", "native"):
+        return _in_place(x, w.blocks, bias, w.layout, strides, relu, backend)
+    return _by_patches(x, w, bias, strides, relu, backend)
 
-    def product(patches: jax.Array) -> jax.Array:
-        return block_sparse_matmul(patches, w, bias=bias, relu=relu, backend=backend)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _in_place(
+    x: jax.Array,
+    blocks: jax.Array,
+    bias: jax.Array | None,
+    layout: Layout,
+    strides: tuple[int, int],
+    relu: bool,
+    backend: Backend | None,
+) -> jax.Array:
+    """The compiled kernel on CPUs, patches on other platforms."""
+
+    def compiled(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return native.conv(x, blocks, bias, layout, strides, relu).astype(x.dtype)
+
+    def plain(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return _by_patches(x, BlockSparse(blocks, layout), bias, strides, relu, backend)
+
+    return lax.platform_dependent(x, blocks, bias, cpu=compiled, default=plain)
+
+
+def _in_place_forward(x: Any, blocks: Any, bias: Any, *options: Any) -> tuple[jax.Array, Any]:
+    return _in_place(x, blocks, bias, *options), (x, blocks, bias)
+
+
+def _in_place_backward(layout: Layout, strides: Any, relu: bool, backend: Any, saved: Any, g: jax.Array) -> Any:
+    def by_patches(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return _by_patches(x, BlockSparse(blocks, layout), bias, strides, relu, backend)
+
+    _, pull_back = jax.vjp(by_patches, *saved)
+    return pull_back(g)
+
+
+_in_place.defvjp(_in_place_forward, _in_place_backward)
+
+
+def _by_patches(
+    x: jax.Array, w: BlockSparse, bias: jax.Array | None, strides: tuple[int, int], relu: bool, backend: Backend | None
+) -> jax.Array:
+    """Products with patches of images that are padded already."""
+    window = (w.shape[0], w.shape[1])
+    rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
 
     def convolve(x: jax.Array, rows: int) -> jax.Array:
-        return product(_patches(x, window, strides, rows, columns))
+        patches = _patches(x, window, strides, rows, columns)
+        return block_sparse_matmul(patches, w, bias=bias, relu=relu, backend=backend)
 
     if window == (1, 1):
         return convolve(x, rows)

@@ -67,11 +67,11 @@ def block_sparse_matmul(
     if bias is not None and (bias.shape != (cols,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
         raise ValueError(f"bias must be floating and of shape {(cols,)}, got {bias.dtype} {bias.shape}")
     flat = x.reshape(math.prod(x.shape[:-1]), rows)
-    y = _compiled_product(flat, w.blocks, bias, w.layout, relu, _chosen(backend, x.dtype))
+    y = _compiled_product(flat, w.blocks, bias, w.layout, relu, chosen(backend, x.dtype))
     return y.reshape(*x.shape[:-1], cols)
 
 
-def _chosen(backend: Backend | None, dtype: Any) -> str:
+def chosen(backend: Backend | None, dtype: Any) -> str:
     """The backend that is meant by the argument, `"auto"` if native or pure is to be chosen for the platform."""
     if backend is None:
         if dtype not in native.DTYPES or (native.missing() and jax.default_backend() != "cpu"):

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.kernel import Layout
 
-TARGET = "sa_plus_plus_block_sparse_matmul"
+MATMUL, CONV = TARGETS = ("sa_plus_plus_block_sparse_matmul", "sa_plus_plus_block_sparse_conv")
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 
 
@@ -30,7 +31,8 @@ def missing() -> str | None:
     # XLA would not merely refuse a kernel made for a newer interface: its whole CPU backend would not start.
     if made_for > (here := _ffi_version()):
         return f"{built[-1].name} was compiled for version {made_for} of XLA's interface, this jaxlib has {here}"
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return None
 
 
@@ -52,6 +54,41 @@ def matmul(x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layo
       relu: `max(., 0)` of the result.
     """
     out = jax.ShapeDtypeStruct((x.shape[0], blk.matrix_shape(layout.shape)[1]), jnp.float32)
+    return _call(MATMUL, out, x, blocks, bias, layout, relu=relu)
+
+
+def conv(
+    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, strides: tuple[int, int], relu: bool
+) -> jax.Array:
+    """Convolution of images that are padded already, plus bias, rectified if asked, in float32; no patch is ever made.
+
+    Args:
+      x: `(batch, height, width, channels)`.
+      blocks: `(kept, b_r, b_c)`, float32 or bfloat16; `b_r` divides the channels, so that a block is of one place in
+        the window.
+      bias: `(outputs,)`.
+      layout: where the blocks of the kernel `(k_h, k_w, channels, outputs)` stand.
+      strides: down and across.
+      relu: `max(., 0)` of the result.
+    """
+    k_h, k_w, _, outputs = layout.shape
+    (down, across), (batch, height, width, _) = strides, x.shape
+    shape = (batch, (height - k_h) // down + 1, (width - k_w) // across + 1, outputs)
+    sides = {"window_rows": k_h, "window_columns": k_w, "stride_down": down, "stride_across": across}
+    options = {name: np.int64(n) for name, n in sides.items()}
+    return _call(CONV, jax.ShapeDtypeStruct(shape, jnp.float32), x, blocks, bias, layout, relu=relu, **options)
+
+
+def _call(
+    target: str,
+    out: jax.ShapeDtypeStruct,
+    x: jax.Array,
+    blocks: jax.Array,
+    bias: jax.Array | None,
+    layout: Layout,
+    **options: Any,
+) -> jax.Array:
     bias = jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)
     x = x.astype(jnp.float32)
-    return jax.ffi.ffi_call(TARGET, out)(x, blocks, layout.rows, layout.starts, bias, relu=relu)
+    call = jax.ffi.ffi_call(target, out, vmap_method="sequential")
+    return call(x, blocks, layout.rows, layout.starts, bias, **options)

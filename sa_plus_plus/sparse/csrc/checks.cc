@@ -3,7 +3,7 @@
 namespace sa_plus_plus {
 
 const char* complaint(const Product& p) {
-  if (p.batch < 0 || p.height < 1 || p.width < 1 || p.b_r < 1 || p.b_c < 1 || p.kept < 0) {
+  if (p.batch < 0 || p.height < 1 || p.width < 1 || p.b_r < 1 || p.b_c < 1 || p.kept < 0 || p.run < 1 || p.runs < 1) {
     return "a size is out of range";
   }
   const int64_t grid_r = p.grid_r(), grid_c = p.grid_c();
