@@ -25,11 +25,11 @@ def missing() -> str | None:
         return "it was not compiled when the package was installed, which takes a C++17 compiler"
     try:
         library = ctypes.CDLL(str(built[-1]))
-        made_for = library.sa_plus_plus_ffi_version()
-    except (OSError, AttributeError) as error:
+        made_for, here = library.sa_plus_plus_ffi_version(), _ffi_version()
+    except (OSError, AttributeError, TypeError) as error:
         return f"{built[-1].name} cannot be loaded: {error}"
-    # XLA would not merely refuse a kernel made for a newer interface: its whole CPU backend would not start.
-    if made_for > (here := _ffi_version()):
+    # XLA would not merely refuse a kernel made for another interface: its whole CPU backend would not start.
+    if made_for > here or made_for // 1000 != here // 1000:
         return f"{built[-1].name} was compiled for version {made_for} of XLA's interface, this jaxlib has {here}"
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
