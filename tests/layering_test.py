@@ -32,7 +32,7 @@ LIBRARY = (
 OPTIONAL = {  # imported where they are used, with an error that says what to install
     "phases": {"matplotlib"},
     "sparse.storage": {"safetensors"},
-    "sparse.formats": {"scipy", "jax2onnx"},
+    "sparse.formats": {"scipy", "jax2onnx", "onnxruntime"},
 }
 EXPERIMENTS = (
     "naming",

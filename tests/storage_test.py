@@ -3,6 +3,7 @@
 import json
 import struct
 
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -282,3 +283,11 @@ def test_onnx_gives_the_networks_results(tmp_path):
     (got,) = session.run(None, {session.get_inputs()[0].name: x})
     want = np.maximum(x @ np.asarray(params["dense"]["kernel"]), 0) - 1
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+    def pooled(x):
+        return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])
+
+    image = np.random.default_rng(1).normal(size=(1, 8, 8, 3)).astype(np.float32)
+    with pytest.raises(ValueError, match="jax2onnx made a model of this network"):  # as of 0.17
+        to_onnx(tmp_path / "b.onnx", lambda x: pooled(x), image)
+    assert not (tmp_path / "b.onnx").exists()

@@ -33,22 +33,40 @@ def to_bsr(w: BlockSparse) -> Any:
     return scipy.sparse.bsr_array((np.asarray(w.blocks)[order], by_rows.rows, by_rows.starts), shape=shape)
 
 
-def to_onnx(path: str | os.PathLike[str], fn: Callable[..., Any], *examples: Any) -> int:
-    """Write a network as an ONNX model, its weights in full; needs the package `jax2onnx`. Returns the file's size.
+def to_onnx(path: str | os.PathLike[str], fn: Callable[..., Any], *examples: Any, tolerance: float = 1e-4) -> int:
+    """Write a network as an ONNX model, its weights in full. Returns the file's size.
+
+    The package `jax2onnx` converts it. Not all that it converts is right (it drops the padding of flax's `max_pool`,
+    for one), so the model is run by `onnxruntime` and compared before it is written.
 
     Args:
       path: of the file, written atomically.
-      fn: the network with its parameters, `lambda x: model.apply({"params": params}, x)`.
-      examples: an array, or its shape and dtype, for each argument of `fn`.
+      fn: the network with its parameters, `lambda x: model.apply({"params": params}, x)`, of arrays to one array.
+      examples: arrays for each argument of `fn`, on which the results are compared; the model takes their shapes.
+      tolerance: how far they may be apart, relative to the largest.
 
     Raises:
-      ImportError: without jax2onnx.
+      ImportError: without jax2onnx or onnxruntime.
+      ValueError: if the converted model gives other results, or none.
     """
     try:
         import jax2onnx  # noqa: PLC0415 - optional
+        import onnxruntime  # noqa: PLC0415
     except ImportError as error:
-        raise ImportError("ONNX needs the package jax2onnx: pip install jax2onnx") from error
-    shapes = [jax.ShapeDtypeStruct(np.shape(x), x.dtype) for x in examples]
-    content = jax2onnx.to_onnx(fn, shapes).SerializeToString()
+        raise ImportError(f"ONNX needs two more packages: pip install jax2onnx onnxruntime ({error})") from error
+    given = [np.asarray(x) for x in examples]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
+    try:  # neither package has a common class for what goes wrong
+        content = jax2onnx.to_onnx(fn, shapes).SerializeToString()
+    except Exception as error:
+        raise ValueError(f"jax2onnx cannot convert this network: {error}") from error
+    want = np.asarray(fn(*given), np.float64)
+    try:
+        session = onnxruntime.InferenceSession(content)
+        got = session.run(None, {put.name: x for put, x in zip(session.get_inputs(), given, strict=True)})[0]
+    except Exception as error:
+        raise ValueError(f"jax2onnx made a model of this network that does not run: {error}") from error
+    if got.shape != want.shape or not np.allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max(initial=0)):
+        raise ValueError("jax2onnx made a model of this network that gives other results; nothing was written")
     write_atomically(pathlib.Path(path), content)
     return len(content)
