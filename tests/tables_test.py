@@ -17,6 +17,7 @@ STEPS = 12
 
 
 @hypothesis.given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 100))
+@hypothesis.settings(max_examples=10)
 def test_taken_rows_are_the_distinct_ones(length, lookups, seed):
     rng = np.random.default_rng(seed)
     ids, table = rng.integers(0, length, (lookups, 2)).astype(np.int32), rng.normal(size=(length, 3))

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-_INLINED = ("pjit", "jit", "closed_call", "core_call", "remat", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+_INLINED = (
+    *("pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call"),
+)
 _ELEMENTWISE = (
     *("add", "sub", "mul", "div", "neg", "max", "min", "sqrt", "rsqrt", "exp", "log", "square", "integer_pow", "pow"),
     *("convert_element_type", "copy", "copy_p", "stop_gradient"),
@@ -139,20 +142,22 @@ class _Recorder:
         return Variable(self.count, tuple(aval.shape), aval.dtype)
 
     def walk(self, closed: Any, inputs: Sequence[Value]) -> list[Value]:
-        known: dict[Any, Value] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
-        known |= {v: _constant(c) for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
+        # Some programs carry their constants, others have none; which do differs between versions of JAX.
+        program, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+        known: dict[Any, Value] = dict(zip(program.invars, inputs, strict=True))
+        known |= {v: _constant(c) for v, c in zip(program.constvars, consts, strict=True)}
 
         def read(atom: Any) -> Value:
             if isinstance(atom, core.Literal):
                 return _constant(np.asarray(atom.val, atom.aval.dtype))  # type: ignore[attr-defined]
             return known[atom]
 
-        for eqn in closed.jaxpr.eqns:
+        for eqn in program.eqns:
             values = [read(atom) for atom in eqn.invars]
             inner = _inner(eqn)
-            results = self.walk(inner, values) if inner else self.apply(eqn, values)
+            results = self.apply(eqn, values) if inner is None else self.walk(inner, values)
             known |= dict(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in closed.jaxpr.outvars]
+        return [read(atom) for atom in program.outvars]
 
     def apply(self, eqn: Any, values: list[Value]) -> Sequence[Value]:
         constants = [value for value in values if isinstance(value, Constant)]
@@ -168,8 +173,7 @@ def _inner(eqn: Any) -> Any:
     """The program that an operation stands for, if it is one that only calls another."""
     if eqn.primitive.name not in _INLINED:
         return None
-    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-    return core.ClosedJaxpr(inner, ()) if isinstance(inner, core.Jaxpr) else inner
+    return eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
 
 
 def _constant(value: Any) -> Constant:
