@@ -1,6 +1,6 @@
 """Block-wise pruning of neural networks in JAX: SequentialAttention++ and its rivals."""
 
-from sa_plus_plus import blocks, metrics, phases, select
+from sa_plus_plus import blocks, convex, metrics, phases, select
 from sa_plus_plus.algorithms import (
     acdc,
     attention_weights,
@@ -34,6 +34,7 @@ __all__ = [
     "acdc",
     "attention_weights",
     "blocks",
+    "convex",
     "dense",
     "gradual_magnitude",
     "magnitude",

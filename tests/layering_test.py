@@ -7,7 +7,29 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LIBRARY = ("blocks", "select", "phases", "planning", "sparsifier", "algorithms", "transforms", "metrics", "__init__")
+LIBRARY = (
+    "blocks",
+    "select",
+    "phases",
+    "planning",
+    "sparsifier",
+    "algorithms",
+    "transforms",
+    "metrics",
+    "convex.lambert",
+    "convex.groups",
+    "convex.penalties",
+    "convex.problems",
+    "convex.descent",
+    "convex.group_lasso",
+    "convex.least_squares_path",
+    "convex.penalised",
+    "convex.masked",
+    "convex.greedy",
+    "convex.constants",
+    "convex",
+    "__init__",
+)
 EXPERIMENTS = (
     "naming",
     "data.sources",
