@@ -8,7 +8,17 @@ All of it is jittable, maps over lambdas, starts and data, and computes in the t
 `jax_enable_x64`.
 """
 
-from sa_plus_plus.convex import constants, greedy, group_lasso, groups, masked, penalised, penalties, problems
+from sa_plus_plus.convex import (
+    constants,
+    greedy,
+    group_lasso,
+    groups,
+    least_squares_path,
+    masked,
+    penalised,
+    penalties,
+    problems,
+)
 from sa_plus_plus.convex.lambert import lambert_w
 
 __all__ = [
@@ -17,6 +27,7 @@ __all__ = [
     "group_lasso",
     "groups",
     "lambert_w",
+    "least_squares_path",
     "masked",
     "penalised",
     "penalties",

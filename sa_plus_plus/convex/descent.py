@@ -94,7 +94,7 @@ def proximal_step(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One step of a proximal method, its curvature doubled until the quadratic model bounds `fn` there.
 
-    Near the minimum differences of `fn` drown in rounding, so the gradients' difference along the step is looked at too.
+    Near the minimum differences of `fn` drown in rounding, so the gradients' difference along the step counts too.
 
     Args:
       fn: smooth.

@@ -27,6 +27,9 @@ from sa_plus_plus.convex.problems import Problem, gradient_at_zero
 _MOST_SUPPORTS = 200_000
 
 
+_Chain = tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]  # support, coefficients, best so far
+
+
 class Selection(NamedTuple):
     """What was chosen.
 
@@ -270,7 +273,7 @@ def _ompr(
         enters, leaves = jnp.argmax(outside), jnp.argmin(jnp.where(support, inside, jnp.inf))
         return (support | (number == enters)) & (number != leaves)
 
-    def step(state: tuple, _: None) -> tuple[tuple, jax.Array]:
+    def step(state: _Chain, _: None) -> tuple[_Chain, jax.Array]:
         support, beta, best = state
         support = swap(support, beta)
         beta, value = refit(problem, groups, support, beta, tol)
@@ -289,7 +292,7 @@ def _iht(problem: Problem, groups: Groups, k: int, steps: int, start: jax.Array,
 
     def step(state: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         beta, c = state
-        c, new, _ = proximal_step(problem.value, beta, c, lambda here, c: threshold(beta - here / c))
+        c, new = proximal_step(problem.value, beta, c, lambda here, c: threshold(beta - here / c))[:2]
         return (new, 0.95 * c), problem.value(new)
 
     first = threshold(start)

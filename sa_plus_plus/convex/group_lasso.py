@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sa_plus_plus.convex.descent import curvature_along_gradient, proximal_step
@@ -166,7 +167,7 @@ def check_groups(problem: Problem, groups: Groups) -> None:
         )
 
 
-def check_lambda(lam: jax.Array | float) -> None:
+def check_lambda(lam: jax.Array | np.ndarray | float) -> None:
     """Raise ValueError where a lambda is not positive (some of one value a group may be 0) or not finite."""
     if isinstance(lam, jax.core.Tracer):
         return

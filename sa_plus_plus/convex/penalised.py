@@ -64,9 +64,9 @@ def solve(
 ) -> Solution:
     """A local minimiser: proximal descent, then L-BFGS on the groups that are left.
 
-    `sum` takes steps on all groups at once. `composite` goes from group to group: with the others fixed, the regulariser
-    is a function of one norm, whose proximal operator is found by a search over its whole range. The problem is not
-    convex: start from several places (`vmap` over `start`).
+    `sum` takes steps on all groups at once. `composite` goes from group to group: with the others fixed, the
+    regulariser is a function of one norm, whose proximal operator is found by a search over its whole range. Neither
+    problem is convex: start from several places (`vmap` over `start`).
 
     Args:
       problem: the loss, coefficients of shape `S`.
@@ -126,8 +126,8 @@ def require_subadditive(penalty: Penalty) -> None:
     """Raise ValueError for a penalty that Theorem 1.1 does not cover."""
     if not penalty.subadditive:
         raise ValueError(
-            f"Theorem 1.1 needs a subadditive penalty, and {penalty.name} is not one: its objective (1) may have a lower "
-            "minimum than the group LASSO's solution; use penalised.solve, or absolute, power, log"
+            f"Theorem 1.1 needs a subadditive penalty, and {penalty.name} is not one: its objective (1) may have a "
+            "lower minimum than the group LASSO's solution; use penalised.solve, or absolute, power, log"
         )
 
 
@@ -148,7 +148,9 @@ def _solve(
     step = _all_at_once if form == "sum" else _group_by_group
     curvature = curvature_along_gradient(problem.value, start)
 
-    def body(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def body(
+        state: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         beta, c, _, n = state
         new, c = step(problem, groups, penalty, lam, beta, c)
         moved = jnp.sqrt(jnp.sum(jnp.square(new - beta)))

@@ -1,7 +1,7 @@
 """Penalties of a group's norm: value, inverse, derivative and proximal operator of each.
 
-A penalty is a function `q` on `[0, inf)` with `q(0) = 0`; the regulariser is `sum_i q(||beta_i||)` or, as in the paper's
-objective (1), `q^{-1}(sum_i q(||beta_i||))`. Everything is elementwise, jits and maps.
+A penalty is a function `q` on `[0, inf)` with `q(0) = 0`; the regulariser is `sum_i q(||beta_i||)` or, as in the
+paper's objective (1), `q^{-1}(sum_i q(||beta_i||))`. Everything is elementwise, jits and maps.
 """
 
 import dataclasses
@@ -152,7 +152,8 @@ def lambert() -> Penalty:
 
         q(a) = W(2 a^2)^2 / 4 + W(2 a^2) / 2,   q'(a) = W(2 a^2) / a
 
-    It is increasing but *not* subadditive, and concave only above `sqrt(e/2) = 1.166`: near 0 it is `a^2`, like a ridge.
+    It is increasing but *not* subadditive, and concave only above `sqrt(e/2) = 1.166`: near 0 it is `a^2`, as a
+    ridge is.
     """
 
     def value(x: jax.Array) -> jax.Array:
