@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_plus_plus.convex import problems
+import sa_plus_plus.convex.problems as problems
 from sa_plus_plus.convex.greedy import supports
 from sa_plus_plus.convex.group_lasso import check_groups
 from sa_plus_plus.convex.groups import Groups, members
@@ -49,7 +49,7 @@ def hessian_bounds(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     if kind not in (problems.squares_loss, problems.logistic_loss):
         raise ValueError("bounds of the Hessian are known for least_squares and logistic problems only")
     size = problem.origin.size
-    above = np.asarray(jax.hessian(problem.value)(problem.origin)).reshape(size, size)
+    above = np.asarray(jax.jit(jax.hessian(problem.value))(problem.origin)).reshape(size, size)
     if kind is problems.squares_loss:
         return above, above
     assert problem.dual is not None

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import sa_plus_plus.convex.group_lasso as group_lasso
+import sa_plus_plus.convex.penalties as penalties
 from sa_plus_plus import select
-from sa_plus_plus.convex import group_lasso, penalties
 from sa_plus_plus.convex.descent import curvature_along_gradient, lbfgs, proximal_step
 from sa_plus_plus.convex.group_lasso import check_groups
 from sa_plus_plus.convex.groups import Groups, norms, spread

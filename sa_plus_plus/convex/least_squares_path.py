@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sa_plus_plus.convex import problems
+import sa_plus_plus.convex.problems as problems
 from sa_plus_plus.convex.group_lasso import check_lambda
 from sa_plus_plus.convex.groups import Groups, members
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sa_plus_plus.convex import penalties
+import sa_plus_plus.convex.penalties as penalties
 from sa_plus_plus.convex.descent import lbfgs
 from sa_plus_plus.convex.group_lasso import check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, norms, scale

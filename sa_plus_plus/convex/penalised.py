@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sa_plus_plus.convex import group_lasso
+import sa_plus_plus.convex.group_lasso as group_lasso
 from sa_plus_plus.convex.descent import curvature_along_gradient, lbfgs, proximal_step
 from sa_plus_plus.convex.group_lasso import Solution, check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, norms, spread
