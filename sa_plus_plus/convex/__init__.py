@@ -8,17 +8,15 @@ All of it is jittable, maps over lambdas, starts and data, and computes in the t
 `jax_enable_x64`.
 """
 
-from sa_plus_plus.convex import (
-    constants,
-    greedy,
-    group_lasso,
-    groups,
-    least_squares_path,
-    masked,
-    penalised,
-    penalties,
-    problems,
-)
+import sa_plus_plus.convex.constants as constants
+import sa_plus_plus.convex.greedy as greedy
+import sa_plus_plus.convex.group_lasso as group_lasso
+import sa_plus_plus.convex.groups as groups
+import sa_plus_plus.convex.least_squares_path as least_squares_path
+import sa_plus_plus.convex.masked as masked
+import sa_plus_plus.convex.penalised as penalised
+import sa_plus_plus.convex.penalties as penalties
+import sa_plus_plus.convex.problems as problems
 from sa_plus_plus.convex.lambert import lambert_w
 
 __all__ = [

@@ -49,7 +49,7 @@ def hessian_bounds(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     if kind not in (problems.squares_loss, problems.logistic_loss):
         raise ValueError("bounds of the Hessian are known for least_squares and logistic problems only")
     size = problem.origin.size
-    above = np.asarray(jax.jit(jax.hessian(problem.value))(problem.origin)).reshape(size, size)
+    above = np.asarray(_hessian_at_zero(problem)).reshape(size, size)
     if kind is problems.squares_loss:
         return above, above
     assert problem.dual is not None
@@ -80,6 +80,11 @@ def guarantee(problem: Problem, groups: Groups, k: int) -> Guarantee | None:
         if convexity > 0 and size >= k * ((smoothness / convexity) ** 2 + 1):
             return Guarantee(k, size, smoothness, convexity)
     return None
+
+
+@jax.jit
+def _hessian_at_zero(problem: Problem) -> jax.Array:
+    return jax.hessian(problem.value)(problem.origin)
 
 
 def _eigenvalues(hessian: np.ndarray, groups: Groups, size: int) -> list[np.ndarray]:

@@ -26,8 +26,10 @@ from sa_plus_plus.convex.penalties import Penalty
 from sa_plus_plus.convex.problems import Problem, gradient_at_zero
 
 _MOST_SUPPORTS = 200_000
+_NOTHING = np.zeros(0, np.int32)
 
 
+_Pair = tuple[jax.Array, jax.Array]
 _Chain = tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]  # support, coefficients, best so far
 
 
@@ -39,12 +41,14 @@ class Selection(NamedTuple):
       coefficients: the loss's minimiser over that support.
       value: the loss there.
       values: the loss after each step or round.
+      entered: the group that each step or round of `omp` and `ompr` brought in; of the others, nothing.
     """
 
     support: jax.Array
     coefficients: jax.Array
     value: jax.Array
     values: jax.Array
+    entered: jax.Array | np.ndarray
 
 
 def refit(
@@ -244,16 +248,17 @@ def check_k(groups: Groups, k: int) -> None:
 
 @functools.partial(jax.jit, static_argnames="k")
 def _omp(problem: Problem, groups: Groups, k: int, tol: float | None) -> Selection:
-    def step(state: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def step(state: _Pair, _: None) -> tuple[_Pair, _Pair]:
         support, beta = state
         gradient = norms(groups, jax.grad(problem.value)(beta))
-        support = support | (jnp.arange(groups.count) == jnp.argmax(jnp.where(support, -1, gradient)))
+        enters = jnp.argmax(jnp.where(support, -1, gradient))
+        support = support | (jnp.arange(groups.count) == enters)
         beta, value = refit(problem, groups, support, beta, tol)
-        return (support, beta), value
+        return (support, beta), (value, enters)
 
     start = jnp.zeros(groups.count, bool), problem.origin
-    (support, beta), values = lax.scan(step, start, length=k)
-    return Selection(support, beta, values[-1], values)
+    (support, beta), (values, entered) = lax.scan(step, start, length=k)
+    return Selection(support, beta, values[-1], values, entered)
 
 
 @functools.partial(jax.jit, static_argnames=("rounds", "ratio"))
@@ -264,7 +269,7 @@ def _ompr(
     gradient = jax.grad(problem.value)
     beta, value = refit(problem, groups, support, None, tol)
 
-    def swap(support: jax.Array, beta: jax.Array) -> jax.Array:
+    def swap(support: jax.Array, beta: jax.Array) -> _Pair:
         outside = jnp.where(support, -1, norms(groups, gradient(beta)))
         inside = norms(groups, beta)
         if ratio is not None:
@@ -272,26 +277,26 @@ def _ompr(
             inside = norms(groups, group_lasso.solve(problem, groups, lam, beta).coefficients)
             outside = jnp.where(support, -1, inside)
         enters, leaves = jnp.argmax(outside), jnp.argmin(jnp.where(support, inside, jnp.inf))
-        return (support | (number == enters)) & (number != leaves)
+        return (support | (number == enters)) & (number != leaves), enters
 
-    def step(state: _Chain, _: None) -> tuple[_Chain, jax.Array]:
+    def step(state: _Chain, _: None) -> tuple[_Chain, _Pair]:
         support, beta, best = state
-        support = swap(support, beta)
+        support, enters = swap(support, beta)
         beta, value = refit(problem, groups, support, beta, tol)
         better = value < best[2]
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (support, beta, value), best)
-        return (support, beta, best), value
+        return (support, beta, best), (value, enters)
 
-    (_, _, best), values = lax.scan(step, (support, beta, (support, beta, value)), length=rounds)
-    return Selection(*best, jnp.concatenate([value[None], values]))
+    (_, _, best), (values, entered) = lax.scan(step, (support, beta, (support, beta, value)), length=rounds)
+    return Selection(*best, jnp.concatenate([value[None], values]), entered)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "steps"))
+@functools.partial(jax.jit, static_argnames="steps")
 def _iht(problem: Problem, groups: Groups, k: int, steps: int, start: jax.Array, tol: float | None) -> Selection:
     def threshold(x: jax.Array) -> jax.Array:
         return spread(groups, select.top_k(norms(groups, x), k).astype(x.dtype)) * x
 
-    def step(state: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def step(state: _Pair, _: None) -> tuple[_Pair, jax.Array]:
         beta, c = state
         c, new = proximal_step(problem.value, beta, c, lambda here, c: threshold(beta - here / c))[:2]
         return (new, 0.95 * c), problem.value(new)
@@ -302,7 +307,7 @@ def _iht(problem: Problem, groups: Groups, k: int, steps: int, start: jax.Array,
     return _kept(problem, groups, support, beta, tol)._replace(values=values)
 
 
-@functools.partial(jax.jit, static_argnames="k")
+@jax.jit
 def _magnitude(problem: Problem, groups: Groups, k: int, tol: float | None) -> Selection:
     dense, _ = refit(problem, groups, jnp.ones(groups.count, bool), None, tol)
     return _kept(problem, groups, select.top_k(norms(groups, dense), k), dense, tol)
@@ -311,7 +316,7 @@ def _magnitude(problem: Problem, groups: Groups, k: int, tol: float | None) -> S
 @jax.jit
 def _kept(problem: Problem, groups: Groups, support: jax.Array, beta: jax.Array, tol: float | None) -> Selection:
     beta, value = refit(problem, groups, support, beta, tol)
-    return Selection(support, beta, value, value[None])
+    return Selection(support, beta, value, value[None], _NOTHING)
 
 
 @functools.partial(jax.jit, static_argnames="batch")
@@ -322,4 +327,4 @@ def _best_of(problem: Problem, groups: Groups, masks: jax.Array, tol: float | No
     values = lax.map(loss, masks, batch_size=min(batch, masks.shape[0]))
     support = masks[jnp.argmin(values)]
     beta, value = refit(problem, groups, support, None, tol)
-    return Selection(support, beta, value, values)
+    return Selection(support, beta, value, values, _NOTHING)

@@ -61,6 +61,7 @@ def solve(
     start: jax.Array | None = None,
     tol: float | None = None,
     max_steps: int = 500,
+    polished: bool = True,
 ) -> Solution:
     """A local minimiser: proximal descent, then L-BFGS on the groups that are left.
 
@@ -78,6 +79,7 @@ def solve(
       tol: the descent stops when a step (a sweep over the groups) moves the coefficients by less than this, relatively;
         by default 1e-8 in float64, 1e-5 in float32. The polished point's gradient is reported as `residual`.
       max_steps: steps or sweeps.
+      polished: whether L-BFGS follows; without it `residual` is the last step's relative length.
 
     Raises:
       ValueError: on a lambda that is not positive, groups of another shape, an unknown form.
@@ -89,7 +91,7 @@ def solve(
         raise ValueError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
     tol = (1e-8 if dtype.itemsize > 4 else 1e-5) if tol is None else tol
     start = problem.origin if start is None else start
-    return _solve(problem, groups, penalty, jnp.asarray(lam, dtype), form, start, tol, max_steps)
+    return _solve(problem, groups, penalty, jnp.asarray(lam, dtype), form, start, tol, max_steps, polished)
 
 
 def one_group(
@@ -131,7 +133,7 @@ def require_subadditive(penalty: Penalty) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("penalty", "form", "max_steps"))
+@functools.partial(jax.jit, static_argnames=("penalty", "form", "max_steps", "polished"))
 def _solve(
     problem: Problem,
     groups: Groups,
@@ -141,6 +143,7 @@ def _solve(
     start: jax.Array,
     tol: jax.Array | float,
     max_steps: int,
+    polished: bool,
 ) -> Solution:
     if form == "composite" and math.isfinite(penalty.ceiling):  # shrink the start to where the objective is finite
         total = jnp.sum(norms(groups, start))
@@ -162,8 +165,10 @@ def _solve(
 
     first = (start, curvature, jnp.asarray(jnp.inf, start.dtype), jnp.zeros((), jnp.int32))
     beta, _, moved, steps = lax.while_loop(go_on, body, first)
-    beta, value, slope = polish(problem, groups, penalty, lam, form, beta)
-    return Solution(beta, value, slope, steps, (moved <= tol) | ~jnp.any(beta != 0))
+    value, residual = objective(problem, groups, penalty, lam, beta, form), moved
+    if polished:
+        beta, value, residual = polish(problem, groups, penalty, lam, form, beta)
+    return Solution(beta, value, residual, steps, (moved <= tol) | ~jnp.any(beta != 0))
 
 
 def polish(
