@@ -24,7 +24,7 @@ def write(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
 def _page(content: Mapping[str, Any]) -> str:
     edges = {kind: np.array(values) for kind, values in content["edges"].items()}
     near = [
-        f"- {kind}, {len(e)} instances: down to {np.median(e):.3f} tau in the median, {e.max():.4f} tau in the worst and "
+        f"- {kind}, {len(e)} instances: down to {np.median(e):.3f} tau in the median, {e.max():.4f} tau in the worst, "
         f"{e.min():.3f} tau in the best."
         for kind, e in edges.items()
     ]
@@ -40,24 +40,24 @@ def _page(content: Mapping[str, Any]) -> str:
         "`python -m experiments.theory`. The numbers are in `theory.json`.",
         "## The lemmas",
         "The minimum of each masked problem, found over mask and coefficients by L-BFGS from two starts on every "
-        "support, against that of the regularised problem, found on its own from as many starts. `mapped there` is the "
-        "masked objective at the image of the regularised minimiser, `mapped back` the other way round; all relative.",
+        "support, against that of the regularised problem, found on its own from as many starts. `mapped there` is "
+        "the masked objective at the image of the regularised minimiser, `mapped back` the reverse; all relative.",
         table(content["lemmas"]),
         "## Theorem 1.1",
-        "Five groups of 1 to 4 coordinates. Just under tau is `max(0.97, halfway from the edge to tau)`. There objective "
-        f"(1) is minimised from {10 + len(instances.SIZES)} starts; `found lower` counts instances where one ended below "
-        "the group LASSO's solution by more than 1e-10 of it, `found another as low` those where one ended as low more "
-        "than 1% away; `largest gain` is by how much, relatively, the best end is lower. MCP and SCAD increase only up to "
-        "a point, and objective (1) is infinite beyond it. The last rows are the penalty of Lemma 2.1: it is not "
-        "subadditive, the theorem does not cover it, and does not hold for it.",
+        "Five groups of 1 to 4 coordinates. Just under tau is `max(0.97, halfway from the edge to tau)`. There "
+        f"objective (1) is minimised from {10 + len(instances.SIZES)} starts; `found lower` counts instances where "
+        "one ended below the group LASSO's solution by more than 1e-10 of it, `found another as low` those where one "
+        "ended as low more than 1% away; `largest gain` is by how much, relatively, the best end is lower. MCP and "
+        "SCAD increase up to a point, and objective (1) is infinite beyond it. The last rows are the penalty of Lemma "
+        "2.1: it is not subadditive, the theorem does not cover it, and does not hold for it.",
         table(content["theorem_1_1"]),
         "How close to tau is close: lambda for which the group LASSO has one group.",
         "\n".join(near),
         "![one group](theory_one_group.png)",
         "## Theorem B.3",
         f"{replacement.GROUPS} groups of {replacement.SIZE}, constants by enumeration, {replacement.STARTS} random "
-        f"starts for each instance, eps = {replacement.EPS:g} of the distance from the loss at 0 to the best. The bound "
-        "holds where, at the stated k', the loss is within eps of the best k groups' in R rounds or fewer.",
+        f"starts for each instance, eps = {replacement.EPS:g} of the distance from the loss at 0 to the best. The "
+        "bound holds where, at the stated k', the loss is within eps of the best k groups' in R rounds or fewer.",
         table([{k: v for k, v in row.items() if k not in without} for row in content["theorem_b3"]]),
         "![rounds](theory_replacement.png)",
         "## Which groups are found",

@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     Attributes:
       value: `L(beta)`, a `jax.tree_util.Partial` over the data.
       origin: zeros of the coefficients' shape and type.
-      dual: `(beta, dual_norm) -> (lambda, gap)`-style certificate where the loss is a known one; see `Dual`.
+      dual: what a duality gap takes, where the loss is a known one.
     """
 
     value: Partial
