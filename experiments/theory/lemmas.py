@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.theory.instances import FEATURES, KINDS, SIZES, Amount, Kind, instance, keys
-from sa_plus_plus.convex import group_lasso, groups, masked, penalised
+from experiments.theory.instances import KINDS, SIZES, Amount, Kind, instance, keys
+from sa_plus_plus.convex import greedy, group_lasso, groups, masked, penalised
 from sa_plus_plus.convex.masked import Form
 
 LAMBDA = 0.2  # of tau
@@ -40,24 +40,27 @@ def rows(amount: Amount) -> list[dict[str, Any]]:
 
 
 def _compare(key: jax.Array, form: Form, kind: Kind) -> dict[str, jax.Array]:
-    """Both minima from starts of their own: every support, twice."""
+    """Both minima from two starts on every support: the loss's minimiser there, and a random one of their own."""
     problem, g = instance(key, kind)
     lam = LAMBDA * group_lasso.critical_lambda(problem, g)
     supports = np.array(list(itertools.product([1.0, 0.0], repeat=len(SIZES))))
     if form.name == "exponential":  # its mask is never 0, so neither is a minimiser's
         supports = np.ones_like(supports)
-    supports = jnp.asarray(np.concatenate([supports, supports]))
+    inside = jax.vmap(functools.partial(groups.spread, g))(jnp.asarray(supports))
+    fitted = jax.vmap(lambda s: greedy.refit(problem, g, s, tol=1e-4)[0])(jnp.asarray(supports))
     one, two = jax.random.split(jax.random.fold_in(key, 1))
-    inside = jax.vmap(functools.partial(groups.spread, g))(supports)
-    starts = jax.random.normal(one, (len(supports), FEATURES)) * inside
+
+    def starts_from(key: jax.Array) -> jax.Array:
+        return jnp.concatenate([fitted, jax.random.normal(key, fitted.shape) * inside])
+
+    supports, starts = jnp.asarray(np.concatenate([supports, supports])), starts_from(one)
     found = jax.vmap(lambda w, b: masked.solve(problem, g, form, lam, w, b))(supports, starts)
     found = jax.tree.map(lambda a: a[jnp.argmin(found.value)], found)
     if form.penalty.name == "absolute":
         plain = group_lasso.solve(problem, g, lam, tol=1e-10)
     else:
-        starts = jax.random.normal(two, (len(supports), FEATURES)) * inside
         solve = functools.partial(penalised.solve, problem, g, form.penalty, form.factor * lam, "sum")
-        plain = jax.vmap(solve)(starts)
+        plain = jax.vmap(solve)(starts_from(two))
         plain = jax.tree.map(lambda a: a[jnp.argmin(plain.value)], plain)
     w, b = masked.split(form, g, plain.coefficients)
     there = masked.objective(problem, g, form, lam, w, b)

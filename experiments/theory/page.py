@@ -40,8 +40,9 @@ def _page(content: Mapping[str, Any]) -> str:
         "`python -m experiments.theory`. The numbers are in `theory.json`.",
         "## The lemmas",
         "The minimum of each masked problem, found over mask and coefficients by L-BFGS from two starts on every "
-        "support, against that of the regularised problem, found on its own from as many starts. `mapped there` is "
-        "the masked objective at the image of the regularised minimiser, `mapped back` the reverse; all relative.",
+        "support (the loss's minimiser there, and a random one), against that of the regularised problem, found from as "
+        "many. `mapped there` is the masked objective at the image of the regularised minimiser, `mapped back` the "
+        "reverse; all relative.",
         table(content["lemmas"]),
         "## Theorem 1.1",
         "Five groups of 1 to 4 coordinates. Just under tau is `max(0.97, halfway from the edge to tau)`. There "
@@ -106,10 +107,14 @@ def _plot_rounds(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         label = f"{row['problem']}, n = {row['samples']}, k = {row['k']}"
         full = [r for r in row["each"] if r["size"] == r["promised_size"] and r["rounds"] is not None]
-        promised, taken = [r["promised_rounds"] for r in full], [r["rounds"] for r in full]
+        promised = [r["promised_rounds"] for r in full for _ in range(r["runs"])]
+        taken = [r["rounds"] for r in full for _ in range(r["runs"])]
         left.plot(promised, np.array(taken) + rng.uniform(-0.15, 0.15, len(taken)), ".", ms=4, alpha=0.5, label=label)
         sizes = sorted({r["size"] for r in row["each"]})
-        shares = [np.mean([r["rounds"] is not None for r in row["each"] if r["size"] == s]) for s in sizes]
+        shares = [
+            np.average([r["rounds"] is not None for r in of_size], weights=[r["runs"] for r in of_size])
+            for of_size in ([r for r in row["each"] if r["size"] == s] for s in sizes)
+        ]
         right.plot(np.array(sizes) / row["k"], shares, "o-", ms=3, label=label)
     ends = [0, max((r["promised_rounds"] for row in rows for r in row["each"]), default=1)]
     left.plot(ends, ends, "k:", lw=0.8)

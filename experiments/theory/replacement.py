@@ -1,5 +1,6 @@
 """Theorem B.3: what OMPR is promised to reach, in how many rounds, and in how many it does."""
 
+import collections
 import functools
 from typing import Any
 
@@ -66,10 +67,16 @@ def rows(amount: Amount) -> list[dict[str, Any]]:
                 "bound holds": len(kept),
                 "rounds taken, at most": max((r["rounds"] for r in kept), default=None),
                 "reached with k' = k": f"{sum(r['rounds'] is not None for r in least)} of {len(least)}",
-                "each": runs,
+                "each": _counted(runs),
             }
         )
     return out
+
+
+def _counted(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs that are alike as one, with how many they are."""
+    counts = collections.Counter(tuple(r.items()) for r in runs)
+    return [{**dict(items), "runs": count} for items, count in counts.items()]
 
 
 def _range(values: list[int]) -> str:
