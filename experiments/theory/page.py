@@ -40,7 +40,7 @@ def _page(content: Mapping[str, Any]) -> str:
         "`python -m experiments.theory`. The numbers are in `theory.json`.",
         "## The lemmas",
         "The minimum of each masked problem, found over mask and coefficients by L-BFGS from two starts on every "
-        "support (the loss's minimiser there, and a random one), against that of the regularised problem, found from as "
+        "support (the loss's minimiser there, and a random one), against that of the regularised problem, from as "
         "many. `mapped there` is the masked objective at the image of the regularised minimiser, `mapped back` the "
         "reverse; all relative.",
         table(content["lemmas"]),
@@ -95,7 +95,8 @@ def _plot_edges(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     for row in content["wide"]:
         ratios = [s["ratio"] for s in row["shares"]]
         right.plot(ratios, [s["of largest gradient"] for s in row["shares"]], "o-", ms=3, label=row["penalty"])
-    right.set(xlabel="λ / τ", ylabel="lowest point found: the one group of largest gradient", ylim=(-0.02, 1.02))
+    right.set(xlabel="λ / τ", ylabel="share of instances", ylim=(-0.02, 1.02))
+    right.set_title("the lowest point found has one group", fontsize="medium")
     right.legend(fontsize="small")
     fig.suptitle("Theorem 1.1: how close to τ is close")
     report.save_figure(path, fig)
