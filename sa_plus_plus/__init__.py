@@ -1,6 +1,6 @@
 """Block-wise pruning of neural networks in JAX: SequentialAttention++ and its rivals."""
 
-from sa_plus_plus import blocks, metrics, phases, select, sparse
+from sa_plus_plus import blocks, convex, metrics, phases, select, sparse
 from sa_plus_plus.algorithms import (
     acdc,
     attention_weights,
@@ -47,6 +47,7 @@ __all__ = [
     "block_sparse_conv",
     "block_sparse_matmul",
     "blocks",
+    "convex",
     "dense",
     "densify",
     "export",

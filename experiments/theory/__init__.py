@@ -1,0 +1,1 @@
+"""The paper's lemmas and theorems, checked on random and real problems."""

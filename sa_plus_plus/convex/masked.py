@@ -1,0 +1,208 @@
+"""Differentiable pruning as regularisation: the masked problems of Hoff and of Lemmas 2.1 to 2.3.
+
+Each minimises `L(effective(w, beta)) + lambda cost(w, beta)` over a mask `w` (one number a group) and coefficients
+`beta`, and its minimum is that of `L(u) + lambda factor sum_i q(||u_i||)`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import sa_plus_plus.convex.penalties as penalties
+from sa_plus_plus.convex.descent import lbfgs
+from sa_plus_plus.convex.group_lasso import check_groups, check_lambda
+from sa_plus_plus.convex.groups import Groups, norms, scale
+from sa_plus_plus.convex.lambert import lambert_w
+from sa_plus_plus.convex.penalties import Penalty
+from sa_plus_plus.convex.problems import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A masked problem and the regularised one that it equals.
+
+    Attributes:
+      name: which.
+      mask: `(groups, w, beta) -> (count,)`: what each group of `beta` is multiplied by.
+      cost: `(w, beta) -> scalar`.
+      penalty: `q` of the regularised problem.
+      factor: that `q` is multiplied by.
+      best_mask: `||u_i|| -> w_i` of the minimiser; then `beta_i = u_i / mask_i`.
+      smooth_mask: `v -> w` through which `w` is descended on, with `cost` smooth in `v`.
+      smooth_inverse: `w -> v`.
+    """
+
+    name: str
+    mask: Callable[[Groups, jax.Array, jax.Array], jax.Array]
+    cost: Callable[[jax.Array, jax.Array], jax.Array]
+    penalty: Penalty
+    factor: float
+    best_mask: Callable[[jax.Array], jax.Array]
+    smooth_mask: Callable[[jax.Array], jax.Array] = lambda v: v
+    smooth_inverse: Callable[[jax.Array], jax.Array] = lambda w: w
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Form) and self.name == other.name
+
+
+class Masked(NamedTuple):
+    """What was found.
+
+    Attributes:
+      w: mask variables, `(count,)`.
+      beta: of the coefficients' shape.
+      coefficients: the effective ones.
+      value: objective of the masked problem.
+      gradient_norm: at the end.
+      steps: taken.
+    """
+
+    w: jax.Array
+    beta: jax.Array
+    coefficients: jax.Array
+    value: jax.Array
+    gradient_norm: jax.Array
+    steps: jax.Array
+
+
+def _own_mask(groups: Groups, w: jax.Array, beta: jax.Array) -> jax.Array:
+    return w
+
+
+def hoff() -> Form:
+    """`L({w_i beta_i}) + lambda / 2 (||w||^2 + ||beta||^2)` is the group LASSO (Hoff 2017)."""
+    return Form(
+        "hoff",
+        _own_mask,
+        lambda w, beta: (jnp.sum(jnp.square(w)) + jnp.sum(jnp.square(beta))) / 2,
+        penalties.absolute(),
+        1.0,
+        lambda a: jnp.sqrt(a),
+    )
+
+
+def exponential() -> Form:
+    """`L({exp(w_i) beta_i}) + lambda (||w||^2 + ||beta||^2)` has `q = penalties.lambert()` (Lemma 2.1)."""
+    return Form(
+        "exponential",
+        lambda groups, w, beta: jnp.exp(w),
+        lambda w, beta: jnp.sum(jnp.square(w)) + jnp.sum(jnp.square(beta)),
+        penalties.lambert(),
+        1.0,
+        lambda a: lambert_w(2 * jnp.square(a)) / 2,
+    )
+
+
+def l1() -> Form:
+    """`L({w_i beta_i}) + lambda (||w||_1 + ||beta||^2)` has `(3/2) 2^{1/3} ||u_i||^{2/3}` (Lemma 2.2).
+
+    The minimum does not change where `w` is kept from being negative (turn `beta_i` instead), and `w = v^2` makes the
+    cost smooth.
+    """
+    return Form(
+        "l1",
+        _own_mask,
+        lambda w, beta: jnp.sum(jnp.abs(w)) + jnp.sum(jnp.square(beta)),
+        penalties.power(2 / 3),
+        1.5 * 2 ** (1 / 3),
+        lambda a: penalties.power(2 / 3).value(a) * 2 ** (1 / 3),
+        jnp.square,
+        lambda w: jnp.sqrt(jnp.abs(w)),
+    )
+
+
+def own_norm() -> Form:
+    """`L({||beta_i|| beta_i}) + lambda ||beta||^2` is the group LASSO (Lemma 2.3, PowerPropagation by blocks)."""
+    return Form(
+        "own_norm",
+        lambda groups, w, beta: norms(groups, beta),
+        lambda w, beta: jnp.sum(jnp.square(beta)),
+        penalties.absolute(),
+        1.0,
+        lambda a: jnp.sqrt(a),
+    )
+
+
+def effective(form: Form, groups: Groups, w: jax.Array, beta: jax.Array) -> jax.Array:
+    """The coefficients that the loss sees."""
+    return scale(groups, form.mask(groups, w, beta), beta)
+
+
+def objective(
+    problem: Problem, groups: Groups, form: Form, lam: jax.Array | float, w: jax.Array, beta: jax.Array
+) -> jax.Array:
+    """`L(effective(w, beta)) + lambda cost(w, beta)`."""
+    return problem.value(effective(form, groups, w, beta)) + lam * form.cost(w, beta)
+
+
+def split(form: Form, groups: Groups, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The `(w, beta)` of least cost with `effective(w, beta) = u`: how minimisers of the two problems map."""
+    lengths = norms(groups, u)
+    w = form.best_mask(lengths)
+    mask = jnp.exp(w) if form.name == "exponential" else w
+    inverse = jnp.where(mask > 0, 1 / jnp.where(mask > 0, mask, 1), 0)
+    return w, scale(groups, inverse, u)
+
+
+def solve(
+    problem: Problem,
+    groups: Groups,
+    form: Form,
+    lam: jax.Array | float,
+    w: jax.Array,
+    beta: jax.Array,
+    tol: float = 1e-10,
+    max_steps: int = 1000,
+) -> Masked:
+    """A local minimiser of a masked problem over `(w, beta)`, by L-BFGS.
+
+    A group that starts at `w_i = 0, beta_i = 0` stays there where the mask multiplies.
+
+    Args:
+      problem: the loss.
+      groups: partition of its coefficients.
+      form: which masked problem: `hoff()`, `exponential()`, `l1()`, `own_norm()`.
+      lam: positive scalar.
+      w: where the mask starts, `(count,)`; ones make `beta` the effective coefficients (zeros for `exponential`).
+      beta: where the coefficients start.
+      tol: on the gradient's 2-norm.
+      max_steps: at most so many.
+
+    Raises:
+      ValueError: on a lambda that is not positive, or shapes that do not fit.
+    """
+    check_groups(problem, groups)
+    check_lambda(lam)
+    if w.shape != (groups.count,) or beta.shape != groups.shape:
+        raise ValueError(
+            f"w and beta must have shapes {(groups.count,)} and {groups.shape}, got {w.shape}, {beta.shape}"
+        )
+    return _solve(problem, groups, form, jnp.asarray(lam, beta.dtype), w, beta, tol, max_steps)
+
+
+@functools.partial(jax.jit, static_argnames=("form", "max_steps"))
+def _solve(
+    problem: Problem,
+    groups: Groups,
+    form: Form,
+    lam: jax.Array,
+    w: jax.Array,
+    beta: jax.Array,
+    tol: jax.Array | float,
+    max_steps: int,
+) -> Masked:
+    def fn(x: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return objective(problem, groups, form, lam, form.smooth_mask(x[0]), x[1])
+
+    if form.name == "own_norm":
+        w = jnp.zeros_like(w)  # not used
+    end = lbfgs(fn, (form.smooth_inverse(w), beta), tol=tol, max_steps=max_steps)
+    w, beta = form.smooth_mask(end.x[0]), end.x[1]
+    return Masked(w, beta, effective(form, groups, w, beta), end.value, end.gradient_norm, end.steps)
