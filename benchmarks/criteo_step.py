@@ -1,7 +1,7 @@
 """Rows a second of the click network's training step: pruned against dense, and where the time goes.
 
     python -m benchmarks.criteo_step
-    python -m benchmarks.criteo_step --table=10000000 --blocks= --name=criteo_step_large_table
+    python -m benchmarks.criteo_step --table=10000000 --blocks=10 --name=criteo_step_large_table
     python -m benchmarks.criteo_step --batch=4096 --table=200000 --rounds=5 --name=
 
 The steps are those of the training loop, for configs/criteo_block*.py, on one batch of Zipf-distributed ids that is on
