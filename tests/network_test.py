@@ -153,9 +153,9 @@ def test_only_what_may_be_folded_is():
         again = jax.jit(fast.fn)(fast.weights, x)
     for result in (got, again):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, want)
-    first = next(s for s in fast._traced.steps if isinstance(s, tracing.Linear))
-    assert first.relu
-    assert first.bias is not None
+    first = next(i for i, s in enumerate(fast._traced.steps) if isinstance(s, tracing.Linear))
+    assert fast._traced.steps[first].relu
+    assert fast.weights[first][1].shape == (32,)
     assert all(choice.sparse and choice.block == (4, 4) for choice in fast.choices)
 
 
@@ -196,5 +196,105 @@ def test_bad_requests():
         fast(jnp.ones((3, 4)))
     with pytest.raises(ValueError, match="choose must be measured, all or none, got 'fast'"):
         sapp.specialize(lambda x: x, w, choose="fast")
-    with pytest.raises(ValueError, match="blocks needs at least one side"):
-        sapp.specialize(lambda x: x, w, blocks=())
+    with pytest.raises(ValueError, match="block must be a positive integer"):
+        sapp.specialize(lambda x: x, w, block=0)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        sapp.specialize(lambda x: x, w, choose="none", backend="cuda")
+    with pytest.raises(TypeError, match="outside jit, vmap and grad"):
+        jax.jit(lambda w: sapp.specialize(lambda x: x @ (w + 1), w, choose="none")(w))(w)
+    two = sapp.specialize(lambda x: x["q"] @ w - x["k"], {"q": w, "k": w})
+    with pytest.raises(ValueError, match="made for arguments like"):
+        two((w, w))
+
+
+def narrow(dtype, out):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(24, 32)), dtype)
+    return lambda x: jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=out)
+
+
+DTYPES = {
+    "integers": (lambda x: narrow("int8", jnp.float32)((8 * x).astype(jnp.int8)) * jnp.float32(0.01)),
+    "integer division": (lambda x: jax.lax.div(narrow("int8", jnp.int32)((8 * x).astype(jnp.int8)), jnp.int32(7))),
+    "half, scaled beyond its range": (
+        lambda x: narrow("float16", jnp.float32)(x.astype(jnp.float16)) * jnp.float32(1e5) * jnp.float32(1e-5)
+    ),
+    "half, scaled, in float32": (
+        lambda x: narrow("bfloat16", jnp.float32)(x.astype(jnp.bfloat16)) * jnp.float32(0.37) + jnp.float32(1)
+    ),
+    "rounded on purpose": (
+        lambda x: narrow("float32", None)(x).astype(jnp.bfloat16).astype(jnp.float32) + jnp.float32(1)
+    ),
+    "divided by zero": (lambda x: narrow("float32", None)(x) / jnp.zeros((1, 32))),
+    "scaled to denormals": (lambda x: narrow("float32", None)(x) * jnp.float32(1e-38) * jnp.float32(1e38)),
+    "outer product": (lambda x: jnp.einsum("bi,j->bij", x, jnp.arange(3.0))),
+}
+
+
+@pytest.mark.parametrize("name", list(DTYPES))
+@pytest.mark.usefixtures("standard_promotion")
+def test_nothing_is_folded_that_would_change_more_than_rounding(name):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 24)), jnp.float32)
+    want = DTYPES[name](x)
+    for choose in ("none", "all"):
+        got = sapp.specialize(DTYPES[name], x, choose=choose)(x)
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_an_empty_batch():
+    w = jnp.asarray(np.kron(np.eye(4), np.ones((4, 4))), jnp.float32)
+    fast = sapp.specialize(lambda x: x @ w, jnp.ones((0, 16)), choose="all")
+    assert fast(jnp.ones((0, 16))).shape == (0, 16)
+    mapped = jax.vmap(lambda x: sapp.block_sparse_matmul(x, to_block_sparse(w, 4)))
+    assert mapped(jnp.ones((0, 3, 16))).shape == (0, 3, 16)
+
+
+def test_several_devices_by_shard_map():
+    """On each device its own part of the batch; what the kernel's gradient misses is summed over them."""
+    rng = np.random.default_rng(0)
+    mesh = jax.make_mesh((4,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    spec = jax.sharding.PartitionSpec
+    kernel = np.kron(rng.random((6, 8)) < 0.4, np.ones((4, 4))) * rng.normal(size=(24, 32))
+    w = to_block_sparse(kernel.astype(np.float32), 4)
+    x = jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
+    fast = sapp.specialize(lambda x: jax.nn.relu(x @ densify(w)), x[:2], choose="all")
+    split = jax.jit(jax.shard_map(fast.fn, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec("d")))
+    got = split(fast.weights, x)
+    assert got.sharding.spec == spec("d")
+    np.testing.assert_allclose(got, jax.nn.relu(x @ densify(w)), rtol=1e-5, atol=1e-5)
+
+    def loss(x, w):
+        return jax.lax.psum(jnp.sum(jnp.sin(sapp.block_sparse_matmul(x, w))), "d")
+
+    def loss_of_images(x, w):
+        return jax.lax.psum(jnp.sum(jnp.sin(block_sparse_conv(x, w))), "d")
+
+    images = jnp.asarray(rng.normal(size=(4, 5, 5, 4)), jnp.float32)
+    conv = to_block_sparse(rng.normal(size=(3, 3, 4, 8)).astype(np.float32), 4, rng.random((9, 2)) < 0.5)
+    for fn, a, b in ((loss, x, w), (loss_of_images, images, conv)):
+        mapped = jax.shard_map(fn, mesh=mesh, in_specs=(spec("d"), spec()), out_specs=spec())
+        one = jax.shard_map(fn, mesh=mesh, in_specs=(spec(), spec()), out_specs=spec())  # four times the whole
+        got, want = jax.grad(mapped, (0, 1))(a, b), jax.grad(one, (0, 1))(a, b)
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(4 * g, w, rtol=1e-4, atol=1e-4), got, want)
+    with pytest.raises(ValueError, match="out_specs"):  # what differs between devices is known to
+        jax.shard_map(lambda x: sapp.block_sparse_matmul(x, w), mesh=mesh, in_specs=spec("d"), out_specs=spec())(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strides": (1, 1, 1)}, "strides must be two positive integers"),
+        ({"strides": (0, 1)}, "strides must be two positive integers"),
+        ({"bias": np.ones(0, np.float32)}, r"bias must be floating and of shape \(8,\)"),
+        ({"bias": np.ones(8, np.int32)}, "bias must be floating"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_convolution_options(options, message):
+    w = to_block_sparse(np.ones((3, 3, 4, 8), np.float32), 4)
+    for x in (jnp.ones((2, 8, 8, 4)), jnp.ones((0, 8, 8, 4))):
+        with pytest.raises(ValueError, match=message):
+            block_sparse_conv(x, w, **options)
+    wide = sapp.BlockSparse(jnp.pad(w.blocks, ((0, 0), (0, 0), (0, 4))), w.layout)
+    with pytest.raises(ValueError, match="blocks must be"):
+        block_sparse_conv(jnp.ones((2, 8, 8, 4)), wide)

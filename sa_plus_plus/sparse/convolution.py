@@ -11,7 +11,7 @@ from jax import lax
 
 import sa_plus_plus.sparse.native as native
 from sa_plus_plus.sparse.kernel import BlockSparse, Layout
-from sa_plus_plus.sparse.matmul import Backend, block_sparse_matmul, chosen
+from sa_plus_plus.sparse.matmul import Backend, block_sparse_matmul, check, chosen
 
 PATCH_BYTES = 2**22  # of patches at a time: they stay in a CPU's caches, and are never all there
 
@@ -53,6 +53,10 @@ def block_sparse_conv(
             "a convolution takes images (batch, height, width, channels) and a kernel (k_h, k_w, channels, outputs), "
             f"got {x.shape} and {w.shape}"
         )
+    check(x, w, bias)
+    if len(strides) != 2 or not all(isinstance(s, int | np.integer) and s > 0 for s in strides):
+        raise ValueError(f"strides must be two positive integers, down and across, got {strides}")
+    platform_choice = chosen(backend, x.dtype)
     window, strides = (w.shape[0], w.shape[1]), (int(strides[0]), int(strides[1]))
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
@@ -60,8 +64,8 @@ def block_sparse_conv(
     rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
     if min(rows, columns) < 1 or not x.shape[0]:
         return jnp.zeros((x.shape[0], max(rows, 0), max(columns, 0), w.shape[3]), x.dtype)
-    in_place = window != (1, 1) and w.shape[2] % w.layout.block[0] == 0 and x.dtype == w.dtype
-    if in_place and chosen(backend, x.dtype) in ("auto", "native"):
+    in_place = window != (1, 1) and w.shape[2] % w.layout.block[0] == 0
+    if in_place and platform_choice in ("auto", "native"):
         return _in_place(x, w.blocks, bias, w.layout, strides, relu, backend)
     return _by_patches(x, w, bias, strides, relu, backend)
 
@@ -84,7 +88,19 @@ def _in_place(
     def plain(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
         return _by_patches(x, BlockSparse(blocks, layout), bias, strides, relu, backend)
 
-    return lax.platform_dependent(x, blocks, bias, cpu=compiled, default=plain)
+    @jax.custom_batching.custom_vmap
+    def call(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return lax.platform_dependent(x, blocks, bias, cpu=compiled, default=plain)
+
+    @call.def_vmap
+    def rule(size: int, batched: Any, x: jax.Array, blocks: Any, bias: Any) -> tuple[jax.Array, bool]:
+        if batched[1] or batched[2]:  # several kernels: plain JAX knows how
+            axes = tuple(0 if is_batched else None for is_batched in batched)
+            return jax.vmap(plain, axes, axis_size=size)(x, blocks, bias), True
+        y = call(x.reshape(size * x.shape[1], *x.shape[2:]), blocks, bias)  # images mapped over are more images
+        return y.reshape(size, x.shape[1], *y.shape[1:]), True
+
+    return call(x, blocks, bias)
 
 
 def _in_place_forward(x: Any, blocks: Any, bias: Any, *options: Any) -> tuple[jax.Array, Any]:

@@ -58,6 +58,15 @@ def block_sparse_matmul(
             f"x must be (..., {rows}) to be multiplied by a kernel of shape {w.shape}, a matrix of {rows} by {cols}; "
             f"got {x.shape}"
         )
+    check(x, w, bias)
+    flat = x.reshape(math.prod(x.shape[:-1]), rows)
+    y = _compiled_product(flat, w.blocks, bias, w.layout, relu, chosen(backend, x.dtype))
+    return y.reshape(*x.shape[:-1], cols)
+
+
+def check(x: jax.Array, w: BlockSparse, bias: jax.Array | None) -> None:
+    """Refuse a kernel, an input and a bias that do not go together."""
+    cols = w.shape[-1]
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != w.dtype:
         raise ValueError(f"x and the kernel must be of one floating type, got {x.dtype} and {w.dtype}: cast either")
     if w.blocks.shape != (w.layout.kept, *w.layout.block):
@@ -66,9 +75,6 @@ def block_sparse_matmul(
         )
     if bias is not None and (bias.shape != (cols,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
         raise ValueError(f"bias must be floating and of shape {(cols,)}, got {bias.dtype} {bias.shape}")
-    flat = x.reshape(math.prod(x.shape[:-1]), rows)
-    y = _compiled_product(flat, w.blocks, bias, w.layout, relu, chosen(backend, x.dtype))
-    return y.reshape(*x.shape[:-1], cols)
 
 
 def chosen(backend: Backend | None, dtype: Any) -> str:
@@ -119,8 +125,8 @@ def _forward(
             axes = tuple(0 if is_batched else None for is_batched in batched)
             run = functools.partial(_run, layout=layout, relu=relu, backend="pure")
             return jax.vmap(run, axes, axis_size=size)(x, blocks, bias), True
-        y = _forward(x.reshape(-1, x.shape[-1]), blocks, bias, layout, relu, backend)
-        return y.reshape(size, -1, y.shape[-1]), True
+        y = _forward(x.reshape(size * x.shape[1], x.shape[2]), blocks, bias, layout, relu, backend)
+        return y.reshape(size, x.shape[1], y.shape[1]), True
 
     return call(x, blocks, bias)
 
@@ -166,8 +172,16 @@ def _product_backward(layout: Layout, relu: bool, backend: str, saved: Any, g: j
     transposed, order = layout.transposed
     dx = _forward(g, blocks[order].swapaxes(1, 2), None, transposed, False, backend)
     d_blocks = pure.weight_gradient(x, g, layout).astype(blocks.dtype)
-    d_bias = None if bias is None else jnp.sum(blk.widened(g), axis=0).astype(bias.dtype)
-    return dx, d_blocks, d_bias
+    d_bias = None if bias is None else _like(jnp.sum(blk.widened(g), axis=0).astype(bias.dtype), bias)
+    return _like(dx, x), _like(d_blocks, blocks), d_bias
+
+
+def _like(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
+    """Under `jax.shard_map`: summed over devices where the primal is the same on all of them, a kernel as a rule."""
+    here, there = (jax.typeof(a).manual_axis_type.varying for a in (cotangent, primal))
+    if here - there:
+        cotangent = jax.lax.psum(cotangent, tuple(here - there))
+    return jax.lax.pcast(cotangent, tuple(there - here), to="varying") if there - here else cotangent
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -91,4 +91,7 @@ def _call(
     bias = jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)
     x = x.astype(jnp.float32)
     call = jax.ffi.ffi_call(target, out, vmap_method="sequential")
-    return call(x, blocks, layout.rows, layout.starts, bias, **options)
+    y = call(x, blocks, layout.rows, layout.starts, bias, **options)
+    # Under `jax.shard_map` what is computed differs from device to device where any operand does.
+    varying = set().union(*(jax.typeof(operand).manual_axis_type.varying for operand in (x, blocks, bias)))
+    return jax.lax.pcast(y, tuple(varying), to="varying") if varying else y

@@ -12,7 +12,7 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.convolution import block_sparse_conv
 from sa_plus_plus.sparse.kernel import BlockSparse, to_block_sparse
-from sa_plus_plus.sparse.matmul import Backend, block_sparse_matmul
+from sa_plus_plus.sparse.matmul import Backend, block_sparse_matmul, chosen
 from sa_plus_plus.sparse.tracing import Call, Constant, Linear, Traced, Variable, trace
 
 BLOCKS = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are looked for
@@ -57,11 +57,16 @@ class Network:
         self._traced = traced
         self.choices = tuple(choices)
         self.weights = [_needs(step, form) for step, form in zip(traced.steps, forms, strict=True)]
+        for step in traced.steps:
+            _forget(step)
         self.fn = functools.partial(_run, traced, backend)
         self._jitted = jax.jit(self.fn)
 
     def __call__(self, *inputs: Any) -> Any:
-        got = [(np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype)) for x in jax.tree.leaves(inputs)]
+        leaves, tree = jax.tree.flatten(inputs)
+        if tree != self._traced.input_tree:
+            raise ValueError(f"this network was made for arguments like {self._traced.input_tree}, got {tree}")
+        got = [(np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))) for x in leaves]
         want = [(v.shape, v.dtype) for v in self._traced.inputs]
         if got != want:
             raise ValueError(
@@ -81,7 +86,7 @@ class Network:
 def specialize(
     fn: Callable[..., Any],
     *examples: Any,
-    blocks: int | Sequence[Any] = BLOCKS,
+    block: int | Sequence[int] | None = None,
     choose: Literal["measured", "all", "none"] = "measured",
     backend: Backend | None = None,
 ) -> Network:
@@ -91,26 +96,31 @@ def specialize(
         y = fast(x)
 
     The function is traced with its weights as constants. What depends on them alone is computed now; scales and shifts
-    of channels after a dense layer or convolution, batch normalisation among them, and ReLU are folded into it; and
-    each kernel most of whose blocks are zero, whatever it is called in the model, is multiplied by its blocks where
-    that is faster here than in full: `print(fast)` shows which. Results equal the network's up to rounding.
+    of channels after a dense layer or convolution in float32 or float64, batch normalisation among them, and ReLU are
+    folded into it; and each kernel of which blocks are zero, whatever it is called in the model, is multiplied by its
+    blocks where that is faster here than in full: `print(fast)` shows which. Results are the network's up to rounding,
+    for finite inputs. It is for inference: custom derivatives are lost.
+
+    Layers are products `x @ kernel`, and convolutions of channels that come last, wherever the function or what it
+    calls does them, but not within loops and branches (`scan`, `while`, `cond`), and not with several axes of outputs,
+    as in the queries, keys and values of flax's attention. These run as they were traced.
 
     Args:
       fn: jittable, the weights closed over, dropout off and averages running: the network as it serves.
       examples: inputs, or their shapes and dtypes. The result takes inputs of these shapes alone.
-      blocks: sides or pairs of them in which kernels may have been pruned, largest first.
+      block: `(b_r, b_c)` in which kernels were pruned, or one integer for a square; by default found out.
       choose: `"measured"`: both forms of each pruned layer are timed on this machine, some seconds for a large network.
         `"all"`: every pruned layer by its blocks. `"none"`: folding alone.
-      backend: as `block_sparse_matmul` takes it.
+      backend: as `block_sparse_matmul` takes it. Functions to be exported by `jax.export` need `"pure"`.
 
     Raises:
-      ValueError: for an unknown `choose`, or a `blocks` without a side.
+      TypeError: under `jax.jit`, where weights have no values to look at.
+      ValueError: for an unknown `choose` or `backend`.
     """
     if choose not in ("measured", "all", "none"):
         raise ValueError(f"choose must be measured, all or none, got {choose!r}")
-    sides = [blk.as_block(b) for b in (blocks if isinstance(blocks, Sequence) else (blocks,))]
-    if not sides:
-        raise ValueError("blocks needs at least one side, such as (8,) or ((8, 4),)")
+    chosen(backend, np.dtype(np.float32))  # refuses an unknown one
+    sides = [(b, b) for b in BLOCKS] if block is None else [blk.as_block(block)]
     traced = trace(fn, *examples)
     measured: dict[Any, tuple[float, float]] = {}
     forms, choices = [], []
@@ -157,7 +167,8 @@ def _pruned_in(kernel: np.ndarray, sides: list[blk.Block]) -> tuple[blk.Block | 
 
 
 def _can_be_sparse(step: Linear) -> bool:
-    if step.x.dtype != step.kernel.dtype or not jnp.issubdtype(step.x.dtype, jnp.floating):
+    kernel = step.original
+    if not step.x.dtype == kernel.dtype == step.output.dtype or not 2 <= kernel.ndim <= 5 or not kernel.size:
         return False
     if not step.is_convolution:
         return True
@@ -171,20 +182,19 @@ def _can_be_sparse(step: Linear) -> bool:
 def _sparse(step: Linear, x: Any, w: BlockSparse, bias: Any, backend: Backend | None) -> Any:
     if step.is_convolution:
         strides, padding = step.call.options["window_strides"], step.call.options["padding"]
-        y = block_sparse_conv(x, w, strides=strides, padding=padding, bias=bias, relu=step.relu, backend=backend)
-    else:
-        lead = x.ndim - (step.kernel.ndim - 1)
-        x = x.reshape(*x.shape[:lead], -1)
-        y = block_sparse_matmul(x, w, bias=bias, relu=step.relu, backend=backend)
-    return y.astype(step.output.dtype)
+        return block_sparse_conv(x, w, strides=strides, padding=padding, bias=bias, relu=step.relu, backend=backend)
+    lead = x.shape[: x.ndim - w.ndim + 1]
+    x = x.reshape(*lead, blk.matrix_shape(w.shape)[0])
+    return block_sparse_matmul(x, w, bias=bias, relu=step.relu, backend=backend)
 
 
 def _measure(step: Linear, w: BlockSparse, backend: Backend | None) -> tuple[float, float]:
     """Seconds of the layer in full and by its blocks, measured in turn."""
     x = jax.random.normal(jax.random.key(0), step.x.shape).astype(step.x.dtype)
+    bias = _bias(step)
     calls = [
-        functools.partial(jax.jit(step.dense), x, step.kernel, step.bias),
-        functools.partial(jax.jit(lambda x, w, bias: _sparse(step, x, w, bias, backend)), x, w, step.bias),
+        functools.partial(jax.jit(step.dense), x, step.kernel, bias),
+        functools.partial(jax.jit(lambda x, w, bias: _sparse(step, x, w, bias, backend)), x, w, bias),
     ]
     seconds: list[list[float]] = [[], []]
     repeats = [1, 1]
@@ -208,9 +218,20 @@ def _timed(call: Callable[[], Any], repeats: int) -> float:
 def _needs(step: Call | Linear, form: BlockSparse | None) -> Any:
     """The arrays that a step takes besides its variables."""
     if isinstance(step, Linear):
-        return (step.kernel if form is None else form, step.bias)
+        return (step.kernel if form is None else form, _bias(step))
     full = [value.full for value in step.inputs if isinstance(value, Constant) and not _small(value)]
     return full
+
+
+def _bias(step: Linear) -> jax.Array | None:
+    return None if step.bias is None else jnp.asarray(step.bias, step.original.dtype)
+
+
+def _forget(step: Call | Linear) -> None:
+    """Let go of a kernel that the network has in another form."""
+    if isinstance(step, Linear):
+        step.original = jax.ShapeDtypeStruct(step.original.shape, step.original.dtype)
+        step.scale = step.bias = None
 
 
 def _small(constant: Constant) -> bool:

@@ -186,4 +186,5 @@ def weight_gradient(x: jax.Array, g: jax.Array, layout: Layout) -> jax.Array:
     numbers = np.concatenate([group.at.ravel() for group in groups(layout)])
     place = np.argsort(numbers, kind="stable")[: layout.kept]  # behind them is padding
     tiles = _tiles(_in_blocks(x, shape[1]), LARGE_TILE), _tiles(_in_blocks(g, shape[2]), LARGE_TILE)
-    return jax.lax.scan(add, jnp.zeros(shape, dtype), tiles)[0]
+    nothing = jnp.sum(x[:0].astype(dtype)) + jnp.sum(g[:0].astype(dtype))  # of the type that sums have in `shard_map`
+    return jax.lax.scan(add, jnp.broadcast_to(nothing, shape), tiles)[0]

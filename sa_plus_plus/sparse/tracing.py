@@ -5,7 +5,6 @@ output channel, such as those of batch normalisation at inference, are folded in
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,26 +66,32 @@ class Call:
 
 @dataclasses.dataclass
 class Linear:
-    """A product with a kernel whose output channels come last: `relu?(scale * (x @ kernel) + bias)`.
+    """A product with a kernel whose output channels come last: `relu?(x @ (scale * kernel) + bias)`.
 
     Attributes:
-      call: the dense layer or convolution, as JAX traced it, of `x` and the kernel.
-      kernel: its last axis are the output channels; the scale is multiplied in already.
-      bias: `(channels,)`, or None.
+      call: the dense layer or convolution, as JAX traced it, of `x` and a kernel.
+      x: what is multiplied.
+      original: the kernel as it was; its last axis are the output channels.
+      scale: `(channels,)` float64, or None: what to multiply it by.
+      bias: `(channels,)` float64, or None.
       relu: whether `max(., 0)` follows.
       output: the result, after all of them.
     """
 
     call: Call
-    kernel: jax.Array
-    bias: jax.Array | None
+    x: Variable
+    original: Any
+    scale: np.ndarray | None
+    bias: np.ndarray | None
     relu: bool
     output: Variable
 
     @property
-    def x(self) -> Variable:
-        assert isinstance(self.call.inputs[0], Variable)
-        return self.call.inputs[0]
+    def kernel(self) -> Any:
+        """The kernel, scaled, in its type."""
+        if self.scale is None:
+            return self.original
+        return jnp.asarray((np.asarray(self.original, np.float64) * self.scale).astype(self.original.dtype))
 
     @property
     def is_convolution(self) -> bool:
@@ -96,8 +101,8 @@ class Linear:
         """Run it as it was traced."""
         (y,) = self.call.run(x, kernel)
         if bias is not None:
-            y = y.astype(bias.dtype) + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
-        return (jax.nn.relu(y) if self.relu else y).astype(self.output.dtype)
+            y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        return jax.nn.relu(y) if self.relu else y
 
 
 class Traced(NamedTuple):
@@ -107,27 +112,34 @@ class Traced(NamedTuple):
       inputs: its arguments' leaves.
       steps: in the order in which they can be run.
       outputs: its results' leaves.
-      tree: the structure of its result.
+      input_tree: the structure of its arguments.
+      tree: that of its result.
     """
 
     inputs: list[Variable]
     steps: list[Call | Linear]
     outputs: list[Value]
+    input_tree: Any
     tree: Any
 
 
 def trace(fn: Callable[..., Any], *examples: Any) -> Traced:
     """Trace a network on arguments of given shapes; its weights are what it closes over.
 
+    Custom derivatives are not kept: what is traced is for inference.
+
     Args:
       fn: jittable.
       examples: arrays, or their shapes and dtypes.
     """
     closed, result = jax.make_jaxpr(fn, return_shape=True)(*examples)
+    if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
+        raise TypeError("weights must have values to look at: specialize a network outside jit, vmap and grad")
     recorder = _Recorder()
     inputs = [recorder.variable(v.aval) for v in closed.jaxpr.invars]
     outputs = recorder.walk(closed, inputs)
-    return Traced(inputs, _folded(recorder.calls, outputs), outputs, jax.tree.structure(result))
+    structures = jax.tree.structure(examples), jax.tree.structure(result)
+    return Traced(inputs, _folded(recorder.calls, outputs), outputs, *structures)
 
 
 class _Recorder:
@@ -223,13 +235,14 @@ def _linear(call: Call) -> Linear | None:
     if len(call.inputs) != 2 or isinstance(call.inputs[0], Constant) or isinstance(call.inputs[1], Variable):
         return None
     x, kernel = call.inputs
+    assert isinstance(x, Variable)
     assert isinstance(kernel, Constant)
     name, options = call.primitive.name, call.options
     if name == "dot_general":
         (left, right), batch = options["dimension_numbers"]
         n = len(right)
         matches = tuple(left) == tuple(range(len(x.shape) - n, len(x.shape))) and tuple(right) == tuple(range(n))
-        if any(batch) or not matches or len(kernel.shape) != n + 1:
+        if n < 1 or any(batch) or not matches or len(kernel.shape) != n + 1:
             return None
     elif name == "conv_general_dilated":
         numbers, last = options["dimension_numbers"], len(x.shape) - 1
@@ -238,50 +251,64 @@ def _linear(call: Call) -> Linear | None:
             return None
     else:
         return None
-    return Linear(call, kernel.full, None, False, call.outputs[0])
+    (output,) = call.outputs
+    if not jnp.issubdtype(kernel.value.dtype, jnp.floating) or not jnp.issubdtype(output.dtype, jnp.floating):
+        return None
+    return Linear(Call(call.primitive, options, [x], [output]), x, kernel.full, None, None, False, output)
 
 
 def _fold(linear: Linear, call: Call, at: int) -> bool:
-    """Take an operation on a product's result into it, if that can be done."""
-    name, (output,) = call.primitive.name, call.outputs if len(call.outputs) == 1 else (None,)
-    if output is None or len(output.shape) == 0 or output.shape != linear.output.shape:
+    """Take an operation on a product's result into it, if that changes no more than the rounding of its last digit.
+
+    So nothing is folded across a change of type, where a network may mean to round, nor into types of few digits.
+    """
+    if len(call.outputs) != 1 or len(call.inputs) != 2:
         return False
-    if name == "convert_element_type":
-        if not (jnp.issubdtype(output.dtype, jnp.floating) and jnp.issubdtype(linear.output.dtype, jnp.floating)):
-            return False
-        linear.output = output
-        return True
-    others = [value for i, value in enumerate(call.inputs) if i != at]
-    if len(others) != 1 or not isinstance(others[0], Constant):
+    (output,), (other,) = call.outputs, call.inputs[:at] + call.inputs[at + 1 :]
+    if (output.shape, output.dtype) != (linear.output.shape, linear.output.dtype) or isinstance(other, Variable):
         return False
-    value = others[0].value
-    if name == "max" and np.ndim(value) <= len(output.shape) and np.size(value) == 1 and not np.any(value):
+    value = np.asarray(other.value)
+    if call.primitive.name == "max" and value.size == 1 and not value.any():
         linear.relu, linear.output = True, output
         return True
-    if np.size(value) != (np.shape(value) or (1,))[-1]:  # it varies along another axis than the channels
+    if value.size != (value.shape or (1,))[-1]:  # it varies along another axis than the channels
         return False
-    return _affine(linear, name, at, value, output)
+    if output.dtype not in (np.float32, np.float64) or linear.original.dtype != output.dtype:
+        return False
+    return _affine(linear, call.primitive.name, at, value, output)
 
 
-def _affine(linear: Linear, name: str, at: int, value: Any, output: Variable) -> bool:
+def _affine(linear: Linear, name: str, at: int, value: np.ndarray, output: Variable) -> bool:
     """`y + c`, `y - c`, `c - y`, `y * c` or `y / c`, with a `c` for each channel or for all."""
-    c = jnp.broadcast_to(jnp.reshape(jnp.asarray(value), -1), output.shape[-1:])
-    wide = functools.partial(jnp.asarray, dtype=jnp.promote_types(jnp.float32, linear.kernel.dtype))
-    c, bias = wide(c), None if linear.bias is None else wide(linear.bias)
-    scale = None
-    if name in ("add", "add_any"):
-        bias = c if bias is None else bias + c
-    elif name == "sub":
-        bias = -c if bias is None else bias - c
-        if at == 1:
-            scale, bias = wide(-1.0), -bias
+    c = np.broadcast_to(value.reshape(-1).astype(np.float64), output.shape[-1:])
+    scale, bias = linear.scale, linear.bias
+    if name in ("add", "add_any", "sub"):
+        by = -1 if name == "sub" and at == 1 else 1  # c - y
+        bias = (0 if bias is None else by * bias) + (-c if name == "sub" and at == 0 else c)
+        if by == -1:
+            scale = -(np.ones_like(c) if scale is None else scale)
     elif name == "mul" or (name == "div" and at == 0):
-        scale = c if name == "mul" else 1 / c
-        bias = None if bias is None else bias * scale
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            factor = c if name == "mul" else 1 / c
+            scale = factor if scale is None else scale * factor
+            bias = None if bias is None else bias * factor
     else:
         return False
-    if scale is not None:
-        across = jnp.broadcast_to(scale, linear.kernel.shape)
-        linear.kernel = (wide(linear.kernel) * across).astype(linear.kernel.dtype)
-    linear.bias, linear.output = bias, output
+    if not _holds(linear.original, scale) or not _holds(np.ones(1, output.dtype), bias):
+        return False
+    linear.scale, linear.bias, linear.output = scale, bias, output
     return True
+
+
+def _holds(original: Any, factor: np.ndarray | None) -> bool:
+    """Whether the type of an array can hold its product with a factor, neither overflowing nor losing digits."""
+    if factor is None:
+        return True
+    limits = jnp.finfo(original.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sizes = np.abs(np.asarray(original, np.float64) * factor)
+    return bool(np.isfinite(factor).all() and (sizes <= float(limits.max)).all() and _no_denormals(sizes, limits))
+
+
+def _no_denormals(sizes: np.ndarray, limits: Any) -> bool:
+    return not ((sizes > 0) & (sizes < float(limits.tiny))).any()
