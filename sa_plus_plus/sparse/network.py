@@ -60,20 +60,22 @@ class Network:
         for step in traced.steps:
             _forget(step)
         self.fn = functools.partial(_run, traced, backend)
-        self._jitted = jax.jit(self.fn)
+        # Flat, so that a call does not take the weights' tree apart again.
+        self._arrays, structure = jax.tree.flatten(self.weights)
+        self._jitted = jax.jit(lambda arrays, *inputs: self.fn(jax.tree.unflatten(structure, arrays), *inputs))
 
     def __call__(self, *inputs: Any) -> Any:
         leaves, tree = jax.tree.flatten(inputs)
         if tree != self._traced.input_tree:
             raise ValueError(f"this network was made for arguments like {self._traced.input_tree}, got {tree}")
-        got = [(np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))) for x in leaves]
+        got = [(x.shape, x.dtype) if isinstance(x, jax.Array) else _shape_and_type(x) for x in leaves]
         want = [(v.shape, v.dtype) for v in self._traced.inputs]
         if got != want:
             raise ValueError(
                 f"this network was made for {_shapes(want)}, got {_shapes(got)}: make another for these, "
                 "or pad them to that shape"
             )
-        return self._jitted(self.weights, *inputs)
+        return self._jitted(self._arrays, *inputs)
 
     def __str__(self) -> str:
         head = ("layer", "kernel", "rows", "block", "kept", "dense µs", "sparse µs", "runs")
@@ -221,6 +223,11 @@ def _needs(step: Call | Linear, form: BlockSparse | None) -> Any:
         return (step.kernel if form is None else form, _bias(step))
     full = [value.full for value in step.inputs if isinstance(value, Constant) and not _small(value)]
     return full
+
+
+def _shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
+    """Of what is not an array of JAX's: as it will be when it is made one."""
+    return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
 
 
 def _bias(step: Linear) -> jax.Array | None:
