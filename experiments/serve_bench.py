@@ -6,7 +6,8 @@
 The first measures what a run has left. Without `--weights` the config's network gets random weights, of which random
 blocks are zero, for every block size and sparsity asked for: how fast it is does not depend on which. It needs no data.
 `model` is the network as it was trained, zeros multiplied; `folded` has batch normalisation and ReLU folded into its
-layers; `sparse` moreover multiplies by blocks where that is faster. They take turns, and their results are compared.
+layers; `sparse` moreover multiplies by blocks where that is faster. They take turns, and the results of the last two
+are compared with the model's. Images are noise, and ids are drawn from the whole vocabulary, each as likely.
 The output directory gets `serve.json`, what became of each layer in `layers.txt`, and `serve.png`.
 """
 
@@ -42,8 +43,10 @@ def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     console, config = progress.console(), cli.CONFIG.value
     with cli.users_mistakes():
+        batches = _numbers("batches", int, 1, 2**20)
+        _in_range("rounds", _ROUNDS.value, 1, 2**20)
+        _tolerance(config)
         networks = list(_trained(config) if _WEIGHTS.value else _random(config))
-        batches = [_in_range("batches", int(batch), 1, 2**20) for batch in _BATCHES.value]
         output = pathlib.Path(_OUTPUT.value)
         output.mkdir(parents=True, exist_ok=True)
     rows, layers = [], []
@@ -64,19 +67,18 @@ def main(argv: list[str]) -> None:
 
 def measure(setup: program.Setup, variables: Any, batch: int) -> tuple[dict[str, Any], sapp.sparse.Network]:
     """Seconds of each contender for one batch, and how far its results are from the model's."""
-    model, example = setup.task.model, setup.task.dataset.example[setup.task.input]
-    dtype = "float32" if setup.task.input == "image" else example.dtype
-    x = jnp.asarray(np.random.default_rng(0).random((batch, *example.shape[1:])) * 3, dtype)
+    model, x = setup.task.model, jnp.asarray(inputs(setup, batch))
 
     def apply(x: jax.Array) -> Any:
         return model.apply(variables, x)
 
     whole = jax.jit(model.apply)
     folded, fast = sapp.specialize(apply, x, choose="none"), sapp.specialize(apply, x)
-    want = np.asarray(whole(variables, x), np.float64)
-    error = float(np.abs(np.asarray(fast(x), np.float64) - want).max() / np.abs(want).max())
-    if not error < _TOLERANCE[setup.config.model_options.get("dtype", "float32")]:
-        raise RuntimeError(f"results by blocks are {error:.1e} of the largest output away from the model's")
+    want = whole(variables, x)
+    errors = {"folded": difference(folded(x), want), "sparse": difference(fast(x), want)}
+    for name, error in errors.items():
+        if not error < _tolerance(setup.config):
+            raise RuntimeError(f"results of {name!r} are {error:.1e} of the largest output away from the model's")
     contenders = {
         "model": lambda: jax.block_until_ready(whole(variables, x)),
         "folded": lambda: jax.block_until_ready(folded(x)),
@@ -90,12 +92,46 @@ def measure(setup: program.Setup, variables: Any, batch: int) -> tuple[dict[str,
         "folded_to_sparse": timing.spread(seconds["folded"] / seconds["sparse"]),
         "sparse_layers": sum(choice.sparse for choice in fast.choices),
         "layers": len(fast.choices),
-        "relative_error": error,
+        "relative_error": errors["sparse"],
+        "folded_error": errors["folded"],
     }, fast
+
+
+def inputs(setup: program.Setup, batch: int) -> np.ndarray:
+    """A batch of random examples."""
+    task, rng = setup.task, np.random.default_rng(0)
+    example = task.dataset.example[task.input]
+    shape = (batch, *example.shape[1:])
+    if task.input == "ids":  # all of the table: a few of its rows would stay in the caches
+        return rng.integers(0, np.asarray(task.dataset.vocabulary), shape).astype(example.dtype)
+    return (rng.random(shape) * 3).astype(np.float32)
+
+
+def difference(got: Any, want: Any) -> float:
+    """The largest difference, as a part of the largest output; as it is where all outputs are zero.
+
+    Raises:
+      RuntimeError: if the outputs to compare with are not finite.
+    """
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if not np.isfinite(want).all():
+        raise RuntimeError("the model's own results are not finite, so there is nothing to compare with")
+    return float(np.abs(got - want).max() / (np.abs(want).max() or 1))
+
+
+def _tolerance(config: ml_collections.ConfigDict) -> float:
+    dtype = config.model_options.get("dtype", "float32")
+    if dtype not in _TOLERANCE:
+        known = ", ".join(_TOLERANCE)
+        raise ValueError(f"config.model_options.dtype must be one of {known} to compare results, got {dtype!r}")
+    return _TOLERANCE[dtype]
 
 
 def _trained(config: ml_collections.ConfigDict) -> Iterator[Served]:
     """The network of a file."""
+    for name in ("blocks", "sparsities"):
+        if flags.FLAGS[name].present:
+            raise ValueError(f"--{name} is for networks of random blocks, but --weights gives one: leave out either")
     setup = program.prepare_without_data(config)
     like = jax.eval_shape(setup.task.init, jax.random.key(0))
     variables = sapp.sparse.densify_tree(sapp.load(_WEIGHTS.value, like={"params": like[0], **like[1]}))
@@ -104,12 +140,11 @@ def _trained(config: ml_collections.ConfigDict) -> Iterator[Served]:
 
 def _random(config: ml_collections.ConfigDict) -> Iterator[Served]:
     """Networks of which random blocks are zero, in the kernels that would be pruned."""
-    for block, sparsity in itertools.product(_BLOCKS.value, _SPARSITIES.value):
+    for block, sparsity in itertools.product(_numbers("blocks", int, 1, 2**20), _numbers("sparsities", float, 0, 1)):
         config = config.copy_and_resolve_references()
-        config.sparsifier.name, config.sparsifier.block = "random", (int(block), int(block))
-        about = {"block": int(block), "sparsity": _in_range("sparsities", float(sparsity), 0, 1)}
-        setup = program.prepare_without_data(config, about["sparsity"])
-        yield about, setup, functools.partial(_drawn, setup)
+        config.sparsifier.name, config.sparsifier.block = "random", (block, block)
+        setup = program.prepare_without_data(config, sparsity)
+        yield {"block": block, "sparsity": sparsity}, setup, functools.partial(_drawn, setup)
 
 
 def _drawn(setup: program.Setup) -> dict[str, Any]:
@@ -118,6 +153,21 @@ def _drawn(setup: program.Setup) -> dict[str, Any]:
     params = jax.tree.map(lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)
     sp = setup.sparsifier(0)
     return {"params": sp.finalize(*sp.init(params)), **model_state}
+
+
+def _numbers(name: str, kind: Callable[[str], Any], low: Any, high: Any) -> list[Any]:
+    """The numbers of a flag that lists them."""
+    texts = flags.FLAGS[name].value
+    if not texts:
+        raise ValueError(f"--{name} is empty: give numbers with commas between them, or leave it out")
+    numbers = []
+    for text in texts:
+        try:
+            numbers.append(kind(text))
+        except ValueError as error:
+            what = "an integer" if kind is int else "a number"
+            raise ValueError(f"--{name} has {text!r}, which is not {what}") from error
+    return [_in_range(name, number, low, high) for number in numbers]
 
 
 def _in_range(name: str, value: Any, low: Any, high: Any) -> Any:

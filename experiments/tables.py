@@ -37,7 +37,8 @@ class Taken(NamedTuple):
 
     Attributes:
       rows: `(capacity,)`, rising; beyond the last, the length of the table.
-      positions: where each lookup of the batch is found among them.
+      positions: where each lookup of the batch is found among them; `capacity` for one outside the table, so that it
+        gives NaN as it does in the whole table.
     """
 
     rows: jax.Array
@@ -45,12 +46,16 @@ class Taken(NamedTuple):
 
 
 def taken(lookups: jax.Array, length: int) -> Taken:
-    """The distinct rows among `lookups`, in order, with room for as many as there may be."""
+    """The distinct rows among `lookups`, in order, with room for as many as there may be.
+
+    Lookups are read as `jnp.take` does: negative ones from the end, and those outside `[-length, length)` are no rows.
+    """
     capacity = min(length, lookups.size)
     # A flag for each row of the table and one pass over them: ten times faster than sorting the lookups.
-    flags = jnp.zeros(length, bool).at[lookups.reshape(-1)].set(True)
+    flags = jnp.zeros(length, bool).at[lookups.reshape(-1)].set(True, mode="drop")
     (rows,) = jnp.nonzero(flags, size=capacity, fill_value=length)
-    return Taken(rows, (jnp.cumsum(flags) - 1)[lookups])
+    places = jnp.cumsum(flags) - 1
+    return Taken(rows, places.at[lookups].get(mode="fill", fill_value=capacity))
 
 
 def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
@@ -64,12 +69,25 @@ def scatter(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def map_table(fn: Callable[..., jax.Array], path: str, tree: Any, *rest: Any) -> Any:
-    """`fn` on the table at `path` of a tree of parameters, and on all that is kept for it in an optimizer's state."""
+    """`fn` on the table at `path` of a tree of parameters, and on all that is kept for it in an optimizer's state.
+
+    Args:
+      fn: what to do to it.
+      path: of the table among the parameters, all of it.
+      tree: parameters; or a `Trainable`, or the state of an optimizer of one, which hold such trees as `params`.
+      rest: trees alike, whose tables `fn` gets too.
+    """
 
     def one(at: tuple[Any, ...], leaf: Any, *others: Any) -> Any:
-        return fn(leaf, *others) if f"/{sapp.path_string(at)}".endswith(f"/{path}") else leaf
+        return fn(leaf, *others) if sapp.path_string(_below_params(at)) == path else leaf
 
     return jax.tree_util.tree_map_with_path(one, tree, *rest)
+
+
+def _below_params(at: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The part of a leaf's path that lies below the field `params` of a `Trainable`; where there is none, all of it."""
+    field = jax.tree_util.GetAttrKey("params")  # a field, where the parameters' own dicts have keys
+    return at[at.index(field) + 1 :] if field in at else at
 
 
 def take(path: str, tree: Any, rows: jax.Array) -> Any:
@@ -83,6 +101,10 @@ def put_back(path: str, tree: Any, small: Any, rows: jax.Array) -> Any:
 
 
 def fresh_at(boundary: jax.Array, path: str, opt_state: Any) -> Any:
-    """The optimizer's state with zeros for all moments of the table where a phase begins."""
+    """The optimizer's state with zeros for all moments of the table where a phase begins.
+
+    Zeros are what momentum and Adam start with. An optimizer whose state for a parameter starts with anything else
+    would not start afresh.
+    """
     # A branch: what passes through untouched is not copied, and `jnp.where` would read and write it all.
     return map_table(lambda x: lax.cond(boundary, jnp.zeros_like, lambda x: x, x), path, opt_state)

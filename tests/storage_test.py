@@ -1,5 +1,6 @@
 """Block-sparse kernels and files of them: exact, small, and never read where damaged."""
 
+import collections
 import json
 import struct
 
@@ -197,18 +198,18 @@ def test_every_flipped_byte_is_noticed(tmp_path):
             sapp.load(path)
 
 
-def hostile(path, change):
+def hostile(path, change, change_about=lambda about: about):
     """A file with right checksums whose content was made to harm."""
     kernel_about = {"shape": [12, 8], "block": [4, 4], "kept": 3, "dtype": "float32", "storage": "exact"}
     tensors = {"k:index": np.array([0, 2, 4], np.int32), "k:blocks": np.ones(48, np.float32)}
     change(kernel_about, tensors)
-    text = json.dumps(
-        {
-            "format": storage.FORMAT,
-            "kernels": {"k": kernel_about},
-            "sha256": {name: storage._digest(tensor) for name, tensor in tensors.items()},
-        }
-    )
+    about = {
+        "format": storage.FORMAT,
+        "kernels": {"k": kernel_about},
+        "sha256": {name: storage._digest(tensor) for name, tensor in tensors.items()},
+    }
+    text = change_about(about)
+    text = text if isinstance(text, str) else json.dumps(text)
     metadata = {"sa_plus_plus": text, "sha256": storage.hashlib.sha256(text.encode()).hexdigest()}
     path.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
 
@@ -225,7 +226,19 @@ def hostile(path, change):
         (lambda k, t: k.update({"shape": [12, 0]}), "is damaged"),
         (lambda k, t: k.update({"storage": "int8"}), "no scale for each of its blocks"),
         (lambda k, t: k.update({"dtype": "float31"}), "is damaged"),
-        (lambda k, t: t.pop("k:blocks"), "is damaged"),
+        (lambda k, t: t.pop("k:blocks"), "is damaged: it has no tensor for its blocks"),
+        (lambda k, t: k.update({"shape": [16, 2**45]}), "too large"),
+        (lambda k, t: k.update({"shape": [2**20, 2**20], "block": [1, 1]}), "too large"),
+        (lambda k, t: k.update({"shape": [1, 2**25], "block": [1, 1]}), "too large"),
+        (lambda k, t: k.update({"shape": [12.0, 8]}), "not a list of positive integers"),
+        (lambda k, t: k.update({"shape": "12"}), "not a list of positive integers"),
+        (lambda k, t: k.update({"block": [2**40, 4]}), "nearly all padding"),
+        (lambda k, t: k.update({"storage": "int2"}), "storage is 'int2'; this version reads exact, bfloat16, int8"),
+        (lambda k, t: k.update({"storage": []}), "storage is "),
+        (lambda k, t: k.update({"storage": "bfloat16"}), "its blocks are float32, though"),
+        (lambda k, t: k.update({"dtype": "int32"}), "its blocks are float32, though"),
+        (lambda k, t: k.update({"dtype": None}), "dtype is None"),
+        (lambda k, t: k.clear(), "is damaged"),
     ],
 )
 def test_files_made_to_harm_are_refused(tmp_path, change, message):
@@ -235,6 +248,155 @@ def test_files_made_to_harm_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         sapp.load(tmp_path / "a")
     assert "kernel 'k'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda about: [], "names no format"),
+        (lambda about: None, "names no format"),
+        (lambda about: "{", "is not JSON"),
+        (lambda about: "[" * 100_000, "is not JSON"),
+        (lambda about: about | {"kernels": []}, "no mapping 'kernels'"),
+        (lambda about: about | {"kernels": None}, "no mapping 'kernels'"),
+        (lambda about: about | {"kernels": {"k": None}}, "kernel 'k' is damaged"),
+        (lambda about: about | {"sha256": None}, "no mapping 'sha256'"),
+        (lambda about: about | {"sha256": {}}, "does not have the checksum"),
+        (lambda about: about | {"format": ["x"]}, "has the format"),
+    ],
+)
+def test_metadata_made_to_harm_is_refused(tmp_path, change, message):
+    hostile(tmp_path / "a", lambda k, t: None, change)
+    with pytest.raises(ValueError, match=message) as error:
+        sapp.load(tmp_path / "a")
+    assert str(tmp_path / "a") in str(error.value)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is a directory"):
+        sapp.load(tmp_path)
+    hostile(tmp_path / "a", lambda k, t: t.update({"k": np.ones(3, np.float32)}))
+    with pytest.raises(ValueError, match=r"a is damaged: 'k' is both a kernel and a tensor"):
+        sapp.load(tmp_path / "a")
+    for order in (1, -1):
+        extra = {name: np.ones(3, np.float32) for name in ("x", "x/y")[::order]}
+        hostile(tmp_path / "a", lambda k, t, extra=extra: t.update(extra))
+        with pytest.raises(ValueError, match="load it into a tree"):
+            sapp.load(tmp_path / "a")
+    (tmp_path / "b").write_bytes(safetensors.numpy.save({"x": np.ones(2, jnp.float8_e4m3fn)}))
+    with pytest.raises(ValueError, match="b is damaged, or not a safetensors file of NumPy's dtypes"):
+        sapp.load(tmp_path / "b")
+
+
+@pytest.mark.parametrize("part", ["blocks", "index", "scales"])
+def test_no_leaf_has_the_name_of_a_kernels_tensor(tmp_path, part):
+    w, a = to_block_sparse(jnp.ones((8, 8)), 4), jnp.arange(4)
+    for items in ([("w", w), (f"w:{part}", a)], [(f"w:{part}", a), ("w", w)]):
+        with pytest.raises(ValueError, match=f"leaf 'w:{part}' has the name of a tensor kept for 'w'"):
+            sapp.save(tmp_path / "a", collections.OrderedDict(items))
+    with pytest.raises(ValueError, match="'__metadata__' has the name"):
+        sapp.save(tmp_path / "a", {"__metadata__": a})
+    fine = {"w": w, "v": {f"w:{part}": a}, "w:bias": a}
+    sapp.save(tmp_path / "a", fine)
+    assert_same(sapp.load(tmp_path / "a"), fine)
+
+
+def test_scales_are_those_of_int8_alone(tmp_path):
+    hostile(tmp_path / "a", lambda k, t: t.update({"k:scales": np.ones(3, np.float32)}))
+    np.testing.assert_array_equal(sapp.load(tmp_path / "a")["k:scales"], np.ones(3))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_dtypes_come_back_bit_by_bit(tmp_path, x64):
+    rng = np.random.default_rng(0)
+    tree = {name: np.asarray(3 * rng.normal(size=(3, 2)) ** 2).astype(name) for name in storage.STORABLE}
+    tree |= {"scalar": np.int64(2**40), "empty": np.zeros((0, 3))}
+    layout = Layout((10, 8), (4, 4), np.array([0, 2, 1]), np.array([0, 2, 3]))
+    blocks = rng.normal(size=(3, 4, 4)) * layout.real
+    with jax.enable_x64(x64):
+        tree["kernel"] = kernel.BlockSparse(jnp.asarray(blocks) if x64 else blocks, layout)
+        sapp.save(tmp_path / "a", tree | {"turned": np.arange(3.0).astype(">f4")})
+        loaded = sapp.load(tmp_path / "a")
+        np.testing.assert_array_equal(loaded.pop("turned"), np.arange(3.0))
+        assert_same(loaded, tree)
+        assert isinstance(loaded["float64"], jax.Array) == x64
+        assert isinstance(loaded["float32"], jax.Array)
+        full = densify_tree(loaded)["kernel"]
+        assert full.dtype == np.float64
+        np.testing.assert_array_equal(to_block_sparse(np.asarray(full), 4).layout.rows, layout.rows)
+        np.testing.assert_array_equal(full[:4, :4], blocks[0])
+        np.testing.assert_array_equal(full[8:, :4], blocks[1, :2])
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int4", "complex128", "str"])
+def test_dtypes_that_cannot_be_stored(tmp_path, dtype):
+    leaf = np.array(["a"]) if dtype == "str" else np.ones((4, 4), jnp.dtype(dtype))
+    with pytest.raises(ValueError, match=r"leaf 'x/y' is .*, which cannot be stored: make it one of bool, int8"):
+        sapp.save(tmp_path / "a", {"x": {"y": leaf}})
+    with pytest.raises(ValueError, match="leaf 'x' is key<fry>, which cannot be stored"):
+        sapp.save(tmp_path / "a", {"x": jax.random.key(0)})
+    if dtype.startswith("float8"):
+        sparse = kernel.BlockSparse(leaf[None], Layout((4, 4), (4, 4), np.array([0]), np.array([0, 1])))
+        with pytest.raises(ValueError, match=f"leaf 'k' is {dtype}"):
+            sapp.save(tmp_path / "a", {"k": sparse})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tree", [{"a/b": 1.0}, {"a": 1.0, "a/b": 2.0}, {"x": [{"/": 1.0}]}])
+def test_keys_with_a_slash_are_refused(tmp_path, tree):
+    with pytest.raises(ValueError, match="has a slash, which stands between keys: rename it, or nest dicts"):
+        sapp.save(tmp_path / "a", tree)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "storage", "message"),
+    [
+        ("float64", 1e300, "bfloat16", "weights up to 1e\\+300, too large for bfloat16"),
+        ("float64", 1e300, "int8", "weights up to 1e\\+300, too large for int8"),
+        ("float32", 3.4e38, "bfloat16", "too large for bfloat16"),
+        ("float16", 65504, "bfloat16", "too large for bfloat16"),  # 65536 in bfloat16
+        ("float32", 1e-44, "int8", "weights up to 1e-44, too small for int8"),
+        ("float32", np.inf, "bfloat16", "not finite, which bfloat16 cannot hold"),
+        ("int32", 7, "int8", "is int32, and int8 is for floating types"),
+        ("complex64", 1j, "bfloat16", "is complex64, and bfloat16 is for floating types"),
+    ],
+)
+def test_what_narrow_storage_cannot_hold(tmp_path, dtype, value, storage, message):
+    layout = Layout((4, 8), (4, 4), np.array([0, 0]), np.array([0, 1, 2]))
+    blocks = np.ones((2, 4, 4), dtype)
+    blocks[1] = value
+    tree = {"k": kernel.BlockSparse(blocks, layout)}
+    with pytest.raises(ValueError, match=f"kernel 'k' .*{message}.*use storage=\"exact\""):
+        sapp.save(tmp_path / "a", tree, storage=storage)
+    assert sapp.save(tmp_path / "a", tree).errors == {"k": 0.0}
+    assert_same(sapp.load(tmp_path / "a"), tree)
+
+
+@pytest.mark.parametrize("value", [1e-200, 1e30, 0.0])
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_errors_are_right_far_from_one(tmp_path, value, storage):
+    if (value, storage) == (1e-200, "int8"):
+        return  # refused
+    layout = Layout((4, 4), (4, 4), np.array([0]), np.array([0, 1]))
+    blocks = np.random.default_rng(0).normal(size=(1, 4, 4)) * value
+    saved = sapp.save(tmp_path / "a", {"k": kernel.BlockSparse(blocks, layout)}, storage=storage)
+    back = np.asarray(sapp.load(tmp_path / "a")["k"].blocks)
+    want = np.linalg.norm((back - blocks) / (value or 1)) / (np.linalg.norm(blocks / (value or 1)) or 1)
+    assert saved.errors["k"] == pytest.approx(want, rel=1e-6)
+    assert want == (1 if value == 1e-200 else pytest.approx(0, abs=0.01))  # bfloat16 holds nothing so small
+
+
+def test_what_is_too_large_to_load_is_not_saved(tmp_path):
+    w = kernel.BlockSparse(jnp.ones((1, 2**13, 2**13), jnp.bfloat16), Layout((1, 1), (2**13, 2**13), [0], [0, 1]))
+    with pytest.raises(ValueError, match=r"kernel 'k' cannot be stored: its 1 blocks of .* are nearly all padding"):
+        sapp.save(tmp_path / "a", {"k": w})
+
+
+def test_a_block_of_negative_zeros_is_not_kept(tmp_path):
+    w = to_block_sparse(jnp.full((4, 4), -0.0), 4)
+    sapp.save(tmp_path / "a", {"k": w})
+    back = np.asarray(densify_tree(sapp.load(tmp_path / "a"))["k"])
+    assert not np.signbit(back).any()
 
 
 def test_bad_requests(tmp_path):

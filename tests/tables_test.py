@@ -1,5 +1,6 @@
 """Steps on the rows of the batch alone."""
 
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -8,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+import sa_plus_plus as sapp
 from configs import mnist
 from configs import planted as planted_config
-from experiments import program, sharding, tables
+from experiments import building, program, sharding, tables
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 STEPS = 12
@@ -33,6 +35,78 @@ def test_taken_rows_are_the_distinct_ones(length, lookups, seed):
     want = jnp.asarray(table).at[distinct].add(1)
     np.testing.assert_array_equal(whole["table"]["embedding"], want)
     np.testing.assert_array_equal(whole["other"], 2)
+
+
+@hypothesis.given(st.integers(2, 12), st.integers(1, 20), st.integers(0, 100))
+@hypothesis.settings(max_examples=10)
+def test_lookups_outside_the_table_give_what_they_give_in_all_of_it(length, lookups, seed):
+    rng = np.random.default_rng(seed)
+    ids = jnp.asarray(rng.integers(-2 * length, 2 * length, (lookups, 2)), jnp.int32)
+    ids = ids.at[0].set(jnp.array([length + 1, -1]))
+    tree = {"table": jnp.asarray(rng.normal(size=(length, 3)), jnp.float32)}
+    rows, positions = tables.taken(ids, length)
+    small = tables.take("table", tree, rows)
+
+    def looked_up(tree, at):
+        return nn.Embed(*tree["table"].shape).apply({"params": {"embedding": tree["table"]}}, at)
+
+    want = looked_up(tree, ids)
+    assert np.isnan(want[0, 0]).all()
+    np.testing.assert_array_equal(want[0, 1], tree["table"][-1])
+    np.testing.assert_array_equal(looked_up(small, positions), want)
+    whole, part = (
+        jax.grad(lambda t, at=at: jnp.nansum(looked_up(t, at)))(t) for t, at in ((tree, ids), (small, positions))
+    )
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    np.testing.assert_array_equal(tables.put_back("table", zeros, part, rows)["table"], whole["table"])
+
+
+def test_a_step_with_ids_outside_the_table_is_the_same_both_ways():
+    losses, ends = [], []
+    for rows in ("all", "batch"):
+        run = run_of(rows, {"name": "sgd", "momentum": 0.0}, algorithm="dense")
+        seed, state = program.seed_argument((0,)), run.functions.init(program.seed_argument((0,)))
+        batch = program.next_batch(run, program.train_streams(run, (0,)))
+        ids = np.array(batch["ids"])
+        ids[3, -1] = run.setup.task.table.length
+        state, means = run.functions.step(seed, state, batch | {"ids": ids})
+        losses.append(float(means["loss"]))
+        ends.append(state.trainable)
+    assert np.isnan(losses).all()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *ends)
+
+
+def test_only_the_table_itself_is_taken():
+    """Not what has a path that ends alike, in parameters, logits or an optimizer's state."""
+    params = {"table": {"embedding": jnp.ones((4, 2))}, "a": {"table": {"embedding": jnp.ones((4, 2))}}}
+    params["params"] = {"table": {"embedding": jnp.ones((4, 2))}}
+    trainable = sapp.Trainable(params, {"table/embedding": jnp.ones((4, 2))})
+    rows = jnp.array([1])
+
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {sapp.path_string(at): x.shape[0] for at, x in leaves if x.ndim}
+
+    def smaller(tree):
+        return {at for at, length in shapes(tables.take("table/embedding", tree, rows)).items() if length == 1}
+
+    assert smaller(params) == {"table/embedding"}
+    assert smaller(trainable) == {"params/table/embedding"}
+    assert smaller(optax.chain(optax.adam(0.1), optax.trace(0.9)).init(trainable)) == {
+        "0/0/mu/params/table/embedding",
+        "0/0/nu/params/table/embedding",
+        "1/trace/params/table/embedding",
+    }
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_every_optimizer_starts_with_zeros_for_a_table(name):
+    config = planted_config.get_config().optimizer
+    config.update({"name": name, "momentum": 0.9, "schedule": "constant"})
+    tx, _ = building.optimizer(config, 10)
+    moments = [x for x in jax.tree.leaves(tx.init(sapp.Trainable({"t": jnp.ones((5, 2))}, {}))) if x.shape == (5, 2)]
+    assert moments
+    assert not any(x.any() for x in moments)
 
 
 def run_of(rows, optimizer, algorithm="sequential_attention", seeds=1, devices=1):

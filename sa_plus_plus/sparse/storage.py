@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -18,7 +19,12 @@ from sa_plus_plus.sparse.kernel import BlockSparse, Layout, densify, to_block_sp
 
 FORMAT = "block-sparse 1"
 STORAGE = ("exact", "bfloat16", "int8")
+STORABLE = (  # dtypes that come back from a safetensors file as they were
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64"),
+)
 _KEY = "sa_plus_plus"  # of the JSON text in the file's metadata
+_PARTS = ("blocks", "index", "scales")  # what a kernel's tensors are called after its path and a colon
 
 
 class Saved(NamedTuple):
@@ -36,7 +42,10 @@ class Saved(NamedTuple):
 
 
 def export(params: Any, plan: Plan) -> Any:
-    """The same tree with each pruned kernel as a `BlockSparse` of its blocks that are not zero; exact.
+    """The same tree with each pruned kernel as a `BlockSparse` of its blocks that are not zero.
+
+    Exact, but that a block of nothing but `-0.0` is not kept and comes back as `0.0`, and that JAX makes a float64
+    kernel float32 unless `jax_enable_x64` is set.
 
     Args:
       params: what `Sparsifier.finalize`, or the loop around `sparsify`, ended with.
@@ -60,8 +69,8 @@ def export(params: Any, plan: Plan) -> Any:
 
 
 def densify_tree(tree: Any) -> Any:
-    """The tree with every `BlockSparse` in full: what `export` was given, bit for bit."""
-    return jax.tree.map(lambda x: densify(x) if _is_sparse(x) else x, tree, is_leaf=_is_sparse)
+    """The tree with every `BlockSparse` in full: what `export` was given, but for the sign of blocks of `-0.0`."""
+    return jax.tree.map(lambda x: _in_full(x) if _is_sparse(x) else x, tree, is_leaf=_is_sparse)
 
 
 def save(
@@ -74,24 +83,26 @@ def save(
     what to multiply each block by. All other leaves are stored as they are. The metadata says in JSON what each kernel
     is and gives a SHA-256 of each tensor.
 
+    A leaf's path is its keys with slashes between them, so no key may have a slash itself: `{"a/b": x}` would come back
+    as `{"a": {"b": x}}`. Keys that are not text come back as text.
+
     Args:
       path: of the file.
-      tree: nested dicts (or any pytree) of arrays and `BlockSparse`.
+      tree: nested dicts (or any pytree) of arrays of the dtypes in `STORABLE`, and `BlockSparse` of such.
       storage: of block-sparse kernels: `"exact"`; `"bfloat16"`, rounded to 8 bits of mantissa; or `"int8"`, rounded to
         a multiple of the block's largest weight over 127.
       metadata: what else to keep in the file.
 
     Raises:
-      ValueError: for an unknown storage, two leaves of the same path, or weights that are not finite in `int8`.
+      ValueError: for an unknown storage; a key with a slash, two leaves of the same path, or a leaf with the name of a
+        kernel's tensor; a dtype that such files cannot hold; or weights that are not finite, or would not be, or whose
+        scale would be zero, in `bfloat16` or `int8`.
     """
     if storage not in STORAGE:
         raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
     tensors: dict[str, np.ndarray] = {}
     kernels, errors, dense_bytes = {}, {}, 0
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_sparse):
-        name = path_string(keys)
-        if name in tensors or name in kernels:
-            raise ValueError(f"two leaves have the path {name!r}: rename one of their keys")
+    for name, leaf in _named(tree).items():
         if _is_sparse(leaf):
             parts, errors[name] = _packed(leaf, storage, name)
             tensors |= {f"{name}:{part}": values for part, values in parts.items()}
@@ -105,7 +116,8 @@ def save(
             }
             dense_bytes += int(np.prod(leaf.shape)) * leaf.dtype.itemsize
         else:
-            tensors[name] = np.asarray(leaf, order="C")
+            values = np.asarray(leaf, order="C")
+            tensors[name] = values.astype(values.dtype.newbyteorder("="), copy=False)  # as it will be read
             dense_bytes += tensors[name].nbytes
     about = {
         "format": FORMAT,
@@ -123,7 +135,8 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     """Read what `save` wrote: nested dicts by the parts of each path, or the structure of `like`.
 
     Block-sparse kernels come in the dtype they were saved from. Every tensor's checksum is verified and every index
-    checked before anything is returned.
+    checked before anything is returned. Leaves are JAX arrays, but for those whose dtype JAX would narrow, such as
+    float64 and int64 where `jax_enable_x64` is not set: they, and the blocks of such kernels, stay NumPy arrays.
 
     Args:
       path: of the file.
@@ -136,15 +149,20 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     tensors, about = _read(pathlib.Path(path))
     leaves: dict[str, Any] = {}
     for name, kernel in about["kernels"].items():
-        names = {part: f"{name}:{part}" for part in ("blocks", "index", "scales")}
-        parts = {part: tensors.pop(tensor) for part, tensor in names.items() if tensor in tensors}
         try:
+            wanted = _PARTS if kernel["storage"] == "int8" else _PARTS[:2]
+            parts = {part: tensors.pop(f"{name}:{part}") for part in wanted if f"{name}:{part}" in tensors}
             leaves[name] = _unpacked(kernel, parts)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"{path}: kernel {name!r} is damaged: {error}") from error
-    leaves |= {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
+    if twice := sorted(leaves.keys() & tensors.keys()):
+        raise ValueError(f"{path} is damaged: {twice[0]!r} is both a kernel and a tensor")
+    leaves |= {name: _as_jax(tensor) for name, tensor in tensors.items()}
     if like is None:
-        return _nested(leaves)
+        try:
+            return _nested(leaves)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     paths = [path_string(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(like, is_leaf=_is_sparse)]
     if set(paths) != set(leaves):
         different = sorted(set(paths) ^ set(leaves))
@@ -157,36 +175,125 @@ def _is_sparse(x: Any) -> bool:
     return isinstance(x, BlockSparse)
 
 
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves by path, every one of which can be stored and told from all others."""
+    leaves: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_sparse):
+        name = path_string(keys)
+        for key in keys:
+            if isinstance(key, jax.tree_util.DictKey) and "/" in str(key.key):
+                raise ValueError(
+                    f"the key {key.key!r} has a slash, which stands between keys: rename it, or nest dicts"
+                )
+        if name in leaves:
+            raise ValueError(f"two leaves have the path {name!r}: rename one of their keys")
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if dtype.name not in STORABLE:
+            raise ValueError(f"leaf {name!r} is {dtype}, which cannot be stored: make it one of {', '.join(STORABLE)}")
+        leaves[name] = leaf
+    reserved = {f"{name}:{part}": name for name, leaf in leaves.items() if _is_sparse(leaf) for part in _PARTS}
+    reserved["__metadata__"] = "the file's metadata"  # of the safetensors format
+    for name in leaves:
+        if name in reserved:
+            raise ValueError(f"the leaf {name!r} has the name of a tensor kept for {reserved[name]!r}: rename its key")
+    return leaves
+
+
+def _narrowed(dtype: np.dtype) -> bool:
+    """Whether JAX would hold values of this dtype in a narrower one."""
+    return jax.dtypes.canonicalize_dtype(dtype) != dtype
+
+
+def _as_jax(array: np.ndarray) -> Any:
+    return array if _narrowed(array.dtype) else jnp.asarray(array)
+
+
+def _in_full(w: BlockSparse) -> Any:
+    """As `densify`, by NumPy where JAX would narrow the weights."""
+    if not _narrowed(w.dtype):
+        return densify(w)
+    tiles: Any = np.zeros((*w.layout.grid, *w.layout.block), w.dtype)
+    tiles[w.layout.rows, w.layout.columns] = w.blocks
+    return blk.from_blocks(tiles.swapaxes(1, 2), w.shape)
+
+
+def _check_size(shape: tuple[int, ...], block: blk.Block, kept: int, weights: int) -> None:
+    """Refuse kernels that would take far more memory than their weights: a small file could ask for any amount.
+
+    The same for writing and reading, so that whatever was saved can be loaded.
+    """
+    grid_r, grid_c = blk.grid_shape(shape, block)
+    if math.prod(shape) > 2**40 or grid_r * grid_c >= 2**31 or grid_c > 2**24:
+        raise ValueError(
+            f"its shape {shape} in blocks of {block} is too large: at most 2**40 weights, 2**31 - 1 blocks and "
+            "2**24 blocks across can be stored"
+        )
+    if max(kept, 1) * math.prod(block) > 2**24 + 64 * weights:
+        raise ValueError(f"its {kept} blocks of {block} are nearly all padding around {weights} weights: use smaller")
+
+
 def _packed(w: BlockSparse, storage: str, name: str) -> tuple[dict[str, np.ndarray], float]:
     """The tensors that hold a kernel, and what rounding costs."""
     blocks, layout = np.asarray(w.blocks), w.layout
+    try:
+        _check_size(layout.shape, layout.block, layout.kept, int(layout.real.sum()))
+    except ValueError as error:
+        raise ValueError(f"kernel {name!r} cannot be stored: {error}") from error
     parts = {"index": layout.columns * np.int32(layout.grid[0]) + layout.rows}
     if storage == "exact":
         return parts | {"blocks": blocks[layout.real]}, 0.0
+    instead = 'use storage="exact"'
+    if not jnp.issubdtype(blocks.dtype, jnp.floating):
+        raise ValueError(f"kernel {name!r} is {blocks.dtype}, and {storage} is for floating types: {instead}")
     wide = blocks.astype(np.float64)
-    if storage == "bfloat16":
-        rounded = blocks.astype(jnp.bfloat16)
-        parts |= {"blocks": rounded[layout.real]}
-        back = rounded.astype(np.float64)
-    else:
-        if not np.isfinite(wide).all():
-            raise ValueError(f"kernel {name!r} has weights that are not finite, which int8 cannot hold")
-        largest = np.abs(wide).max((1, 2), initial=0)
-        scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-        rounded = np.rint(wide / scales[:, None, None]).clip(-127, 127).astype(np.int8)
-        parts |= {"blocks": rounded[layout.real], "scales": scales}
-        back = rounded * scales.astype(np.float64)[:, None, None]
-    norm = np.linalg.norm(wide)
-    return parts, float(np.linalg.norm(back - wide) / norm) if norm else 0.0
+    if not np.isfinite(wide).all():
+        raise ValueError(f"kernel {name!r} has weights that are not finite, which {storage} cannot hold: {instead}")
+    scales = None
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # looked for below
+        if storage == "bfloat16":
+            rounded = blocks.astype(jnp.bfloat16)
+        else:
+            largest = np.abs(wide).max((1, 2), initial=0)
+            scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+            if not scales.all():
+                small = largest[scales == 0].max()
+                raise ValueError(
+                    f"kernel {name!r} has a block of weights up to {small:.0e}, too small for {storage}: {instead}"
+                )
+            rounded = np.rint(wide / scales[:, None, None]).clip(-127, 127).astype(np.int8)
+            parts |= {"scales": scales}
+        back = _widened(rounded, scales, blocks.dtype).astype(np.float64)
+    top = np.abs(wide).max(initial=0)
+    if not np.isfinite(back).all():
+        raise ValueError(f"kernel {name!r} has weights up to {top:.0e}, too large for {storage}: {instead}")
+    parts |= {"blocks": rounded[layout.real]}
+    # Both relative to the largest weight: squares of the weights themselves may leave the range of float64.
+    return parts, float(np.linalg.norm((back - wide) / top) / np.linalg.norm(wide / top)) if top else 0.0
+
+
+def _widened(blocks: np.ndarray, scales: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """Blocks as stored, in the kernel's own dtype."""
+    return (blocks if scales is None else blocks * scales[:, None, None]).astype(dtype)
 
 
 def _unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> BlockSparse:
     """The kernel that `_packed` took apart; whatever does not fit raises."""
+    for part in _PARTS[:2]:
+        if part not in parts:
+            raise ValueError(f"it has no tensor for its {part}")
     blocks, index, scales = parts["blocks"], parts["index"], parts.get("scales")
-    shape, block = tuple(about["shape"]), blk.as_block(about["block"])
-    grid_r, grid_c = blk.grid_shape(shape, block)
+    shape, block, storage, dtype = about["shape"], blk.as_block(about["block"]), about["storage"], about["dtype"]
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"its shape is {shape!r}, not a list of positive integers")
+    shape = tuple(shape)
+    if storage not in STORAGE:
+        raise ValueError(f"its storage is {storage!r}; this version reads {', '.join(STORAGE)}")
+    if dtype not in STORABLE:
+        raise ValueError(f"its dtype is {dtype!r}; this version reads {', '.join(STORABLE)}")
     if index.ndim != 1 or index.dtype != np.int32:
         raise ValueError(f"its index is {index.dtype} of shape {index.shape}, not a list of int32")
+    _check_size(shape, block, index.size, blocks.size)  # before anything is allocated for it
+    grid_r, grid_c = blk.grid_shape(shape, block)
     columns, rows = np.divmod(index, grid_r)
     if index.size and not 0 <= index.min() <= index.max() < grid_r * grid_c:
         raise ValueError(f"its index runs from {index.min()} to {index.max()}, beyond a grid of {grid_r}×{grid_c}")
@@ -196,35 +303,44 @@ def _unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Bloc
     layout = Layout(shape, block, rows, starts)
     if blocks.shape != (layout.real.sum(),):
         raise ValueError(f"it has {blocks.size} weights where its {layout.kept} blocks take {layout.real.sum()}")
-    dtype = jnp.dtype(about["dtype"])
+    if storage == "int8" and (scales is None or scales.shape != (layout.kept,) or scales.dtype != np.float32):
+        raise ValueError("it has no scale for each of its blocks")
+    if blocks.dtype.name != (dtype if storage == "exact" else storage):
+        raise ValueError(f"its blocks are {blocks.dtype}, though it is {dtype} in storage {storage!r}")
     full = np.zeros(layout.real.shape, blocks.dtype)
     full[layout.real] = blocks
-    if about["storage"] == "int8":
-        if scales is None or scales.shape != (layout.kept,):
-            raise ValueError("it has no scale for each of its blocks")
-        full = full * scales[:, None, None]
-    return BlockSparse(jnp.asarray(full.astype(dtype)), layout)
+    return BlockSparse(_as_jax(_widened(full, scales, jnp.dtype(dtype))), layout)
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """All tensors of a file, their checksums verified, and what its metadata says of them."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is a directory or device, not a file: give the path of one that save has written")
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, "numpy") as file:
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
+    except (safetensors.SafetensorError, AttributeError, TypeError) as error:  # the latter for dtypes NumPy has not
+        raise ValueError(f"{path} is damaged, or not a safetensors file of NumPy's dtypes: {error}") from error
     text = texts.get(_KEY)
     if text is None:
         raise ValueError(f"{path} was not written by sa_plus_plus.save: its metadata has no {_KEY!r}")
     if hashlib.sha256(text.encode()).hexdigest() != texts.get("sha256"):
         raise ValueError(f"{path} is damaged: its metadata does not have the checksum written beside it")
-    about = json.loads(text)
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata is not JSON: {error}") from error
+    if not isinstance(about, dict) or "format" not in about:
+        raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata names no format")
     if about["format"] != FORMAT:
         raise ValueError(f"{path} has the format {about['format']!r}; this version reads {FORMAT!r}")
+    for part in ("kernels", "sha256"):
+        if not isinstance(about.get(part), dict):
+            raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata has no mapping {part!r}")
     for name in sorted({*tensors, *about["sha256"]}):
         if name not in tensors or _digest(tensors[name]) != about["sha256"].get(name):
             raise ValueError(f"{path}: tensor {name!r} is damaged: it does not have the checksum in the metadata")
@@ -244,6 +360,10 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
         branch = tree
         for key in parents:
             branch = branch.setdefault(key, {})
+            if not isinstance(branch, dict):
+                raise ValueError(f"something at {name!r} lies below another leaf: load it into a tree, `like`")
+        if last in branch:
+            raise ValueError(f"something lies below the leaf {name!r}: load it into a tree, `like`")
         branch[last] = leaf
     return tree
 
