@@ -25,7 +25,7 @@ from absl import flags
 from matplotlib import pyplot as plt
 
 import sa_plus_plus as sapp
-from experiments import cli, program, progress, report, timing
+from experiments import cli, program, progress, report, sharding, timing
 
 flags.declare_key_flag("config")  # for --help
 _WEIGHTS = flags.DEFINE_string("weights", "", "A pruned.safetensors of a run with this config.")
@@ -132,7 +132,9 @@ def _trained(config: ml_collections.ConfigDict) -> Iterator[Served]:
     for name in ("blocks", "sparsities"):
         if flags.FLAGS[name].present:
             raise ValueError(f"--{name} is for networks of random blocks, but --weights gives one: leave out either")
-    setup = program.prepare_without_data(config)
+    # Where the data are at hand, they know what they are like: the sizes of Criteo's vocabularies differ.
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    setup = program.prepare(config, mesh) if config.data.local else program.prepare_without_data(config)
     like = jax.eval_shape(setup.task.init, jax.random.key(0))
     variables = sapp.sparse.densify_tree(sapp.load(_WEIGHTS.value, like={"params": like[0], **like[1]}))
     yield {"block": None, "sparsity": None}, setup, lambda: variables
