@@ -241,6 +241,21 @@ def test_nothing_is_folded_that_would_change_more_than_rounding(name):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
+def test_the_faster_form_of_each_layer_runs(monkeypatch):
+    rng = np.random.default_rng(0)
+    first, second = (
+        jnp.asarray(np.kron(rng.random((6, 6)) < 0.4, np.ones((4, 4))) * rng.normal(size=(24, 24)), jnp.float32)
+        for _ in range(2)
+    )
+    seconds = {True: (2.0, 1.0), False: (1.0, 2.0)}
+    monkeypatch.setattr(network, "_measure", lambda step, w, backend: seconds[step.relu])
+    fast = sapp.specialize(lambda x: jax.nn.relu(x @ first) @ second, jnp.ones((2, 24)))
+    assert [choice.sparse for choice in fast.choices] == [True, False]
+    assert [isinstance(kernel, sapp.BlockSparse) for kernel, _ in fast.weights] == [True, False]
+    assert "sparse" in str(fast).splitlines()[2]
+    assert "dense" in str(fast).splitlines()[3].split()[-1]
+
+
 def test_an_empty_batch():
     w = jnp.asarray(np.kron(np.eye(4), np.ones((4, 4))), jnp.float32)
     fast = sapp.specialize(lambda x: x @ w, jnp.ones((0, 16)), choose="all")
