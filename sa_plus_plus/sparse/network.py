@@ -267,7 +267,7 @@ def _described(step: Linear) -> str:
     if not step.is_convolution:
         return "dense"
     options = step.call.options
-    window = "×".join(str(step.kernel.shape[i]) for i in range(step.kernel.ndim - 2))
+    window = "×".join(str(n) for n in step.original.shape[:-2])
     strides = "×".join(map(str, options["window_strides"]))
     return f"convolution {window}" + (f", strides {strides}" if set(options["window_strides"]) != {1} else "")
 
