@@ -1,12 +1,10 @@
 """What a run leaves behind: result.json, metrics.jsonl, the pruned weights, a picture, and a table on the screen."""
 
 import json
-import os
 import pathlib
 import platform
-import tempfile
-from collections.abc import Callable, Mapping
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import Any
 
 import flax
 import jax
@@ -17,22 +15,10 @@ import optax
 
 import sa_plus_plus as sapp
 from experiments.train import Outcome
+from sa_plus_plus.files import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-
-def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write(file)` fill a file that appears under its name only when it is complete."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

@@ -1,9 +1,10 @@
 """How fast a pruned network serves: in full, with its layers folded, and by its blocks.
 
+    python -m experiments.main --config=configs/mnist.py --workdir=runs/mnist
     python -m experiments.serve_bench --config=configs/mnist.py --weights=runs/mnist/pruned.safetensors
     python -m experiments.serve_bench --config=configs/resnet50_block32.py --blocks=16,32,64 --batches=1,32
 
-The first measures what a run has left. Without `--weights` the config's network gets random weights, of which random
+The second measures what the first, a run, has left. Without `--weights` the network gets random weights, of which random
 blocks are zero, for every block size and sparsity asked for: how fast it is does not depend on which. It needs no data.
 `model` is the network as it was trained, zeros multiplied; `folded` has batch normalisation and ReLU folded into its
 layers; `sparse` moreover multiplies by blocks where that is faster. They take turns, and the results of the last two

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIBRARY = (
+    "files",
     "blocks",
     "select",
     "phases",

@@ -147,10 +147,15 @@ def path(
 
 def lambda_grid(problem: Problem, groups: Groups, count: int = 100, ratio: float = 1e-2) -> jax.Array:
     """`count` lambdas from `critical_lambda` down to `ratio` of it, evenly spaced in logarithm."""
-    if count < 2 or not 0 < ratio < 1:
-        raise ValueError(f"a path takes at least 2 lambdas and a ratio in (0, 1), got {count} and {ratio}")
+    check_grid(count, ratio)
     steps = jnp.linspace(0, 1, count, dtype=problem.origin.dtype)
     return critical_lambda(problem, groups) * jnp.exp(math.log(ratio) * steps)
+
+
+def check_grid(count: int, ratio: float) -> None:
+    """Raise ValueError where there is no grid of so many lambdas down to such a ratio."""
+    if count < 2 or not 0 < ratio < 1:
+        raise ValueError(f"a path takes at least 2 lambdas and a ratio in (0, 1), got {count} and {ratio}")
 
 
 def default_tolerance(problem: Problem) -> float:

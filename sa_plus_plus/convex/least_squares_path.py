@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 import sa_plus_plus.convex.problems as problems
-from sa_plus_plus.convex.group_lasso import check_lambda
+from sa_plus_plus.convex.group_lasso import check_grid, check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, members
 
 _SWEEPS = 5_000  # at most, in one visit to a working set
@@ -104,8 +104,7 @@ def solve(
     """
     problem = problems.least_squares(x, y)
     x, y = jnp.asarray(x), jnp.asarray(y)
-    if groups.shape != problem.origin.shape:
-        raise ValueError(f"the groups are of shape {groups.shape}, the coefficients of {problem.origin.shape}")
+    check_groups(problem, groups)
     if len(groups.shape) > 1 and groups.kind != "equal":
         raise ValueError("with several responses a group has whole rows of the coefficients: make it by groups.equal")
     responses = y.reshape(y.shape[0], -1)
@@ -116,8 +115,7 @@ def solve(
     state = _start(c)
     top = float(jnp.max(state.lengths))
     if lams is None:
-        if count < 2 or not 0 < ratio < 1:
-            raise ValueError(f"a path takes at least 2 lambdas and a ratio in (0, 1), got {count} and {ratio}")
+        check_grid(count, ratio)
         lams = top * np.geomspace(1, ratio, count)
     lams = np.asarray(lams, float)
     check_lambda(lams)

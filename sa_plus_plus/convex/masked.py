@@ -31,7 +31,8 @@ class Form:
       cost: `(w, beta) -> scalar`.
       penalty: `q` of the regularised problem.
       factor: that `q` is multiplied by.
-      best_mask: `||u_i|| -> w_i` of the minimiser; then `beta_i = u_i / mask_i`.
+      best_mask: `||u_i|| -> w_i` of the minimiser; then `beta_i = u_i / multiplier(w_i)`.
+      multiplier: `w -> what u_i is of beta_i` at the minimiser.
       smooth_mask: `v -> w` through which `w` is descended on, with `cost` smooth in `v`.
       smooth_inverse: `w -> v`.
     """
@@ -42,6 +43,7 @@ class Form:
     penalty: Penalty
     factor: float
     best_mask: Callable[[jax.Array], jax.Array]
+    multiplier: Callable[[jax.Array], jax.Array] = lambda w: w
     smooth_mask: Callable[[jax.Array], jax.Array] = lambda v: v
     smooth_inverse: Callable[[jax.Array], jax.Array] = lambda w: w
 
@@ -56,7 +58,7 @@ class Masked(NamedTuple):
     """What was found.
 
     Attributes:
-      w: mask variables, `(count,)`.
+      w: mask variables, `(count,)`; as they were given for `own_norm`, which has none.
       beta: of the coefficients' shape.
       coefficients: the effective ones.
       value: objective of the masked problem.
@@ -97,6 +99,7 @@ def exponential() -> Form:
         penalties.lambert(),
         1.0,
         lambda a: lambert_w(2 * jnp.square(a)) / 2,
+        multiplier=jnp.exp,
     )
 
 
@@ -113,8 +116,8 @@ def l1() -> Form:
         penalties.power(2 / 3),
         1.5 * 2 ** (1 / 3),
         lambda a: penalties.power(2 / 3).value(a) * 2 ** (1 / 3),
-        jnp.square,
-        lambda w: jnp.sqrt(jnp.abs(w)),
+        smooth_mask=jnp.square,
+        smooth_inverse=lambda w: jnp.sqrt(jnp.abs(w)),
     )
 
 
@@ -146,7 +149,7 @@ def split(form: Form, groups: Groups, u: jax.Array) -> tuple[jax.Array, jax.Arra
     """The `(w, beta)` of least cost with `effective(w, beta) = u`: how minimisers of the two problems map."""
     lengths = norms(groups, u)
     w = form.best_mask(lengths)
-    mask = jnp.exp(w) if form.name == "exponential" else w
+    mask = form.multiplier(w)
     inverse = jnp.where(mask > 0, 1 / jnp.where(mask > 0, mask, 1), 0)
     return w, scale(groups, inverse, u)
 
@@ -201,8 +204,6 @@ def _solve(
     def fn(x: tuple[jax.Array, jax.Array]) -> jax.Array:
         return objective(problem, groups, form, lam, form.smooth_mask(x[0]), x[1])
 
-    if form.name == "own_norm":
-        w = jnp.zeros_like(w)  # not used
     end = lbfgs(fn, (form.smooth_inverse(w), beta), tol=tol, max_steps=max_steps)
     w, beta = form.smooth_mask(end.x[0]), end.x[1]
     return Masked(w, beta, effective(form, groups, w, beta), end.value, end.gradient_norm, end.steps)

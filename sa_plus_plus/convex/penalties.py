@@ -116,7 +116,7 @@ def power(p: float) -> Penalty:
         f"power({p:g})",
         value=value,
         derivative=lambda x: jnp.where(x > 0, p * jnp.where(x > 0, x, 1) ** (p - 1), jnp.inf),
-        inverse=lambda s: value(s) if p == 1 else jnp.where(s > 0, jnp.where(s > 0, s, 1) ** (1 / p), 0),
+        inverse=lambda s: jnp.where(s > 0, jnp.where(s > 0, s, 1) ** (1 / p), 0),
         shrink=shrink,
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from sa_plus_plus.files import write_atomically
 from sa_plus_plus.sparse.kernel import BlockSparse
-from sa_plus_plus.sparse.storage import write_atomically
 
 
 def to_bsr(w: BlockSparse) -> Any:
@@ -68,5 +68,5 @@ def to_onnx(path: str | os.PathLike[str], fn: Callable[..., Any], *examples: Any
         raise ValueError(f"jax2onnx made a model of this network that does not run: {error}") from error
     if got.shape != want.shape or not np.allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max(initial=0)):
         raise ValueError("jax2onnx made a model of this network that gives other results; nothing was written")
-    write_atomically(pathlib.Path(path), content)
+    write_atomically(pathlib.Path(path), lambda file: file.write(content))
     return len(content)

@@ -191,11 +191,8 @@ def to_block_sparse(
     if isinstance(kernel, jax.core.Tracer):
         raise TypeError("to_block_sparse looks at the weights, so call it outside jit, vmap and grad")
     block = blk.as_block(block)
-    (rows, cols), grid = blk.matrix_shape(kernel.shape), blk.grid_shape(kernel.shape, block)
-    matrix = np.asarray(kernel).reshape(rows, cols)
-    if (pad := (grid[0] * block[0] - rows, grid[1] * block[1] - cols)) != (0, 0):
-        matrix = np.pad(matrix, ((0, pad[0]), (0, pad[1])))
-    tiles = matrix.reshape(grid[0], block[0], grid[1], block[1]).swapaxes(1, 2)
+    grid = blk.grid_shape(kernel.shape, block)
+    tiles = np.asarray(blk.to_blocks(jnp.asarray(kernel), block)).swapaxes(1, 2)
     keep = (tiles != 0).any((2, 3)) if mask is None else np.asarray(mask, bool)
     if keep.shape != grid:
         raise ValueError(f"mask must have the shape {grid} of the kernel's grid, got {keep.shape}")

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 import sa_plus_plus.sparse.native as native
-import sa_plus_plus.sparse.pallas as pallas
 import sa_plus_plus.sparse.pure as pure
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.kernel import BlockSparse, Layout, densify
@@ -136,12 +135,14 @@ def _run(
 ) -> jax.Array:
     compiled = functools.partial(native.matmul, layout=layout, relu=relu)
     plain = functools.partial(_plain, layout=layout, relu=relu, dense=backend == "dense")
-    tiles = functools.partial(pallas.matmul, layout=layout, relu=relu)
     if backend == "auto":
         y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled, default=plain)
     elif backend == "native":
         y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled)
     elif backend == "pallas":
+        import sa_plus_plus.sparse.pallas as pallas  # noqa: PLC0415 - for few, and takes a while
+
+        tiles = functools.partial(pallas.matmul, layout=layout, relu=relu)
         on_gpu, interpreted = (functools.partial(tiles, interpret=interpret) for interpret in (False, True))
         y = jax.lax.platform_dependent(x, blocks, bias, cuda=on_gpu, rocm=on_gpu, cpu=interpreted)
     else:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus.files import write_atomically
 from sa_plus_plus.planning import Plan, path_string
 from sa_plus_plus.sparse.kernel import BlockSparse, Layout, densify, to_block_sparse
 
@@ -127,7 +127,7 @@ def save(
     text = json.dumps(about)
     texts = {**(metadata or {}), _KEY: text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     content = _safetensors().numpy.save(tensors, metadata=texts)
-    write_atomically(pathlib.Path(path), content)
+    write_atomically(pathlib.Path(path), lambda file: file.write(content))
     return Saved(len(content), dense_bytes, errors)
 
 
@@ -366,19 +366,6 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"something lies below the leaf {name!r}: load it into a tree, `like`")
         branch[last] = leaf
     return tree
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """The file appears under its name only when it is complete."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _safetensors() -> Any:
