@@ -8,7 +8,8 @@ import numpy as np
 from absl import app
 
 from benchmarks import timing
-from experiments import data, progress
+from experiments import data
+from experiments.outputs import progress
 
 EXAMPLES, BATCH = 60_000, 128
 

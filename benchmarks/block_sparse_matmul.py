@@ -20,7 +20,7 @@ from absl import app, flags
 
 import sa_plus_plus.sparse.native as native
 from benchmarks import timing
-from sa_plus_plus.sparse import block_sparse_matmul, to_block_sparse
+from sa_plus_plus.sparse import BlockSparse, block_sparse_matmul
 
 SHAPES = flags.DEFINE_list("shapes", ["2048x2048", "4096x4096", "4608x512"], "Rows by columns of the kernel.")
 BATCHES = flags.DEFINE_list("batches", ["1", "32", "256"], "Rows of x.")
@@ -30,7 +30,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of alternating measurement.")
 SECONDS = flags.DEFINE_float("seconds", 0.02, "At least so long is each contender called in a round.")
 NAME = flags.DEFINE_string("name", "block_sparse_matmul", "Of the files written to benchmarks/results; empty for none.")
 
-DENSE, OURS = "jax_dense", ("pure", "native")
+DENSE, OURS = "jax_dense", ("xla", "native")
 
 
 def kernel(
@@ -44,13 +44,15 @@ def kernel(
 
 
 def of_jax(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) -> dict[str, Callable[[], Any]]:
-    w, x, matrix = to_block_sparse(matrix, block, mask), jnp.asarray(x), jnp.asarray(matrix)
+    w, x, matrix = BlockSparse.fromdense(matrix, block, mask), jnp.asarray(x), jnp.asarray(matrix)
     dense = jax.jit(jnp.matmul)
     calls = {DENSE: lambda: dense(x, matrix).block_until_ready()}
-    for backend in OURS:
-        if backend == "pure" or native.missing() is None:
-            product = jax.jit(lambda x, w, backend=backend: block_sparse_matmul(x, w, backend=backend))
-            calls[backend] = lambda product=product: product(x, w).block_until_ready()
+    for implementation in OURS:
+        if implementation == "xla" or native.missing() is None:
+            product = jax.jit(
+                lambda x, w, implementation=implementation: block_sparse_matmul(x, w, implementation=implementation)
+            )
+            calls[implementation] = lambda product=product: product(x, w).block_until_ready()
     return calls
 
 
@@ -101,7 +103,7 @@ def plot(cells: list[dict[str, Any]], path: Any) -> None:
     """
     shapes = list(dict.fromkeys((c["rows"], c["cols"]) for c in cells))
     batches = list(dict.fromkeys(c["batch"] for c in cells))
-    ours = "native" if "native" in cells[0]["milliseconds"] else "pure"
+    ours = "native" if "native" in cells[0]["milliseconds"] else "xla"
     figure, axes = plt.subplots(
         len(shapes), len(batches), figsize=(3.4 * len(batches), 2.8 * len(shapes)), squeeze=False, layout="constrained"
     )

@@ -16,15 +16,14 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import timing
-from experiments import progress
-from sa_plus_plus.sparse import Layout, block_sparse_matmul, densify
-from sa_plus_plus.sparse.kernel import BlockSparse
+from experiments.outputs import progress
+from sa_plus_plus.sparse import BlockSparse, Layout, block_sparse_matmul
 
 SIDES = flags.DEFINE_list("sides", ["4096", "8192"], "Rows and columns of the kernel.")
 BATCHES = flags.DEFINE_list("batches", ["256", "1024", "8192"], "Rows of x.")
 SPARSITIES = flags.DEFINE_list("sparsities", ["0.8", "0.9", "0.95"], "Shares of the blocks that are zero.")
 BLOCKS = flags.DEFINE_list("blocks", ["32", "64", "128", "8", "16"], "Sides of a block.")
-BACKENDS = flags.DEFINE_list("backends", ["pallas", "pure"], "Of block_sparse_matmul.")
+IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["pallas", "xla"], "Of block_sparse_matmul.")
 CHAIN = flags.DEFINE_integer("chain", 20, "Calls queued before their results are waited for.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds of alternating measurement.")
 NAME = flags.DEFINE_string("name", "block_sparse_matmul_gpu", "Of the file in benchmarks/results; empty for none.")
@@ -35,7 +34,7 @@ def random_kernel(side: int, block: int, sparsity: float, key: jax.Array) -> Blo
     columns, rows = np.nonzero(mask.T)
     starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=len(mask)))])
     layout = Layout((side, side), (block, block), rows, starts)
-    blocks = jax.random.normal(key, (layout.kept, block, block), jnp.bfloat16) / side**0.5
+    blocks = jax.random.normal(key, (layout.nse, block, block), jnp.bfloat16) / side**0.5
     return BlockSparse(blocks * layout.real.astype(blocks.dtype), layout)
 
 
@@ -51,21 +50,23 @@ def chained(product: Callable[..., jax.Array], *args: Any) -> Callable[[], Any]:
 def cell(side: int, batch: int, block: int, sparsity: float) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(0))
     x, w = jax.random.normal(keys[0], (batch, side), jnp.bfloat16), random_kernel(side, block, sparsity, keys[1])
-    matrix = jax.jit(densify)(w)
+    matrix = jax.jit(BlockSparse.todense)(w)
     with jax.default_matmul_precision("highest"):
         wanted = np.asarray(x.astype(jnp.float32) @ matrix.astype(jnp.float32))
     row = {"side": side, "batch": batch, "block": block, "sparsity": sparsity}
     calls = {"dense": chained(jax.jit(jnp.matmul), x, matrix)}
-    for backend in BACKENDS.value:
-        product = jax.jit(lambda x, w, backend=backend: block_sparse_matmul(x, w, backend=backend))
+    for implementation in IMPLEMENTATIONS.value:
+        product = jax.jit(
+            lambda x, w, implementation=implementation: block_sparse_matmul(x, w, implementation=implementation)
+        )
         try:
             got = np.asarray(product(x, w), np.float32)
         except Exception as error:  # a compiler that cannot, or memory that is not enough: say so and go on
-            print(f"{backend} failed: {row}: {type(error).__name__}: {str(error)[:500]}")
-            row |= {f"{backend}_us": None, f"{backend}_times_as_fast": None}
+            print(f"{implementation} failed: {row}: {type(error).__name__}: {str(error)[:500]}")
+            row |= {f"{implementation}_us": None, f"{implementation}_times_as_fast": None}
             continue
-        np.testing.assert_allclose(got, wanted, rtol=1e-2, atol=1e-2 * np.abs(wanted).max(), err_msg=backend)
-        calls[backend] = chained(product, x, w)
+        np.testing.assert_allclose(got, wanted, rtol=1e-2, atol=1e-2 * np.abs(wanted).max(), err_msg=implementation)
+        calls[implementation] = chained(product, x, w)
     seconds = {name: s / CHAIN.value for name, s in timing.alternate(calls, ROUNDS.value, at_least=0.05).items()}
     for name, s in seconds.items():
         row[f"{name}_us"] = round(1e6 * float(np.median(s)), 1)

@@ -21,8 +21,9 @@ import pyarrow.csv
 from absl import app, flags
 
 from benchmarks import timing
-from experiments import data, progress
+from experiments import data
 from experiments.data.criteo import criteo
+from experiments.outputs import progress
 
 _SAMPLE = flags.DEFINE_string("sample", None, "A file of real rows, gzip.", required=True)
 _ROWS = flags.DEFINE_integer("rows", 2_500_000, "Rows of the log to make of it.")

@@ -22,7 +22,10 @@ import optax
 from absl import app, flags
 
 from benchmarks import timing
-from experiments import data, program, progress, sharding
+from experiments import data
+from experiments.outputs import progress
+from experiments.training import program, sharding
+from experiments.training.setup import prepare
 
 _BATCH = flags.DEFINE_integer("batch", 32768, "Rows a step.")
 _TABLE = flags.DEFINE_integer("table", 1_000_000, "Rows of the embedding table, of all features together.")
@@ -51,7 +54,7 @@ def compiled(rows: data.Dataset, block: int, algorithm: str, touched: str = "all
     config.model_options.dtype = _DTYPE.value
     config.sparsifier.name, config.optimizer.rows = algorithm, touched
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return program.compiled(program.prepare(config, mesh, rows))
+    return program.compiled(prepare(config, mesh, rows))
 
 
 def step_of(run: program.Program, batch: Any) -> Callable[[], None]:

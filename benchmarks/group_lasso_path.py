@@ -23,7 +23,7 @@ from absl import app, flags
 
 import sa_plus_plus as sapp
 from benchmarks import timing
-from experiments import progress
+from experiments.outputs import progress
 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Alternating rounds for each setting.", lower_bound=1)
 _SETTINGS = flags.DEFINE_list("settings", ["0.05:1e-6"], "ratio of last to first lambda:relative gap, several.")

@@ -18,8 +18,9 @@ from absl import app, flags
 from PIL import Image
 
 from benchmarks import timing
-from experiments import data, progress
+from experiments import data
 from experiments.data import images
+from experiments.outputs import progress
 
 _IMAGES = flags.DEFINE_string(
     "images", None, "Directory with train/<class>/*.JPEG and val/<class>/*.JPEG.", required=True

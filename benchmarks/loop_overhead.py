@@ -18,8 +18,10 @@ from absl import app, logging
 
 from benchmarks import timing
 from configs import mnist
-from experiments import program, progress, train
-from experiments.checkpoint import Checkpoints
+from experiments.outputs import progress
+from experiments.training import loop, program
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.setup import prepare
 
 STEPS, ROUNDS, FIRST = 400, 9, 20
 BATCH = 700  # 5 ms a step on two cores
@@ -42,7 +44,7 @@ def bare(run: program.Program) -> float:
     return (time.perf_counter() - started) / (STEPS - FIRST)
 
 
-def loop(run: program.Program, save: bool) -> float:
+def whole_loop(run: program.Program, save: bool) -> float:
     """Seconds per step of the training loop."""
     times = {}
 
@@ -52,7 +54,7 @@ def loop(run: program.Program, save: bool) -> float:
 
     with tempfile.TemporaryDirectory() as directory:
         saved = Checkpoints(pathlib.Path(directory), keep=2) if save else None
-        train.train(run, [0], train.Hooks(on_step=on_step, checkpoints=saved))
+        loop.train(run, [0], loop.Hooks(on_step=on_step, checkpoints=saved))
         if saved:
             saved.close()
     return (times[STEPS - 1] - times[FIRST]) / (STEPS - 1 - FIRST)
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> None:
     config = mnist.get_config()
     config.steps, config.eval_every, config.checkpoint_every = STEPS, STEPS, 100
     config.batch_size, config.eval_batch_size = BATCH, 1000
-    setup = program.prepare(config)
+    setup = prepare(config)
     compile_seconds = {}
     with tempfile.TemporaryDirectory() as cache:
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -76,8 +78,8 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", None)  # it goes now
     contenders = {
         "bare step": functools.partial(bare, run),
-        "loop": functools.partial(loop, run, False),
-        "loop, saving": functools.partial(loop, run, True),
+        "loop": functools.partial(whole_loop, run, False),
+        "loop, saving": functools.partial(whole_loop, run, True),
     }
     seconds = {name: [] for name in contenders}
     for _ in range(ROUNDS):

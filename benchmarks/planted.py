@@ -19,10 +19,12 @@ from matplotlib import pyplot as plt
 
 from benchmarks import timing
 from configs import planted as planted_config
-from experiments import building, program, progress, ranking, report, train
 from experiments.data.planted import Teacher, found_and_covered, planted, teacher, true_logits
+from experiments.outputs import progress, report
+from experiments.training import evaluation, factories, loop, program
+from experiments.training.setup import prepare
 
-_ALGORITHMS = flags.DEFINE_list("algorithms", list(building.NAMES), "Algorithms to compare.")
+_ALGORITHMS = flags.DEFINE_list("algorithms", list(factories.NAMES), "Algorithms to compare.")
 _BLOCKS = flags.DEFINE_list("blocks", ["5", "10", "20"], "Block sizes.")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.97", "0.98", "0.99"], "Target sparsities.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of the student; the data stay the same.")
@@ -37,8 +39,8 @@ def measure(name: str, block: int, sparsity: float) -> dict[str, Any]:
     config.steps = config.eval_every = _STEPS.value
     config.sparsifier.update({"name": name, "block": (block, block), "sparsity": sparsity})
     config.update_from_flattened_dict(changes())
-    run = program.compiled(program.prepare(config), _SEEDS.value)
-    outcomes = train.train(run, range(_SEEDS.value))
+    run = program.compiled(prepare(config), _SEEDS.value)
+    outcomes = loop.train(run, range(_SEEDS.value))
     network = teacher_of(config)
     shares = [found_and_covered(np.asarray(o.params["hidden1"]["kernel"]), block, network.features) for o in outcomes]
     found, covered, chance = np.array(shares).T
@@ -77,9 +79,7 @@ def teachers_own() -> dict[str, float]:
     config = planted_config.get_config()
     test = planted(**config.data.options).test.arrays
     logits, label = true_logits(teacher_of(config), test["ids"]), test["label"]
-    auc = ranking.Auc()
-    auc.update(logits, label)
-    return {"loss": float(np.mean(np.logaddexp(0, logits) - label * logits)), "auc": auc.value()}
+    return {"loss": float(np.mean(np.logaddexp(0, logits) - label * logits)), "auc": evaluation.auc(logits, label)}
 
 
 def plot(rows: list[dict[str, Any]], own: dict[str, float]) -> None:

@@ -19,7 +19,10 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import timing
-from experiments import data, program, progress, sharding
+from experiments import data
+from experiments.outputs import progress
+from experiments.training import program, sharding
+from experiments.training.setup import prepare
 
 _SIZE = flags.DEFINE_integer("size", 224, "Pixels of an image, squared.")
 _BATCH = flags.DEFINE_integer("batch", 256, "Images a step.")
@@ -37,7 +40,7 @@ def compiled(block: int, algorithm: str) -> program.Program:
     config.model_options.dtype = _DTYPE.value
     config.sparsifier.name = algorithm
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return program.compiled(program.prepare(config, mesh, data.declared("imagenet", _SIZE.value)))
+    return program.compiled(prepare(config, mesh, data.declared("imagenet", _SIZE.value)))
 
 
 def steps(run: program.Program, kind: str) -> Callable[[], Any]:

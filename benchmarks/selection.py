@@ -12,7 +12,7 @@ from absl import app
 
 import sa_plus_plus as sapp
 from benchmarks import timing
-from experiments import progress
+from experiments.outputs import progress
 
 
 @jax.jit

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import report
-from experiments.timing import alternate, spread
+from experiments.outputs import report
+from experiments.utils.timing import alternate, spread
 
 __all__ = ["RESULTS", "alternate", "save", "spread"]
 

@@ -19,7 +19,7 @@ from absl import app, flags
 
 import sa_plus_plus as sapp
 from benchmarks import timing
-from experiments import progress
+from experiments.outputs import progress
 
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds of alternating measurements.")
 _WORKLOADS = flags.DEFINE_list("workloads", ["mlp_256", "mlp_8192", "cnn_32"], "Which of them.")

@@ -19,7 +19,11 @@ from absl import flags
 from matplotlib import pyplot as plt
 
 import sa_plus_plus as sapp
-from experiments import building, cli, naming, program, progress, report, train
+from experiments import cli
+from experiments.outputs import progress, report
+from experiments.training import factories, loop, program
+from experiments.training.setup import prepare
+from experiments.utils import registry
 
 flags.declare_key_flag("config")  # for --help
 _ALGORITHMS = flags.DEFINE_list("algorithms", ["all"], "Comma-separated names, or all.")
@@ -35,10 +39,10 @@ def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     config, console = cli.CONFIG.value, progress.console()
     with cli.users_mistakes():
-        names = building.NAMES if _ALGORITHMS.value == ["all"] else tuple(dict.fromkeys(_ALGORITHMS.value))
+        names = factories.NAMES if _ALGORITHMS.value == ["all"] else tuple(dict.fromkeys(_ALGORITHMS.value))
         if not names:
-            raise ValueError(f"--algorithms is empty; write all, or some of {', '.join(building.NAMES)}")
-        setups = {name: program.prepare(_with_algorithm(config, name)) for name in names}
+            raise ValueError(f"--algorithms is empty; write all, or some of {', '.join(factories.NAMES)}")
+        setups = {name: prepare(_with_algorithm(config, name)) for name in names}
         workdir = cli.workdir_path(_WORKDIR.value, f"{config.name}-compare")
         if (workdir / RESULT).exists() and not _OVERWRITE.value:
             raise FileExistsError(f"{workdir} holds a comparison: choose another --workdir or pass --overwrite")
@@ -47,14 +51,14 @@ def main(argv: list[str]) -> None:
     together = {"yes": True, "no": False, "auto": side_by_side_pays(setups[names[0]].plan)}[_TOGETHER.value]
     groups = [seeds] if together else [[s] for s in seeds]
     metric = setups[names[0]].task.metric
-    outcomes: dict[str, list[train.Outcome]] = {}
+    outcomes: dict[str, list[loop.Outcome]] = {}
     for name, setup in setups.items():
         outcomes[name] = []
         run = program.compiled(setup, len(groups[0]))
         for group in groups:
             title = f"{name}, seed{'s' if len(group) > 1 else ''} {', '.join(map(str, group))}"
             with progress.Live(title, setup.config.steps, metric, console) as live:
-                outcomes[name] += train.train(run, group, train.Hooks(on_row=live))
+                outcomes[name] += loop.train(run, group, loop.Hooks(on_row=live))
     rows = [_summary(name, outcomes[name], metric) for name in names]
     content = {
         "metric_name": f"test_{metric}",
@@ -81,16 +85,16 @@ def side_by_side_pays(plan: sapp.Plan) -> bool:
     On a CPU it does not where there are convolutions: each seed's kernel makes a group of its own, and grouped
     convolutions there took 3 to 5 times as long (ConvNet, 3 seeds, two cores).
     """
-    return jax.default_backend() != "cpu" or all(len(layer.shape) <= 2 for layer in plan.layers)
+    return jax.default_backend() != "cpu" or all(len(layer.shape) <= 2 for layer in plan.leaves)
 
 
 def _with_algorithm(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
     config = config.copy_and_resolve_references()
-    config.sparsifier.name = naming.check(name, building.NAMES, "--algorithms")
+    config.sparsifier.name = registry.check(name, factories.NAMES, "--algorithms")
     return config
 
 
-def _summary(name: str, outcomes: list[train.Outcome], metric: str) -> dict[str, Any]:
+def _summary(name: str, outcomes: list[loop.Outcome], metric: str) -> dict[str, Any]:
     sparsity = [report.real_sparsity(report.layer_rows(o)) for o in outcomes]
     return {
         "algorithm": name,
@@ -122,7 +126,7 @@ def _mean_std(values: list[float], digits: int) -> str:
 
 
 def _plot(
-    path: pathlib.Path, config: ml_collections.ConfigDict, outcomes: dict[str, list[train.Outcome]], metric: str
+    path: pathlib.Path, config: ml_collections.ConfigDict, outcomes: dict[str, list[loop.Outcome]], metric: str
 ) -> None:
     """Test metric against step, mean and spread of each algorithm; and at the end, a point a seed."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(2, 1), sharey=True)

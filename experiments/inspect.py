@@ -13,8 +13,10 @@ from absl import flags
 from rich.console import Console
 
 import sa_plus_plus as sapp
-from experiments import cli, program, progress
+from experiments import cli
 from experiments.models import costs
+from experiments.outputs import progress
+from experiments.training.setup import Setup, prepare_without_data
 
 flags.declare_key_flag("config")  # for --help
 _SPARSITIES = flags.DEFINE_list("sparsities", [], "Target sparsities to tabulate instead of showing each layer.")
@@ -25,25 +27,25 @@ def main(argv: list[str]) -> None:
     config, console = cli.CONFIG.value, progress.console()
     with cli.users_mistakes():
         if _SPARSITIES.value:
-            setups = [program.prepare_without_data(config, float(s)) for s in _SPARSITIES.value]
+            setups = [prepare_without_data(config, float(s)) for s in _SPARSITIES.value]
             cost = multiply_adds(setups[0])  # of the network, whatever is pruned
             rows = [_totals(setup, cost) for setup in setups]
             console.print(progress.table(_title(config), rows))
         else:
-            show(program.prepare_without_data(config), console)
+            show(prepare_without_data(config), console)
 
 
-def show(setup: program.Setup, console: Console) -> None:
+def show(setup: Setup, console: Console) -> None:
     """Print the plan and the phases of a run."""
     cost = multiply_adds(setup)
-    rows = [_cells(layer, cost.get(layer.path, 0)) for layer in setup.plan.layers if layer.is_kernel]
+    rows = [_cells(layer, cost.get(layer.path, 0)) for layer in setup.plan.leaves if layer.is_kernel]
     console.print(progress.table(_title(setup.config), rows))
     console.print(progress.table("The whole network", [_totals(setup, cost)]))
     console.print(f"{setup.config.steps:,} steps of {setup.config.batch_size} examples\n", highlight=False)
     console.print(str(setup.sparsifier(setup.config.seed).phases), highlight=False)
 
 
-def multiply_adds(setup: program.Setup) -> dict[str, int]:
+def multiply_adds(setup: Setup) -> dict[str, int]:
     """Of each kernel for one example."""
     task = setup.task
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
@@ -57,24 +59,24 @@ def _title(config: ml_collections.ConfigDict) -> str:
     return f"{config.name}, {config.model}: {sparsifier.name}, blocks {'×'.join(map(str, sparsifier.block))}"
 
 
-def _cells(layer: sapp.Layer, cost: int) -> dict[str, str]:
+def _cells(layer: sapp.LeafPlan, cost: int) -> dict[str, str]:
     share = layer.kept / layer.blocks
     return {
         "kernel": layer.path.removesuffix("/kernel"),
         "shape": "×".join(map(str, layer.shape)),
-        "grid": "-" if layer.why_not else "×".join(map(str, layer.grid)),
-        "kept blocks": "-" if layer.why_not else f"{layer.kept:,} of {layer.blocks:,}",
+        "grid": "-" if layer.skip_reason else "×".join(map(str, layer.grid)),
+        "kept blocks": "-" if layer.skip_reason else f"{layer.kept:,} of {layer.blocks:,}",
         "weights": f"{layer.weights:,}",
         "M multiply-adds": f"{cost / 1e6:.2f}",
         "after": f"{cost * share / 1e6:.2f}",
-        "sparsity": layer.why_not or f"{1 - share:.2%}",
+        "sparsity": layer.skip_reason or f"{1 - share:.2%}",
     }
 
 
-def _totals(setup: program.Setup, cost: dict[str, int]) -> dict[str, str]:
+def _totals(setup: Setup, cost: dict[str, int]) -> dict[str, str]:
     plan = setup.plan
-    share = {layer.path: layer.kept / layer.blocks for layer in plan.layers if layer.is_kernel}
-    layers = [layer for layer in plan.layers if layer.why_not != "embedding"]  # its size depends on the data
+    share = {layer.path: layer.kept / layer.blocks for layer in plan.leaves if layer.is_kernel}
+    layers = [layer for layer in plan.leaves if layer.skip_reason != "embedding"]  # its size depends on the data
     return {
         "target": f"{setup.config.sparsifier.sparsity:.0%}",
         "parameters": f"{sum(layer.weights for layer in layers):,}",

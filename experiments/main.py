@@ -22,7 +22,10 @@ from absl import flags
 from rich.console import Console
 
 import experiments
-from experiments import checkpoint, cli, observe, program, progress, report, train, workdir
+from experiments import cli
+from experiments.outputs import hooks, progress, report, workdir
+from experiments.training import checkpoint, loop, program
+from experiments.training.setup import prepare
 
 flags.declare_key_flag("config")  # for --help
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
@@ -36,7 +39,7 @@ def main(argv: list[str]) -> None:
     config, console = cli.CONFIG.value, progress.console()
     with contextlib.ExitStack() as stack:
         with cli.users_mistakes():
-            program.prepare(config)
+            prepare(config)
             path = cli.workdir_path(_WORKDIR.value, f"{config.name}-{config.sparsifier.name}")
             if jax.process_index() == 0:
                 stack.enter_context(workdir.claim(path))
@@ -46,7 +49,7 @@ def main(argv: list[str]) -> None:
         cli.cache_compilations(path.parent)
         try:
             result = run(config, path, console, _PROFILE.value, experiments.STARTED)
-        except train.Preempted as preempted:
+        except loop.Preempted as preempted:
             console.print(
                 f"Saved after {preempted.step} steps on SIGTERM: the same command with --workdir={path} resumes"
             )
@@ -107,13 +110,13 @@ def _one(
     """Run, or resume, or find done already, one config in one directory."""
     if (path / workdir.RESULT).exists():
         return json.loads((path / workdir.RESULT).read_text())
-    setup = program.prepare(config)
+    setup = prepare(config)
     metric = setup.task.metric
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(path / "checkpoints", keep=config.keep)))
-        observer = observe.Observer(path, title, setup.config.steps, metric, console, saved, profile)
+        observer = hooks.Observer(path, title, setup.config.steps, metric, console, saved, profile)
         stack.enter_context(observer)
-        (outcome,) = train.train(program.compiled(setup), [config.seed], observer.hooks)
+        (outcome,) = loop.train(program.compiled(setup), [config.seed], observer.hooks)
         rows = observer.rows
         last_saved = saved.latest
     result = report.result(config, outcome, metric) | {"startup_seconds": outcome.first_step_at - started}
@@ -164,11 +167,11 @@ def _layer_cells(row: dict) -> dict[str, str | int]:
     return {
         "layer": row["path"],
         "shape": "×".join(map(str, row["shape"])),
-        "block": "-" if row["why_not"] else "×".join(map(str, row["block"])),
-        "blocks kept": "-" if row["why_not"] else f"{row['kept']:,} / {row['blocks']:,}",
+        "block": "-" if row["skip_reason"] else "×".join(map(str, row["block"])),
+        "blocks kept": "-" if row["skip_reason"] else f"{row['kept']:,} / {row['blocks']:,}",
         "weights": f"{row['weights']:,}",
         "nonzero": f"{row['nonzero']:,}",
-        "sparsity": row["why_not"] or f"{1 - row['nonzero'] / row['weights']:.2%}",
+        "sparsity": row["skip_reason"] or f"{1 - row['nonzero'] / row['weights']:.2%}",
     }
 
 

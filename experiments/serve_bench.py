@@ -4,8 +4,9 @@
     python -m experiments.serve_bench --config=configs/mnist.py --weights=runs/mnist/pruned.safetensors
     python -m experiments.serve_bench --config=configs/resnet50_block32.py --blocks=16,32,64 --batches=1,32
 
-The second measures what the first, a run, has left. Without `--weights` the network gets random weights, of which random
-blocks are zero, for every block size and sparsity asked for: how fast it is does not depend on which. It needs no data.
+The second measures what the first, a run, has left. Without `--weights` the network gets random weights, of which
+random blocks are zero, for every block size and sparsity asked for: how fast it is does not depend on which. It needs
+no data.
 `model` is the network as it was trained, zeros multiplied; `folded` has batch normalisation and ReLU folded into its
 layers; `sparse` moreover multiplies by blocks where that is faster. They take turns, and the results of the last two
 are compared with the model's. Images are noise, and ids are drawn from the whole vocabulary, each as likely.
@@ -26,7 +27,11 @@ from absl import flags
 from matplotlib import pyplot as plt
 
 import sa_plus_plus as sapp
-from experiments import cli, program, progress, report, sharding, timing
+from experiments import cli
+from experiments.outputs import progress, report
+from experiments.training import sharding
+from experiments.training.setup import Setup, prepare, prepare_without_data
+from experiments.utils import timing
 
 flags.declare_key_flag("config")  # for --help
 _WEIGHTS = flags.DEFINE_string("weights", "", "A pruned.safetensors of a run with this config.")
@@ -37,7 +42,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement."
 _OUTPUT = flags.DEFINE_string("output", "runs/serve", "Directory for the results.")
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the largest output
 
-Served = tuple[dict[str, Any], program.Setup, Callable[[], dict[str, Any]]]  # what it is, its parts, its variables
+Served = tuple[dict[str, Any], Setup, Callable[[], dict[str, Any]]]  # what it is, its parts, its variables
 
 
 def main(argv: list[str]) -> None:
@@ -66,7 +71,7 @@ def main(argv: list[str]) -> None:
     console.print(f"In {output}: {', '.join(sorted(p.name for p in output.iterdir()))}", highlight=False)
 
 
-def measure(setup: program.Setup, variables: Any, batch: int) -> tuple[dict[str, Any], sapp.sparse.Network]:
+def measure(setup: Setup, variables: Any, batch: int) -> tuple[dict[str, Any], sapp.sparse.Network]:
     """Seconds of each contender for one batch, and how far its results are from the model's."""
     model, x = setup.task.model, jnp.asarray(inputs(setup, batch))
 
@@ -98,7 +103,7 @@ def measure(setup: program.Setup, variables: Any, batch: int) -> tuple[dict[str,
     }, fast
 
 
-def inputs(setup: program.Setup, batch: int) -> np.ndarray:
+def inputs(setup: Setup, batch: int) -> np.ndarray:
     """A batch of random examples."""
     task, rng = setup.task, np.random.default_rng(0)
     example = task.dataset.example[task.input]
@@ -135,9 +140,9 @@ def _trained(config: ml_collections.ConfigDict) -> Iterator[Served]:
             raise ValueError(f"--{name} is for networks of random blocks, but --weights gives one: leave out either")
     # Where the data are at hand, they know what they are like: the sizes of Criteo's vocabularies differ.
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    setup = program.prepare(config, mesh) if config.data.local else program.prepare_without_data(config)
+    setup = prepare(config, mesh) if config.data.local else prepare_without_data(config)
     like = jax.eval_shape(setup.task.init, jax.random.key(0))
-    variables = sapp.sparse.densify_tree(sapp.load(_WEIGHTS.value, like={"params": like[0], **like[1]}))
+    variables = sapp.todense(sapp.load(_WEIGHTS.value, like={"params": like[0], **like[1]}))
     yield {"block": None, "sparsity": None}, setup, lambda: variables
 
 
@@ -146,11 +151,11 @@ def _random(config: ml_collections.ConfigDict) -> Iterator[Served]:
     for block, sparsity in itertools.product(_numbers("blocks", int, 1, 2**20), _numbers("sparsities", float, 0, 1)):
         config = config.copy_and_resolve_references()
         config.sparsifier.name, config.sparsifier.block = "random", (block, block)
-        setup = program.prepare_without_data(config, sparsity)
+        setup = prepare_without_data(config, sparsity)
         yield {"block": block, "sparsity": sparsity}, setup, functools.partial(_drawn, setup)
 
 
-def _drawn(setup: program.Setup) -> dict[str, Any]:
+def _drawn(setup: Setup) -> dict[str, Any]:
     params, model_state = setup.task.init(jax.random.key(0))
     # Something everywhere, for batch normalisation may start with scales of zero.
     params = jax.tree.map(lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)

@@ -11,7 +11,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments import data, models, naming, tables
+from experiments import data, models
+from experiments.models import tables
+from experiments.utils import registry
 
 
 class Task(NamedTuple):
@@ -44,7 +46,7 @@ class Task(NamedTuple):
 def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
     """Image classification by cross-entropy, measured by accuracy."""
     options = {"classes": dataset.classes, **config.model_options}
-    model = naming.lookup(models, config.model, "config.model", options)
+    model = registry.lookup(models, config.model, "config.model", options)
     mean, std = np.float32(config.data.mean or 0), np.float32(config.data.std or 1)
 
     def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
@@ -59,7 +61,7 @@ def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> 
 
 def reconstruction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
     """Images through a bottleneck and back, by squared error, measured by the peak signal-to-noise ratio in dB."""
-    model = naming.lookup(models, config.model, "config.model", config.model_options)
+    model = registry.lookup(models, config.model, "config.model", config.model_options)
 
     def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
         image = _unit(batch["image"])
@@ -73,7 +75,7 @@ def reconstruction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> 
 def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
     """Whether a click follows, by cross-entropy; measured by AUC, and calibration: mean prediction to mean label."""
     options = {"vocabulary": dataset.vocabulary, **config.model_options}
-    model = naming.lookup(models, config.model, "config.model", options)
+    model = registry.lookup(models, config.model, "config.model", options)
 
     def init(key: jax.Array) -> tuple[Any, Any]:
         state = dict(model.init(key, jnp.asarray(dataset.example["ids"])))
@@ -100,7 +102,7 @@ def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -
 
 def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:
     """The data set of `config`: `name`, `options`, and where a data set may be read from local files, `local`."""
-    make = getattr(data, naming.check(config.name, data.NAMES, "config.data.name"))
+    make = getattr(data, registry.check(config.name, data.NAMES, "config.data.name"))
     return make(**config.options, **({"local": config.local} if config.local else {}))
 
 

@@ -12,16 +12,16 @@ from sa_plus_plus.algorithms import (
     sequential_attention,
 )
 from sa_plus_plus.phases import Phases
-from sa_plus_plus.planning import Layer, Plan, path_string, plan
+from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
 from sa_plus_plus.sparse import (
     BlockSparse,
     block_sparse_conv,
     block_sparse_matmul,
-    densify,
     export,
     load,
     save,
     specialize,
+    todense,
 )
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import SparsifyState, reset_on, sparsify
@@ -35,7 +35,7 @@ __all__ = [
     "ALGORITHMS",
     "CONTROLS",
     "BlockSparse",
-    "Layer",
+    "LeafPlan",
     "Phases",
     "Plan",
     "PruneState",
@@ -49,7 +49,6 @@ __all__ = [
     "blocks",
     "convex",
     "dense",
-    "densify",
     "export",
     "gradual_magnitude",
     "load",
@@ -67,4 +66,5 @@ __all__ = [
     "sparse",
     "sparsify",
     "specialize",
+    "todense",
 ]

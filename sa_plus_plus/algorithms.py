@@ -12,7 +12,7 @@ import optax
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning
 from sa_plus_plus.phases import DENSE, KINDS, Phases
-from sa_plus_plus.planning import MIN_BLOCKS, Layer, Overrides, Plan, named_as_kernel
+from sa_plus_plus.planning import MIN_BLOCKS, LeafPlan, Overrides, Plan, named_as_kernel
 from sa_plus_plus.sparsifier import (
     IDENTITY,
     Parametrisation,
@@ -27,7 +27,7 @@ from sa_plus_plus.sparsifier import (
 )
 
 
-def _norm_score(weights: jax.Array, logits: Any, layer: Layer) -> jax.Array:
+def _norm_score(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
     return blk.frobenius(weights, layer.block)
 
 
@@ -161,7 +161,7 @@ def random(
       scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
     """
 
-    def score(weights: jax.Array, logits: Any, layer: Layer) -> jax.Array:
+    def score(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
         # A layer's own stream, named by its path, so that it does not depend on which others are pruned.
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(layer.path.encode()))
         return jax.random.uniform(key, layer.grid, jnp.float32)
@@ -254,19 +254,19 @@ def powerpropagation(
     if not alpha >= 1:
         raise ValueError(f"alpha must be at least 1, got {alpha}")
 
-    def norm_to(weights: jax.Array, power: float, layer: Layer) -> jax.Array:
+    def norm_to(weights: jax.Array, power: float, layer: LeafPlan) -> jax.Array:
         """`||W||_F^power` of each block; 0, with gradient 0, for a block of zeros."""
         squares = blk.sum_of_squares(weights, layer.block)
         zero = squares == 0
         return jnp.where(zero, 0, jnp.where(zero, 1, squares) ** (power / 2))
 
-    def weights(kernel: jax.Array, layer: Layer) -> jax.Array:
+    def weights(kernel: jax.Array, layer: LeafPlan) -> jax.Array:
         return times(kernel, norm_to(kernel, (1 - alpha) / alpha, layer), layer)
 
-    def scale(weights: jax.Array, logits: Any, layer: Layer) -> jax.Array | None:
+    def scale(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array | None:
         return None if alpha == 1 else norm_to(weights, alpha - 1, layer)
 
-    def score(weights: jax.Array, logits: Any, layer: Layer) -> jax.Array:
+    def score(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
         return norm_to(weights, alpha, layer)  # the norm of the effective block
 
     return compose(
@@ -332,14 +332,14 @@ def sequential_attention(
     if isinstance(reset_logits_at, str) or set(reset_logits_at) - set(KINDS):
         raise ValueError(f"reset_logits_at takes a list of {', '.join(KINDS)}; got {reset_logits_at!r}")
 
-    def scale(weights: jax.Array, logits: Any, layer: Layer) -> jax.Array:
+    def scale(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
         attention = attention_weights(logits)
         if clip is None:
             return attention
         low, high = (1 - layer.sparsity, 1 / (1 - layer.sparsity)) if isinstance(clip, str) else clip
         return jnp.clip(attention, low, high)
 
-    def score(weights: jax.Array, logits: Any, layer: Layer) -> jax.Array:
+    def score(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
         # log A, less a constant of the layer where layers do not compete: small logits keep all their digits.
         return logits if scope != "global" else jnp.log(layer.blocks) + jax.nn.log_softmax(logits, (0, 1))
 

@@ -18,7 +18,7 @@ MIN_BLOCKS = 100  # C.1: layers with fewer blocks stay dense
 Overrides = Mapping[str, Mapping[str, Any]]
 
 
-class Layer(NamedTuple):
+class LeafPlan(NamedTuple):
     """One leaf of the parameter tree and what happens to it.
 
     Attributes:
@@ -28,7 +28,7 @@ class Layer(NamedTuple):
       grid: blocks down and across; `(0, 0)` where the leaf is not a kernel.
       kept: number of blocks that stay; all of them where the layer is not pruned.
       sparsity: target share of the blocks removed, in [0, 1).
-      why_not: empty for a pruned layer, else the reason why it stays dense.
+      skip_reason: empty for a pruned layer, else the reason why it stays dense.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Layer(NamedTuple):
     grid: tuple[int, int]
     kept: int
     sparsity: float
-    why_not: str
+    skip_reason: str
 
     @property
     def blocks(self) -> int:
@@ -56,20 +56,20 @@ class Plan(NamedTuple):
     """What becomes of every leaf of a parameter tree; `print(plan)` shows it as a table.
 
     Attributes:
-      layers: one `Layer` a leaf, in the order of the tree.
+      leaves: one `LeafPlan` a leaf, in the order of the tree.
     """
 
-    layers: tuple[Layer, ...]
+    leaves: tuple[LeafPlan, ...]
 
     @property
-    def pruned(self) -> dict[str, Layer]:
+    def pruned(self) -> dict[str, LeafPlan]:
         """The layers that are pruned, by path."""
-        return {layer.path: layer for layer in self.layers if not layer.why_not}
+        return {layer.path: layer for layer in self.leaves if not layer.skip_reason}
 
     @property
     def kernel_weights(self) -> int:
         """Number of weights in all kernels, pruned or not."""
-        return sum(layer.weights for layer in self.layers if layer.is_kernel)
+        return sum(layer.weights for layer in self.leaves if layer.is_kernel)
 
     @property
     def sparsity(self) -> float:
@@ -79,18 +79,18 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         head = ("path", "shape", "block", "grid", "blocks", "kept", "pruned")
-        rows = [head, *(_row(layer) for layer in self.layers)]
+        rows = [head, *(_row(layer) for layer in self.leaves)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "-" * max(map(len, lines)))
-        total = f"{len(self.pruned)} of {len(self.layers)} leaves pruned; {self.sparsity:.2%} of "
+        total = f"{len(self.pruned)} of {len(self.leaves)} leaves pruned; {self.sparsity:.2%} of "
         return "\n".join([*lines, total + f"{self.kernel_weights:,} kernel weights removed"])
 
 
-def _row(layer: Layer) -> tuple[str, ...]:
+def _row(layer: LeafPlan) -> tuple[str, ...]:
     if not layer.is_kernel:
-        return (layer.path, _by(layer.shape), "-", "-", "-", "-", f"no: {layer.why_not}")
-    fate = f"no: {layer.why_not}" if layer.why_not else f"{layer.sparsity:.1%}"
+        return (layer.path, _by(layer.shape), "-", "-", "-", "-", f"no: {layer.skip_reason}")
+    fate = f"no: {layer.skip_reason}" if layer.skip_reason else f"{layer.sparsity:.1%}"
     kept = f"{layer.kept:,}"
     return (layer.path, _by(layer.shape), _by(layer.block), _by(layer.grid), f"{layer.blocks:,}", kept, fate)
 
@@ -122,7 +122,7 @@ def _other_name(path: str) -> str:
     return name if name in ("bias", "scale") else ""
 
 
-def map_layers(fn: Callable[..., Any], params: Any, layers: Mapping[str, Layer], *rest: Any) -> Any:
+def map_layers(fn: Callable[..., Any], params: Any, layers: Mapping[str, LeafPlan], *rest: Any) -> Any:
     """`fn(layer or None, leaf, *leaves of rest)` over a parameter tree: layer is None where nothing is pruned."""
     return jax.tree_util.tree_map_with_path(lambda path, *x: fn(layers.get(path_string(path)), *x), params, *rest)
 
@@ -170,10 +170,10 @@ def plan(
     for pattern in checked:
         if not any(layer.is_kernel and _matches(layer.path, pattern) for layer in layers):
             matched = next(layer for layer in layers if _matches(layer.path, pattern))
-            raise ValueError(f"override {pattern!r} matches no kernel, only {matched.path}: {matched.why_not}")
+            raise ValueError(f"override {pattern!r} matches no kernel, only {matched.path}: {matched.skip_reason}")
     result = Plan(tuple(layers))
     if not result.pruned:
-        reasons = "\n".join(f"  {la.path} {la.shape}: {la.why_not}" for la in layers if len(la.shape) > 1)
+        reasons = "\n".join(f"  {la.path} {la.shape}: {la.skip_reason}" for la in layers if len(la.shape) > 1)
         raise ValueError(
             f"nothing to prune with block={defaults['block']} and min_blocks={min_blocks}: choose smaller blocks, "
             f"a smaller min_blocks or another predicate. Leaves of 2 and more dimensions:\n{reasons or '  none'}"
@@ -193,14 +193,14 @@ def check_options(
     return defaults, {pattern: _checked_override(pattern, o) for pattern, o in (overrides or {}).items()}
 
 
-def stays_dense(path: str, leaf: Any, why_not: str) -> Layer:
+def stays_dense(path: str, leaf: Any, skip_reason: str) -> LeafPlan:
     """A leaf that no algorithm touches: a kernel counts as one block."""
     shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
-        return Layer(path, shape, (1, 1), (0, 0), 0, 0.0, f"not a kernel ({len(shape)}-D)")
+        return LeafPlan(path, shape, (1, 1), (0, 0), 0, 0.0, f"not a kernel ({len(shape)}-D)")
     if other := _other_name(path):
-        return Layer(path, shape, (1, 1), (0, 0), 0, 0.0, other)
-    return Layer(path, shape, blk.matrix_shape(shape), (1, 1), 1, 0.0, why_not)
+        return LeafPlan(path, shape, (1, 1), (0, 0), 0, 0.0, other)
+    return LeafPlan(path, shape, blk.matrix_shape(shape), (1, 1), 1, 0.0, skip_reason)
 
 
 def _layer(
@@ -211,27 +211,27 @@ def _layer(
     min_blocks: int,
     where: Callable[[str], bool],
     forced: bool,
-) -> Layer:
+) -> LeafPlan:
     shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
         return stays_dense(path, leaf, "")
     if not where(path) and (other := _other_name(path)):
-        return Layer(path, shape, (1, 1), (0, 0), 0, 0.0, other)
+        return LeafPlan(path, shape, (1, 1), (0, 0), 0, 0.0, other)
     grid = blk.grid_shape(shape, block)
     n = math.prod(grid)
     too_large = any(b > side for b, side in zip(block, blk.matrix_shape(shape), strict=True))
     if too_large and forced:
         raise ValueError(f"override for {path}: block {block} is larger than its matrix {blk.matrix_shape(shape)}")
     if not where(path):
-        why_not = "excluded by `where`"
+        skip_reason = "excluded by `where`"
     elif too_large:
-        why_not = f"block larger than its {_by(blk.matrix_shape(shape))} matrix"
+        skip_reason = f"block larger than its {_by(blk.matrix_shape(shape))} matrix"
     elif n < min_blocks:
-        why_not = f"fewer than {min_blocks} blocks"
+        skip_reason = f"fewer than {min_blocks} blocks"
     else:
-        why_not = ""
-    if why_not:
-        return Layer(path, shape, block, grid, n, 0.0, why_not)
+        skip_reason = ""
+    if skip_reason:
+        return LeafPlan(path, shape, block, grid, n, 0.0, skip_reason)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"{path} has dtype {leaf.dtype}: only floating-point kernels can be pruned, see `where`")
     kept = select.kept_blocks(n, sparsity)
@@ -241,7 +241,7 @@ def _layer(
             f"sparsity {sparsity} leaves no block of the {n} in {path}: "
             f"lower it to at most {(n - 1) * digits // n / digits} there (see `overrides`) or use smaller blocks"
         )
-    return Layer(path, shape, block, grid, kept, sparsity, "")
+    return LeafPlan(path, shape, block, grid, kept, sparsity, "")
 
 
 def _checked_sparsity(sparsity: float, name: str) -> float:

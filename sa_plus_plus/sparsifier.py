@@ -18,7 +18,7 @@ from jax import lax
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning, select
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
-from sa_plus_plus.planning import Layer, Overrides, Plan, map_layers
+from sa_plus_plus.planning import LeafPlan, Overrides, Plan, map_layers
 
 Params = Any  # a pytree of arrays, the model's own
 Masks = dict[str, jax.Array]
@@ -87,15 +87,15 @@ class Parametrisation(NamedTuple):
       has_logits: whether each block has a trainable logit; otherwise `logits` is None above.
     """
 
-    weights: Callable[[jax.Array, Layer], jax.Array]
-    scale: Callable[[jax.Array, Any, Layer], jax.Array | None]
+    weights: Callable[[jax.Array, LeafPlan], jax.Array]
+    scale: Callable[[jax.Array, Any, LeafPlan], jax.Array | None]
     has_logits: bool = False
 
 
 IDENTITY = Parametrisation(lambda kernel, layer: kernel, lambda weights, logits, layer: None)
 
 # (weights, logits, layer) -> grid: the higher, the more a block deserves to stay
-Score = Callable[[jax.Array, Any, Layer], jax.Array]
+Score = Callable[[jax.Array, Any, LeafPlan], jax.Array]
 
 
 def compose(
@@ -149,10 +149,10 @@ def compose(
     )
     planning.check_options(block, sparsity, min_blocks, overrides)
 
-    def layers_of(trainable: Trainable) -> dict[str, Layer]:
+    def layers_of(trainable: Trainable) -> dict[str, LeafPlan]:
         return plan(trainable.params).pruned
 
-    def chosen(trainable: Trainable, masks: Masks, step: jax.Array, layers: dict[str, Layer]) -> Masks:
+    def chosen(trainable: Trainable, masks: Masks, step: jax.Array, layers: dict[str, LeafPlan]) -> Masks:
         """The masks due at a step, given the current ones."""
         scores = {path: score(w, trainable.logits.get(path), layers[path]) for path, w in _kernels(trainable, layers)}
         k = {path: _blocks_due(layer, phases, step) for path, layer in layers.items()}
@@ -174,7 +174,7 @@ def compose(
     def apply(trainable: Trainable, prune: PruneState) -> Params:
         layers = layers_of(trainable)
 
-        def effective(layer: Layer | None, weights: jax.Array) -> jax.Array:
+        def effective(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
             if layer is None:
                 return weights
             scale = parametrisation.scale(weights, trainable.logits.get(layer.path), layer)
@@ -186,7 +186,7 @@ def compose(
     def finalize(trainable: Trainable, prune: PruneState) -> Params:
         layers = layers_of(trainable)
 
-        def exact(layer: Layer | None, weights: jax.Array) -> jax.Array:
+        def exact(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
             return weights if layer is None else _keep(weights, prune.masks[layer.path], layer)
 
         return map_layers(exact, apply(trainable, prune), layers)
@@ -208,7 +208,7 @@ def compose(
             trainable = trainable._replace(logits=logits)
         return trainable, PruneState(step, boundary, masks)
 
-    def move(trainable: Trainable, masks: Masks, updates: Trainable | None, layers: dict[str, Layer]) -> Trainable:
+    def move(trainable: Trainable, masks: Masks, updates: Trainable | None, layers: dict[str, LeafPlan]) -> Trainable:
         """Apply an optimizer's updates; masked weights stay as they are, or become zero."""
         moved = trainable
         if updates is not None:
@@ -217,7 +217,7 @@ def compose(
         elif not forget_masked:
             return trainable
 
-        def held(layer: Layer | None, new: jax.Array, old: jax.Array) -> jax.Array:
+        def held(layer: LeafPlan | None, new: jax.Array, old: jax.Array) -> jax.Array:
             if layer is None:
                 return new
             return _keep(new, masks[layer.path], layer, otherwise=0 if forget_masked else old)
@@ -233,28 +233,28 @@ def check_phases(phases: Any) -> None:
         raise TypeError(f"phases must be a schedule such as `phases.custom(total_steps, [...])` makes, got {phases!r}")
 
 
-def _blocks_due(layer: Layer, phases: Phases, step: jax.Array) -> jax.Array:
+def _blocks_due(layer: LeafPlan, phases: Phases, step: jax.Array) -> jax.Array:
     """`floor((1 - sparsity(t)) * N)`, and exactly the planned number where the target is due."""
     dropped = jnp.ceil(layer.sparsity * phases.fraction(step) * layer.blocks).astype(jnp.int32)
     return jnp.where(phases.reached(step), layer.kept, jnp.maximum(layer.blocks - dropped, layer.kept))
 
 
-def _kernels(trainable: Trainable, layers: dict[str, Layer]) -> list[tuple[str, jax.Array]]:
+def _kernels(trainable: Trainable, layers: dict[str, LeafPlan]) -> list[tuple[str, jax.Array]]:
     leaves = jax.tree_util.tree_leaves_with_path(trainable.params)
     return [(path, w) for path, w in ((planning.path_string(p), w) for p, w in leaves) if path in layers]
 
 
-def times(weights: jax.Array, grid: jax.Array, layer: Layer) -> jax.Array:
+def times(weights: jax.Array, grid: jax.Array, layer: LeafPlan) -> jax.Array:
     """`weights * spread(grid)`, multiplied in at least float32 and returned in the weights' type."""
     wide = blk.widened(weights)
     return (wide * blk.spread(grid.astype(wide.dtype), layer.shape, layer.block)).astype(weights.dtype)
 
 
-def _keep(weights: jax.Array, mask: jax.Array, layer: Layer, otherwise: jax.Array | int = 0) -> jax.Array:
+def _keep(weights: jax.Array, mask: jax.Array, layer: LeafPlan, otherwise: jax.Array | int = 0) -> jax.Array:
     return jnp.where(blk.spread(mask, layer.shape, layer.block), weights, otherwise)
 
 
-def _check_finite(params: Params, layers: dict[str, Layer]) -> None:
+def _check_finite(params: Params, layers: dict[str, LeafPlan]) -> None:
     """Refuse NaN and infinite kernels where there are values to look at: under `jit` there are none."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = planning.path_string(keys)

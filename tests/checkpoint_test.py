@@ -22,7 +22,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sa_plus_plus as sapp
-from experiments import checkpoint
+from experiments.training import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -505,7 +505,7 @@ WORKER = """
 import concurrent.futures, contextlib, pathlib, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from experiments import checkpoint
+from experiments.training import checkpoint
 
 port, index, directory = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -3,8 +3,6 @@
 import json
 import runpy
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,48 +12,39 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from configs import criteo_sample
 from configs import planted as planted_config
-from experiments import main, models, program, progress, ranking, sharding, train
+from experiments import main, models
 from experiments.data.criteo.columns import Options
-from experiments.data.criteo.prepare import prepare
+from experiments.data.criteo.prepare import prepare as prepare_log
 from experiments.data.planted import found_and_covered, planted, teacher, true_logits
+from experiments.outputs import progress
+from experiments.training import evaluation, loop, program, sharding
+from experiments.training.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SAMPLE = FILES / "criteo" / "criteo_head_10k.tsv.gz"
 
 
-@hypothesis.given(st.data())
-def test_auc_agrees_with_scikit_learn(data):
-    n = data.draw(st.integers(2, 300))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    labels = rng.permutation(np.arange(n) < data.draw(st.integers(1, n - 1))).astype(int)
-    scores = rng.normal(size=n).round(data.draw(st.integers(0, 3))).astype(np.float32)  # ties, many or few
-    auc = ranking.Auc()
-    for part in np.array_split(np.arange(n), data.draw(st.integers(1, 5))):
-        auc.update(scores[part], labels[part])
-    assert auc.value() == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+def test_auc_without_both_labels_or_finite_scores_is_not_a_number():
+    assert evaluation.auc(np.array([0.1, 0.9, 0.4]), np.array([0, 1, 1])) == 1
+    assert evaluation.auc(np.zeros(4), np.array([0, 1, 0, 1])) == 0.5
+    assert np.isnan(evaluation.auc(np.arange(3.0), np.ones(3)))
+    assert np.isnan(evaluation.auc(np.array([0.5, np.nan]), np.array([0, 1])))
 
 
-def test_auc_of_millions_keeps_to_the_different_scores():
-    rng, auc = np.random.default_rng(0), ranking.Auc()
-    labels = rng.integers(0, 2, 3_000_000)
-    scores = ((rng.normal(size=labels.size) + labels) * 1000).round().astype(np.float32)
-    for part in np.array_split(np.arange(labels.size), 100):
-        auc.update(scores[part], labels[part])
-    assert auc.value() == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
-    assert len(auc._scores) == len(np.unique(scores))
+@pytest.mark.parametrize("seeds", [(), (2,)])
+def test_auc_over_batches_leaves_out_padding(seeds):
+    rng = np.random.default_rng(0)
+    scores, labels, weight = rng.random((*seeds, 3, 8)), rng.integers(0, 2, (*seeds, 3, 8)), np.ones((3, 8))
+    weight[2, 5:] = 0
+    labels[..., 0, :2] = 0, 1
 
+    def evaluate(i):
+        return {"weight": weight[i].sum()}, evaluation.Ranked(scores[..., i, :], labels[..., i, :], weight[i])
 
-def test_auc_without_both_labels_is_not_a_number():
-    auc = ranking.Auc()
-    assert np.isnan(auc.value())
-    auc.update(np.arange(3.0), np.ones(3))
-    assert np.isnan(auc.value())
-    auc.update(np.array([np.nan]), np.zeros(1))
-    assert np.isnan(auc.value())
-    with pytest.raises(ValueError, match="labels must be 0 or 1, got 2"):
-        auc.update(np.zeros(1), np.array([2]))
-    with pytest.raises(ValueError, match=r"scores \(2,\) and labels \(3,\)"):
-        auc.update(np.zeros(2), np.zeros(3))
+    got = evaluation.means(evaluate, range(3))["auc"]
+    real = weight.ravel() > 0
+    flat = [np.atleast_2d(x.reshape(*seeds, 24))[:, real] for x in (scores, labels)]
+    assert got.tolist() == [roc_auc_score(y, s) for s, y in zip(*flat, strict=True)]
 
 
 def test_forward_pass_against_numpy():
@@ -85,9 +74,9 @@ def test_every_cell_of_table_2_prunes_the_first_layer_alone(block):
     for name in ("magnitude", "powerpropagation", "acdc", "sequential_attention", "dense"):
         for sparsity in (0.9, 0.95, 0.97, 0.98, 0.99):
             config.sparsifier.update({"name": name, "sparsity": sparsity})
-            setup = program.prepare(config, mesh, dataset)
+            setup = prepare(config, mesh, dataset)
             assert list(setup.plan.pruned) == ([] if name == "dense" else ["hidden1/kernel"])
-            assert sum(layer.is_kernel for layer in setup.plan.layers) == 4, "the table is no kernel"
+            assert sum(layer.is_kernel for layer in setup.plan.leaves) == 4, "the table is no kernel"
     rates = [float(setup.schedule(step)) for step in (0, 50, 100)]
     np.testing.assert_allclose(rates, [2e-2, np.sqrt(2e-2 * 3e-4), 3e-4], rtol=1e-4)
 
@@ -140,14 +129,14 @@ def test_a_run_reports_loss_auc_and_calibration(tmp_path):
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert (result["metric_name"], result["metric"]) == ("test_auc", last["test_auc"])
     assert 0.55 < result["metric"] < 0.9
-    assert [row["path"] for row in result["layers"] if not row["why_not"]] == ["hidden1/kernel"]
+    assert [row["path"] for row in result["layers"] if not row["skip_reason"]] == ["hidden1/kernel"]
 
 
 def test_metrics_of_seeds_side_by_side_against_scikit_learn():
     config = small()
-    run = program.compiled(program.prepare(config, sharding.make_mesh(devices=jax.devices()[:4])), 2)
+    run = program.compiled(prepare(config, sharding.make_mesh(devices=jax.devices()[:4])), 2)
     test = run.setup.task.dataset.test.arrays
-    for outcome in train.train(run, [0, 1]):
+    for outcome in loop.train(run, [0, 1]):
         logits = np.asarray(run.setup.task.model.apply({"params": outcome.params}, test["ids"]), np.float64)
         chance = 1 / (1 + np.exp(-logits))
         assert outcome.test["test_auc"] == pytest.approx(roc_auc_score(test["label"], chance), abs=1e-4)
@@ -161,7 +150,7 @@ def test_real_rows_from_the_log_to_the_validation_loss(tmp_path):
     options = Options(
         train=0.8, validation=0.19, test=0.01, order="chronological", minimum_count=20, numeric_minimum_count=20
     )
-    prepare(SAMPLE, tmp_path / "rows", options)
+    prepare_log(SAMPLE, tmp_path / "rows", options)
     config = criteo_sample.get_config()
     config.data.local, config.dense_twin = str(tmp_path / "rows"), False
     config.eval_batch_size = 512

@@ -19,9 +19,9 @@ import pytest
 from experiments import data
 from experiments.data.criteo import criteo
 from experiments.data.criteo.columns import CATEGORICAL, FEATURES, NUMERIC, PARTS, Options, bucket, parts
-from experiments.data.criteo.lines import InputError, layout
 from experiments.data.criteo.parse import KINDS, parse
 from experiments.data.criteo.prepare import prepare
+from experiments.data.criteo.reader import InputError, layout
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = pathlib.Path(os.environ.get("SAPP_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from configs import cifar10, fashion_mnist
-from experiments import data, program, tasks
+from experiments import data, tasks
+from experiments.training.setup import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = pathlib.Path(os.environ.get("SAPP_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -534,7 +535,7 @@ def test_configs_ask_tfds_and_say_what_else_could_be_done(module, tmp_path):
     config = module.get_config()
     config.data.options.data_dir = str(tmp_path)
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/{config.name}/(.|\n)*config\.data\.local"):
-        program.prepare(config)
+        prepare(config)
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -544,7 +545,7 @@ def test_configs_ask_tfds_and_say_what_else_could_be_done(module, tmp_path):
 def test_configs_fit_their_data(module):
     config = module.get_config()
     config.data.local = str({"fashion_mnist": CLOTHES, "cifar10": CIFAR10}[config.name])
-    assert any(not layer.why_not for layer in program.prepare(config).plan.layers)
+    assert any(not layer.skip_reason for layer in prepare(config).plan.leaves)
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -17,7 +17,10 @@ from PIL import Image
 
 import sa_plus_plus as sapp
 from configs import imagenette_block8, mnist
-from experiments import checkpoint, data, main, program, progress, report, train
+from experiments import data, main
+from experiments.outputs import progress, report
+from experiments.training import checkpoint, loop, program
+from experiments.training.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -75,10 +78,10 @@ def test_a_run_leaves_complete_and_consistent_results(name, tmp_path):
 
 def test_seeds_side_by_side_equal_seeds_in_turn():
     c = config(**{"sparsifier.name": "random", "eval_batch_size": 320})
-    together = train.train(program.compiled(program.prepare(c), 2), [3, 4])
-    one = program.compiled(program.prepare(c))
+    together = loop.train(program.compiled(prepare(c), 2), [3, 4])
+    one = program.compiled(prepare(c))
     for outcome in together:
-        (alone,) = train.train(one, [outcome.seed])
+        (alone,) = loop.train(one, [outcome.seed])
         assert alone.test["test_accuracy"] == pytest.approx(outcome.test["test_accuracy"], abs=2e-3)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), alone.params, outcome.params)
     kernels = [np.asarray(o.params["Dense_0"]["kernel"] != 0) for o in together]
@@ -96,11 +99,11 @@ def test_nothing_is_compiled_once_the_first_evaluation_and_save_are_done(tmp_pat
         done[0] = step
         return False
 
-    run = program.compiled(program.prepare(config(log_every=5, eval_every=10, checkpoint_every=10)))
+    run = program.compiled(prepare(config(log_every=5, eval_every=10, checkpoint_every=10)))
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
-            train.train(run, [0], train.Hooks(on_step=on_step, checkpoints=saved))
+            loop.train(run, [0], loop.Hooks(on_step=on_step, checkpoints=saved))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compilations, "the listener hears something"

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from configs import resnet50_block8
-from experiments import data, program, sharding
+from experiments import data
+from experiments.training import sharding
+from experiments.training.setup import prepare, prepare_without_data
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -66,7 +68,7 @@ def setup(**changes):
     config = resnet50_block8.get_config()
     config.update_from_flattened_dict(changes)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return program.prepare(config, mesh, data.declared("imagenet", 224))
+    return prepare(config, mesh, data.declared("imagenet", 224))
 
 
 def test_recipe():
@@ -94,7 +96,7 @@ def test_steps_go_before_epochs():
 def test_every_cell_of_table_1_can_be_asked_for(block, name, sparsity):
     config = runpy.run_path(str(ROOT / f"configs/resnet50_block{block}.py"))["get_config"]()
     config.sparsifier.update({"name": name, "sparsity": sparsity})
-    s = program.prepare_without_data(config)
+    s = prepare_without_data(config)
     assert len(s.plan.pruned) == (0 if name == "dense" else TABLE_1[block][0])
 
 

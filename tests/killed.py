@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 
-from experiments import cli, main, observe
+from experiments import cli, main
+from experiments.outputs import hooks
 
 
 def arm(when):
-    original_step, original_start = observe.Observer._on_step, observe.Observer._on_start
+    original_step, original_start = hooks.Observer._on_step, hooks.Observer._on_start
 
     def on_step(self, done):
         time.sleep(0.01)
@@ -36,7 +37,7 @@ def arm(when):
         if when.endswith("s"):
             threading.Timer(float(when[:-1]), os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    observe.Observer._on_step, observe.Observer._on_start = on_step, on_start
+    hooks.Observer._on_step, hooks.Observer._on_start = on_step, on_start
 
 
 if __name__ == "__main__":

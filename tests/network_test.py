@@ -9,7 +9,7 @@ import pytest
 
 import sa_plus_plus as sapp
 from experiments import models
-from sa_plus_plus.sparse import block_sparse_conv, convolution, densify, network, to_block_sparse, tracing
+from sa_plus_plus.sparse import BlockSparse, block_sparse_conv, convolution, network, tracing
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -27,18 +27,26 @@ def convolutions(draw):
     kernel = rng.normal(size=(*window, channels, outputs)).astype(np.float32)
     mask = rng.random(sapp.blocks.grid_shape(kernel.shape, block)) < draw(st.sampled_from([0, 0.2, 0.6, 1]))
     x = rng.normal(size=(draw(st.integers(0, 5)), *size, channels)).astype(np.float32)
-    return jnp.asarray(x), to_block_sparse(kernel, block, mask), strides, padding, draw(st.sampled_from([2**22, 2000]))
+    return (
+        jnp.asarray(x),
+        BlockSparse.fromdense(kernel, block, mask),
+        strides,
+        padding,
+        draw(st.sampled_from([2**22, 2000])),
+    )
 
 
-@hypothesis.given(convolutions(), st.sampled_from(["pure", None]), st.booleans())
-def test_convolution_against_the_dense_one(drawn, backend, relu):
+@hypothesis.given(convolutions(), st.sampled_from(["xla", None]), st.booleans())
+def test_convolution_against_the_dense_one(drawn, implementation, relu):
     x, w, strides, padding, patch_bytes = drawn
-    want = jax.lax.conv_general_dilated(x, densify(w), strides, padding, dimension_numbers=NHWC)
+    want = jax.lax.conv_general_dilated(x, w.todense(), strides, padding, dimension_numbers=NHWC)
     bias = jnp.linspace(-1, 1, w.shape[3])
     want = want + bias[None, None, None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolution, "PATCH_BYTES", patch_bytes)
-        got = block_sparse_conv(x, w, strides=strides, padding=padding, bias=bias, relu=relu, backend=backend)
+        got = block_sparse_conv(
+            x, w, strides=strides, padding=padding, bias=bias, relu=relu, implementation=implementation
+        )
     assert got.shape == want.shape
     np.testing.assert_allclose(got, np.maximum(want, 0) if relu else want, rtol=1e-4, atol=1e-4)
 
@@ -46,7 +54,7 @@ def test_convolution_against_the_dense_one(drawn, backend, relu):
 def test_convolution_is_differentiable_and_maps():
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(3, 3, 8, 16)).astype(np.float32)
-    w = to_block_sparse(kernel, 4, rng.random((18, 4)) < 0.3)
+    w = BlockSparse.fromdense(kernel, 4, rng.random((18, 4)) < 0.3)
     x = jnp.asarray(rng.normal(size=(4, 9, 9, 8)), jnp.float32)
 
     def dense(x, kernel):
@@ -55,15 +63,17 @@ def test_convolution_is_differentiable_and_maps():
     def sparse(x, w):
         return jnp.sum(jnp.sin(block_sparse_conv(x, w, strides=(2, 2))))
 
-    want, got = jax.grad(dense, (0, 1))(x, densify(w)), jax.grad(sparse, (0, 1))(x, w)
+    want, got = jax.grad(dense, (0, 1))(x, w.todense()), jax.grad(sparse, (0, 1))(x, w)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(got[1].blocks, to_block_sparse(want[1], 4, w.layout.mask).blocks, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        got[1].blocks, BlockSparse.fromdense(want[1], 4, w.layout.mask).blocks, rtol=1e-4, atol=1e-4
+    )
     mapped = jax.jit(jax.vmap(lambda x: block_sparse_conv(x, w)))(x[None])
     np.testing.assert_allclose(mapped[0], block_sparse_conv(x, w), rtol=1e-5, atol=1e-5)
 
 
 def test_convolution_refuses_what_does_not_fit():
-    w = to_block_sparse(np.ones((3, 3, 4, 8), np.float32), 4)
+    w = BlockSparse.fromdense(np.ones((3, 3, 4, 8), np.float32), 4)
     with pytest.raises(ValueError, match=r"got \(2, 8, 8, 3\) and \(3, 3, 4, 8\)"):
         block_sparse_conv(jnp.ones((2, 8, 8, 3)), w)
     with pytest.raises(ValueError, match="one floating type"):
@@ -198,8 +208,8 @@ def test_bad_requests():
         sapp.specialize(lambda x: x, w, choose="fast")
     with pytest.raises(ValueError, match="block must be a positive integer"):
         sapp.specialize(lambda x: x, w, block=0)
-    with pytest.raises(ValueError, match="backend must be one of"):
-        sapp.specialize(lambda x: x, w, choose="none", backend="cuda")
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        sapp.specialize(lambda x: x, w, choose="none", implementation="cuda")
     with pytest.raises(TypeError, match="outside jit, vmap and grad"):
         jax.jit(lambda w: sapp.specialize(lambda x: x @ (w + 1), w, choose="none")(w))(w)
     two = sapp.specialize(lambda x: x["q"] @ w - x["k"], {"q": w, "k": w})
@@ -248,7 +258,7 @@ def test_the_faster_form_of_each_layer_runs(monkeypatch):
         for _ in range(2)
     )
     seconds = {True: (2.0, 1.0), False: (1.0, 2.0)}
-    monkeypatch.setattr(network, "_measure", lambda step, w, backend: seconds[step.relu])
+    monkeypatch.setattr(network, "_measure", lambda step, w, implementation: seconds[step.relu])
     fast = sapp.specialize(lambda x: jax.nn.relu(x @ first) @ second, jnp.ones((2, 24)))
     assert [choice.sparse for choice in fast.choices] == [True, False]
     assert [isinstance(kernel, sapp.BlockSparse) for kernel, _ in fast.weights] == [True, False]
@@ -260,7 +270,7 @@ def test_an_empty_batch():
     w = jnp.asarray(np.kron(np.eye(4), np.ones((4, 4))), jnp.float32)
     fast = sapp.specialize(lambda x: x @ w, jnp.ones((0, 16)), choose="all")
     assert fast(jnp.ones((0, 16))).shape == (0, 16)
-    mapped = jax.vmap(lambda x: sapp.block_sparse_matmul(x, to_block_sparse(w, 4)))
+    mapped = jax.vmap(lambda x: sapp.block_sparse_matmul(x, BlockSparse.fromdense(w, 4)))
     assert mapped(jnp.ones((0, 3, 16))).shape == (0, 3, 16)
 
 
@@ -270,13 +280,13 @@ def test_several_devices_by_shard_map():
     mesh = jax.make_mesh((4,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     spec = jax.sharding.PartitionSpec
     kernel = np.kron(rng.random((6, 8)) < 0.4, np.ones((4, 4))) * rng.normal(size=(24, 32))
-    w = to_block_sparse(kernel.astype(np.float32), 4)
+    w = BlockSparse.fromdense(kernel.astype(np.float32), 4)
     x = jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
-    fast = sapp.specialize(lambda x: jax.nn.relu(x @ densify(w)), x[:2], choose="all")
+    fast = sapp.specialize(lambda x: jax.nn.relu(x @ w.todense()), x[:2], choose="all")
     split = jax.jit(jax.shard_map(fast.fn, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec("d")))
     got = split(fast.weights, x)
     assert got.sharding.spec == spec("d")
-    np.testing.assert_allclose(got, jax.nn.relu(x @ densify(w)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, jax.nn.relu(x @ w.todense()), rtol=1e-5, atol=1e-5)
 
     def loss(x, w):
         return jax.lax.psum(jnp.sum(jnp.sin(sapp.block_sparse_matmul(x, w))), "d")
@@ -285,7 +295,7 @@ def test_several_devices_by_shard_map():
         return jax.lax.psum(jnp.sum(jnp.sin(block_sparse_conv(x, w))), "d")
 
     images = jnp.asarray(rng.normal(size=(4, 5, 5, 4)), jnp.float32)
-    conv = to_block_sparse(rng.normal(size=(3, 3, 4, 8)).astype(np.float32), 4, rng.random((9, 2)) < 0.5)
+    conv = BlockSparse.fromdense(rng.normal(size=(3, 3, 4, 8)).astype(np.float32), 4, rng.random((9, 2)) < 0.5)
     for fn, a, b in ((loss, x, w), (loss_of_images, images, conv)):
         mapped = jax.shard_map(fn, mesh=mesh, in_specs=(spec("d"), spec()), out_specs=spec())
         one = jax.shard_map(fn, mesh=mesh, in_specs=(spec(), spec()), out_specs=spec())  # four times the whole
@@ -302,11 +312,11 @@ def test_several_devices_by_shard_map():
         ({"strides": (0, 1)}, "strides must be two positive integers"),
         ({"bias": np.ones(0, np.float32)}, r"bias must be floating and of shape \(8,\)"),
         ({"bias": np.ones(8, np.int32)}, "bias must be floating"),
-        ({"backend": "cuda"}, "backend must be one of"),
+        ({"implementation": "cuda"}, "implementation must be one of"),
     ],
 )
 def test_convolution_options(options, message):
-    w = to_block_sparse(np.ones((3, 3, 4, 8), np.float32), 4)
+    w = BlockSparse.fromdense(np.ones((3, 3, 4, 8), np.float32), 4)
     for x in (jnp.ones((2, 8, 8, 4)), jnp.ones((0, 8, 8, 4))):
         with pytest.raises(ValueError, match=message):
             block_sparse_conv(x, w, **options)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.colors
 import numpy as np
+import problems
 import pytest
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
@@ -349,7 +350,7 @@ def test_an_integer_is_steps_and_a_float_is_a_share_of_the_run():
         ([(D,)], r"got \('dense',\)"),
         ([(D, 0, 50, 100)], r"got \('dense', 0, 50, 100\)"),
     ],
-    ids=str,
+    ids=problems.without_addresses,
 )
 def test_faulty_schedules_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """A small network of plain arrays, and a training run on it, for tests of whole runs."""
 
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -84,5 +85,10 @@ def step(sp, run, data):
 
 def weights_of(path):
     """`{path of a parameter: it in full}` of a run's file of its pruned network."""
-    leaves = jax.tree_util.tree_leaves_with_path(sapp.sparse.densify_tree(sapp.load(path)["params"]))
+    leaves = jax.tree_util.tree_leaves_with_path(sapp.todense(sapp.load(path)["params"]))
     return {sapp.path_string(keys): np.asarray(leaf) for keys, leaf in leaves}
+
+
+def without_addresses(value):
+    """A test's name from its parameter; functions have addresses, by which processes would differ."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sa_plus_plus as sapp
-from experiments import models, sharding
+from experiments import models
 from experiments.models import convolution, costs
+from experiments.training import sharding
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -134,7 +135,7 @@ def test_kernels_of_resnet50():
         models.ResNet50(classes=1000).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     )
     plan = sapp.plan(variables["params"], block=8, sparsity=0.9)
-    assert sum(layer.is_kernel for layer in plan.layers) == 54
+    assert sum(layer.is_kernel for layer in plan.leaves) == 54
     assert plan.kernel_weights == 25_502_912
 
 

@@ -10,7 +10,8 @@ import matplotlib.image
 import pytest
 
 from configs import cifar10_resnet20
-from experiments import main, progress
+from experiments import main
+from experiments.outputs import progress
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -88,10 +89,11 @@ def test_a_click_network_is_asked_for_all_of_its_vocabulary(tmp_path):
 _IDS = """
 import numpy as np
 from configs import planted
-from experiments import program, serve_bench
+from experiments import serve_bench
+from experiments.training.setup import prepare_without_data
 config = planted.get_config()
 config.data.options.update({"rows": 3000, "held_out": 100})
-setup = program.prepare_without_data(config)
+setup = prepare_without_data(config)
 ids, vocabulary = serve_bench.inputs(setup, 4096), np.array(setup.task.dataset.vocabulary)
 assert ids.shape == (4096, len(vocabulary)) and ids.dtype == np.int32
 assert (ids.min(0) == 0).all() and (ids.max(0) == vocabulary - 1).all(), (ids.min(0), ids.max(0), vocabulary)
@@ -109,9 +111,9 @@ import jax, jax.numpy as jnp, numpy as np, pytest
 from absl import flags
 import sa_plus_plus as sapp
 from configs import mnist
-from experiments import program, serve_bench
+from experiments import serve_bench
 flags.FLAGS(["x", "--rounds=1"])
-specialize, setup = sapp.specialize, program.prepare_without_data(mnist.get_config())
+specialize, setup = sapp.specialize, prepare_without_data(mnist.get_config())
 params, _ = setup.task.init(jax.random.key(0))
 for wrong in ("folded", "sparse"):
     def twisted(apply, x, choose="measure", wrong=wrong):

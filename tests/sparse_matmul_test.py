@@ -1,4 +1,4 @@
-"""Products with block-sparse kernels: every backend against NumPy, exactly; gradients, batching, errors, memory."""
+"""Products with block-sparse kernels: all implementations against NumPy, exactly; gradients, batching, errors."""
 
 import inspect
 import math
@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 import sa_plus_plus.sparse.matmul as matmul
 import sa_plus_plus.sparse.native as native
-import sa_plus_plus.sparse.pure as pure
+import sa_plus_plus.sparse.xla as xla
 from sa_plus_plus import blocks as blk
-from sa_plus_plus.sparse import BlockSparse, Layout, block_sparse_matmul, to_block_sparse
+from sa_plus_plus.sparse import BlockSparse, Layout, block_sparse_matmul
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-BACKENDS = ["pure", pytest.param("native", marks=needs_native), "dense"]
+IMPLEMENTATIONS = ["xla", pytest.param("native", marks=needs_native), "dense"]
 CASES = {  # rows, columns, block, batch, share of blocks kept
     "square": (64, 64, 16, 5, 0.3),
     "ragged": (37, 45, (8, 20), 13, 0.4),
@@ -49,7 +49,7 @@ def problem(rows, cols, block, batch, density, seed=0, dtype=np.float32):
     mask = rng.random(blk.grid_shape(shape, block)) < density
     spread = np.repeat(np.repeat(mask, block[0], 0), block[1], 1)[: math.prod(shape[:-1]), :cols]
     matrix = eighths(rng, spread.shape) * spread
-    w = to_block_sparse(matrix.reshape(shape).astype(dtype), block, mask)
+    w = BlockSparse.fromdense(matrix.reshape(shape).astype(dtype), block, mask)
     x, bias = eighths(rng, (batch, len(matrix))), eighths(rng, cols)
     return jnp.asarray(x, dtype), w, matrix.astype(np.float64), jnp.asarray(bias)
 
@@ -64,19 +64,21 @@ def same(left, right):
     np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", CASES)
-def test_product_and_gradients_are_exact(name, dtype, backend):
+def test_product_and_gradients_are_exact(name, dtype, implementation):
     x, w, matrix, bias = problem(*CASES[name], dtype=dtype)
-    same(block_sparse_matmul(x, w, backend=backend), expected(x, matrix))
+    same(block_sparse_matmul(x, w, implementation=implementation), expected(x, matrix))
     g = jnp.asarray(eighths(np.random.default_rng(1), (len(x), matrix.shape[1])), dtype)
-    y, pull = jax.vjp(lambda x, w, b: block_sparse_matmul(x, w, bias=b, relu=True, backend=backend), x, w, bias)
+    y, pull = jax.vjp(
+        lambda x, w, b: block_sparse_matmul(x, w, bias=b, relu=True, implementation=implementation), x, w, bias
+    )
     same(y, expected(x, matrix, bias, relu=True))
     dx, dw, db = pull(g)
     g = np.asarray(g, np.float64) * (np.asarray(y, np.float64) > 0)
     same(dx, expected(jnp.asarray(g, dtype), matrix.T))
-    full = to_block_sparse(
+    full = BlockSparse.fromdense(
         (np.asarray(x, np.float64).T @ g).astype(np.float32).reshape(w.shape), w.layout.block, w.layout.mask
     )
     same(dw.blocks, full.blocks.astype(dtype))
@@ -87,9 +89,11 @@ def test_product_and_gradients_are_exact(name, dtype, backend):
 @pytest.mark.parametrize("name", ["ragged", "many rows", "wide blocks", "none kept", "convolution"])
 def test_pallas_kernel_by_its_interpreter(name, dtype):
     x, w, matrix, bias = problem(*CASES[name], dtype=dtype)
-    same(block_sparse_matmul(x, w, backend="pallas"), expected(x, matrix))
-    same(block_sparse_matmul(x, w, bias=bias, relu=True, backend="pallas"), expected(x, matrix, bias, relu=True))
-    (dx,) = jax.vjp(lambda x: block_sparse_matmul(x, w, backend="pallas"), x)[1](jnp.ones((len(x), w.shape[-1]), dtype))
+    same(block_sparse_matmul(x, w, implementation="pallas"), expected(x, matrix))
+    same(block_sparse_matmul(x, w, bias=bias, relu=True, implementation="pallas"), expected(x, matrix, bias, relu=True))
+    (dx,) = jax.vjp(lambda x: block_sparse_matmul(x, w, implementation="pallas"), x)[1](
+        jnp.ones((len(x), w.shape[-1]), dtype)
+    )
     same(dx, expected(jnp.ones((len(x), w.shape[-1]), dtype), matrix.T))
 
 
@@ -98,7 +102,7 @@ def test_pallas_kernel_lowers_for_a_gpu(dtype):
     """Down to Triton's language, which takes no GPU; that it runs there takes one."""
     x, w, _, bias = problem(*CASES["ragged"], dtype=dtype)
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    product = jax.jit(lambda x, w: block_sparse_matmul(x, w, bias=bias, relu=True, backend="pallas"))
+    product = jax.jit(lambda x, w: block_sparse_matmul(x, w, bias=bias, relu=True, implementation="pallas"))
     device = {}
     if "platform" in inspect.signature(jax.sharding.AbstractDevice).parameters:  # newer versions ask which GPU
         device = {"abstract_device": jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")}
@@ -123,9 +127,9 @@ def test_any_shape(sides, block, lead, density, dtype, epilogue, seed):
     bias, relu = bias if epilogue[0] else None, epilogue[1]
     wanted = expected(x, matrix, bias, relu).reshape(*lead, sides[1])
     x = x.reshape(*lead, sides[0])
-    backends = ["pure", None] if native.missing() or dtype == jnp.float16 else ["pure", "native"]
-    for backend in backends:
-        same(block_sparse_matmul(x, w, bias=bias, relu=relu, backend=backend), wanted)
+    implementations = ["xla", None] if native.missing() or dtype == jnp.float16 else ["xla", "native"]
+    for implementation in implementations:
+        same(block_sparse_matmul(x, w, bias=bias, relu=relu, implementation=implementation), wanted)
 
 
 def test_float64():
@@ -135,19 +139,19 @@ def test_float64():
         np.testing.assert_allclose(block_sparse_matmul(x, w), np.asarray(x) @ matrix, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_sums_are_kept_in_float32(backend):
-    ones = to_block_sparse(np.ones((1024, 8), jnp.bfloat16), 8)  # in bfloat16, 256 + 1 = 256
-    assert block_sparse_matmul(jnp.ones(1024, jnp.bfloat16), ones, backend=backend).tolist() == [1024] * 8
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_sums_are_kept_in_float32(implementation):
+    ones = BlockSparse.fromdense(np.ones((1024, 8), jnp.bfloat16), 8)  # in bfloat16, 256 + 1 = 256
+    assert block_sparse_matmul(jnp.ones(1024, jnp.bfloat16), ones, implementation=implementation).tolist() == [1024] * 8
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_vmap_makes_one_larger_product(backend):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_makes_one_larger_product(implementation):
     x, w, matrix, bias = problem(*CASES["ragged"])
     x = jnp.stack([x, 2 * x])
 
     def f(x, w=w, bias=bias):
-        return block_sparse_matmul(x, w, bias=bias, relu=True, backend=backend)
+        return block_sparse_matmul(x, w, bias=bias, relu=True, implementation=implementation)
 
     wanted = expected(x, matrix, bias, relu=True)
     same(jax.vmap(f)(x), wanted)
@@ -171,7 +175,7 @@ def test_one_compilation_for_equal_layouts():
         return block_sparse_matmul(x, w)
 
     f(x, w)
-    f(x + 1, BlockSparse(2 * w.blocks, Layout(w.shape, w.layout.block, w.layout.rows, w.layout.starts)))
+    f(x + 1, BlockSparse(2 * w.blocks, Layout(w.shape, w.layout.block, w.layout.indices, w.layout.indptr)))
     assert len(traces) == 1
     f(x, problem(*CASES["square"], seed=1)[1])
     assert len(traces) == 2
@@ -197,24 +201,24 @@ def test_a_program_for_another_platform_has_no_kernel_of_this_one():
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 1.0])
 def test_groups_hold_every_block_once_and_little_padding(density):
     layout = problem(640, 720, (8, 9), 1, density)[1].layout
-    groups = pure.groups(layout)
+    groups = xla.groups(layout)
     at = np.concatenate([group.at.ravel() for group in groups])
-    assert sorted(at[at < layout.kept]) == list(range(layout.kept))
-    assert at.size <= layout.kept / (1 - pure.WASTE)
+    assert sorted(at[at < layout.nse]) == list(range(layout.nse))
+    assert at.size <= layout.nse / (1 - xla.WASTE)
     for group in groups:
-        real = group.at < layout.kept
-        np.testing.assert_array_equal(layout.rows[group.at[real]], group.rows[real])
+        real = group.at < layout.nse
+        np.testing.assert_array_equal(layout.indices[group.at[real]], group.rows[real])
         np.testing.assert_array_equal(layout.columns[group.at[real]], group.columns[np.nonzero(real)[0]])
 
 
 def test_many_rows_are_taken_in_tiles(monkeypatch):
-    monkeypatch.setattr(pure, "LARGE_TILE", 16)
-    monkeypatch.setattr(pure, "TILE", 12)
+    monkeypatch.setattr(xla, "LARGE_TILE", 16)
+    monkeypatch.setattr(xla, "TILE", 12)
     x, w, matrix, _ = problem(*CASES["many rows"])
     g = jnp.asarray(eighths(np.random.default_rng(1), (len(x), matrix.shape[1])))
-    full = to_block_sparse(np.asarray(x).T @ np.asarray(g), w.layout.block, w.layout.mask)
-    same(pure.weight_gradient(x, g, w.layout), full.blocks)
-    same(pure.matmul(x, w.blocks, w.layout), expected(x, matrix))
+    full = BlockSparse.fromdense(np.asarray(x).T @ np.asarray(g), w.layout.block, w.layout.mask)
+    same(xla.weight_gradient(x, g, w.layout), full.blocks)
+    same(xla.matmul(x, w.blocks, w.layout), expected(x, matrix))
 
 
 def test_errors():
@@ -226,13 +230,16 @@ def test_errors():
         (lambda: block_sparse_matmul(x.astype(int), w), "one floating type"),
         (lambda: block_sparse_matmul(x, BlockSparse(w.blocks[1:], w.layout)), "blocks must be"),
         (lambda: block_sparse_matmul(x, w, bias=bias[1:]), r"of shape \(45,\)"),
-        (lambda: block_sparse_matmul(x, w, backend="cuda"), "one of pure, native, pallas, dense or None, got 'cuda'"),
+        (
+            lambda: block_sparse_matmul(x, w, implementation="cuda"),
+            "one of pure, native, pallas, dense or None, got 'cuda'",
+        ),
     ):
         with pytest.raises(ValueError, match=wanted):
             bad()
     half = BlockSparse(w.blocks.astype(jnp.float16), w.layout)
-    with pytest.raises(ValueError, match="not float16: use backend='pure'"):
-        block_sparse_matmul(x.astype(jnp.float16), half, backend="native")
+    with pytest.raises(ValueError, match="not float16: use implementation='xla'"):
+        block_sparse_matmul(x.astype(jnp.float16), half, implementation="native")
 
 
 def test_without_the_compiled_kernel_there_is_one_notice(monkeypatch):
@@ -244,9 +251,9 @@ def test_without_the_compiled_kernel_there_is_one_notice(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same(block_sparse_matmul(x[:2], w), expected(x[:2], matrix))
-        same(block_sparse_matmul(x, w, backend="pure"), expected(x, matrix))
+        same(block_sparse_matmul(x, w, implementation="xla"), expected(x, matrix))
     with pytest.raises(RuntimeError, match="no compiler was found; install"):
-        block_sparse_matmul(x, w, backend="native")
+        block_sparse_matmul(x, w, implementation="native")
 
 
 @needs_native

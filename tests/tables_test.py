@@ -12,7 +12,9 @@ import pytest
 import sa_plus_plus as sapp
 from configs import mnist
 from configs import planted as planted_config
-from experiments import building, program, sharding, tables
+from experiments.models import tables
+from experiments.training import factories, program, sharding
+from experiments.training.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 STEPS = 12
@@ -103,7 +105,7 @@ def test_only_the_table_itself_is_taken():
 def test_every_optimizer_starts_with_zeros_for_a_table(name):
     config = planted_config.get_config().optimizer
     config.update({"name": name, "momentum": 0.9, "schedule": "constant"})
-    tx, _ = building.optimizer(config, 10)
+    tx, _ = factories.optimizer(config, 10)
     moments = [x for x in jax.tree.leaves(tx.init(sapp.Trainable({"t": jnp.ones((5, 2))}, {}))) if x.shape == (5, 2)]
     assert moments
     assert not any(x.any() for x in moments)
@@ -117,7 +119,7 @@ def run_of(rows, optimizer, algorithm="sequential_attention", seeds=1, devices=1
     config.sparsifier.name = algorithm
     config.sparsifier.schedule = (("dense", 4), ("sparsification", 4), ("sparse", 4))
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    return program.compiled(program.prepare(config, mesh), seeds)
+    return program.compiled(prepare(config, mesh), seeds)
 
 
 def states(run, seeds=(0,)):
@@ -192,7 +194,7 @@ def test_models_without_a_table_are_refused():
     config.batch_size = config.eval_batch_size = 96
     config.optimizer.rows = "batch"
     with pytest.raises(ValueError, match=r'config\.optimizer\.rows="batch" is for models with an embedding table'):
-        program.prepare(config)
+        prepare(config)
     config.optimizer.rows = "rows"
     with pytest.raises(ValueError, match=r"config\.optimizer\.rows"):
-        program.prepare(config)
+        prepare(config)

@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from experiments import cli, report
+from experiments import cli
+from experiments.outputs import report
 from experiments.theory import lemmas, one_group, page, recovery, replacement
 from experiments.theory.instances import QUICK, Amount
 

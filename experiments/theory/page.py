@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
-from experiments import report
+from experiments.outputs import report
 from experiments.theory import instances, replacement
 
 

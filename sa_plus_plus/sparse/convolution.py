@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 
 import sa_plus_plus.sparse.native as native
-from sa_plus_plus.sparse.kernel import BlockSparse, Layout
-from sa_plus_plus.sparse.matmul import Backend, block_sparse_matmul, check, chosen
+from sa_plus_plus.sparse.array import BlockSparse, Layout
+from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul, check, chosen
 
 PATCH_BYTES = 2**22  # of patches at a time: they stay in a CPU's caches, and are never all there
 
@@ -26,7 +26,7 @@ def block_sparse_conv(
     padding: Padding = "SAME",
     bias: jax.Array | None = None,
     relu: bool = False,
-    backend: Backend | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Convolution of images with a block-sparse kernel; a 1 x 1 kernel makes it one `block_sparse_matmul`.
 
@@ -40,7 +40,7 @@ def block_sparse_conv(
       padding: `"SAME"`, `"VALID"` or `((top, bottom), (left, right))`, as `jax.lax.conv_general_dilated` takes it.
       bias: `(outputs,)`.
       relu: whether `max(., 0)` follows.
-      backend: as `block_sparse_matmul` takes it.
+      implementation: as `block_sparse_matmul` takes it.
 
     Returns:
       `(batch, rows, columns, outputs)` in the type of `x`.
@@ -56,7 +56,7 @@ def block_sparse_conv(
     check(x, w, bias)
     if len(strides) != 2 or not all(isinstance(s, int | np.integer) and s > 0 for s in strides):
         raise ValueError(f"strides must be two positive integers, down and across, got {strides}")
-    platform_choice = chosen(backend, x.dtype)
+    platform_choice = chosen(implementation, x.dtype)
     window, strides = (w.shape[0], w.shape[1]), (int(strides[0]), int(strides[1]))
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
@@ -66,8 +66,8 @@ def block_sparse_conv(
         return jnp.zeros((x.shape[0], max(rows, 0), max(columns, 0), w.shape[3]), x.dtype)
     in_place = window != (1, 1) and w.shape[2] % w.layout.block[0] == 0
     if in_place and platform_choice in ("auto", "native"):
-        return _in_place(x, w.blocks, bias, w.layout, strides, relu, backend)
-    return _by_patches(x, w, bias, strides, relu, backend)
+        return _in_place(x, w.blocks, bias, w.layout, strides, relu, implementation)
+    return _by_patches(x, w, bias, strides, relu, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -78,7 +78,7 @@ def _in_place(
     layout: Layout,
     strides: tuple[int, int],
     relu: bool,
-    backend: Backend | None,
+    implementation: Implementation | None,
 ) -> jax.Array:
     """The compiled kernel on CPUs, patches on other platforms."""
 
@@ -86,7 +86,7 @@ def _in_place(
         return native.conv(x, blocks, bias, layout, strides, relu).astype(x.dtype)
 
     def plain(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return _by_patches(x, BlockSparse(blocks, layout), bias, strides, relu, backend)
+        return _by_patches(x, BlockSparse(blocks, layout), bias, strides, relu, implementation)
 
     @jax.custom_batching.custom_vmap
     def call(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -107,9 +107,9 @@ def _in_place_forward(x: Any, blocks: Any, bias: Any, *options: Any) -> tuple[ja
     return _in_place(x, blocks, bias, *options), (x, blocks, bias)
 
 
-def _in_place_backward(layout: Layout, strides: Any, relu: bool, backend: Any, saved: Any, g: jax.Array) -> Any:
+def _in_place_backward(layout: Layout, strides: Any, relu: bool, implementation: Any, saved: Any, g: jax.Array) -> Any:
     def by_patches(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return _by_patches(x, BlockSparse(blocks, layout), bias, strides, relu, backend)
+        return _by_patches(x, BlockSparse(blocks, layout), bias, strides, relu, implementation)
 
     _, pull_back = jax.vjp(by_patches, *saved)
     return pull_back(g)
@@ -119,7 +119,12 @@ _in_place.defvjp(_in_place_forward, _in_place_backward)
 
 
 def _by_patches(
-    x: jax.Array, w: BlockSparse, bias: jax.Array | None, strides: tuple[int, int], relu: bool, backend: Backend | None
+    x: jax.Array,
+    w: BlockSparse,
+    bias: jax.Array | None,
+    strides: tuple[int, int],
+    relu: bool,
+    implementation: Implementation | None,
 ) -> jax.Array:
     """Products with patches of images that are padded already."""
     window = (w.shape[0], w.shape[1])
@@ -127,7 +132,7 @@ def _by_patches(
 
     def convolve(x: jax.Array, rows: int) -> jax.Array:
         patches = _patches(x, window, strides, rows, columns)
-        return block_sparse_matmul(patches, w, bias=bias, relu=relu, backend=backend)
+        return block_sparse_matmul(patches, w, bias=bias, relu=relu, implementation=implementation)
 
     if window == (1, 1):
         return convolve(x, rows)

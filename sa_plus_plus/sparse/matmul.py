@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 import sa_plus_plus.sparse.native as native
-import sa_plus_plus.sparse.pure as pure
+import sa_plus_plus.sparse.xla as xla
 from sa_plus_plus import blocks as blk
-from sa_plus_plus.sparse.kernel import BlockSparse, Layout, densify
+from sa_plus_plus.sparse.array import BlockSparse, Layout
 
-Backend = Literal["pure", "native", "pallas", "dense"]
+Implementation = Literal["xla", "native", "pallas", "dense"]
 
 
 def block_sparse_matmul(
@@ -22,7 +22,7 @@ def block_sparse_matmul(
     *,
     bias: jax.Array | None = None,
     relu: bool = False,
-    backend: Backend | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """`x @ w`, at a cost in proportion to the blocks kept: `y[..., c] = sum_r x[..., r] w[r, c] (+ bias[c])`.
 
@@ -34,21 +34,20 @@ def block_sparse_matmul(
       w: a kernel whose matrix (`blocks.matrix_shape`) is `(rows, cols)`, of the same type as `x`.
       bias: `(cols,)`, added before rounding.
       relu: then `max(., 0)`, whose derivative at 0 is 0.
-      backend: `"native"`: the compiled kernel for CPUs, float32 and bfloat16. `"pallas"`: the kernel for GPUs, in
-        Pallas's interpreter on a CPU. `"pure"`: plain JAX. `"dense"`: the whole kernel, zeros and all. None: on CPUs
-        native if it was built and knows the type, otherwise and elsewhere pure.
+      implementation: `"native"`: the compiled kernel for CPUs, float32 and bfloat16. `"pallas"`: the kernel for GPUs,
+        in Pallas's interpreter on a CPU. `"xla"`: plain JAX. `"dense"`: the whole kernel, zeros and all. None: on CPUs
+        native if it was built and knows the type, otherwise and elsewhere xla.
 
     Returns:
       `(..., cols)` in the type of `x`.
 
     Raises:
-      ValueError: if shapes or types do not fit or there is no such backend.
-      RuntimeError: if the native backend is asked for and was not built.
+      ValueError: if shapes or types do not fit or there is no such implementation.
+      RuntimeError: if the native implementation is asked for and was not built.
 
     >>> import numpy as np
-    >>> from sa_plus_plus.sparse import to_block_sparse
     >>> kernel = np.kron(np.eye(3, dtype=np.float32), np.ones((2, 2), np.float32))
-    >>> block_sparse_matmul(jnp.arange(6.0), to_block_sparse(kernel, 2)).tolist()
+    >>> block_sparse_matmul(jnp.arange(6.0), BlockSparse.fromdense(kernel, 2)).tolist()
     [1.0, 1.0, 5.0, 5.0, 9.0, 9.0]
     """
     rows, cols = blk.matrix_shape(w.shape)
@@ -59,7 +58,7 @@ def block_sparse_matmul(
         )
     check(x, w, bias)
     flat = x.reshape(math.prod(x.shape[:-1]), rows)
-    y = _compiled_product(flat, w.blocks, bias, w.layout, relu, chosen(backend, x.dtype))
+    y = _compiled_product(flat, w.blocks, bias, w.layout, relu, chosen(implementation, x.dtype))
     return y.reshape(*x.shape[:-1], cols)
 
 
@@ -68,31 +67,35 @@ def check(x: jax.Array, w: BlockSparse, bias: jax.Array | None) -> None:
     cols = w.shape[-1]
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != w.dtype:
         raise ValueError(f"x and the kernel must be of one floating type, got {x.dtype} and {w.dtype}: cast either")
-    if w.blocks.shape != (w.layout.kept, *w.layout.block):
-        raise ValueError(
-            f"blocks must be {(w.layout.kept, *w.layout.block)} as the layout has it, got {w.blocks.shape}"
-        )
+    if w.blocks.shape != (w.layout.nse, *w.layout.block):
+        raise ValueError(f"blocks must be {(w.layout.nse, *w.layout.block)} as the layout has it, got {w.blocks.shape}")
     if bias is not None and (bias.shape != (cols,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
         raise ValueError(f"bias must be floating and of shape {(cols,)}, got {bias.dtype} {bias.shape}")
 
 
-def chosen(backend: Backend | None, dtype: Any) -> str:
-    """The backend that is meant by the argument, `"auto"` if native or pure is to be chosen for the platform."""
-    if backend is None:
+def chosen(implementation: Implementation | None, dtype: Any) -> str:
+    """The implementation that is meant by the argument, `"auto"` if native or xla is to be chosen for the platform."""
+    if implementation is None:
         if dtype not in native.DTYPES or (native.missing() and jax.default_backend() != "cpu"):
-            return "pure"
+            return "xla"
         if why := native.missing():
             _notice(f"block-sparse products run in plain JAX, not in the compiled kernel, several times as fast: {why}")
-            return "pure"
+            return "xla"
         return "auto"
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))} or None, got {backend!r}")
-    if backend == "native":
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation must be one of {', '.join(get_args(Implementation))} or None, got {implementation!r}"
+        )
+    if implementation == "native":
         if dtype not in native.DTYPES:
-            raise ValueError(f"the native backend computes in float32 and bfloat16, not {dtype}: use backend='pure'")
+            raise ValueError(
+                f"the native implementation computes in float32 and bfloat16, not {dtype}: use implementation='xla'"
+            )
         if why := native.missing():
-            raise RuntimeError(f"there is no native backend: {why}; install the package again or use backend='pure'")
-    return backend
+            raise RuntimeError(
+                f"there is no native implementation: {why}; install the package again or use implementation='xla'"
+            )
+    return implementation
 
 
 @functools.cache
@@ -102,19 +105,19 @@ def _notice(text: str) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _product(
-    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, backend: str
+    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, implementation: str
 ) -> jax.Array:
-    return _forward(x, blocks, bias, layout, relu, backend)
+    return _forward(x, blocks, bias, layout, relu, implementation)
 
 
 def _forward(
-    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, backend: str
+    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, implementation: str
 ) -> jax.Array:
     """The product with a batching rule: rows mapped over are more rows of one product."""
 
     @jax.custom_batching.custom_vmap
     def call(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return _run(x, blocks, bias, layout, relu, backend)
+        return _run(x, blocks, bias, layout, relu, implementation)
 
     @call.def_vmap
     def rule(
@@ -122,24 +125,24 @@ def _forward(
     ) -> tuple[jax.Array, bool]:
         if batched[1] or batched[2]:  # several kernels: plain JAX knows how
             axes = tuple(0 if is_batched else None for is_batched in batched)
-            run = functools.partial(_run, layout=layout, relu=relu, backend="pure")
+            run = functools.partial(_run, layout=layout, relu=relu, implementation="xla")
             return jax.vmap(run, axes, axis_size=size)(x, blocks, bias), True
-        y = _forward(x.reshape(size * x.shape[1], x.shape[2]), blocks, bias, layout, relu, backend)
+        y = _forward(x.reshape(size * x.shape[1], x.shape[2]), blocks, bias, layout, relu, implementation)
         return y.reshape(size, x.shape[1], y.shape[1]), True
 
     return call(x, blocks, bias)
 
 
 def _run(
-    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, backend: str
+    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, implementation: str
 ) -> jax.Array:
     compiled = functools.partial(native.matmul, layout=layout, relu=relu)
-    plain = functools.partial(_plain, layout=layout, relu=relu, dense=backend == "dense")
-    if backend == "auto":
+    plain = functools.partial(_plain, layout=layout, relu=relu, dense=implementation == "dense")
+    if implementation == "auto":
         y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled, default=plain)
-    elif backend == "native":
+    elif implementation == "native":
         y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled)
-    elif backend == "pallas":
+    elif implementation == "pallas":
         import sa_plus_plus.sparse.pallas as pallas  # noqa: PLC0415 - for few, and takes a while
 
         tiles = functools.partial(pallas.matmul, layout=layout, relu=relu)
@@ -154,25 +157,27 @@ def _plain(
     x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, dense: bool
 ) -> jax.Array:
     if not dense:
-        return pure.epilogue(pure.matmul(x, blocks, layout), bias, relu)
-    w = densify(BlockSparse(blocks, layout)).reshape(x.shape[-1], -1)
-    return pure.epilogue(jnp.matmul(x, w, preferred_element_type=pure.sum_type(x)), bias, relu)
+        return xla.epilogue(xla.matmul(x, blocks, layout), bias, relu)
+    w = BlockSparse(blocks, layout).todense().reshape(x.shape[-1], -1)
+    return xla.epilogue(jnp.matmul(x, w, preferred_element_type=xla.sum_type(x)), bias, relu)
 
 
 def _product_forward(
-    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, backend: str
+    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, implementation: str
 ) -> tuple[jax.Array, Any]:
-    y = _forward(x, blocks, bias, layout, relu, backend)
+    y = _forward(x, blocks, bias, layout, relu, implementation)
     return y, (x, blocks, bias, y if relu else None)
 
 
-def _product_backward(layout: Layout, relu: bool, backend: str, saved: Any, g: jax.Array) -> tuple[Any, Any, Any]:
+def _product_backward(
+    layout: Layout, relu: bool, implementation: str, saved: Any, g: jax.Array
+) -> tuple[Any, Any, Any]:
     x, blocks, bias, y = saved
     if relu:
         g = jnp.where(y > 0, g, jnp.zeros_like(g))
     transposed, order = layout.transposed
-    dx = _forward(g, blocks[order].swapaxes(1, 2), None, transposed, False, backend)
-    d_blocks = pure.weight_gradient(x, g, layout).astype(blocks.dtype)
+    dx = _forward(g, blocks[order].swapaxes(1, 2), None, transposed, False, implementation)
+    d_blocks = xla.weight_gradient(x, g, layout).astype(blocks.dtype)
     d_bias = None if bias is None else _like(jnp.sum(blk.widened(g), axis=0).astype(bias.dtype), bias)
     return _like(dx, x), _like(d_blocks, blocks), d_bias
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus.sparse.kernel import Layout
+from sa_plus_plus.sparse.array import Layout
 
 MATMUL, CONV = TARGETS = ("sa_plus_plus_block_sparse_matmul", "sa_plus_plus_block_sparse_conv")
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
@@ -91,7 +91,7 @@ def _call(
     bias = jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)
     x = x.astype(jnp.float32)
     call = jax.ffi.ffi_call(target, out, vmap_method="sequential")
-    y = call(x, blocks, layout.rows, layout.starts, bias, **options)
+    y = call(x, blocks, layout.indices, layout.indptr, bias, **options)
     # Under `jax.shard_map` what is computed differs from device to device where any operand does.
     varying = set().union(*(jax.typeof(operand).manual_axis_type.varying for operand in (x, blocks, bias)))
     return jax.lax.pcast(y, tuple(varying), to="varying") if varying else y

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.convolution import block_sparse_conv
-from sa_plus_plus.sparse.kernel import BlockSparse, to_block_sparse
-from sa_plus_plus.sparse.matmul import Backend, block_sparse_matmul, chosen
+from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul, chosen
 from sa_plus_plus.sparse.tracing import Call, Constant, Linear, Traced, Variable, trace
 
 BLOCKS = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are looked for
@@ -53,13 +53,15 @@ class Network:
       fn: `fn(weights, *inputs)`, pure: to be jitted with others, or exported.
     """
 
-    def __init__(self, traced: Traced, forms: Sequence[Any], choices: Sequence[Choice], backend: Backend | None):
+    def __init__(
+        self, traced: Traced, forms: Sequence[Any], choices: Sequence[Choice], implementation: Implementation | None
+    ):
         self._traced = traced
         self.choices = tuple(choices)
         self.weights = [_needs(step, form) for step, form in zip(traced.steps, forms, strict=True)]
         for step in traced.steps:
             _forget(step)
-        self.fn = functools.partial(_run, traced, backend)
+        self.fn = functools.partial(_run, traced, implementation)
         # Flat, so that a call does not take the weights' tree apart again.
         self._arrays, structure = jax.tree.flatten(self.weights)
         self._jitted = jax.jit(lambda arrays, *inputs: self.fn(jax.tree.unflatten(structure, arrays), *inputs))
@@ -90,7 +92,7 @@ def specialize(
     *examples: Any,
     block: int | Sequence[int] | None = None,
     choose: Literal["measured", "all", "none"] = "measured",
-    backend: Backend | None = None,
+    implementation: Implementation | None = None,
 ) -> Network:
     """A fast inference function from a network and its pruned weights, without a change to the model.
 
@@ -113,28 +115,34 @@ def specialize(
       block: `(b_r, b_c)` in which kernels were pruned, or one integer for a square; by default found out.
       choose: `"measured"`: both forms of each pruned layer are timed on this machine, some seconds for a large network.
         `"all"`: every pruned layer by its blocks. `"none"`: folding alone.
-      backend: as `block_sparse_matmul` takes it. Functions to be exported by `jax.export` need `"pure"`.
+      implementation: as `block_sparse_matmul` takes it. Functions to be exported by `jax.export` need `"xla"`.
 
     Raises:
       TypeError: under `jax.jit`, where weights have no values to look at.
-      ValueError: for an unknown `choose` or `backend`.
+      ValueError: for an unknown `choose` or `implementation`.
     """
     if choose not in ("measured", "all", "none"):
         raise ValueError(f"choose must be measured, all or none, got {choose!r}")
-    chosen(backend, np.dtype(np.float32))  # refuses an unknown one
+    chosen(implementation, np.dtype(np.float32))  # refuses an unknown one
     sides = [(b, b) for b in BLOCKS] if block is None else [blk.as_block(block)]
     traced = trace(fn, *examples)
     measured: dict[Any, tuple[float, float]] = {}
     forms, choices = [], []
     for step in traced.steps:
-        form, choice = _decide(step, sides, choose, backend, measured) if isinstance(step, Linear) else (None, None)
+        form, choice = (
+            _decide(step, sides, choose, implementation, measured) if isinstance(step, Linear) else (None, None)
+        )
         forms.append(form)
         choices += [choice] if choice else []
-    return Network(traced, forms, choices, backend)
+    return Network(traced, forms, choices, implementation)
 
 
 def _decide(
-    step: Linear, sides: list[blk.Block], choose: str, backend: Backend | None, measured: dict[Any, tuple[float, float]]
+    step: Linear,
+    sides: list[blk.Block],
+    choose: str,
+    implementation: Implementation | None,
+    measured: dict[Any, tuple[float, float]],
 ) -> tuple[BlockSparse | None, Choice]:
     """The sparse form of a layer's kernel if it is to run by that, and the reasons."""
     kernel = np.asarray(step.kernel)
@@ -143,12 +151,12 @@ def _decide(
     about = (_described(step), kernel.shape, rows, block, density)
     if block is None or choose == "none":
         return None, Choice(*about, float("nan"), float("nan"), False)
-    w = to_block_sparse(kernel, block)
+    w = BlockSparse.fromdense(kernel, block)
     if choose == "all":
         return w, Choice(*about, float("nan"), float("nan"), True)
     key = (*about[:4], round(density, 2), step.x.shape, step.relu)
     if key not in measured:
-        measured[key] = _measure(step, w, backend)
+        measured[key] = _measure(step, w, implementation)
     dense, sparse = measured[key]
     return w if sparse < dense else None, Choice(*about, dense, sparse, sparse < dense)
 
@@ -181,22 +189,24 @@ def _can_be_sparse(step: Linear) -> bool:
     return order and not dilated and options["feature_group_count"] == 1
 
 
-def _sparse(step: Linear, x: Any, w: BlockSparse, bias: Any, backend: Backend | None) -> Any:
+def _sparse(step: Linear, x: Any, w: BlockSparse, bias: Any, implementation: Implementation | None) -> Any:
     if step.is_convolution:
         strides, padding = step.call.options["window_strides"], step.call.options["padding"]
-        return block_sparse_conv(x, w, strides=strides, padding=padding, bias=bias, relu=step.relu, backend=backend)
+        return block_sparse_conv(
+            x, w, strides=strides, padding=padding, bias=bias, relu=step.relu, implementation=implementation
+        )
     lead = x.shape[: x.ndim - w.ndim + 1]
     x = x.reshape(*lead, blk.matrix_shape(w.shape)[0])
-    return block_sparse_matmul(x, w, bias=bias, relu=step.relu, backend=backend)
+    return block_sparse_matmul(x, w, bias=bias, relu=step.relu, implementation=implementation)
 
 
-def _measure(step: Linear, w: BlockSparse, backend: Backend | None) -> tuple[float, float]:
+def _measure(step: Linear, w: BlockSparse, implementation: Implementation | None) -> tuple[float, float]:
     """Seconds of the layer in full and by its blocks, measured in turn."""
     x = jax.random.normal(jax.random.key(0), step.x.shape).astype(step.x.dtype)
     bias = _bias(step)
     calls = [
         functools.partial(jax.jit(step.dense), x, step.kernel, bias),
-        functools.partial(jax.jit(lambda x, w, bias: _sparse(step, x, w, bias, backend)), x, w, bias),
+        functools.partial(jax.jit(lambda x, w, bias: _sparse(step, x, w, bias, implementation)), x, w, bias),
     ]
     seconds: list[list[float]] = [[], []]
     repeats = [1, 1]
@@ -245,12 +255,16 @@ def _small(constant: Constant) -> bool:
     return int(np.prod(constant.shape)) <= _INLINE
 
 
-def _run(traced: Traced, backend: Backend | None, weights: Sequence[Any], *inputs: Any) -> Any:
+def _run(traced: Traced, implementation: Implementation | None, weights: Sequence[Any], *inputs: Any) -> Any:
     values: dict[Variable, Any] = dict(zip(traced.inputs, jax.tree.leaves(inputs), strict=True))
     for step, given in zip(traced.steps, weights, strict=True):
         if isinstance(step, Linear):
             kernel, bias = given
-            run = functools.partial(_sparse, backend=backend) if isinstance(kernel, BlockSparse) else Linear.dense
+            run = (
+                functools.partial(_sparse, implementation=implementation)
+                if isinstance(kernel, BlockSparse)
+                else Linear.dense
+            )
             values[step.output] = run(step, values[step.x], kernel, bias)
         else:
             rest = iter(given)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-import sa_plus_plus.sparse.pure as pure
+import sa_plus_plus.sparse.xla as xla
 from sa_plus_plus import blocks as blk
-from sa_plus_plus.sparse.kernel import Layout
+from sa_plus_plus.sparse.array import Layout
 
 LEAST = 16  # a side of what the tensor cores multiply
 TALL, WIDE, DEEP = 128, 128, 64  # at most, of a tile: rows of y, columns of y, rows of a block
@@ -88,8 +88,8 @@ def matmul(
       interpret: by Pallas's interpreter, on any platform, slowly.
     """
     batch, (height, width), (b_r, b_c) = x.shape[0], blk.matrix_shape(layout.shape), layout.block
-    if not batch or not layout.kept:
-        return pure.epilogue(pure.matmul(x, blocks, layout), bias, relu).astype(x.dtype)
+    if not batch or not layout.nse:
+        return xla.epilogue(xla.matmul(x, blocks, layout), bias, relu).astype(x.dtype)
     sides = tall, _, wide = _side(batch, TALL), _side(b_r, DEEP), _side(b_c, WIDE)
     call = pl.pallas_call(
         functools.partial(_tile, height=height, width=width, sides=sides, relu=relu),
@@ -99,4 +99,4 @@ def matmul(
         compiler_params=plgpu.CompilerParams(num_warps=4 if tall * wide <= 64 * 64 else 8, num_stages=3),
         name="block_sparse_matmul",
     )
-    return call(layout.starts, layout.rows, x, blocks, *([] if bias is None else [bias]))
+    return call(layout.indptr, layout.indices, x, blocks, *([] if bias is None else [bias]))

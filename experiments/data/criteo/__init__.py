@@ -1,5 +1,5 @@
 """Criteo's display-advertising data: `python -m experiments.data.criteo prepare` makes what `criteo` reads."""
 
-from experiments.data.criteo.stored import Criteo, criteo
+from experiments.data.criteo.prepared import Criteo, criteo
 
 __all__ = ["Criteo", "criteo"]

@@ -10,8 +10,8 @@ import sys
 
 from experiments import cli
 from experiments.data.criteo.columns import PARTS, Options
-from experiments.data.criteo.lines import InputError
 from experiments.data.criteo.prepare import prepare
+from experiments.data.criteo.reader import InputError
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from experiments.data.criteo.columns import CATEGORICAL, FEATURES, NUMERIC, Options, bucket
-from experiments.data.criteo.lines import Layout
+from experiments.data.criteo.reader import Layout
 
 KINDS = ("blank", "encoding", "columns", "label", "number", "category")
 _CATEGORY = re.compile(rb"[0-9a-fA-F]{8}")

@@ -23,9 +23,9 @@ from typing import IO, Any, NamedTuple, TypeVar
 import numpy as np
 
 from experiments.data.criteo.columns import FEATURES, NUMERIC, PARTS, Options, parts
-from experiments.data.criteo.lines import BLOCK, Block, InputError, Layout, blocks, layout
 from experiments.data.criteo.parse import KINDS, Rows, parse
-from experiments.data.criteo.stored import FORMAT, MANIFEST, VALUES, file_of, read_manifest, sha256
+from experiments.data.criteo.prepared import FORMAT, MANIFEST, VALUES, file_of, read_manifest, sha256
+from experiments.data.criteo.reader import BLOCK, Block, InputError, Layout, blocks, layout
 from experiments.data.criteo.vocabulary import Count, Vocabulary, encode, tally, vocabulary
 
 _EXAMPLES = 5  # line numbers to name of each kind of malformed line

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus.sparse.kernel import Layout
+from sa_plus_plus.sparse.array import Layout
 
 FEW = 32  # rows of x below which it does not pay to bring the weights into another order
 TILE = 32  # rows of x at once on a CPU: what is gathered for them stays in its caches
@@ -40,7 +40,7 @@ def groups(layout: Layout) -> tuple[Group, ...]:
 
     From the fullest down, a group takes columns until more than `WASTE` of it would be padding.
     """
-    counts = np.diff(layout.starts)
+    counts = np.diff(layout.indptr)
     order = np.argsort(-counts, kind="stable")
     order = order[: np.count_nonzero(counts)]
     result = []
@@ -49,9 +49,9 @@ def groups(layout: Layout) -> tuple[Group, ...]:
         enough = np.cumsum(counts[order]) >= (1 - WASTE) * full * np.arange(1, order.size + 1)
         size = order.size if enough.all() else int(enough.argmin())
         columns, order = np.sort(order[:size]), order[size:]
-        at = layout.starts[columns, None] + np.arange(full)
-        at = np.where(at < layout.starts[columns + 1, None], at, layout.kept)
-        result.append(Group(columns, np.append(layout.rows, 0)[at], at))
+        at = layout.indptr[columns, None] + np.arange(full)
+        at = np.where(at < layout.indptr[columns + 1, None], at, layout.nse)
+        result.append(Group(columns, np.append(layout.indices, 0)[at], at))
     return tuple(result)
 
 
@@ -83,10 +83,10 @@ def _sums(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _by_blocks(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
     """Each block's product, then their sums down the columns: the weights stay where they are."""
-    products = _dots(x[:, layout.rows], blocks)
-    full = np.diff(layout.starts).max()
-    at = layout.starts[:-1, None] + np.arange(full)
-    at = np.where(at < layout.starts[1:, None], at, layout.kept)
+    products = _dots(x[:, layout.indices], blocks)
+    full = np.diff(layout.indptr).max()
+    at = layout.indptr[:-1, None] + np.arange(full)
+    at = np.where(at < layout.indptr[1:, None], at, layout.nse)
     return jnp.sum(jnp.pad(products, ((0, 0), (0, 1), (0, 0)))[:, at], axis=2)
 
 
@@ -139,7 +139,7 @@ def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
       layout: where the blocks of `w` stand.
     """
     batch, (_, width) = x.shape[0], blk.matrix_shape(layout.shape)
-    if not batch or not layout.kept:
+    if not batch or not layout.nse:
         return jnp.zeros((batch, width), sum_type(x))
     x = _in_blocks(x, layout.block[0])
     if batch < FEW:
@@ -170,8 +170,8 @@ def weight_gradient(x: jax.Array, g: jax.Array, layout: Layout) -> jax.Array:
       g: `(batch, cols)`.
       layout: which blocks are wanted.
     """
-    shape, dtype = (layout.kept, *layout.block), sum_type(x)
-    if not x.shape[0] or not layout.kept:
+    shape, dtype = (layout.nse, *layout.block), sum_type(x)
+    if not x.shape[0] or not layout.nse:
         return jnp.zeros(shape, dtype)
 
     def add(total: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -184,7 +184,7 @@ def weight_gradient(x: jax.Array, g: jax.Array, layout: Layout) -> jax.Array:
         return total + jnp.concatenate(parts)[place], None
 
     numbers = np.concatenate([group.at.ravel() for group in groups(layout)])
-    place = np.argsort(numbers, kind="stable")[: layout.kept]  # behind them is padding
+    place = np.argsort(numbers, kind="stable")[: layout.nse]  # behind them is padding
     tiles = _tiles(_in_blocks(x, shape[1]), LARGE_TILE), _tiles(_in_blocks(g, shape[2]), LARGE_TILE)
     nothing = jnp.sum(x[:0].astype(dtype)) + jnp.sum(g[:0].astype(dtype))  # of the type that sums have in `shard_map`
     return jax.lax.scan(add, jnp.broadcast_to(nothing, shape), tiles)[0]

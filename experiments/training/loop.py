@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 import sa_plus_plus as sapp
-from experiments.checkpoint import Checkpoints
-from experiments.program import Program, TrainState, next_batch, seed_argument, test_means, train_streams
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.program import Program, next_batch, seed_argument, test_means, train_streams
+from experiments.training.step import TrainState
 
 
 class Row(NamedTuple):

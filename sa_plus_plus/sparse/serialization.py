@@ -15,7 +15,7 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.files import write_atomically
 from sa_plus_plus.planning import Plan, path_string
-from sa_plus_plus.sparse.kernel import BlockSparse, Layout, densify, to_block_sparse
+from sa_plus_plus.sparse.array import BlockSparse, Layout
 
 FORMAT = "block-sparse 1"
 STORAGE = ("exact", "bfloat16", "int8")
@@ -63,12 +63,12 @@ def export(params: Any, plan: Plan) -> Any:
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
         layer = layers.get(path_string(path))
-        return leaf if layer is None else to_block_sparse(leaf, layer.block)
+        return leaf if layer is None else BlockSparse.fromdense(leaf, layer.block)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def densify_tree(tree: Any) -> Any:
+def todense(tree: Any) -> Any:
     """The tree with every `BlockSparse` in full: what `export` was given, but for the sign of blocks of `-0.0`."""
     return jax.tree.map(lambda x: _in_full(x) if _is_sparse(x) else x, tree, is_leaf=_is_sparse)
 
@@ -109,7 +109,7 @@ def save(
             kernels[name] = {
                 "shape": leaf.shape,
                 "block": leaf.layout.block,
-                "kept": leaf.layout.kept,
+                "kept": leaf.layout.nse,
                 "dtype": leaf.dtype.name,
                 "storage": storage,
                 "relative_error": errors[name],
@@ -209,11 +209,11 @@ def _as_jax(array: np.ndarray) -> Any:
 
 
 def _in_full(w: BlockSparse) -> Any:
-    """As `densify`, by NumPy where JAX would narrow the weights."""
+    """As `BlockSparse.todense`, by NumPy where JAX would narrow the weights."""
     if not _narrowed(w.dtype):
-        return densify(w)
+        return w.todense()
     tiles: Any = np.zeros((*w.layout.grid, *w.layout.block), w.dtype)
-    tiles[w.layout.rows, w.layout.columns] = w.blocks
+    tiles[w.layout.indices, w.layout.columns] = w.blocks
     return blk.from_blocks(tiles.swapaxes(1, 2), w.shape)
 
 
@@ -236,10 +236,10 @@ def _packed(w: BlockSparse, storage: str, name: str) -> tuple[dict[str, np.ndarr
     """The tensors that hold a kernel, and what rounding costs."""
     blocks, layout = np.asarray(w.blocks), w.layout
     try:
-        _check_size(layout.shape, layout.block, layout.kept, int(layout.real.sum()))
+        _check_size(layout.shape, layout.block, layout.nse, int(layout.real.sum()))
     except ValueError as error:
         raise ValueError(f"kernel {name!r} cannot be stored: {error}") from error
-    parts = {"index": layout.columns * np.int32(layout.grid[0]) + layout.rows}
+    parts = {"index": layout.columns * np.int32(layout.grid[0]) + layout.indices}
     if storage == "exact":
         return parts | {"blocks": blocks[layout.real]}, 0.0
     instead = 'use storage="exact"'
@@ -299,11 +299,11 @@ def _unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Bloc
         raise ValueError(f"its index runs from {index.min()} to {index.max()}, beyond a grid of {grid_r}×{grid_c}")
     if (np.diff(index) <= 0).any():
         raise ValueError("its index does not rise")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=grid_c))])
-    layout = Layout(shape, block, rows, starts)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=grid_c))])
+    layout = Layout(shape, block, rows, indptr)
     if blocks.shape != (layout.real.sum(),):
-        raise ValueError(f"it has {blocks.size} weights where its {layout.kept} blocks take {layout.real.sum()}")
-    if storage == "int8" and (scales is None or scales.shape != (layout.kept,) or scales.dtype != np.float32):
+        raise ValueError(f"it has {blocks.size} weights where its {layout.nse} blocks take {layout.real.sum()}")
+    if storage == "int8" and (scales is None or scales.shape != (layout.nse,) or scales.dtype != np.float32):
         raise ValueError("it has no scale for each of its blocks")
     if blocks.dtype.name != (dtype if storage == "exact" else storage):
         raise ValueError(f"its blocks are {blocks.dtype}, though it is {dtype} in storage {storage!r}")

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import sa_plus_plus as sapp
-from experiments.train import Outcome
+from experiments.training.loop import Outcome
 from sa_plus_plus.files import write_atomically
 
 matplotlib.use("Agg")
@@ -55,7 +55,7 @@ def kernel_leaves(outcome: Outcome) -> dict[str, np.ndarray]:
 def layer_rows(outcome: Outcome) -> list[dict[str, Any]]:
     """Per kernel: shape, block, blocks and zeros, counted in the pruned network's own weights."""
     leaves, rows = kernel_leaves(outcome), []
-    for layer in outcome.plan.layers:
+    for layer in outcome.plan.leaves:
         if not layer.is_kernel:
             continue
         weights = leaves[layer.path]
@@ -69,7 +69,7 @@ def layer_rows(outcome: Outcome) -> list[dict[str, Any]]:
                 "kept": int(alive.sum()),
                 "weights": layer.weights,
                 "nonzero": int(np.count_nonzero(weights)),
-                "why_not": layer.why_not,
+                "skip_reason": layer.skip_reason,
             }
         )
     return rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments import report
+from experiments.outputs import report
 
 CONFIG, RESULT, METRICS, LOCK = "config.json", "result.json", "metrics.jsonl", ".lock"
 

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 import sa_plus_plus as sapp
-from sa_plus_plus.sparse import Layout, densify_tree, kernel, storage, to_block_sparse, to_bsr, to_onnx
+from sa_plus_plus.sparse import BlockSparse, Layout, serialization, to_bsr, to_onnx
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4).flatmap(
     lambda lead: st.integers(1, 40).map(lambda cols: (*lead, cols))
@@ -33,25 +33,25 @@ def kernels(draw, dtypes=("float32", "bfloat16", "float16")):
 @hypothesis.given(kernels())
 def test_a_kernel_comes_back_bit_by_bit(drawn):
     dense, block, mask = drawn
-    w = to_block_sparse(dense, block)
+    w = BlockSparse.fromdense(dense, block)
     assert w.shape == dense.shape
     assert w.dtype == dense.dtype
-    np.testing.assert_array_equal(kernel.densify(w), dense)
-    np.testing.assert_array_equal(jax.jit(kernel.densify)(w), dense)
-    assert w.layout.mask.sum() == w.layout.kept <= mask.sum()
-    kept_by_mask = to_block_sparse(dense, block, mask)
+    np.testing.assert_array_equal(w.todense(), dense)
+    np.testing.assert_array_equal(jax.jit(BlockSparse.todense)(w), dense)
+    assert w.layout.mask.sum() == w.layout.nse <= mask.sum()
+    kept_by_mask = BlockSparse.fromdense(dense, block, mask)
     np.testing.assert_array_equal(kept_by_mask.layout.mask, mask)
-    np.testing.assert_array_equal(kernel.densify(kept_by_mask), dense)
+    np.testing.assert_array_equal(kept_by_mask.todense(), dense)
 
 
 @hypothesis.given(kernels(dtypes=("float32",)))
 def test_transposed_layout_and_bsr(drawn):
     dense, block, mask = drawn
-    w = to_block_sparse(dense, block, mask)
+    w = BlockSparse.fromdense(dense, block, mask)
     matrix = np.asarray(dense).reshape(-1, dense.shape[-1])
     turned, order = w.layout.transposed
-    across = kernel.BlockSparse(jnp.swapaxes(w.blocks[order], 1, 2), turned)
-    np.testing.assert_array_equal(kernel.densify(across), matrix.T)
+    across = BlockSparse(jnp.swapaxes(w.blocks[order], 1, 2), turned)
+    np.testing.assert_array_equal(across.todense(), matrix.T)
     bsr = to_bsr(w)
     assert bsr.nnz == w.blocks.size
     np.testing.assert_array_equal(bsr.toarray()[: matrix.shape[0], : matrix.shape[1]], matrix)
@@ -73,10 +73,10 @@ def test_a_layout_is_a_value():
         return w.blocks * 2
 
     for rows in ((0, 2, 1), (0, 2, 1), (0, 1, 1)):
-        double(kernel.BlockSparse(jnp.ones((3, 4, 4)), make(rows)))
+        double(BlockSparse(jnp.ones((3, 4, 4)), make(rows)))
     assert len(traces) == 2
     with pytest.raises(ValueError, match="read-only"):
-        make().rows[0] = 5
+        make().indices[0] = 5
     assert "3 of 6 blocks, 50.0%" in repr(make())
 
 
@@ -87,7 +87,7 @@ def test_a_layout_is_a_value():
         ([0, -1, 1], [0, 2, 3], "block 1 stands in grid row -1"),
         ([0, 2**31, 1], [0, 2, 3], "must fit 32 bits"),
         ([0, 0, 1], [0, 2, 3], "block 1 stands in row 0 after row 0"),
-        ([0, 1, 1], [0, 2], "starts must be 3 numbers from 0 to 3"),
+        ([0, 1, 1], [0, 2], "indptr must be 3 numbers from 0 to 3"),
         ([0, 1, 1], [0, 2, 4], "got 3, 0 to 4"),
         ([0, 1, 1], [0, 4, 3], "must not fall"),
         ([0.0, 1.0, 1.0], [0, 2, 3], "must be a list of integers"),
@@ -100,9 +100,9 @@ def test_no_layout_points_outside_its_kernel(rows, starts, message):
 
 def test_what_cannot_become_block_sparse():
     with pytest.raises(TypeError, match="outside jit"):
-        jax.jit(lambda x: to_block_sparse(x, 2).blocks)(jnp.ones((4, 4)))
+        jax.jit(lambda x: BlockSparse.fromdense(x, 2).blocks)(jnp.ones((4, 4)))
     with pytest.raises(ValueError, match=r"mask must have the shape \(2, 2\)"):
-        to_block_sparse(jnp.ones((4, 4)), 2, np.ones((4, 4)))
+        BlockSparse.fromdense(jnp.ones((4, 4)), 2, np.ones((4, 4)))
 
 
 def network():
@@ -130,10 +130,10 @@ def assert_same(got, want):
 
 def test_a_network_through_a_file_bit_by_bit(tmp_path):
     params, exported, plan = pruned()
-    assert_same(densify_tree(exported), params)
+    assert_same(sapp.todense(exported), params)
     saved = sapp.save(tmp_path / "network.safetensors", exported, metadata={"accuracy": "0.95"})
     loaded = sapp.load(tmp_path / "network.safetensors")
-    assert_same(densify_tree(loaded), params)
+    assert_same(sapp.todense(loaded), params)
     assert_same(loaded, exported)
     assert set(saved.errors) == set(plan.pruned) == {"conv/kernel", "dense/kernel", "half/kernel"}
     assert not any(saved.errors.values())
@@ -152,7 +152,7 @@ def test_size_is_that_of_the_kept_weights(tmp_path, block):
     sp = sapp.random(block=block, sparsity=0.9, phases=sapp.phases.random(10))
     params = sp.finalize(*sp.init(params))
     exported = sapp.export(params, sp.plan(params))
-    weights, blocks = np.count_nonzero(params["a"]), exported["a"].layout.kept
+    weights, blocks = np.count_nonzero(params["a"]), exported["a"].layout.nse
     saved = sapp.save(tmp_path / "a", exported)
     assert saved.bytes <= 1.03 * (4 * weights + 4 * blocks)
     assert saved.dense_bytes == 4 * 1990 * 1000
@@ -162,7 +162,7 @@ def test_size_is_that_of_the_kept_weights(tmp_path, block):
 def test_narrow_storage_states_its_error(tmp_path, storage, bytes_each, bound):
     params, exported, _ = pruned()
     saved = sapp.save(tmp_path / "a", exported, storage=storage)
-    loaded = densify_tree(sapp.load(tmp_path / "a"))
+    loaded = sapp.todense(sapp.load(tmp_path / "a"))
     for path in ("conv", "dense"):
         got, want = (np.asarray(tree[path]["kernel"], np.float64) for tree in (loaded, params))
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
@@ -204,13 +204,13 @@ def hostile(path, change, change_about=lambda about: about):
     tensors = {"k:index": np.array([0, 2, 4], np.int32), "k:blocks": np.ones(48, np.float32)}
     change(kernel_about, tensors)
     about = {
-        "format": storage.FORMAT,
+        "format": serialization.FORMAT,
         "kernels": {"k": kernel_about},
-        "sha256": {name: storage._digest(tensor) for name, tensor in tensors.items()},
+        "sha256": {name: serialization._digest(tensor) for name, tensor in tensors.items()},
     }
     text = change_about(about)
     text = text if isinstance(text, str) else json.dumps(text)
-    metadata = {"sa_plus_plus": text, "sha256": storage.hashlib.sha256(text.encode()).hexdigest()}
+    metadata = {"sa_plus_plus": text, "sha256": serialization.hashlib.sha256(text.encode()).hexdigest()}
     path.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
 
 
@@ -243,7 +243,7 @@ def hostile(path, change, change_about=lambda about: about):
 )
 def test_files_made_to_harm_are_refused(tmp_path, change, message):
     hostile(tmp_path / "a", lambda k, t: None)
-    assert sapp.load(tmp_path / "a")["k"].layout.kept == 3
+    assert sapp.load(tmp_path / "a")["k"].layout.nse == 3
     hostile(tmp_path / "a", change)
     with pytest.raises(ValueError, match=message) as error:
         sapp.load(tmp_path / "a")
@@ -290,7 +290,7 @@ def test_other_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize("part", ["blocks", "index", "scales"])
 def test_no_leaf_has_the_name_of_a_kernels_tensor(tmp_path, part):
-    w, a = to_block_sparse(jnp.ones((8, 8)), 4), jnp.arange(4)
+    w, a = BlockSparse.fromdense(jnp.ones((8, 8)), 4), jnp.arange(4)
     for items in ([("w", w), (f"w:{part}", a)], [(f"w:{part}", a), ("w", w)]):
         with pytest.raises(ValueError, match=f"leaf 'w:{part}' has the name of a tensor kept for 'w'"):
             sapp.save(tmp_path / "a", collections.OrderedDict(items))
@@ -309,21 +309,21 @@ def test_scales_are_those_of_int8_alone(tmp_path):
 @pytest.mark.parametrize("x64", [False, True])
 def test_dtypes_come_back_bit_by_bit(tmp_path, x64):
     rng = np.random.default_rng(0)
-    tree = {name: np.asarray(3 * rng.normal(size=(3, 2)) ** 2).astype(name) for name in storage.STORABLE}
+    tree = {name: np.asarray(3 * rng.normal(size=(3, 2)) ** 2).astype(name) for name in serialization.STORABLE}
     tree |= {"scalar": np.int64(2**40), "empty": np.zeros((0, 3))}
     layout = Layout((10, 8), (4, 4), np.array([0, 2, 1]), np.array([0, 2, 3]))
     blocks = rng.normal(size=(3, 4, 4)) * layout.real
     with jax.enable_x64(x64):
-        tree["kernel"] = kernel.BlockSparse(jnp.asarray(blocks) if x64 else blocks, layout)
+        tree["kernel"] = BlockSparse(jnp.asarray(blocks) if x64 else blocks, layout)
         sapp.save(tmp_path / "a", tree | {"turned": np.arange(3.0).astype(">f4")})
         loaded = sapp.load(tmp_path / "a")
         np.testing.assert_array_equal(loaded.pop("turned"), np.arange(3.0))
         assert_same(loaded, tree)
         assert isinstance(loaded["float64"], jax.Array) == x64
         assert isinstance(loaded["float32"], jax.Array)
-        full = densify_tree(loaded)["kernel"]
+        full = sapp.todense(loaded)["kernel"]
         assert full.dtype == np.float64
-        np.testing.assert_array_equal(to_block_sparse(np.asarray(full), 4).layout.rows, layout.rows)
+        np.testing.assert_array_equal(BlockSparse.fromdense(np.asarray(full), 4).layout.indices, layout.indices)
         np.testing.assert_array_equal(full[:4, :4], blocks[0])
         np.testing.assert_array_equal(full[8:, :4], blocks[1, :2])
 
@@ -336,7 +336,7 @@ def test_dtypes_that_cannot_be_stored(tmp_path, dtype):
     with pytest.raises(ValueError, match="leaf 'x' is key<fry>, which cannot be stored"):
         sapp.save(tmp_path / "a", {"x": jax.random.key(0)})
     if dtype.startswith("float8"):
-        sparse = kernel.BlockSparse(leaf[None], Layout((4, 4), (4, 4), np.array([0]), np.array([0, 1])))
+        sparse = BlockSparse(leaf[None], Layout((4, 4), (4, 4), np.array([0]), np.array([0, 1])))
         with pytest.raises(ValueError, match=f"leaf 'k' is {dtype}"):
             sapp.save(tmp_path / "a", {"k": sparse})
     assert not list(tmp_path.iterdir())
@@ -365,7 +365,7 @@ def test_what_narrow_storage_cannot_hold(tmp_path, dtype, value, storage, messag
     layout = Layout((4, 8), (4, 4), np.array([0, 0]), np.array([0, 1, 2]))
     blocks = np.ones((2, 4, 4), dtype)
     blocks[1] = value
-    tree = {"k": kernel.BlockSparse(blocks, layout)}
+    tree = {"k": BlockSparse(blocks, layout)}
     with pytest.raises(ValueError, match=f"kernel 'k' .*{message}.*use storage=\"exact\""):
         sapp.save(tmp_path / "a", tree, storage=storage)
     assert sapp.save(tmp_path / "a", tree).errors == {"k": 0.0}
@@ -379,7 +379,7 @@ def test_errors_are_right_far_from_one(tmp_path, value, storage):
         return  # refused
     layout = Layout((4, 4), (4, 4), np.array([0]), np.array([0, 1]))
     blocks = np.random.default_rng(0).normal(size=(1, 4, 4)) * value
-    saved = sapp.save(tmp_path / "a", {"k": kernel.BlockSparse(blocks, layout)}, storage=storage)
+    saved = sapp.save(tmp_path / "a", {"k": BlockSparse(blocks, layout)}, storage=storage)
     back = np.asarray(sapp.load(tmp_path / "a")["k"].blocks)
     want = np.linalg.norm((back - blocks) / (value or 1)) / (np.linalg.norm(blocks / (value or 1)) or 1)
     assert saved.errors["k"] == pytest.approx(want, rel=1e-6)
@@ -387,15 +387,15 @@ def test_errors_are_right_far_from_one(tmp_path, value, storage):
 
 
 def test_what_is_too_large_to_load_is_not_saved(tmp_path):
-    w = kernel.BlockSparse(jnp.ones((1, 2**13, 2**13), jnp.bfloat16), Layout((1, 1), (2**13, 2**13), [0], [0, 1]))
+    w = BlockSparse(jnp.ones((1, 2**13, 2**13), jnp.bfloat16), Layout((1, 1), (2**13, 2**13), [0], [0, 1]))
     with pytest.raises(ValueError, match=r"kernel 'k' cannot be stored: its 1 blocks of .* are nearly all padding"):
         sapp.save(tmp_path / "a", {"k": w})
 
 
 def test_a_block_of_negative_zeros_is_not_kept(tmp_path):
-    w = to_block_sparse(jnp.full((4, 4), -0.0), 4)
+    w = BlockSparse.fromdense(jnp.full((4, 4), -0.0), 4)
     sapp.save(tmp_path / "a", {"k": w})
-    back = np.asarray(densify_tree(sapp.load(tmp_path / "a"))["k"])
+    back = np.asarray(sapp.todense(sapp.load(tmp_path / "a"))["k"])
     assert not np.signbit(back).any()
 
 
@@ -412,7 +412,7 @@ def test_bad_requests(tmp_path):
         sapp.export({k: v for k, v in params.items() if k != "dense"}, plan)
     with pytest.raises(ValueError, match=r"which has the shape \(390, 3\)"):
         sapp.export(params | {"dense": {"kernel": jnp.ones((390, 3))}}, plan)
-    nan = to_block_sparse(jnp.full((8, 8), jnp.nan), 4)
+    nan = BlockSparse.fromdense(jnp.full((8, 8), jnp.nan), 4)
     with pytest.raises(ValueError, match="'k' has weights that are not finite"):
         sapp.save(tmp_path / "c", {"k": nan}, storage="int8")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b"]
@@ -437,7 +437,7 @@ def test_onnx_gives_the_networks_results(tmp_path):
     x = np.random.default_rng(1).normal(size=(5, 390)).astype(np.float32)
 
     def apply(x):
-        return jax.nn.relu(x @ kernel.densify(exported["dense"]["kernel"])) - 1
+        return jax.nn.relu(x @ exported["dense"]["kernel"].todense()) - 1
 
     size = to_onnx(tmp_path / "a.onnx", apply, x)
     assert size == (tmp_path / "a.onnx").stat().st_size

@@ -14,9 +14,11 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 import sa_plus_plus as sapp
-from experiments import program, progress, train
-from experiments.checkpoint import Checkpoints
-from experiments.workdir import METRICS, Metrics
+from experiments.outputs import progress
+from experiments.outputs.workdir import METRICS, Metrics
+from experiments.training import loop
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.step import TrainState
 
 _PROFILED = range(10, 15)  # steps of a session: past compilation and warm-up
 
@@ -54,8 +56,8 @@ class Observer:
         self._board: Any = None
 
     @property
-    def hooks(self) -> train.Hooks:
-        return train.Hooks(self._on_start, self._on_row, self._on_state, self._checkpoints, self._on_step)
+    def hooks(self) -> loop.Hooks:
+        return loop.Hooks(self._on_start, self._on_row, self._on_state, self._checkpoints, self._on_step)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -84,15 +86,15 @@ class Observer:
             self._metrics = Metrics(self._path / METRICS, step)
             self._board = tensorboardX.SummaryWriter(str(self._path / "tensorboard"), purge_step=step)
 
-    def _on_row(self, row: train.Row) -> None:
+    def _on_row(self, row: loop.Row) -> None:
         if not self._writes:
             return
         self._live(row)
-        self._metrics.add(train.row_of_seed(row, 0))
+        self._metrics.add(loop.row_of_seed(row, 0))
         for name, value in (*row.values.items(), ("learning_rate", row.learning_rate), ("steps_per_s", row.rate)):
             self._board.add_scalar(name, float(np.mean(value)), row.step)
 
-    def _on_state(self, step: int, state: program.TrainState) -> None:
+    def _on_state(self, step: int, state: TrainState) -> None:
         for path, logits in state.trainable.logits.items():
             weights = multihost_utils.process_allgather(logits, tiled=True) if jax.process_count() > 1 else logits
             if self._writes:

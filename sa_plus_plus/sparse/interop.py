@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sa_plus_plus.files import write_atomically
-from sa_plus_plus.sparse.kernel import BlockSparse
+from sa_plus_plus.sparse.array import BlockSparse
 
 
 def to_bsr(w: BlockSparse) -> Any:
@@ -30,7 +30,7 @@ def to_bsr(w: BlockSparse) -> Any:
         raise TypeError(f"SciPy has no {w.dtype.name}: widen the blocks first, to float32")
     by_rows, order = w.layout.transposed  # its columns are this matrix's rows
     shape = tuple(n * b for n, b in zip(w.layout.grid, w.layout.block, strict=True))
-    return scipy.sparse.bsr_array((np.asarray(w.blocks)[order], by_rows.rows, by_rows.starts), shape=shape)
+    return scipy.sparse.bsr_array((np.asarray(w.blocks)[order], by_rows.indices, by_rows.indptr), shape=shape)
 
 
 def to_onnx(path: str | os.PathLike[str], fn: Callable[..., Any], *examples: Any, tolerance: float = 1e-4) -> int:

@@ -10,7 +10,7 @@ import ml_collections
 import optax
 
 import sa_plus_plus as sapp
-from experiments import naming
+from experiments.utils import registry
 
 NAMES = (*sapp.ALGORITHMS, *sapp.CONTROLS)
 
@@ -29,7 +29,7 @@ def sparsifier(
     Raises:
       ValueError: for an unknown algorithm, and whatever its constructor refuses.
     """
-    name = naming.check(config.name, NAMES, "config.sparsifier.name")
+    name = registry.check(config.name, NAMES, "config.sparsifier.name")
     make, own_phases = getattr(sapp, name), getattr(sapp.phases, name)
     if name == "dense":
         return make(phases=own_phases(total_steps))
@@ -79,13 +79,15 @@ def optimizer(
 
     Weight decay falls on kernels and on attention logits, not on biases and scales.
     """
-    rate = _SCHEDULES[naming.check(config.schedule, list(_SCHEDULES), "config.optimizer.schedule")](config, total_steps)
+    rate = _SCHEDULES[registry.check(config.schedule, list(_SCHEDULES), "config.optimizer.schedule")](
+        config, total_steps
+    )
     decay = optax.add_decayed_weights(config.weight_decay, mask=lambda t: jax.tree.map(lambda x: x.ndim > 1, t))
     parts = {
         "sgd": (decay, sapp.reset_on(optax.trace(config.momentum))),
         "adamw": (sapp.reset_on(optax.scale_by_adam()), decay),
     }
-    naming.check(config.name, list(parts), "config.optimizer.name")
+    registry.check(config.name, list(parts), "config.optimizer.name")
     return optax.chain(*parts[config.name], optax.scale_by_learning_rate(rate)), rate
 
 

@@ -1,0 +1,105 @@
+"""A run's parts, as its config describes them: everything checked, nothing compiled."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+import sa_plus_plus as sapp
+from experiments import data, tasks
+from experiments.models import tables
+from experiments.training import factories, sharding
+from experiments.utils import registry
+
+TASKS = ("classification", "click_prediction", "reconstruction")
+
+
+class Setup(NamedTuple):
+    """The parts of a run that its config describes.
+
+    Attributes:
+      config: the config.
+      mesh: the devices.
+      task: what is trained.
+      tx: the optimizer.
+      schedule: learning rate against step.
+      sparsifier: `sparsifier(seed) -> Sparsifier`; the seed may be traced, and matters to `random` alone.
+      plan: what is pruned.
+      table: the embedding table of which a step touches only the batch's rows; None for steps on all parameters.
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    task: tasks.Task
+    tx: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+    sparsifier: Callable[..., sapp.Sparsifier]
+    plan: sapp.Plan
+    table: tables.Table | None
+
+
+def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset: data.Dataset | None = None) -> Setup:
+    """Build every part of a run but the compiled step, so that what is wrong with a config shows at once.
+
+    Args:
+      config: of the run. In the result, lengths in epochs are resolved to steps, and the learning rate to its batch.
+      mesh: the devices; by default all of them, as `config.mesh` has it.
+      dataset: what to train on, other than `config.data`.
+
+    Raises:
+      ValueError: if any part of the config is out of range, unknown or does not fit the others.
+    """
+    for name in ("batch_size", "eval_batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} must be at least 1, got {config[name]}")
+    mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
+    for name in ("batch_size", "eval_batch_size"):
+        sharding.check_batch(config[name], mesh, f"config.{name}")
+    make_task = getattr(tasks, registry.check(config.task, TASKS, "config.task"))
+    task = make_task(config, dataset or tasks.dataset_of(config.data))
+    examples = len(task.dataset.train)
+    if config.batch_size > examples:
+        raise ValueError(f"config.batch_size={config.batch_size} exceeds the {examples} training examples")
+    config = _resolved(config, examples)
+    tx, schedule = factories.optimizer(config.optimizer, config.steps)
+    epoch = max(1, round(examples / config.batch_size))
+    sparsifier = functools.partial(factories.sparsifier, config.sparsifier, config.steps, epoch)
+    plan = sparsifier(config.seed).plan(jax.eval_shape(task.init, jax.random.key(0))[0])
+    return Setup(config, mesh, task, tx, schedule, sparsifier, plan, _table(config.optimizer.rows, task))
+
+
+def prepare_without_data(config: ml_collections.ConfigDict, sparsity: float | None = None) -> Setup:
+    """As `prepare`, on one device and with blank examples where the data set's shapes are known beforehand."""
+    config = config.copy_and_resolve_references()
+    if sparsity is not None:
+        config.sparsifier.sparsity = sparsity
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return prepare(config, mesh, data.declared(config.data.name, config.data.options.get("size")))
+
+
+def _table(rows: str, task: tasks.Task) -> tables.Table | None:
+    """The table that an optimizer for the rows of the batch alone works on."""
+    if registry.check(rows, ["all", "batch"], "config.optimizer.rows") == "all":
+        return None
+    if task.table is None:
+        raise ValueError('config.optimizer.rows="batch" is for models with an embedding table; this one has none')
+    return task.table
+
+
+def _resolved(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:
+    """The config with its lengths in steps and its learning rate as it applies."""
+    config, optimizer = config.copy_and_resolve_references(), config.optimizer
+    per_epoch = examples / config.batch_size
+    if config.steps == 0:
+        config.steps = round(config.epochs * per_epoch)
+    if config.steps < 1:
+        raise ValueError(f"config.steps, or else config.epochs, must be positive: got {config.steps}, {config.epochs}")
+    if optimizer.warmup_steps == 0:
+        config.optimizer.warmup_steps = round(optimizer.warmup_epochs * per_epoch)
+    if optimizer.scale_batch:
+        config.optimizer.learning_rate = optimizer.learning_rate * config.batch_size / optimizer.scale_batch
+    return config

@@ -1,0 +1,1 @@
+"""Small things that any part of the research code may use."""

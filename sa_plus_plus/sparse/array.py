@@ -1,0 +1,226 @@
+"""A kernel of which only the blocks that are not zero are kept."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the kept blocks of a kernel stand: its grid by columns, compressed.
+
+    The blocks of grid column `j` are numbers `indptr[j]` to `indptr[j + 1]`, from top to bottom, and `indices` says in
+    which grid row each stands. A layout is checked when it is made and cannot be changed afterwards, so whatever
+    computes with one need not look again. It is hashable and equal by value: a program compiled for one serves all its
+    equals.
+
+    Attributes:
+      shape: the kernel's shape, 2 to 5 dimensions.
+      block: `(b_r, b_c)` over the kernel's matrix.
+      indices: int32 `(nse,)`.
+      indptr: int32 `(grid_c + 1,)`.
+
+    Raises:
+      ValueError: if an index is out of range, out of order or doubled.
+    """
+
+    shape: tuple[int, ...]
+    block: blk.Block
+    indices: np.ndarray
+    indptr: np.ndarray
+
+    def __post_init__(self) -> None:
+        set_field = functools.partial(object.__setattr__, self)  # the class is frozen for all others
+        set_field("shape", tuple(int(n) for n in self.shape))
+        set_field("block", blk.as_block(self.block))
+        if min(self.shape) < 1:
+            raise ValueError(f"a kernel has no side of length 0, got shape {self.shape}")
+        set_field("indices", _checked_ints(self.indices, "indices"))
+        set_field("indptr", _checked_ints(self.indptr, "indptr"))
+        grid_r, grid_c = self.grid
+        if len(self.indptr) != grid_c + 1 or self.indptr[0] != 0 or self.indptr[-1] != len(self.indices):
+            ends = f"{self.indptr[0]} to {self.indptr[-1]}" if len(self.indptr) else "nothing"
+            raise ValueError(
+                f"indptr must be {grid_c + 1} numbers from 0 to {len(self.indices)}, the number of blocks; "
+                f"got {len(self.indptr)}, {ends}"
+            )
+        if (falls := np.diff(self.indptr) < 0).any():
+            raise ValueError(f"indptr must not fall, but do after column {int(falls.argmax())} of the grid")
+        outside = (self.indices < 0) | (self.indices >= grid_r)
+        if outside.any():
+            at = int(outside.argmax())
+            raise ValueError(f"block {at} stands in grid row {self.indices[at]}, outside 0 to {grid_r - 1}")
+        falls = (np.diff(self.indices) <= 0) & (np.diff(self.columns) == 0)
+        if falls.any():
+            at = int(falls.argmax())
+            raise ValueError(
+                f"indices must rise within a column of the grid, but block {at + 1} stands in row "
+                f"{self.indices[at + 1]} after row {self.indices[at]}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks down and across."""
+        return blk.grid_shape(self.shape, self.block)
+
+    @property
+    def nse(self) -> int:
+        """Number of blocks kept ("specified elements", as in `jax.experimental.sparse`)."""
+        return len(self.indices)
+
+    @property
+    def density(self) -> float:
+        """Share of the blocks kept."""
+        grid_r, grid_c = self.grid
+        return self.nse / (grid_r * grid_c)
+
+    @functools.cached_property
+    def columns(self) -> np.ndarray:
+        """In which grid column each block stands, int32 `(nse,)`."""
+        return np.repeat(np.arange(self.grid[1], dtype=np.int32), np.diff(self.indptr))
+
+    @functools.cached_property
+    def mask(self) -> np.ndarray:
+        """True where a block is kept, `(grid_r, grid_c)`."""
+        mask = np.zeros(self.grid, bool)
+        mask[self.indices, self.columns] = True
+        return mask
+
+    @functools.cached_property
+    def real(self) -> np.ndarray:
+        """True where an entry of a kept block is a weight and not padding beyond an edge, `(nse, b_r, b_c)`."""
+        (height, width), (b_r, b_c) = blk.matrix_shape(self.shape), self.block
+        down = self.indices[:, None] * b_r + np.arange(b_r) < height
+        across = self.columns[:, None] * b_c + np.arange(b_c) < width
+        return down[:, :, None] & across[:, None, :]
+
+    @functools.cached_property
+    def transposed(self) -> tuple["Layout", np.ndarray]:
+        """The layout of the transposed matrix, and the order in which it has this one's blocks."""
+        order = np.lexsort((self.columns, self.indices))
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(self.indices, minlength=self.grid[0]))])
+        shape = blk.matrix_shape(self.shape)[::-1]
+        return Layout(shape, self.block[::-1], self.columns[order], indptr), order
+
+    @functools.cached_property
+    def _key(self) -> tuple[object, ...]:
+        return self.shape, self.block, self.indices.tobytes(), self.indptr.tobytes()
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layout) and self._key == other._key)
+
+    def __repr__(self) -> str:
+        (grid_r, grid_c), (b_r, b_c) = self.grid, self.block
+        by = "×".join(map(str, self.shape))
+        return f"Layout({by} in {b_r}×{b_c}: {self.nse:,} of {grid_r * grid_c:,} blocks, {self.density:.1%})"
+
+
+def _checked_ints(values: np.ndarray, name: str) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise ValueError(f"{name} must be a list of integers, got {values.dtype} of shape {values.shape}")
+    if values.size and not -(2**31) <= values.min() <= values.max() < 2**31:
+        raise ValueError(f"{name} must fit 32 bits, got values from {values.min()} to {values.max()}")
+    values = values.astype(np.int32)  # a copy: nobody else holds it
+    values.flags.writeable = False
+    return values
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["layout"])
+@dataclasses.dataclass(frozen=True)
+class BlockSparse:
+    """A kernel stored by its kept blocks; a pytree whose one leaf is `blocks`.
+
+    Names are those of `jax.experimental.sparse`, whose `BCSR` goes by rows. This goes by columns: a column of blocks is
+    what a group of outputs needs.
+
+    Attributes:
+      blocks: `(nse, b_r, b_c)` in the layout's order, zero beyond the kernel's edge.
+      layout: where they stand; static under `jit`.
+    """
+
+    blocks: jax.Array
+    layout: Layout
+
+    @classmethod
+    def fromdense(
+        cls, kernel: jax.Array | np.ndarray, block: int | Sequence[int], mask: np.ndarray | None = None
+    ) -> "BlockSparse":
+        """Keep the blocks of a kernel that hold anything but zeros.
+
+        Args:
+          kernel: 2 to 5 dimensions, any dtype; concrete values, not a tracer.
+          block: `(b_r, b_c)` over the kernel's matrix, or one integer for a square.
+          mask: boolean `(grid_r, grid_c)`, to say instead which blocks are kept.
+
+        Raises:
+          TypeError: under `jax.jit`, where there are no values to look at.
+          ValueError: if the mask is not of the kernel's grid.
+        """
+        if isinstance(kernel, jax.core.Tracer):
+            raise TypeError("BlockSparse.fromdense looks at the weights, so call it outside jit, vmap and grad")
+        block = blk.as_block(block)
+        grid = blk.grid_shape(kernel.shape, block)
+        tiles = np.asarray(blk.to_blocks(jnp.asarray(kernel), block)).swapaxes(1, 2)
+        keep = (tiles != 0).any((2, 3)) if mask is None else np.asarray(mask, bool)
+        if keep.shape != grid:
+            raise ValueError(f"mask must have the shape {grid} of the kernel's grid, got {keep.shape}")
+        columns, indices = np.nonzero(keep.T)
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=grid[1]))])
+        return cls(jnp.asarray(tiles[indices, columns]), Layout(kernel.shape, block, indices, indptr))
+
+    def todense(self) -> jax.Array:
+        """The kernel in full, exactly, zeros where no block is kept; differentiable and jittable."""
+        (grid_r, grid_c), (b_r, b_c) = self.layout.grid, self.layout.block
+        tiles = jnp.zeros((grid_r, grid_c, b_r, b_c), self.dtype)
+        tiles = tiles.at[self.layout.indices, self.layout.columns].set(self.blocks)
+        return blk.from_blocks(tiles.swapaxes(1, 2), self.shape)
+
+    @property
+    def indices(self) -> np.ndarray:
+        """In which grid row each block stands, int32 `(nse,)`."""
+        return self.layout.indices
+
+    @property
+    def indptr(self) -> np.ndarray:
+        """Where each grid column's blocks begin, int32 `(grid_c + 1,)`."""
+        return self.layout.indptr
+
+    @property
+    def nse(self) -> int:
+        """Number of blocks kept."""
+        return self.layout.nse
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's shape."""
+        return self.layout.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.blocks.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of blocks and indices in memory."""
+        return self.blocks.nbytes + self.layout.indices.nbytes + self.layout.indptr.nbytes
+
+    def __repr__(self) -> str:
+        return f"BlockSparse({self.layout!r}, {getattr(self.blocks, 'dtype', self.blocks)})"
