@@ -12,7 +12,7 @@ import optax
 import sa_plus_plus as sapp
 from experiments.utils import registry
 
-NAMES = (*sapp.ALGORITHMS, *sapp.CONTROLS)
+NAMES = tuple(sapp.ALGORITHMS)
 
 
 def sparsifier(

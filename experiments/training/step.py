@@ -18,7 +18,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       trainable: weights and logits.
-      prune: masks, step, phase boundary.
+      prune: masks, step, phase.
       opt_state: the optimizer's.
       model_state: what the model carries itself, such as running averages; may be empty.
       sparse_masks: those of the latest sparse phase: what the next one's churn is measured against.
@@ -70,9 +70,9 @@ def functions(setup: Setup) -> Functions:
             return means["loss"], (means, model_state)
 
         grads, (means, model_state) = jax.grad(mean_loss, has_aux=True)(state.trainable)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, boundary=state.prune.boundary)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, phase=state.prune.phase)
         trainable, prune = sp.update(state.trainable, state.prune, updates)
-        entered = prune.boundary & sp.phases.kind_in(["sparse"], prune.step)
+        entered = (prune.phase != state.prune.phase) & sp.phases.kind_in(["sparse"], prune.step)
         churn = list(sapp.metrics.churn(state.sparse_masks, prune.masks).values())
         sparse_masks = jax.tree.map(lambda new, old: jnp.where(entered, new, old), prune.masks, state.sparse_masks)
         state = TrainState(trainable, prune, opt_state, model_state, sparse_masks)
@@ -89,16 +89,18 @@ def functions(setup: Setup) -> Functions:
     def finalize(seed: Any, state: TrainState) -> Any:
         return make(seed).finalize(state.trainable, state.prune), state.model_state
 
-    return Functions(init, _on_rows(step, setup.table) if setup.table else step, evaluate_batch, finalize)
+    return Functions(init, _on_rows(step, setup) if setup.table else step, evaluate_batch, finalize)
 
 
-def _on_rows(step: Callable[..., Any], table: tables.Table) -> Callable[..., Any]:
+def _on_rows(step: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
     """The same step with the table cut down to the rows of the batch, which are then put back."""
+    table, phases = setup.table, setup.sparsifier(setup.config.seed).phases
+    assert table is not None
     path = table.path
 
     def step_on_rows(seed: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rows, positions = tables.taken(table.rows(batch), table.length)
-        opt_state = tables.fresh_at(state.prune.boundary, path, state.opt_state)
+        opt_state = tables.fresh_at(phases.is_boundary(state.prune.step), path, state.opt_state)
         small = state._replace(
             trainable=tables.take(path, state.trainable, rows), opt_state=tables.take(path, opt_state, rows)
         )
@@ -118,7 +120,7 @@ def over_seeds(fns: Functions) -> Functions:
     The step counter and the phase are the same for all seeds and stay scalars, so that the choice of masks remains a
     branch: mapped over, it would be computed at every step.
     """
-    axes = TrainState(0, sapp.PruneState(step=None, boundary=None, masks=0), 0, 0, 0)
+    axes = TrainState(0, sapp.PruneState(step=None, phase=None, masks=0, key=0), 0, 0, 0)
     return Functions(
         init=jax.vmap(fns.init, out_axes=axes),
         step=jax.vmap(fns.step, in_axes=(0, axes, 0), out_axes=(axes, 0)),
