@@ -18,6 +18,7 @@ from sa_plus_plus.planning import Plan, path_string
 from sa_plus_plus.sparse.array import BlockSparse, Layout
 
 FORMAT = "block-sparse 1"
+ESCAPED = "block-sparse 2"  # the same with keys escaped; written only where a key has `~` or `/`
 STORAGE = ("exact", "bfloat16", "int8")
 STORABLE = (  # dtypes that come back from a safetensors file as they were
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -33,7 +34,8 @@ class Saved(NamedTuple):
     Attributes:
       bytes: size of the file.
       dense_bytes: of the same arrays in full.
-      errors: of each block-sparse kernel by path: the Frobenius norm of what storage changed, relative to the kernel's.
+      errors: of each block-sparse kernel by its path in the file: the Frobenius norm of what storage changed, relative
+        to the kernel's.
     """
 
     bytes: int
@@ -83,8 +85,9 @@ def save(
     what to multiply each block by. All other leaves are stored as they are. The metadata says in JSON what each kernel
     is and gives a SHA-256 of each tensor.
 
-    A leaf's path is its keys with slashes between them, so no key may have a slash itself: `{"a/b": x}` would come back
-    as `{"a": {"b": x}}`. Keys that are not text come back as text.
+    A leaf's path is its keys with slashes between them, `~` and `/` within a key written `~0` and `~1` as in a JSON
+    Pointer (RFC 6901): Haiku's `{"mlp/~/linear_0": {"w": x}}` has the path `mlp~1~0~1linear_0/w` and comes back as it
+    was. Keys that are not text come back as text.
 
     Args:
       path: of the file.
@@ -94,9 +97,9 @@ def save(
       metadata: what else to keep in the file.
 
     Raises:
-      ValueError: for an unknown storage; a key with a slash, two leaves of the same path, or a leaf with the name of a
-        kernel's tensor; a dtype that such files cannot hold; or weights that are not finite, or would not be, or whose
-        scale would be zero, in `bfloat16` or `int8`.
+      ValueError: for an unknown storage; two leaves of the same path, or a leaf with the name of a kernel's tensor; a
+        dtype that such files cannot hold; or weights that are not finite, or would not be, or whose scale would be
+        zero, in `bfloat16` or `int8`.
     """
     if storage not in STORAGE:
         raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
@@ -120,7 +123,7 @@ def save(
             tensors[name] = values.astype(values.dtype.newbyteorder("="), copy=False)  # as it will be read
             dense_bytes += tensors[name].nbytes
     about = {
-        "format": FORMAT,
+        "format": ESCAPED if any("~" in name for name in tensors) else FORMAT,
         "kernels": kernels,
         "sha256": {name: _digest(tensor) for name, tensor in tensors.items()},
     }
@@ -132,7 +135,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str], like: Any = None) -> Any:
-    """Read what `save` wrote: nested dicts by the parts of each path, or the structure of `like`.
+    """Read what `save` wrote: nested dicts by the keys of each path, or the structure of `like`.
 
     Block-sparse kernels come in the dtype they were saved from. Every tensor's checksum is verified and every index
     checked before anything is returned. Leaves are JAX arrays, but for those whose dtype JAX would narrow, such as
@@ -158,12 +161,14 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     if twice := sorted(leaves.keys() & tensors.keys()):
         raise ValueError(f"{path} is damaged: {twice[0]!r} is both a kernel and a tensor")
     leaves |= {name: _as_jax(tensor) for name, tensor in tensors.items()}
+    if about["format"] == FORMAT:  # its names are not escaped, so that a tilde stands for itself
+        leaves = {name.replace("~", "~0"): leaf for name, leaf in leaves.items()}
     if like is None:
         try:
             return _nested(leaves)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    paths = [path_string(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(like, is_leaf=_is_sparse)]
+    paths = [_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(like, is_leaf=_is_sparse)]
     if set(paths) != set(leaves):
         different = sorted(set(paths) ^ set(leaves))
         raise ValueError(f"{path} and the tree to load it into differ in {', '.join(different)}")
@@ -175,16 +180,26 @@ def _is_sparse(x: Any) -> bool:
     return isinstance(x, BlockSparse)
 
 
+def _name(path: tuple[Any, ...]) -> str:
+    """A leaf's path, its keys escaped."""
+    return path_string(tuple(map(_escaped, path)))
+
+
+def _escaped(key: Any) -> Any:
+    if not isinstance(key, jax.tree_util.DictKey):
+        return key
+    return jax.tree_util.DictKey(str(key.key).replace("~", "~0").replace("/", "~1"))
+
+
+def _unescaped(key: str) -> str:
+    return key.replace("~1", "/").replace("~0", "~")
+
+
 def _named(tree: Any) -> dict[str, Any]:
     """The leaves by path, every one of which can be stored and told from all others."""
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_sparse):
-        name = path_string(keys)
-        for key in keys:
-            if isinstance(key, jax.tree_util.DictKey) and "/" in str(key.key):
-                raise ValueError(
-                    f"the key {key.key!r} has a slash, which stands between keys: rename it, or nest dicts"
-                )
+        name = _name(keys)
         if name in leaves:
             raise ValueError(f"two leaves have the path {name!r}: rename one of their keys")
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
@@ -336,8 +351,8 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata is not JSON: {error}") from error
     if not isinstance(about, dict) or "format" not in about:
         raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata names no format")
-    if about["format"] != FORMAT:
-        raise ValueError(f"{path} has the format {about['format']!r}; this version reads {FORMAT!r}")
+    if about["format"] not in (FORMAT, ESCAPED):
+        raise ValueError(f"{path} has the format {about['format']!r}; this version reads {FORMAT!r} and {ESCAPED!r}")
     for part in ("kernels", "sha256"):
         if not isinstance(about.get(part), dict):
             raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata has no mapping {part!r}")
@@ -356,7 +371,7 @@ def _digest(tensor: np.ndarray) -> str:
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        *parents, last = name.split("/")
+        *parents, last = map(_unescaped, name.split("/"))
         branch = tree
         for key in parents:
             branch = branch.setdefault(key, {})
