@@ -11,6 +11,7 @@ from sa_plus_plus.algorithms import (
     random,
     sequential_attention,
 )
+from sa_plus_plus.checks import check_pruned
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
 from sa_plus_plus.sparse import (
@@ -47,6 +48,7 @@ __all__ = [
     "block_sparse_conv",
     "block_sparse_matmul",
     "blocks",
+    "check_pruned",
     "convex",
     "dense",
     "export",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus.checks import occupied
 from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.convolution import block_sparse_conv
 from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul, chosen
@@ -168,12 +169,11 @@ def _decide(
 def _pruned_in(kernel: np.ndarray, sides: list[blk.Block]) -> tuple[blk.Block | None, float]:
     """The largest block of which about as few are not zero as of any other, and their share; None if none is zero."""
     rows, cols = blk.matrix_shape(kernel.shape)
-    occupied = kernel.reshape(rows, cols) != 0
+    nonzero = kernel != 0
     shares = {}
     for b_r, b_c in sides:
         if b_r <= rows and b_c <= cols:
-            down = np.logical_or.reduceat(occupied, np.arange(0, rows, b_r), axis=0)
-            shares[b_r, b_c] = float(np.logical_or.reduceat(down, np.arange(0, cols, b_c), axis=1).mean())
+            shares[b_r, b_c] = float(occupied(nonzero, (b_r, b_c)).mean())
     least = min(shares.values(), default=1.0)
     if least == 1:
         return None, 1.0
