@@ -15,6 +15,7 @@ from sa_plus_plus.algorithms import (
     random,
     sequential_attention,
 )
+from sa_plus_plus.checks import check_pruned
 from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, compose
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
@@ -55,6 +56,7 @@ __all__ = [
     "block_sparse_conv",
     "block_sparse_matmul",
     "blocks",
+    "check_pruned",
     "compose",
     "convex",
     "dense",
