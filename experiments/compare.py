@@ -19,7 +19,7 @@ from absl import flags
 from matplotlib import pyplot as plt
 
 import sa_plus_plus as sapp
-from experiments import cli
+from experiments import cli, tasks
 from experiments.outputs import progress, report
 from experiments.training import factories, loop, program
 from experiments.training.setup import prepare
@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
         names = factories.NAMES if _ALGORITHMS.value == ["all"] else tuple(dict.fromkeys(_ALGORITHMS.value))
         if not names:
             raise ValueError(f"--algorithms is empty; write all, or some of {', '.join(factories.NAMES)}")
-        setups = {name: prepare(_with_algorithm(config, name)) for name in names}
+        configs = {name: _with_algorithm(config, name) for name in names}
+        dataset = tasks.dataset_of(config.data)
+        setups = {name: prepare(c, dataset=dataset) for name, c in configs.items()}
         workdir = cli.workdir_path(_WORKDIR.value, f"{config.name}-compare")
         if (workdir / RESULT).exists() and not _OVERWRITE.value:
             raise FileExistsError(f"{workdir} holds a comparison: choose another --workdir or pass --overwrite")
