@@ -113,9 +113,9 @@ def _one(
     config, metric = setup.given, setup.task.metric
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(path / "checkpoints", keep=config.keep)))
-        observer = hooks.Observer(path, title, setup.config.steps, metric, console, saved, profile)
+        observer = hooks.Observer(path, title, setup.config.steps, metric, console, profile)
         stack.enter_context(observer)
-        (outcome,) = loop.train(program.compiled(setup), [config.seed], observer.hooks)
+        (outcome,) = loop.train(program.compiled(setup), [config.seed], observer.hooks, saved)
         rows = observer.rows
         last_saved = saved.latest
     result = report.result(config, outcome, metric) | {"startup_seconds": outcome.first_step_at - started}

@@ -107,7 +107,7 @@ def test_nothing_is_compiled_once_the_first_evaluation_and_save_are_done(tmp_pat
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
-            loop.train(run, [0], loop.Hooks(on_step=on_step, checkpoints=saved))
+            loop.train(run, [0], loop.Hooks(on_step=on_step), saved)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compilations, "the listener hears something"

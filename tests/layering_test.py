@@ -82,6 +82,7 @@ EXPERIMENTS = (
     "training.factories",
     "training.evaluation",
     "training.sharding",
+    "training.rows",
     "training.checkpoint",
     "training.setup",
     "training.step",

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.training.loop import Row
+from experiments.training.rows import Row
 
 _LINES = 20  # of a run's rows, about as many become a line where there is no terminal
 
