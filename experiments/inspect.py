@@ -63,15 +63,15 @@ def _at_sparsity(config: ml_collections.ConfigDict, sparsity: float) -> ml_colle
 
 def _title(config: ml_collections.ConfigDict) -> str:
     sparsifier = config.sparsifier
-    return f"{config.name}, {config.model}: {sparsifier.name}, blocks {'×'.join(map(str, sparsifier.block))}"
+    return f"{config.name}, {config.model}: {sparsifier.name}, blocks {progress.sizes(sparsifier.block)}"
 
 
 def _cells(layer: sapp.LeafPlan, cost: int) -> dict[str, str]:
     share = layer.kept / layer.blocks
     return {
         "kernel": layer.path.removesuffix("/kernel"),
-        "shape": "×".join(map(str, layer.shape)),
-        "grid": "-" if layer.skip_reason else "×".join(map(str, layer.grid)),
+        "shape": progress.sizes(layer.shape),
+        "grid": "-" if layer.skip_reason else progress.sizes(layer.grid),
         "kept blocks": "-" if layer.skip_reason else f"{layer.kept:,} of {layer.blocks:,}",
         "weights": f"{layer.weights:,}",
         "M multiply-adds": f"{cost / 1e6:.2f}",

@@ -25,6 +25,7 @@ from experiments import cli
 from experiments.outputs import hooks, progress, report, workdir
 from experiments.training import checkpoint, loop, program
 from experiments.training.setup import Setup, prepare
+from experiments.utils import files
 
 flags.declare_key_flag("config")  # for --help
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
@@ -125,10 +126,10 @@ def _one(
         result["dense_twin"] = {"metric": twin["metric"], "loss": twin["loss"]}
     if jax.process_index() == 0:
         report.save_weights(path / "pruned.safetensors", outcome)
-        heading = f"{config.name}: {config.sparsifier.name}, blocks {'×'.join(map(str, config.sparsifier.block))}"
+        heading = f"{config.name}: {config.sparsifier.name}, blocks {progress.sizes(config.sparsifier.block)}"
         report.plot_run(path / "run.png", outcome, rows, metric, heading)
-        report.write_json(path / workdir.RESULT, result)  # last: where it stands, the run is complete
-    return report.finite(result)
+        files.write_json(path / workdir.RESULT, result)  # last: where it stands, the run is complete
+    return files.finite(result)
 
 
 def _clear(path: pathlib.Path) -> None:
@@ -165,8 +166,8 @@ def _show(result: dict, path: pathlib.Path, console: Console) -> None:
 def _layer_cells(row: dict) -> dict[str, str | int]:
     return {
         "layer": row["path"],
-        "shape": "×".join(map(str, row["shape"])),
-        "block": "-" if row["skip_reason"] else "×".join(map(str, row["block"])),
+        "shape": progress.sizes(row["shape"]),
+        "block": "-" if row["skip_reason"] else progress.sizes(row["block"]),
         "blocks kept": "-" if row["skip_reason"] else f"{row['kept']:,} / {row['blocks']:,}",
         "weights": f"{row['weights']:,}",
         "nonzero": f"{row['nonzero']:,}",

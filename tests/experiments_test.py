@@ -18,9 +18,10 @@ from PIL import Image
 import sa_plus_plus as sapp
 from configs import imagenette_block8, mnist
 from experiments import main, tasks
-from experiments.outputs import progress, report
+from experiments.outputs import progress
 from experiments.training import checkpoint, loop, program
 from experiments.training.setup import prepare
+from experiments.utils import files
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -224,15 +225,15 @@ def test_a_comparison_survives_divergence(tmp_path):
 
 def test_half_written_files_never_appear(tmp_path):
     path = tmp_path / "result.json"
-    report.write_json(path, {"loss": float("nan")})
+    files.write_json(path, {"loss": float("nan")})
     with pytest.raises(TypeError):
-        report.write_json(path, {"loss": object()})
+        files.write_json(path, {"loss": object()})
 
     def fails_midway(file):
         file.write(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        report.write_atomically(path, fails_midway)
+        files.write_atomically(path, fails_midway)
     assert json.loads(path.read_text()) == {"loss": None}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

@@ -49,6 +49,7 @@ OPTIONAL = {  # imported where they are used, with an error that says what to in
 }
 EXPERIMENTS = (
     "utils",
+    "utils.files",
     "utils.registry",
     "utils.timing",
     "data.sources",

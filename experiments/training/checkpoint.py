@@ -14,7 +14,6 @@ is damage, never a save cut short. For local and shared POSIX file systems; one 
 import concurrent.futures
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -31,6 +30,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
+
+from experiments.utils.files import sha256
 
 HOST, MANIFEST = "host.json", "manifest.json"
 
@@ -226,7 +227,7 @@ def damage(folder: pathlib.Path) -> str | None:
                 return f"{name} is missing"
             if (size := (folder / name).stat().st_size) != entry["size"]:
                 return f"{name} has {size} bytes instead of {entry['size']}"
-            if _sha256(folder / name) != entry["sha256"]:
+            if sha256(folder / name) != entry["sha256"]:
                 return f"{name} is damaged: its SHA-256 sum differs"
         if HOST not in files:
             return f"{MANIFEST} does not list {HOST}"
@@ -299,17 +300,12 @@ def _write_manifest(folder: pathlib.Path) -> None:
     for path in sorted(folder.rglob("*")):
         _sync(path)
         if path.is_file():
-            files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256(path)}
     unfinished = folder / f".{MANIFEST}"
     unfinished.write_text(json.dumps({"files": files}, indent=1))
     _sync(unfinished)
     unfinished.replace(folder / MANIFEST)
     _sync(folder)
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: pathlib.Path) -> None:
