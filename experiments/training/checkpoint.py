@@ -8,7 +8,11 @@ takes an empty numbered directory for the latest step; so every checkpoint here 
     <directory>/500.damaged-0/      found damaged and moved out of the way of a new checkpoint; never touched again
 
 A checkpoint gets its manifest when orbax is done and its number last, by a rename: a number without an intact manifest
-is damage, never a save cut short. For local and shared POSIX file systems; one run writes to a directory.
+is damage, never a save cut short. `orbax.checkpoint.CheckpointManager` is not used for retention: it deletes what a
+checkpoint supersedes in the same call that commits it, before a manifest of it could be written. It also takes a
+damaged number for its latest step, and then silently declines to save any step below.
+
+For local and shared POSIX file systems; one run writes to a directory.
 """
 
 import concurrent.futures

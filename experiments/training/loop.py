@@ -193,10 +193,19 @@ def _save(session: _Session, done: int, state: TrainState, means: dict[str, jax.
         if not rows.lost:  # no row was due
             rows.add(done, {"train_loss": means["loss"]} | program.status(state))
         return False
-    metric = rows.of(done).get(f"test_{program.setup.task.metric}")
     host = {"data": [stream.get_state() for stream in session.streams]}
-    session.checkpoints.save(done, state, host, None if metric is None else float(np.mean(metric)))
+    session.checkpoints.save(done, state, host, _metric(session, done))
     return True
+
+
+def _metric(session: _Session, done: int) -> float | None:
+    """What makes a checkpoint the best: the headline metric; None where it was not measured, or on a network that is
+    not as sparse as it is to be: dense, it would be better for that alone."""
+    setup, phases = session.program.setup, session.program.phases
+    metric = session.rows.of(done).get(f"test_{setup.task.metric}")
+    if metric is None or (setup.plan.pruned and not phases.reached(done)):
+        return None
+    return float(np.mean(metric))
 
 
 def _last_test(session: _Session, state: TrainState) -> dict[str, np.ndarray]:
