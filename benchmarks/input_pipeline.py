@@ -18,8 +18,7 @@ from absl import app, flags
 from PIL import Image
 
 from benchmarks import timing
-from experiments import data
-from experiments.data import images
+from experiments.data import catalog, images
 from experiments.outputs import progress
 
 _IMAGES = flags.DEFINE_string(
@@ -44,7 +43,7 @@ def plain_bytes(content: bytes, size: int, random: np.ndarray) -> np.ndarray:
 
 
 def contents(directory: str, as_stored: bool) -> list[bytes]:
-    records = data.image_folder(directory).train.records
+    records = catalog.image_folder(directory).train.records
     chosen = [records[i]["image"] for i in np.linspace(0, len(records) - 1, COUNT).astype(int)]
     return chosen if as_stored else [_enlarged(content) for content in chosen]
 

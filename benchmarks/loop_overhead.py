@@ -54,7 +54,7 @@ def whole_loop(run: program.Program, save: bool) -> float:
 
     with tempfile.TemporaryDirectory() as directory:
         saved = Checkpoints(pathlib.Path(directory), keep=2) if save else None
-        loop.train(run, [0], loop.Hooks(on_step=on_step, checkpoints=saved))
+        loop.train(run, [0], loop.Hooks(on_step=on_step), saved)
         if saved:
             saved.close()
     return (times[STEPS - 1] - times[FIRST]) / (STEPS - 1 - FIRST)

@@ -19,7 +19,8 @@ from matplotlib import pyplot as plt
 
 from benchmarks import timing
 from configs import planted as planted_config
-from experiments.data.planted import Teacher, found_and_covered, planted, teacher, true_logits
+from experiments import data, tasks
+from experiments.data.planted import Teacher, found_and_covered, teacher, true_logits
 from experiments.outputs import progress, report
 from experiments.training import evaluation, factories, loop, program
 from experiments.training.setup import prepare
@@ -33,13 +34,13 @@ _SET = flags.DEFINE_multi_string("set", [], "Another value in configs/planted.py
 _NAME = flags.DEFINE_string("name", "planted", "Write benchmarks/results/<name>.json and .png; empty for neither.")
 
 
-def measure(name: str, block: int, sparsity: float) -> dict[str, Any]:
+def measure(name: str, block: int, sparsity: float, dataset: data.Dataset) -> dict[str, Any]:
     """One row of the table."""
     config = planted_config.get_config()
     config.steps = config.eval_every = _STEPS.value
     config.sparsifier.update({"name": name, "block": (block, block), "sparsity": sparsity})
     config.update_from_flattened_dict(changes())
-    run = program.compiled(prepare(config), _SEEDS.value)
+    run = program.compiled(prepare(config, dataset=dataset), _SEEDS.value)
     outcomes = loop.train(run, range(_SEEDS.value))
     network = teacher_of(config)
     shares = [found_and_covered(np.asarray(o.params["hidden1"]["kernel"]), block, network.features) for o in outcomes]
@@ -74,10 +75,9 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     return lists
 
 
-def teachers_own() -> dict[str, float]:
+def teachers_own(config: ml_collections.ConfigDict, dataset: data.Dataset) -> dict[str, float]:
     """Loss and AUC of the teacher on the held-out rows."""
-    config = planted_config.get_config()
-    test = planted(**config.data.options).test.arrays
+    test = dataset.test.arrays
     logits, label = true_logits(teacher_of(config), test["ids"]), test["label"]
     return {"loss": float(np.mean(np.logaddexp(0, logits) - label * logits)), "auc": evaluation.auc(logits, label)}
 
@@ -108,10 +108,13 @@ def plot(rows: list[dict[str, Any]], own: dict[str, float]) -> None:
 
 def main(argv: list[str]) -> None:
     del argv
-    console, own, rows = progress.console(), teachers_own(), []
+    config, console, rows = planted_config.get_config(), progress.console(), []
+    config.update_from_flattened_dict(changes())
+    dataset = tasks.dataset_of(config.data)
+    own = teachers_own(config, dataset)
     grid = list(itertools.product(map(int, _BLOCKS.value), map(float, _SPARSITIES.value), _ALGORITHMS.value))
     for i, (block, sparsity, name) in enumerate(grid, 1):
-        rows.append(measure(name, block, sparsity))
+        rows.append(measure(name, block, sparsity, dataset))
         shown = "  ".join(f"{key} {value}" for key, value in cells(rows[-1]).items())
         console.print(f"{i:>3}/{len(grid)}  {shown}", highlight=False, soft_wrap=True)
     console.print(progress.table("Planted features", [cells(row) for row in rows]))

@@ -19,11 +19,11 @@ from absl import flags
 from matplotlib import pyplot as plt
 
 import sa_plus_plus as sapp
-from experiments import cli
+from experiments import cli, tasks
 from experiments.outputs import progress, report
 from experiments.training import factories, loop, program
 from experiments.training.setup import prepare
-from experiments.utils import registry
+from experiments.utils import files, registry
 
 flags.declare_key_flag("config")  # for --help
 _ALGORITHMS = flags.DEFINE_list("algorithms", ["all"], "Comma-separated names, or all.")
@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
         names = factories.NAMES if _ALGORITHMS.value == ["all"] else tuple(dict.fromkeys(_ALGORITHMS.value))
         if not names:
             raise ValueError(f"--algorithms is empty; write all, or some of {', '.join(factories.NAMES)}")
-        setups = {name: prepare(_with_algorithm(config, name)) for name in names}
+        configs = {name: _with_algorithm(config, name) for name in names}
+        dataset = tasks.dataset_of(config.data)
+        setups = {name: prepare(c, dataset=dataset) for name, c in configs.items()}
         workdir = cli.workdir_path(_WORKDIR.value, f"{config.name}-compare")
         if (workdir / RESULT).exists() and not _OVERWRITE.value:
             raise FileExistsError(f"{workdir} holds a comparison: choose another --workdir or pass --overwrite")
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> None:
         "config": config.to_dict(),
         "date": datetime.date.today().isoformat(),
     }
-    report.write_json(workdir / RESULT, content)
+    files.write_json(workdir / RESULT, content)
     _plot(workdir / "compare.png", config, outcomes, metric)
     title = f"{config.name}, {config.model}, blocks {config.sparsifier.block}: mean ± std of {len(seeds)} seeds"
     console.print(progress.table(title, [_cells(row, metric) for row in rows]))
@@ -148,7 +150,7 @@ def _plot(
         left.set_ylim(low - 3 * margin, high + margin)
     left.legend(fontsize="small")
     right.set_xticks(range(len(outcomes)), list(outcomes), rotation=35, ha="right", fontsize="small")
-    block = "×".join(map(str, config.sparsifier.block))
+    block = progress.sizes(config.sparsifier.block)
     fig.suptitle(f"{config.name}, {config.model}: blocks {block}, {config.sparsifier.sparsity:.0%} target sparsity")
     report.save_figure(path, fig)
 

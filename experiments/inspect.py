@@ -16,7 +16,7 @@ import sa_plus_plus as sapp
 from experiments import cli
 from experiments.models import costs
 from experiments.outputs import progress
-from experiments.training.setup import Setup, prepare_without_data
+from experiments.training.setup import Setup, blank, prepare_without_data
 
 flags.declare_key_flag("config")  # for --help
 _SPARSITIES = flags.DEFINE_list("sparsities", [], "Target sparsities to tabulate instead of showing each layer.")
@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
     config, console = cli.CONFIG.value, progress.console()
     with cli.users_mistakes():
         if _SPARSITIES.value:
-            setups = [prepare_without_data(config, float(s)) for s in _SPARSITIES.value]
+            dataset = blank(config)
+            setups = [prepare_without_data(_at_sparsity(config, float(s)), dataset) for s in _SPARSITIES.value]
             cost = multiply_adds(setups[0])  # of the network, whatever is pruned
             rows = [_totals(setup, cost) for setup in setups]
             console.print(progress.table(_title(config), rows))
@@ -54,17 +55,23 @@ def multiply_adds(setup: Setup) -> dict[str, int]:
     return costs.multiply_adds(task.model, {"params": params, **model_state}, x)
 
 
+def _at_sparsity(config: ml_collections.ConfigDict, sparsity: float) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.sparsifier.sparsity = sparsity
+    return config
+
+
 def _title(config: ml_collections.ConfigDict) -> str:
     sparsifier = config.sparsifier
-    return f"{config.name}, {config.model}: {sparsifier.name}, blocks {'×'.join(map(str, sparsifier.block))}"
+    return f"{config.name}, {config.model}: {sparsifier.name}, blocks {progress.sizes(sparsifier.block)}"
 
 
 def _cells(layer: sapp.LeafPlan, cost: int) -> dict[str, str]:
     share = layer.kept / layer.blocks
     return {
         "kernel": layer.path.removesuffix("/kernel"),
-        "shape": "×".join(map(str, layer.shape)),
-        "grid": "-" if layer.skip_reason else "×".join(map(str, layer.grid)),
+        "shape": progress.sizes(layer.shape),
+        "grid": "-" if layer.skip_reason else progress.sizes(layer.grid),
         "kept blocks": "-" if layer.skip_reason else f"{layer.kept:,} of {layer.blocks:,}",
         "weights": f"{layer.weights:,}",
         "M multiply-adds": f"{cost / 1e6:.2f}",

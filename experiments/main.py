@@ -17,7 +17,6 @@ import sys
 import time
 
 import jax
-import ml_collections
 from absl import flags
 from rich.console import Console
 
@@ -25,7 +24,8 @@ import experiments
 from experiments import cli
 from experiments.outputs import hooks, progress, report, workdir
 from experiments.training import checkpoint, loop, program
-from experiments.training.setup import prepare
+from experiments.training.setup import Setup, prepare
+from experiments.utils import files
 
 flags.declare_key_flag("config")  # for --help
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     config, console = cli.CONFIG.value, progress.console()
     with contextlib.ExitStack() as stack:
         with cli.users_mistakes():
-            prepare(config)
+            setup = prepare(config)
             path = cli.workdir_path(_WORKDIR.value, f"{config.name}-{config.sparsifier.name}")
             if jax.process_index() == 0:
                 stack.enter_context(workdir.claim(path))
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
                 workdir.settle(path, config, _RESUME_CHANGED.value)
         cli.cache_compilations(path.parent)
         try:
-            result = run(config, path, console, _PROFILE.value, experiments.STARTED)
+            result = run(setup, path, console, _PROFILE.value, experiments.STARTED)
         except loop.Preempted as preempted:
             console.print(
                 f"Saved after {preempted.step} steps on SIGTERM: the same command with --workdir={path} resumes"
@@ -66,16 +66,12 @@ def main(argv: list[str]) -> None:
 
 
 def run(
-    config: ml_collections.ConfigDict,
-    path: pathlib.Path,
-    console: Console,
-    profile: bool = False,
-    started: float | None = None,
+    setup: Setup, path: pathlib.Path, console: Console, profile: bool = False, started: float | None = None
 ) -> dict:
     """One run, after its dense twin if the config asks for one.
 
     Args:
-      config: of the run.
+      setup: its parts.
       path: its directory.
       console: the screen.
       profile: whether to write a trace of a few steps.
@@ -85,21 +81,26 @@ def run(
       The content of its `result.json`.
     """
     twin, started = None, started or time.perf_counter()
-    if config.dense_twin and config.sparsifier.name != "dense":
-        dense = config.copy_and_resolve_references()
-        dense.sparsifier.name, dense.dense_twin = "dense", False
+    if setup.config.dense_twin and setup.config.sparsifier.name != "dense":
         twin_path = path / "dense_twin"
         twin_path.mkdir(parents=True, exist_ok=True)
-        twin = _one(dense, twin_path, "dense twin", console, started)
+        twin = _one(_dense_twin(setup), twin_path, "dense twin", console, started)
         started = time.perf_counter()
-    result = _one(config, path, config.sparsifier.name, console, started, twin, profile)
+    result = _one(setup, path, setup.config.sparsifier.name, console, started, twin, profile)
     if jax.process_index() == 0:
         _show(result, path, console)
     return result
 
 
+def _dense_twin(setup: Setup) -> Setup:
+    """The same run without pruning, on the same data."""
+    config = setup.given.copy_and_resolve_references()
+    config.sparsifier.name, config.dense_twin = "dense", False
+    return prepare(config, setup.mesh, setup.task.dataset)
+
+
 def _one(
-    config: ml_collections.ConfigDict,
+    setup: Setup,
     path: pathlib.Path,
     title: str,
     console: Console,
@@ -107,16 +108,15 @@ def _one(
     twin: dict | None = None,
     profile: bool = False,
 ) -> dict:
-    """Run, or resume, or find done already, one config in one directory."""
+    """Run, or resume, or find done already, one network in one directory."""
     if (path / workdir.RESULT).exists():
         return json.loads((path / workdir.RESULT).read_text())
-    setup = prepare(config)
-    metric = setup.task.metric
+    config, metric = setup.given, setup.task.metric
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(path / "checkpoints", keep=config.keep)))
-        observer = hooks.Observer(path, title, setup.config.steps, metric, console, saved, profile)
+        observer = hooks.Observer(path, title, setup.config.steps, metric, console, profile)
         stack.enter_context(observer)
-        (outcome,) = loop.train(program.compiled(setup), [config.seed], observer.hooks)
+        (outcome,) = loop.train(program.compiled(setup), [config.seed], observer.hooks, saved)
         rows = observer.rows
         last_saved = saved.latest
     result = report.result(config, outcome, metric) | {"startup_seconds": outcome.first_step_at - started}
@@ -126,10 +126,10 @@ def _one(
         result["dense_twin"] = {"metric": twin["metric"], "loss": twin["loss"]}
     if jax.process_index() == 0:
         report.save_weights(path / "pruned.safetensors", outcome)
-        heading = f"{config.name}: {config.sparsifier.name}, blocks {'×'.join(map(str, config.sparsifier.block))}"
+        heading = f"{config.name}: {config.sparsifier.name}, blocks {progress.sizes(config.sparsifier.block)}"
         report.plot_run(path / "run.png", outcome, rows, metric, heading)
-        report.write_json(path / workdir.RESULT, result)  # last: where it stands, the run is complete
-    return report.finite(result)
+        files.write_json(path / workdir.RESULT, result)  # last: where it stands, the run is complete
+    return files.finite(result)
 
 
 def _clear(path: pathlib.Path) -> None:
@@ -166,8 +166,8 @@ def _show(result: dict, path: pathlib.Path, console: Console) -> None:
 def _layer_cells(row: dict) -> dict[str, str | int]:
     return {
         "layer": row["path"],
-        "shape": "×".join(map(str, row["shape"])),
-        "block": "-" if row["skip_reason"] else "×".join(map(str, row["block"])),
+        "shape": progress.sizes(row["shape"]),
+        "block": "-" if row["skip_reason"] else progress.sizes(row["block"]),
         "blocks kept": "-" if row["skip_reason"] else f"{row['kept']:,} / {row['blocks']:,}",
         "weights": f"{row['weights']:,}",
         "nonzero": f"{row['nonzero']:,}",

@@ -30,8 +30,8 @@ import sa_plus_plus as sapp
 from experiments import cli
 from experiments.outputs import progress, report
 from experiments.training import sharding
-from experiments.training.setup import Setup, prepare, prepare_without_data
-from experiments.utils import timing
+from experiments.training.setup import Setup, blank, prepare, prepare_without_data
+from experiments.utils import files, timing
 
 flags.declare_key_flag("config")  # for --help
 _WEIGHTS = flags.DEFINE_string("weights", "", "A pruned.safetensors of a run with this config.")
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> None:
     title = f"{config.name}, {config.model}, {jax.devices()[0].device_kind}"
     console.print(progress.table(title, [_cells(row) for row in rows]))
     content = {"config": config.name, "model": config.model, "rows": rows, "versions": report.versions()}
-    report.write_json(output / "serve.json", content)
-    report.write_atomically(output / "layers.txt", lambda file: file.write("\n".join(layers).encode()))
+    files.write_json(output / "serve.json", content)
+    files.write_text(output / "layers.txt", "\n".join(layers))
     if not _WEIGHTS.value:
         report.save_figure(output / "serve.png", plot(rows, title))
     console.print(f"In {output}: {', '.join(sorted(p.name for p in output.iterdir()))}", highlight=False)
@@ -148,10 +148,12 @@ def _trained(config: ml_collections.ConfigDict) -> Iterator[Served]:
 
 def _random(config: ml_collections.ConfigDict) -> Iterator[Served]:
     """Networks of which random blocks are zero, in the kernels that would be pruned."""
-    for block, sparsity in itertools.product(_numbers("blocks", int, 1, 2**20), _numbers("sparsities", float, 0, 1)):
+    blocks, sparsities = _numbers("blocks", int, 1, 2**20), _numbers("sparsities", float, 0, 1)
+    dataset = blank(config)
+    for block, sparsity in itertools.product(blocks, sparsities):
         config = config.copy_and_resolve_references()
-        config.sparsifier.name, config.sparsifier.block = "random", (block, block)
-        setup = prepare_without_data(config, sparsity)
+        config.sparsifier.update({"name": "random", "block": (block, block), "sparsity": sparsity})
+        setup = prepare_without_data(config, dataset)
         yield {"block": block, "sparsity": sparsity}, setup, functools.partial(_drawn, setup)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from experiments import data, models
+from experiments.data import catalog
 from experiments.models import tables
 from experiments.utils import registry
 
@@ -102,8 +103,8 @@ def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -
 
 def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:
     """The data set of `config`: `name`, `options`, and where a data set may be read from local files, `local`."""
-    make = getattr(data, registry.check(config.name, data.NAMES, "config.data.name"))
-    return make(**config.options, **({"local": config.local} if config.local else {}))
+    options = {**config.options, **({"local": config.local} if config.local else {})}
+    return registry.lookup(catalog, config.name, "config.data.name", options)
 
 
 def _unit(image: jax.Array) -> jax.Array:

@@ -260,7 +260,7 @@ def test_each_file_flipped_or_gone(two, caplog):
 
 
 def test_any_byte_of_the_manifest_flipped(two, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_sha256", functools.cache(checkpoint._sha256))  # the others stay as they are
+    monkeypatch.setattr(checkpoint, "sha256", functools.cache(checkpoint.sha256))  # the others stay as they are
     path = two / "200/manifest.json"
     content = path.read_bytes()
     for position in range(len(content)):

@@ -100,7 +100,7 @@ def test_planted_data_are_what_they_are_said_to_be():
     assert -1.5 < slope < -0.7, "Zipf's law"
     missing = (ids == 0).mean(axis=0)
     assert 0.3 < missing.max() < 0.41
-    again = planted.__wrapped__(rows=60_000, held_out=20_000)
+    again = planted(rows=60_000, held_out=20_000)
     np.testing.assert_array_equal(again.test.arrays["ids"], dataset.test.arrays["ids"])
     with pytest.raises(ValueError, match="informative must be in"):
         planted(rows=10, held_out=10, informative=40)
@@ -124,7 +124,7 @@ def small():
 
 def test_a_run_reports_loss_auc_and_calibration(tmp_path):
     config = small()
-    main.run(config, tmp_path, progress.console())
+    main.run(prepare(config), tmp_path, progress.console())
     result = json.loads((tmp_path / "result.json").read_text())
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert (result["metric_name"], result["metric"]) == ("test_auc", last["test_auc"])
@@ -156,7 +156,7 @@ def test_real_rows_from_the_log_to_the_validation_loss(tmp_path):
     config.eval_batch_size = 512
     for name, least in (("dense", 0.725), ("sequential_attention", 0.65)):
         config.sparsifier.name = name
-        main.run(config, tmp_path / name, progress.console())
+        main.run(prepare(config), tmp_path / name, progress.console())
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert result["metric"] > least
         assert result["loss"] < 0.51

@@ -20,6 +20,7 @@ from PIL import Image
 
 from configs import cifar10, fashion_mnist
 from experiments import data, tasks
+from experiments.data import catalog
 from experiments.training.setup import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -201,7 +202,7 @@ def test_batches_that_cannot_be(arguments, message):
 
 
 def test_mnist5k_is_stratified():
-    dataset = data.mnist5k()
+    dataset = catalog.mnist5k()
     assert dataset.train.arrays["image"].shape == (4000, 28, 28, 1)
     assert np.bincount(dataset.test.arrays["label"]).tolist() == [100] * 10
     assert (dataset.train.arrays["image"].dtype, dataset.train.arrays["image"].max()) == (np.uint8, 255)
@@ -230,7 +231,7 @@ def write_idx(folder, compress=False, **changed):
 @pytest.mark.parametrize("compress", [False, True])
 def test_idx_files(tmp_path, compress):
     arrays = write_idx(tmp_path, compress)
-    dataset = data.idx_files(str(tmp_path))
+    dataset = catalog.idx_files(str(tmp_path))
     assert dataset.classes == 3
     for source, part in ((dataset.train, "train"), (dataset.test, "t10k")):
         np.testing.assert_array_equal(source.arrays["image"], arrays[f"{part}-images-idx3-ubyte"][..., None])
@@ -255,7 +256,7 @@ def test_idx_files(tmp_path, compress):
 def test_idx_files_that_are_not(tmp_path, changed, error, message):
     write_idx(tmp_path, **changed)
     with pytest.raises(error, match=message):
-        data.idx_files(str(tmp_path))
+        catalog.idx_files(str(tmp_path))
 
 
 def test_damaged_idx_files(tmp_path):
@@ -263,7 +264,7 @@ def test_damaged_idx_files(tmp_path):
     file = tmp_path / "train-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is damaged"):
-        data.idx_files(str(tmp_path))
+        catalog.idx_files(str(tmp_path))
 
 
 def read_idx(file):
@@ -281,7 +282,7 @@ def read_idx(file):
     ],
 )
 def test_published_mnist_files(folder, train_classes, mean):
-    dataset = data.idx_files(str(folder))
+    dataset = catalog.idx_files(str(folder))
     assert dataset.classes == 10
     assert np.bincount(dataset.train.arrays["label"]).tolist() == train_classes
     assert dataset.train.arrays["image"].shape == (60000, 28, 28, 1)
@@ -314,7 +315,7 @@ def test_cifar10_tar(tmp_path, shape):
     train_names = ["train/frog/7.png", "train/cat/3.png", "train/ant/1.png"]
     names = ["test/frog/1.png", *train_names, "test/cat/9.png", "test/ant/1.png", "notes.png"]
     images = write_tar(tmp_path / "a.tar.xz", names, shape)
-    dataset = data.cifar10_tar(str(tmp_path / "a.tar.xz"))
+    dataset = catalog.cifar10_tar(str(tmp_path / "a.tar.xz"))
     assert dataset.classes == 3
     assert dataset.train.arrays["label"].tolist() == [2, 1, 0]
     assert dataset.test.arrays["label"].tolist() == [2, 1, 0]
@@ -325,28 +326,28 @@ def test_cifar10_tar(tmp_path, shape):
 
 def test_cifar10_tar_that_is_not(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*/missing\.tar: it should be a tar file"):
-        data.cifar10_tar(str(tmp_path / "missing.tar"))
+        catalog.cifar10_tar(str(tmp_path / "missing.tar"))
     write_tar(tmp_path / "b.tar.xz", ["train/cat/1.png", "train/dog/1.png", "test/cat/1.png"])
     with pytest.raises(ValueError, match=r"no images test/<class>/<name> of dog"):
-        data.cifar10_tar(str(tmp_path / "b.tar.xz"))
+        catalog.cifar10_tar(str(tmp_path / "b.tar.xz"))
     write_tar(tmp_path / "c.tar.xz", ["cat.png"])
     with pytest.raises(ValueError, match="of any class"):
-        data.cifar10_tar(str(tmp_path / "c.tar.xz"))
+        catalog.cifar10_tar(str(tmp_path / "c.tar.xz"))
     (tmp_path / "d.tar").write_text("not an archive")
     with pytest.raises(ValueError, match=r"d\.tar cannot be read as a tar file of images"):
-        data.cifar10_tar(str(tmp_path / "d.tar"))
+        catalog.cifar10_tar(str(tmp_path / "d.tar"))
     write_tar(tmp_path / "e.tar.xz", [f"{part}/cat/{i}.png" for part in ("train", "test") for i in range(200)])
     (tmp_path / "e.tar.xz").write_bytes((tmp_path / "e.tar.xz").read_bytes()[:-20_000])
     with pytest.raises(ValueError, match=r"e\.tar\.xz cannot be read"):
-        data.cifar10_tar(str(tmp_path / "e.tar.xz"))
+        catalog.cifar10_tar(str(tmp_path / "e.tar.xz"))
     write_tar(tmp_path / "f.tar.xz", ["train/cat/1.png", "train/cat/2.png", "test/cat/1.png"], (4, 5, 3), (3, 5, 3))
     with pytest.raises(ValueError, match=r"images of several sizes, \(3, 5, 3\), \(4, 5, 3\)"):
-        data.cifar10_tar(str(tmp_path / "f.tar.xz"))
+        catalog.cifar10_tar(str(tmp_path / "f.tar.xz"))
 
 
 @needs(CIFAR10)
 def test_published_cifar10():
-    dataset = data.cifar10_tar(str(CIFAR10))
+    dataset = catalog.cifar10_tar(str(CIFAR10))
     assert np.bincount(dataset.train.arrays["label"]).tolist() == [5000] * 10
     assert np.bincount(dataset.test.arrays["label"]).tolist() == [1000] * 10
     means = dataset.train.arrays["image"].mean((0, 1, 2)) / 255  # published, but the file's images are lossy
@@ -400,7 +401,7 @@ def tiny(tfds_builder, tmp_path_factory):
     """Directory in which the data set `tiny` is prepared."""
     tfds_builder("tiny")
     folder = tmp_path_factory.mktemp("tfds")
-    data.tfds("tiny", str(folder), download=True)
+    catalog.tfds("tiny", str(folder), download=True)
     return str(folder)
 
 
@@ -411,7 +412,7 @@ def by_content(source):
 
 @pytest.mark.parametrize("memory", [None, True, False])
 def test_tfds(tiny, memory):
-    dataset = data.tfds("tiny", tiny, memory=memory)
+    dataset = catalog.tfds("tiny", tiny, memory=memory)
     assert isinstance(dataset.train, data.Records if memory is False else data.Arrays)
     assert dataset.classes == 3
     assert by_content(dataset.train) == {tiny_image(i).tobytes(): i % 3 for i in range(TRAIN)}
@@ -424,20 +425,20 @@ def test_tfds(tiny, memory):
 
 
 def test_tfds_splits(tiny):
-    dataset = data.tfds("tiny:1.0.0", tiny, train="train[:10]", test="train[10:]")
+    dataset = catalog.tfds("tiny:1.0.0", tiny, train="train[:10]", test="train[10:]")
     assert (len(dataset.train), len(dataset.test)) == (10, TRAIN - 10)
     with pytest.raises(ValueError, match="Unknown split 'validation'"):
-        data.tfds("tiny", tiny, test="validation")
+        catalog.tfds("tiny", tiny, test="validation")
 
 
 def test_tfds_reads_large_images_as_needed(tfds_builder, tmp_path):
     tfds_builder("of_any_size", shape=(None, None, 3))
-    assert isinstance(data.tfds("of_any_size", str(tmp_path), download=True).train, data.Records)
+    assert isinstance(catalog.tfds("of_any_size", str(tmp_path), download=True).train, data.Records)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tfds_batches_are_the_same_from_memory_threads_and_processes(tiny, workers):
-    memory, disk = (data.tfds("tiny", tiny, memory=memory) for memory in (True, False))
+    memory, disk = (catalog.tfds("tiny", tiny, memory=memory) for memory in (True, False))
     expected = take(data.train_iterator(memory.train, 6, 5, 1, 2), 14)
     original = data.train_iterator(disk.train, 6, 5)
     take(original, 3)
@@ -457,8 +458,9 @@ def test_a_program_that_leaves_processes_running_ends_quietly(tiny, tmp_path):
     """And a data set is read by a program without the code that prepared it."""
     (tmp_path / "program.py").write_text(
         "from experiments import data\n"
+        "from experiments.data import catalog\n"
         "if __name__ == '__main__':\n"
-        f"    source = data.tfds('tiny', {tiny!r}, memory=False).train\n"
+        f"    source = catalog.tfds('tiny', {tiny!r}, memory=False).train\n"
         "    iterator = data.train_iterator(source, 4, 0, workers=1)\n"
         "    print(len(next(iterator)['label']))\n"
     )
@@ -476,7 +478,7 @@ def test_a_program_that_leaves_processes_running_ends_quietly(tiny, tmp_path):
 def test_tfds_says_what_to_do_about_what_is_missing(tfds_builder, tmp_path):
     tfds_builder("never_prepared")
     with pytest.raises(FileNotFoundError) as caught:
-        data.tfds("never_prepared", str(tmp_path))
+        catalog.tfds("never_prepared", str(tmp_path))
     for words in (
         f"not in {tmp_path}/never_prepared/1.0.0",
         "internet and TensorFlow",
@@ -484,15 +486,15 @@ def test_tfds_says_what_to_do_about_what_is_missing(tfds_builder, tmp_path):
     ):
         assert words in str(caught.value)
     with pytest.raises(ValueError, match="no data set 'fashionmnist'; did you mean 'fashion_mnist'"):
-        data.tfds("fashionmnist", str(tmp_path))
+        catalog.tfds("fashionmnist", str(tmp_path))
     with pytest.raises(ValueError, match=r"cannot be loaded at version 0\.5\.0"):
-        data.tfds("never_prepared:0.5.0", str(tmp_path))
+        catalog.tfds("never_prepared:0.5.0", str(tmp_path))
 
 
 def test_tfds_without_labels_is_refused(tfds_builder, tmp_path):
     tfds_builder("unlabelled", keys=("image", "id"))
     with pytest.raises(ValueError, match=r"'unlabelled' is not one of labelled examples: it has .*image"):
-        data.tfds("unlabelled", str(tmp_path), download=True)
+        catalog.tfds("unlabelled", str(tmp_path), download=True)
 
 
 def test_tfds_without_random_access_is_refused(tiny, tmp_path):
@@ -502,7 +504,7 @@ def test_tfds_without_random_access_is_refused(tiny, tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes().replace(b"array_record", b"tfrecord"))
     with pytest.raises(FileNotFoundError, match=r"as tfrecord, without random access.*\n.*\n.*data_dir='ANOTHER DIR"):
-        data.tfds("tiny", str(tmp_path))
+        catalog.tfds("tiny", str(tmp_path))
 
 
 def test_tfds_preparation_that_needs_tensorflow(tfds_builder, tmp_path):
@@ -514,7 +516,7 @@ def test_tfds_preparation_that_needs_tensorflow(tfds_builder, tmp_path):
         pytest.skip("TensorFlow is here")
     tfds_builder("drawn", encode=np.asarray)  # TFDS encodes arrays by TensorFlow
     with pytest.raises(FileNotFoundError, match="'drawn' cannot be prepared here: No module named 'tensorflow'"):
-        data.tfds("drawn", str(tmp_path), download=True)
+        catalog.tfds("drawn", str(tmp_path), download=True)
 
 
 def test_configs_read_local_files_where_told(tmp_path):

@@ -35,7 +35,7 @@ def trained(c, devices):
     def keep(step, state):
         masks.append(jax.tree.map(np.asarray, state.prune.masks))
 
-    (outcome,) = loop.train(program.compiled(prepare(c, mesh)), [0], loop.Hooks(on_state=keep))
+    (outcome,) = loop.train(program.compiled(prepare(c, mesh, problems.digits())), [0], loop.Hooks(on_state=keep))
     return outcome, masks
 
 
@@ -53,7 +53,7 @@ def test_eight_devices_equal_one(name):
 
 def test_fsdp_splits_parameters_logits_and_moments():
     c = config(fsdp=4)
-    run = program.compiled(prepare(c, sharding.make_mesh(4)))
+    run = program.compiled(prepare(c, sharding.make_mesh(4), problems.digits()))
     state = run.functions.init(np.int32(0))
     batch = program.next_batch(run, program.train_streams(run, [0]))
     state, _ = run.functions.step(np.int32(0), state, batch)
@@ -68,7 +68,7 @@ def test_batches_that_do_not_divide_are_refused():
     c = config()
     c.batch_size = 100
     with pytest.raises(ValueError, match=r"config.batch_size=100 is not a multiple of the 8 devices"):
-        prepare(c)
+        prepare(c, dataset=problems.digits())
     with pytest.raises(ValueError, match=r"config.mesh.fsdp=3 does not divide the number of devices, 8"):
         sharding.make_mesh(3)
 

@@ -17,10 +17,11 @@ from PIL import Image
 
 import sa_plus_plus as sapp
 from configs import imagenette_block8, mnist
-from experiments import data, main
-from experiments.outputs import progress, report
+from experiments import main, tasks
+from experiments.outputs import progress
 from experiments.training import checkpoint, loop, program
 from experiments.training.setup import prepare
+from experiments.utils import files
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -36,6 +37,10 @@ def config(**changes):
     result.batch_size, result.eval_batch_size, result.checkpoint_every = 96, 400, 30
     result.update_from_flattened_dict(changes)
     return result
+
+
+def prepared(c):
+    return prepare(c, dataset=problems.digits())
 
 
 def command(module, *arguments):
@@ -56,7 +61,7 @@ def numpy_accuracy(weights, dataset):
 @pytest.mark.parametrize("name", sapp.ALGORITHMS)
 def test_a_run_leaves_complete_and_consistent_results(name, tmp_path):
     c = config(**{"sparsifier.name": name})
-    assert main.run(c, tmp_path, progress.console())["diverged"] is False
+    assert main.run(prepared(c), tmp_path, progress.console())["diverged"] is False
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(KEYS.split()) <= set(result)
     assert (result["algorithm"], result["steps"], result["diverged"]) == (name, 60, False)
@@ -65,7 +70,7 @@ def test_a_run_leaves_complete_and_consistent_results(name, tmp_path):
     zeros = sum((w == 0).sum() for w in kernels) / sum(w.size for w in kernels)
     assert result["real_sparsity"] == pytest.approx(zeros)
     assert zeros == pytest.approx(0 if name == "dense" else 0.8966, abs=1e-3)
-    assert result["metric"] == pytest.approx(numpy_accuracy(weights, data.mnist5k()), abs=1e-3)
+    assert result["metric"] == pytest.approx(numpy_accuracy(weights, problems.digits()), abs=1e-3)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows]
     assert steps == sorted(set(steps))
@@ -78,8 +83,8 @@ def test_a_run_leaves_complete_and_consistent_results(name, tmp_path):
 
 def test_seeds_side_by_side_equal_seeds_in_turn():
     c = config(**{"sparsifier.name": "random", "eval_batch_size": 320})
-    together = loop.train(program.compiled(prepare(c), 2), [3, 4])
-    one = program.compiled(prepare(c))
+    together = loop.train(program.compiled(prepared(c), 2), [3, 4])
+    one = program.compiled(prepared(c))
     for outcome in together:
         (alone,) = loop.train(one, [outcome.seed])
         assert alone.test["test_accuracy"] == pytest.approx(outcome.test["test_accuracy"], abs=2e-3)
@@ -99,20 +104,30 @@ def test_nothing_is_compiled_once_the_first_evaluation_and_save_are_done(tmp_pat
         done[0] = step
         return False
 
-    run = program.compiled(prepare(config(log_every=5, eval_every=10, checkpoint_every=10)))
+    run = program.compiled(prepared(config(log_every=5, eval_every=10, checkpoint_every=10)))
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as saved:
-            loop.train(run, [0], loop.Hooks(on_step=on_step, checkpoints=saved))
+            loop.train(run, [0], loop.Hooks(on_step=on_step), saved)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compilations, "the listener hears something"
     assert not [step for step in compilations if 20 < step < 60]
 
 
+def test_a_network_that_is_not_sparse_yet_is_never_the_best_checkpoint(tmp_path):
+    c = config(log_every=60, eval_every=5, checkpoint_every=5, keep=60)
+    c.sparsifier.schedule = (("dense", 20), ("sparse", 15), ("sparsification", 15), ("sparse", 10))
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep=c.keep)) as saved:
+        loop.train(program.compiled(prepared(c)), [0], checkpoints=saved)
+    saves = [json.loads(path.read_text()) for path in tmp_path.glob("*/host.json")]
+    assert sorted(save["step"] for save in saves) == list(range(5, 61, 5))
+    assert {save["step"] for save in saves if save["metric"] is not None} == {20, 25, 30, 50, 55, 60}
+
+
 def test_divergence_stops_the_run_and_is_recorded(tmp_path):
     c = config(**{"optimizer.learning_rate": 1e9})
-    assert main.run(c, tmp_path, progress.console())["diverged"] is True
+    assert main.run(prepared(c), tmp_path, progress.console())["diverged"] is True
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["diverged"] is True
     assert result["steps"] < 60
@@ -134,7 +149,7 @@ def test_photographs_through_a_whole_schedule(tmp_path):
     c.model, c.steps, c.batch_size, c.eval_batch_size = "ResNet20", 40, 8, 8
     c.log_every, c.eval_every, c.checkpoint_every, c.sparsifier.min_blocks = 1, 10, 15, 20
     c.optimizer.learning_rate = 0.02
-    main.run(c, tmp_path / "run", progress.console())
+    main.run(prepare(c), tmp_path / "run", progress.console())
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["metric"] == 1, "light and dark are easily told apart"
     assert 0.7 < result["real_sparsity"] < 0.9
@@ -143,15 +158,17 @@ def test_photographs_through_a_whole_schedule(tmp_path):
     for name in ("result.json", "metrics.jsonl"):
         (tmp_path / "run" / name).unlink()
     shutil.rmtree(tmp_path / "run/checkpoints/40")
-    main.run(c, tmp_path / "run", progress.console())
+    main.run(prepare(c), tmp_path / "run", progress.console())
     assert (tmp_path / "run/metrics.jsonl").read_text() == "".join(rows.splitlines(keepends=True)[30:])
     again = json.loads((tmp_path / "run/result.json").read_text())
     assert (again["loss"], again["layers"]) == (result["loss"], result["layers"])
 
 
-def test_a_dense_twin_may_diverge_too(tmp_path):
+def test_a_dense_twin_shares_the_data_and_may_diverge_too(tmp_path, monkeypatch):
     c = config(**{"optimizer.learning_rate": 1e9, "dense_twin": True})
-    assert main.run(c, tmp_path, progress.console())["diverged"]
+    setup = prepared(c)
+    monkeypatch.setattr(tasks, "dataset_of", None)  # reading the data again would fail
+    assert main.run(setup, tmp_path, progress.console())["diverged"]
     assert json.loads((tmp_path / "result.json").read_text())["dense_twin"] == {"metric": None, "loss": None}
 
 
@@ -218,15 +235,15 @@ def test_a_comparison_survives_divergence(tmp_path):
 
 def test_half_written_files_never_appear(tmp_path):
     path = tmp_path / "result.json"
-    report.write_json(path, {"loss": float("nan")})
+    files.write_json(path, {"loss": float("nan")})
     with pytest.raises(TypeError):
-        report.write_json(path, {"loss": object()})
+        files.write_json(path, {"loss": object()})
 
     def fails_midway(file):
         file.write(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        report.write_atomically(path, fails_midway)
+        files.write_atomically(path, fails_midway)
     assert json.loads(path.read_text()) == {"loss": None}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

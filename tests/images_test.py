@@ -11,7 +11,7 @@ from data_test import FILES, needs
 from PIL import Image
 
 from experiments import data
-from experiments.data import images
+from experiments.data import catalog, from_folder, images
 
 PHOTOS = FILES / "imagenette224_subset/imagenette224_subset.tar.xz"
 
@@ -154,7 +154,7 @@ def folder(tmp_path):
 
 
 def test_folder(folder):
-    dataset = data.image_folder(str(folder), size=24)
+    dataset = catalog.image_folder(str(folder), size=24)
     assert (len(dataset.train), len(dataset.test), dataset.classes) == (6, 4, 2)
     batch = dataset.test.gather(np.arange(4))
     assert batch["label"].tolist() == [0, 0, 1, 1]
@@ -166,7 +166,7 @@ def test_folder(folder):
 
 
 def test_random_crops_depend_on_seed_and_step_alone(folder):
-    train = data.image_folder(str(folder), size=24).train
+    train = catalog.image_folder(str(folder), size=24).train
     whole = data.train_iterator(train, 4, seed=3)
     batches = [next(whole) for _ in range(4)]
     parts = [data.train_iterator(train, 4, 3, host, 2) for host in range(2)]
@@ -183,7 +183,7 @@ def test_random_crops_depend_on_seed_and_step_alone(folder):
 def test_a_corrupt_file_is_named(folder):
     file = folder / "train/n02/n02_1.JPEG"
     file.write_bytes(file.read_bytes()[:200])
-    train = data.image_folder(str(folder), size=24).train
+    train = catalog.image_folder(str(folder), size=24).train
     with pytest.raises(images.CorruptImage, match=rf"{file} is corrupt.*skip_corrupt"):
         train.gather(np.arange(6))
 
@@ -191,7 +191,7 @@ def test_a_corrupt_file_is_named(folder):
 def test_corrupt_files_are_left_out_and_counted_when_asked(folder):
     for file in (folder / "train/n02/n02_1.JPEG", folder / "val/n01/n01_0.JPEG"):
         file.write_bytes(b"\xff\xd8 nothing")
-    dataset = data.image_folder(str(folder), size=24, skip_corrupt=True)
+    dataset = catalog.image_folder(str(folder), size=24, skip_corrupt=True)
     stream = data.train_iterator(dataset.train, 3, 0)
     for _ in range(4):  # two epochs
         next(stream)
@@ -205,26 +205,26 @@ def test_corrupt_files_are_left_out_and_counted_when_asked(folder):
 
 def test_folders_that_are_not_as_they_should_be(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no directory .*/nowhere/train: it should hold a directory for each"):
-        data.image_folder(str(tmp_path / "nowhere"))
+        catalog.image_folder(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"images of 2 classes, not of 1000"):
-        data.imagenet(str(folder))
+        catalog.imagenet(str(folder))
     (folder / "val/n03").mkdir()
     with pytest.raises(FileNotFoundError, match=r"val/n03 has no image files"):
-        data.image_folder(str(folder))
+        catalog.image_folder(str(folder))
     (folder / "val/n03/x.png").write_bytes(encoded(smooth(50, 50), "PNG"))
     with pytest.raises(ValueError, match=r"differ in their classes: n03"):
-        data.image_folder(str(folder))
+        catalog.image_folder(str(folder))
     flat = tmp_path / "flat"
     (flat / "train").mkdir(parents=True)
     (flat / "train/x.JPEG").touch()
     with pytest.raises(FileNotFoundError, match="1 files: sort them by class"):
-        data.image_folder(str(flat))
+        catalog.image_folder(str(flat))
 
 
 def test_imagenet_says_what_to_place_where(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(FileNotFoundError) as error:
-        data.imagenet(data_dir=str(tmp_path))
+        catalog.imagenet(data_dir=str(tmp_path))
     for words in ("ILSVRC2012_img_train.tar", f"{tmp_path}/downloads/manual", "image-net.org", "config.data.local"):
         assert words in str(error.value)
 
@@ -254,14 +254,14 @@ def test_tfds_jpegs_are_read_as_files(tmp_path):
             for i, content in enumerate(contents):
                 yield i, {"image": io.BytesIO(content), "label": i % 2, "file_name": f"{i}.JPEG"}
 
-    data.from_folder.image_records("photos", str(tmp_path), download=True, size=24)
-    dataset = data.from_folder.image_records("photos", str(tmp_path), size=24)
+    from_folder.image_records("photos", str(tmp_path), download=True, size=24)
+    dataset = from_folder.image_records("photos", str(tmp_path), size=24)
     batch = dataset.test.gather(np.arange(5))
     found = {image.tobytes(): label for image, label in zip(batch["image"], batch["label"], strict=True)}
     assert found == {images.centre_crop(c, 24).tobytes(): i % 2 for i, c in enumerate(contents)}
     contents[2] = contents[2][:150]
     other = tmp_path / "other"
-    damaged = data.from_folder.image_records("photos", str(other), download=True, size=24).test
+    damaged = from_folder.image_records("photos", str(other), download=True, size=24).test
     with pytest.raises(images.CorruptImage, match=r"2\.JPEG"):
         damaged.gather(np.arange(5))
 
@@ -270,7 +270,7 @@ def test_tfds_jpegs_are_read_as_files(tmp_path):
 def test_every_photograph_can_be_decoded(tmp_path):
     with tarfile.open(PHOTOS) as archive:
         archive.extractall(tmp_path, filter="data")
-    dataset = data.imagenette(str(tmp_path), size=64)
+    dataset = catalog.imagenette(str(tmp_path), size=64)
     assert (len(dataset.train), len(dataset.test)) == (1850, 500)
     total = sum(batch["weight"].sum() for batch in data.eval_batches(dataset.test, 64))
     assert total == 500

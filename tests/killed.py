@@ -7,37 +7,48 @@ more than usual, to give the clock a chance.
 
 import contextlib
 import os
+import pathlib
 import signal
 import sys
 import threading
 import time
 
+from absl import flags
+
 from experiments import cli, main
-from experiments.outputs import hooks
+from experiments.training import loop
 
 
 def arm(when):
-    original_step, original_start = hooks.Observer._on_step, hooks.Observer._on_start
+    train = loop.train
 
-    def on_step(self, done):
-        time.sleep(0.01)
-        if when.isdigit() and done >= int(when):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if when == f"term:{done}":
-            os.kill(os.getpid(), signal.SIGTERM)
-        if when == f"full:{done}":
-            self._checkpoints.wait()
-            with contextlib.suppress(OSError), (self._path / "filler").open("wb", buffering=0) as filler:
-                while filler.write(bytes(4096)):
-                    pass
-        return original_step(self, done)
+    def killed(program, seeds, hooks, checkpoints):
+        def on_step(done):
+            time.sleep(0.01)
+            if when.isdigit() and done >= int(when):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if when == f"term:{done}":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if when == f"full:{done}":
+                checkpoints.wait()
+                fill(pathlib.Path(flags.FLAGS.workdir) / "filler")
+            return hooks.on_step(done)
 
-    def on_start(self, step):
-        original_start(self, step)
-        if when.endswith("s"):
-            threading.Timer(float(when[:-1]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        def on_start(step):
+            hooks.on_start(step)
+            if when.endswith("s"):
+                threading.Timer(float(when[:-1]), os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    hooks.Observer._on_step, hooks.Observer._on_start = on_step, on_start
+        return train(program, seeds, hooks._replace(on_step=on_step, on_start=on_start), checkpoints)
+
+    loop.train = killed
+
+
+def fill(path):
+    """Write until there is no room on the disk."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
 
 
 if __name__ == "__main__":

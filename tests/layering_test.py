@@ -53,6 +53,7 @@ OPTIONAL = {  # imported where they are used, with an error that says what to in
 }
 EXPERIMENTS = (
     "utils",
+    "utils.files",
     "utils.registry",
     "utils.timing",
     "data.sources",
@@ -60,6 +61,7 @@ EXPERIMENTS = (
     "data.pipeline",
     "data.images",
     "data.published",
+    "data",
     "data.planted",
     "data.from_mlxtend",
     "data.from_files",
@@ -69,7 +71,6 @@ EXPERIMENTS = (
     "data.criteo.prepared",
     "data.criteo",
     "data.catalog",
-    "data",
     "data.criteo.reader",
     "data.criteo.parse",
     "data.criteo.vocabulary",
@@ -86,6 +87,7 @@ EXPERIMENTS = (
     "training.factories",
     "training.evaluation",
     "training.sharding",
+    "training.rows",
     "training.checkpoint",
     "training.setup",
     "training.step",

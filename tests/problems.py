@@ -89,6 +89,15 @@ def weights_of(path):
     return {sapp.path_string(keys): np.asarray(leaf) for keys, leaf in leaves}
 
 
+@functools.cache
+def digits():
+    """The data set of configs/mnist.py, which takes a second to read."""
+    from configs import mnist  # noqa: PLC0415 -- tests of the library do without
+    from experiments import tasks  # noqa: PLC0415
+
+    return tasks.dataset_of(mnist.get_config().data)
+
+
 def without_addresses(value):
     """A test's name from its parameter; functions have addresses, by which processes would differ."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))

@@ -12,6 +12,7 @@ import pytest
 from configs import cifar10_resnet20
 from experiments import main
 from experiments.outputs import progress
+from experiments.training.setup import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -60,7 +61,7 @@ def test_a_trained_network_with_batch_normalisation_serves_as_it_was_tested(tmp_
     config.optimizer.warmup_steps = 1
     config.model_options.width, config.dense_twin = 8, False
     config.sparsifier.schedule = (("dense", 4), ("sparse", 4))
-    main.run(config, tmp_path / "run", progress.console())
+    main.run(prepare(config), tmp_path / "run", progress.console())
     lines = [
         "import ml_collections",
         "def get_config():",
@@ -112,6 +113,7 @@ from absl import flags
 import sa_plus_plus as sapp
 from configs import mnist
 from experiments import serve_bench
+from experiments.training.setup import prepare_without_data
 flags.FLAGS(["x", "--rounds=1"])
 specialize, setup = sapp.specialize, prepare_without_data(mnist.get_config())
 params, _ = setup.task.init(jax.random.key(0))

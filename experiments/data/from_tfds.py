@@ -15,7 +15,6 @@ from experiments.data.sources import Dataset, Records, in_memory
 _IN_MEMORY_BYTES = 2**30  # CIFAR-10 takes 0.2 of it
 
 
-@functools.lru_cache(maxsize=2)
 def tfds(
     name: str,
     data_dir: str = "",

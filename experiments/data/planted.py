@@ -6,7 +6,6 @@ keep blocks on those rows. More cannot be asked of it: the order of the hidden u
 embedding, change nothing in what a network computes, so the planted columns cannot be told from the data.
 """
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +38,6 @@ class Teacher(NamedTuple):
     bias: float
 
 
-@functools.lru_cache(maxsize=2)
 def planted(
     rows: int = 1_000_000,
     held_out: int = 100_000,
@@ -80,7 +78,6 @@ def planted(
     return Dataset(Arrays(train), Arrays(test), 2, (categories,) * FEATURES)
 
 
-@functools.lru_cache(maxsize=2)
 def teacher(
     informative: int = 12, categories: int = 200, click_rate: float = 0.25, strength: float = 2.0, seed: int = 0
 ) -> Teacher:

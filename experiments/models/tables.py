@@ -78,6 +78,8 @@ def map_table(fn: Callable[..., jax.Array], path: str, tree: Any, *rest: Any) ->
       rest: trees alike, whose tables `fn` gets too.
     """
 
+    # Not by `optax.tree_map_params`: it takes no second state of an optimizer, which `put_back` needs, and wants the
+    # optimizer beside each state.
     def one(at: tuple[Any, ...], leaf: Any, *others: Any) -> Any:
         return fn(leaf, *others) if sapp.path_string(_below_params(at)) == path else leaf
 

@@ -17,7 +17,7 @@ import sa_plus_plus as sapp
 from experiments.outputs import progress
 from experiments.outputs.workdir import METRICS, Metrics
 from experiments.training import loop
-from experiments.training.checkpoint import Checkpoints
+from experiments.training.rows import Row
 from experiments.training.step import TrainState
 
 _PROFILED = range(10, 15)  # steps of a session: past compilation and warm-up
@@ -32,7 +32,6 @@ class Observer:
       total_steps: its length.
       metric: the task's headline metric.
       console: the screen.
-      checkpoints: where to save.
       profile: whether to write a trace of a few steps to `path/profile`, for TensorBoard or Perfetto.
     """
 
@@ -43,21 +42,19 @@ class Observer:
         total_steps: int,
         metric: str,
         console: Console,
-        checkpoints: Checkpoints,
         profile: bool = False,
     ) -> None:
         self._path, self._profile = path, profile
         self._first = 0
         self._writes = jax.process_index() == 0
         self._live = progress.Live(title, total_steps, metric, console)
-        self._checkpoints = checkpoints
         self._terminated = threading.Event()
         self._metrics: Metrics | None = None
         self._board: Any = None
 
     @property
     def hooks(self) -> loop.Hooks:
-        return loop.Hooks(self._on_start, self._on_row, self._on_state, self._checkpoints, self._on_step)
+        return loop.Hooks(self._on_start, self._on_row, self._on_state, self._on_step)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -86,11 +83,11 @@ class Observer:
             self._metrics = Metrics(self._path / METRICS, step)
             self._board = tensorboardX.SummaryWriter(str(self._path / "tensorboard"), purge_step=step)
 
-    def _on_row(self, row: loop.Row) -> None:
+    def _on_row(self, row: Row) -> None:
         if not self._writes:
             return
         self._live(row)
-        self._metrics.add(loop.row_of_seed(row, 0))
+        self._metrics.add(row.of_seed(0))
         for name, value in (*row.values.items(), ("learning_rate", row.learning_rate), ("steps_per_s", row.rate)):
             self._board.add_scalar(name, float(np.mean(value)), row.step)
 

@@ -1,5 +1,6 @@
 """Live progress: a bar on a terminal, a line now and then elsewhere."""
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -8,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.training.loop import Row
+from experiments.training.rows import Row
 
 _LINES = 20  # of a run's rows, about as many become a line where there is no terminal
 
@@ -66,6 +67,11 @@ class Live:
             line = f"{self._title} {row.step:>7}/{self._total}  {state}  {row.rate:.0f} steps/s  {left:.0f} s left"
             self._console.print(line, highlight=False, soft_wrap=True)
             self._next_line = row.step + self._total / _LINES
+
+
+def sizes(shape: Sequence[int]) -> str:
+    """`8×8` for `(8, 8)`."""
+    return "×".join(map(str, shape))
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -1,9 +1,7 @@
 """What a run leaves behind: result.json, metrics.jsonl, the pruned weights, a picture, and a table on the screen."""
 
-import json
 import pathlib
 import platform
-from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -19,21 +17,6 @@ from sa_plus_plus.files import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Write JSON; NaN and infinities, which JSON lacks, as null."""
-    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
-
-
-def finite(x: Any) -> Any:
-    """The same tree with None for every NaN and infinity."""
-    if isinstance(x, Mapping):
-        return {k: finite(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [finite(v) for v in x]
-    return None if isinstance(x, float) and not np.isfinite(x) else x
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments.outputs import report
+from experiments.utils import files
 
 CONFIG, RESULT, METRICS, LOCK = "config.json", "result.json", "metrics.jsonl", ".lock"
 
@@ -65,7 +65,7 @@ def settle(path: pathlib.Path, config: ml_collections.ConfigDict, change: bool =
                 f"{path} holds a run with another config ({'; '.join(differing)}): choose another --workdir, "
                 "--resume_changed to go on from its checkpoint all the same, or --overwrite to begin anew"
             )
-    report.write_json(path / CONFIG, mine)
+    files.write_json(path / CONFIG, mine)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -85,12 +85,11 @@ class Metrics:
 
     def __init__(self, path: pathlib.Path, step: int) -> None:
         self.rows = [row for row in _rows(path) if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        report.write_atomically(path, lambda file: file.write(text.encode()))
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a")
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(report.finite(row))
+        self.rows.append(files.finite(row))
         self._file.write(json.dumps(self.rows[-1]) + "\n")
         self._file.flush()
 

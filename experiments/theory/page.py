@@ -9,6 +9,7 @@ from matplotlib import pyplot as plt
 
 from experiments.outputs import report
 from experiments.theory import instances, replacement
+from experiments.utils import files
 
 
 def write(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
@@ -16,9 +17,9 @@ def write(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
     _plot_edges(folder / "theory_one_group.png", content)
     _plot_rounds(folder / "theory_replacement.png", content["theorem_b3"])
     _plot_recovery(folder / "theory_recovery.png", content)
-    report.write_json(folder / "theory.json", content)
+    files.write_json(folder / "theory.json", content)
     text = _page(content)
-    report.write_atomically(folder / "theory.md", lambda file: file.write(text.encode()))
+    files.write_text(folder / "theory.md", text)
 
 
 def _page(content: Mapping[str, Any]) -> str:

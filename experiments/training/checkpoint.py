@@ -8,13 +8,16 @@ takes an empty numbered directory for the latest step; so every checkpoint here 
     <directory>/500.damaged-0/      found damaged and moved out of the way of a new checkpoint; never touched again
 
 A checkpoint gets its manifest when orbax is done and its number last, by a rename: a number without an intact manifest
-is damage, never a save cut short. For local and shared POSIX file systems; one run writes to a directory.
+is damage, never a save cut short. `orbax.checkpoint.CheckpointManager` is not used for retention: it deletes what a
+checkpoint supersedes in the same call that commits it, before a manifest of it could be written. It also takes a
+damaged number for its latest step, and then silently declines to save any step below.
+
+For local and shared POSIX file systems; one run writes to a directory.
 """
 
 import concurrent.futures
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -31,6 +34,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
+
+from experiments.utils.files import sha256
 
 HOST, MANIFEST = "host.json", "manifest.json"
 
@@ -226,7 +231,7 @@ def damage(folder: pathlib.Path) -> str | None:
                 return f"{name} is missing"
             if (size := (folder / name).stat().st_size) != entry["size"]:
                 return f"{name} has {size} bytes instead of {entry['size']}"
-            if _sha256(folder / name) != entry["sha256"]:
+            if sha256(folder / name) != entry["sha256"]:
                 return f"{name} is damaged: its SHA-256 sum differs"
         if HOST not in files:
             return f"{MANIFEST} does not list {HOST}"
@@ -299,17 +304,12 @@ def _write_manifest(folder: pathlib.Path) -> None:
     for path in sorted(folder.rglob("*")):
         _sync(path)
         if path.is_file():
-            files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256(path)}
     unfinished = folder / f".{MANIFEST}"
     unfinished.write_text(json.dumps({"files": files}, indent=1))
     _sync(unfinished)
     unfinished.replace(folder / MANIFEST)
     _sync(folder)
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: pathlib.Path) -> None:

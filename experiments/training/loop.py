@@ -8,27 +8,11 @@ import jax
 import numpy as np
 
 import sa_plus_plus as sapp
+from experiments import data
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.program import Program, next_batch, seed_argument, test_means, train_streams
+from experiments.training.rows import Row, Rows, none_finite
 from experiments.training.step import TrainState
-
-
-class Row(NamedTuple):
-    """Where a run stands after `step` steps. Arrays have one entry a seed.
-
-    Attributes:
-      step: steps done.
-      phase: kind of phase of the next step.
-      values: by name: `train_loss`, `sparsity` and the like, and `test_...` where it was evaluated.
-      rate: steps per second since the last row.
-      learning_rate: of the last step.
-    """
-
-    step: int
-    phase: str
-    values: dict[str, np.ndarray]
-    rate: float
-    learning_rate: float
 
 
 class Outcome(NamedTuple):
@@ -79,24 +63,25 @@ class Hooks(NamedTuple):
       on_row: called with each `Row`, in order.
       on_state: called at evaluations with `(step, state)`: for histograms and the like. The state is donated to the
         next step: take copies.
-      checkpoints: where to save and to resume from; None for neither.
       on_step: called after each step, with the steps done; true to save and raise `Preempted`.
     """
 
     on_start: Callable[[int], None] = lambda step: None
     on_row: Callable[[Row], None] = lambda row: None
     on_state: Callable[[int, TrainState], None] = lambda step, state: None
-    checkpoints: Checkpoints | None = None
     on_step: Callable[[int], bool] = lambda step: False
 
 
-def train(program: Program, seeds: Sequence[int], hooks: Hooks | None = None) -> list[Outcome]:
+def train(
+    program: Program, seeds: Sequence[int], hooks: Hooks | None = None, checkpoints: Checkpoints | None = None
+) -> list[Outcome]:
     """Train and prune; resume from the newest intact checkpoint where there is one.
 
     Args:
       program: the compiled config.
       seeds: as many as it was compiled for; of initialisation, order of the data and random masks.
       hooks: what happens around the loop.
+      checkpoints: where to save and to resume from; None for neither.
 
     Returns:
       An `Outcome` a seed. Where every seed's loss has become NaN or infinite the run ends there.
@@ -104,20 +89,52 @@ def train(program: Program, seeds: Sequence[int], hooks: Hooks | None = None) ->
     Raises:
       Preempted: when `hooks.on_step` says so, after saving.
     """
-    hooks = hooks or Hooks()
-    config = program.setup.config
     if len(seeds) != program.seeds:
         raise ValueError(f"the program is compiled for {program.seeds} seeds, got {len(seeds)}")
-    started, first_step_at = time.perf_counter(), float("nan")
-    seed = seed_argument(seeds)
+    started, hooks = time.perf_counter(), hooks or Hooks()
     streams = train_streams(program, seeds)
-    state, first = _start(program, seed, streams, hooks.checkpoints)
+    state, first = _start(program, seeds, streams, checkpoints)
     hooks.on_start(first)
-    rows = _Rows(program, first, hooks.on_row)
-    later_sparse = [p.start for p in program.phases.phases if p.kind == "sparse"][1:]  # with one before to differ from
-    batch = next_batch(program, streams) if first < config.steps else None
-    done = first
-    for done in range(first + 1, config.steps + 1):
+    session = _Session(program, seeds, streams, Rows(program.phases, first, hooks.on_row), hooks, checkpoints)
+    state, done, first_step_at = _steps(session, state, first)
+    session.rows.write()
+    test = _last_test(session, state)
+    if checkpoints is not None:
+        checkpoints.wait()
+    seconds = (time.perf_counter() - started) / len(seeds)
+    return _outcomes(session, state, test, done, seconds, first_step_at)
+
+
+class _Session(NamedTuple):
+    """One call of `train`: its arguments, and what it feeds and fills."""
+
+    program: Program
+    seeds: Sequence[int]
+    streams: Sequence[data.TrainIterator]
+    rows: Rows
+    hooks: Hooks
+    checkpoints: Checkpoints | None
+
+
+def _start(
+    program: Program, seeds: Sequence[int], streams: Sequence[data.TrainIterator], checkpoints: Checkpoints | None
+) -> tuple[TrainState, int]:
+    """The state to begin with and the steps it has done; the data streams are put where they belong."""
+    restored = None if checkpoints is None else checkpoints.restore(program.state)
+    if restored is None:
+        return program.functions.init(seed_argument(seeds)), 0
+    for stream, position in zip(streams, restored.host["data"], strict=True):
+        stream.set_state(position)
+    return restored.state, restored.step
+
+
+def _steps(session: _Session, state: TrainState, first: int) -> tuple[TrainState, int, float]:
+    """The steps after the first `first`: the last state, the steps done, and when the first of these was done."""
+    program, rows = session.program, session.rows
+    seed, total = seed_argument(session.seeds), program.setup.config.steps
+    done, first_step_at = first, float("nan")
+    batch = next_batch(program, session.streams) if first < total else None
+    for done in range(first + 1, total + 1):
         state, means = program.functions.step(seed, state, batch)
         if done == first + 1:
             jax.block_until_ready(means)
@@ -125,123 +142,109 @@ def train(program: Program, seeds: Sequence[int], hooks: Hooks | None = None) ->
         rows.write()  # of the step before, while the device is busy with the one just sent
         if rows.lost:
             break
-        last = done == config.steps
-        tests = last or done % config.eval_every == 0
-        stopping = hooks.on_step(done)
-        saves = hooks.checkpoints is not None and (last or stopping or done % config.checkpoint_every == 0)
-        churn = means.pop("churn", None)
-        if tests or done in later_sparse or done % config.log_every == 0:
-            values = {f"train_{name}": x for name, x in means.items()} | program.status(state)
-            if tests:
-                values |= {f"test_{name}": x for name, x in test_means(program, seeds, state).items()}
-                hooks.on_state(done, state)
-            if done in later_sparse and churn is not None:
-                values["churn"] = churn
-            if "weight" in program.batch:
-                values["skipped"] = np.array([stream.skipped for stream in streams])
-            rows.add(done, values)
-        if saves:
-            rows.write()  # what is saved has its rows written
-            if _none_finite(np.atleast_1d(means["loss"])):  # not worth keeping
-                if not rows.lost:  # no row was due
-                    rows.add(done, {"train_loss": means["loss"]} | program.status(state))
-                break
-            metric = rows.of(done).get(f"test_{program.setup.task.metric}")
-            host = {"data": [stream.get_state() for stream in streams]}
-            hooks.checkpoints.save(done, state, host, None if metric is None else float(np.mean(metric)))
+        stopping = session.hooks.on_step(done)
+        _measure(session, done, state, means)
+        if _save_is_due(session, done, stopping) and not _save(session, done, state, means):
+            break
         if stopping:
-            if hooks.checkpoints is not None:
-                hooks.checkpoints.wait()
+            if session.checkpoints is not None:
+                session.checkpoints.wait()
             raise Preempted(done)
-        if not last:
-            batch = next_batch(program, streams)  # while the device computes
-    rows.write()
-    # Evaluated with the last row; again if that was written by an earlier session.
-    ended = rows.all[-1].values if rows.all else _tested(program, seeds, state)
-    missing = np.full(len(seeds), np.nan)
-    test = {f"test_{name}": np.atleast_1d(ended.get(f"test_{name}", missing)) for name in program.outputs}
-    losses = [row.values["train_loss"] for row in rows.all] + [test["test_loss"]]
-    if hooks.checkpoints is not None:
-        hooks.checkpoints.wait()
-    seconds = (time.perf_counter() - started) / len(seeds)
-    networks = program.functions.finalize(seed, state)
-    if program.seeds > 1:
-        split = [jax.tree.map(lambda x, n=n: x[n], networks) for n in range(program.seeds)]
-    else:
-        split = [networks]
-    return [
-        Outcome(
-            seed=s,
-            params=split[n][0],
-            model_state=split[n][1],
-            plan=program.setup.plan,
-            phases=program.phases,
-            steps=done,
-            test={k: float(v[n]) for k, v in test.items()},
-            rows=[row_of_seed(row, n) for row in rows.all],
-            seconds=seconds,
-            compile_seconds=program.compile_seconds,
-            first_step_at=first_step_at,
-            diverged=not all(np.isfinite(loss[n]) for loss in losses),
+        if done < total:
+            batch = next_batch(program, session.streams)  # while the device computes
+    return state, done, first_step_at
+
+
+def _measure(session: _Session, done: int, state: TrainState, means: dict[str, jax.Array]) -> None:
+    """Add the row of a step, where one is due."""
+    program, config = session.program, session.program.setup.config
+    sparse = [phase.start for phase in program.phases.phases if phase.kind == "sparse"]
+    enters = done in sparse[1:]  # with a sparse phase before, which its masks differ from
+    tests = done == config.steps or done % config.eval_every == 0
+    if not (tests or enters or done % config.log_every == 0):
+        return
+    values = {f"train_{name}": x for name, x in means.items() if name != "churn"} | program.status(state)
+    if tests:
+        values |= _tested(session, state)
+        session.hooks.on_state(done, state)
+    if enters and "churn" in means:
+        values["churn"] = means["churn"]
+    if "weight" in program.batch:
+        values["skipped"] = np.array([stream.skipped for stream in session.streams])
+    session.rows.add(done, values)
+
+
+def _tested(session: _Session, state: TrainState) -> dict[str, jax.Array]:
+    means = test_means(session.program, session.seeds, state)
+    return {f"test_{name}": x for name, x in means.items()}
+
+
+def _save_is_due(session: _Session, done: int, stopping: bool) -> bool:
+    config = session.program.setup.config
+    due = stopping or done == config.steps or done % config.checkpoint_every == 0
+    return due and session.checkpoints is not None
+
+
+def _save(session: _Session, done: int, state: TrainState, means: dict[str, jax.Array]) -> bool:
+    """Save after a step; or end with a row where no seed's loss is finite: that is not worth keeping. True if saved."""
+    program, rows = session.program, session.rows
+    rows.write()  # what is saved has its rows written
+    if none_finite(np.atleast_1d(means["loss"])):
+        if not rows.lost:  # no row was due
+            rows.add(done, {"train_loss": means["loss"]} | program.status(state))
+        return False
+    host = {"data": [stream.get_state() for stream in session.streams]}
+    session.checkpoints.save(done, state, host, _metric(session, done))
+    return True
+
+
+def _metric(session: _Session, done: int) -> float | None:
+    """What makes a checkpoint the best: the headline metric; None where it was not measured, or on a network that is
+    not as sparse as it is to be: dense, it would be better for that alone."""
+    setup, phases = session.program.setup, session.program.phases
+    metric = session.rows.of(done).get(f"test_{setup.task.metric}")
+    if metric is None or (setup.plan.pruned and not phases.reached(done)):
+        return None
+    return float(np.mean(metric))
+
+
+def _last_test(session: _Session, state: TrainState) -> dict[str, np.ndarray]:
+    """The last row's evaluation, or another if that row was written by an earlier session; NaN where there was none."""
+    rows, missing = session.rows.all, np.full(len(session.seeds), np.nan)
+    values = rows[-1].values if rows else _tested(session, state)
+    names = [f"test_{name}" for name in session.program.outputs]
+    return {name: np.atleast_1d(values.get(name, missing)) for name in names}
+
+
+def _outcomes(
+    session: _Session,
+    state: TrainState,
+    test: dict[str, np.ndarray],
+    done: int,
+    seconds: float,
+    first_step_at: float,
+) -> list[Outcome]:
+    """The result of each seed."""
+    program, rows = session.program, session.rows.all
+    networks = program.functions.finalize(seed_argument(session.seeds), state)
+    losses = np.array([*(row.values["train_loss"] for row in rows), test["test_loss"]])
+    outcomes = []
+    for n, seed in enumerate(session.seeds):
+        params, model_state = jax.tree.map(lambda x, n=n: x[n], networks) if program.seeds > 1 else networks
+        outcomes.append(
+            Outcome(
+                seed=seed,
+                params=params,
+                model_state=model_state,
+                plan=program.setup.plan,
+                phases=program.phases,
+                steps=done,
+                test={name: float(x[n]) for name, x in test.items()},
+                rows=[row.of_seed(n) for row in rows],
+                seconds=seconds,
+                compile_seconds=program.compile_seconds,
+                first_step_at=first_step_at,
+                diverged=not np.isfinite(losses[:, n]).all(),
+            )
         )
-        for n, s in enumerate(seeds)
-    ]
-
-
-class _Rows:
-    """The rows of a session: added when they are dispatched, written when the device can be waited for."""
-
-    def __init__(self, program: Program, first: int, on_row: Callable[[Row], None]) -> None:
-        self.all: list[Row] = []
-        self._phases, self._on_row = program.phases, on_row
-        self._added: tuple[int, dict[str, jax.Array]] | None = None
-        self._step, self._time = first, time.perf_counter()  # of the last row
-
-    def add(self, done: int, values: dict[str, jax.Array]) -> None:
-        self._added = done, values
-
-    def write(self) -> None:
-        """Wait for the row that was added, if any, and hand it over."""
-        if self._added is None:
-            return
-        (done, values), self._added = self._added, None
-        host = {name: np.atleast_1d(x) for name, x in values.items()}
-        now = time.perf_counter()
-        rate = (done - self._step) / max(now - self._time, 1e-9)
-        self._step, self._time = done, now
-        learning_rate = float(host.pop("learning_rate")[0])
-        self.all.append(Row(done, self._phases.at(done).kind, host, rate, learning_rate))
-        self._on_row(self.all[-1])
-
-    def of(self, done: int) -> dict[str, np.ndarray]:
-        """What is written of a step; nothing where it has no row."""
-        return self.all[-1].values if self.all and self.all[-1].step == done else {}
-
-    @property
-    def lost(self) -> bool:
-        """Whether at the last row no seed's loss was finite any more."""
-        return bool(self.all) and _none_finite(self.all[-1].values["train_loss"])
-
-
-def _start(program: Program, seed: Any, streams: Any, checkpoints: Checkpoints | None) -> tuple[TrainState, int]:
-    """The state to begin with and the steps it has done; the data streams are put where they belong."""
-    restored = None if checkpoints is None else checkpoints.restore(program.state)
-    if restored is None:
-        return program.functions.init(seed), 0
-    for stream, position in zip(streams, restored.host["data"], strict=True):
-        stream.set_state(position)
-    return restored.state, restored.step
-
-
-def _tested(program: Program, seeds: Sequence[int], state: TrainState) -> dict[str, np.ndarray]:
-    return {f"test_{name}": np.atleast_1d(x) for name, x in test_means(program, seeds, state).items()}
-
-
-def _none_finite(losses: np.ndarray) -> bool:
-    return not np.isfinite(losses).any()
-
-
-def row_of_seed(row: Row, n: int) -> dict[str, Any]:
-    """One seed's part of a row, flat, as `metrics.jsonl` has it: nothing of the clock, so that runs can be compared."""
-    values = {name: float(x[n]) for name, x in row.values.items()}
-    return {"step": row.step, "phase": row.phase, "learning_rate": row.learning_rate, **values}
+    return outcomes

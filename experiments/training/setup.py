@@ -22,7 +22,8 @@ class Setup(NamedTuple):
     """The parts of a run that its config describes.
 
     Attributes:
-      config: the config.
+      given: the config as it was given.
+      config: the same with lengths in steps, and the learning rate as it applies to the batch.
       mesh: the devices.
       task: what is trained.
       tx: the optimizer.
@@ -32,6 +33,7 @@ class Setup(NamedTuple):
       table: the embedding table of which a step touches only the batch's rows; None for steps on all parameters.
     """
 
+    given: ml_collections.ConfigDict
     config: ml_collections.ConfigDict
     mesh: Mesh
     task: tasks.Task
@@ -46,9 +48,10 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     """Build every part of a run but the compiled step, so that what is wrong with a config shows at once.
 
     Args:
-      config: of the run. In the result, lengths in epochs are resolved to steps, and the learning rate to its batch.
+      config: of the run.
       mesh: the devices; by default all of them, as `config.mesh` has it.
-      dataset: what to train on, other than `config.data`.
+      dataset: what to train on; by default that of `config.data`, which takes time to read: runs on the same data
+        share it.
 
     Raises:
       ValueError: if any part of the config is out of range, unknown or does not fit the others.
@@ -64,21 +67,22 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     examples = len(task.dataset.train)
     if config.batch_size > examples:
         raise ValueError(f"config.batch_size={config.batch_size} exceeds the {examples} training examples")
-    config = _resolved(config, examples)
+    given, config = config.copy_and_resolve_references(), _resolved(config, examples)
     tx, schedule = factories.optimizer(config.optimizer, config.steps)
     epoch = max(1, round(examples / config.batch_size))
     sparsifier = functools.partial(factories.sparsifier, config.sparsifier, config.steps, epoch)
     plan = sparsifier(config.seed).plan(jax.eval_shape(task.init, jax.random.key(0))[0])
-    return Setup(config, mesh, task, tx, schedule, sparsifier, plan, _table(config.optimizer.rows, task))
+    return Setup(given, config, mesh, task, tx, schedule, sparsifier, plan, _table(config.optimizer.rows, task))
 
 
-def prepare_without_data(config: ml_collections.ConfigDict, sparsity: float | None = None) -> Setup:
-    """As `prepare`, on one device and with blank examples where the data set's shapes are known beforehand."""
-    config = config.copy_and_resolve_references()
-    if sparsity is not None:
-        config.sparsifier.sparsity = sparsity
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return prepare(config, mesh, data.declared(config.data.name, config.data.options.get("size")))
+def prepare_without_data(config: ml_collections.ConfigDict, dataset: data.Dataset | None = None) -> Setup:
+    """As `prepare`, on one device and by default with what `blank` gives."""
+    return prepare(config, sharding.make_mesh(devices=jax.devices()[:1]), dataset or blank(config))
+
+
+def blank(config: ml_collections.ConfigDict) -> data.Dataset:
+    """Examples of zeros where the shapes of a run's data set are known beforehand, else the data set itself."""
+    return data.declared(config.data.name, config.data.options.get("size")) or tasks.dataset_of(config.data)
 
 
 def _table(rows: str, task: tasks.Task) -> tables.Table | None:

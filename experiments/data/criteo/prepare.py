@@ -24,9 +24,10 @@ import numpy as np
 
 from experiments.data.criteo.columns import FEATURES, NUMERIC, PARTS, Options, parts
 from experiments.data.criteo.parse import KINDS, Rows, parse
-from experiments.data.criteo.prepared import FORMAT, MANIFEST, VALUES, file_of, read_manifest, sha256
+from experiments.data.criteo.prepared import FORMAT, MANIFEST, VALUES, file_of, read_manifest
 from experiments.data.criteo.reader import BLOCK, Block, InputError, Layout, blocks, layout
 from experiments.data.criteo.vocabulary import Count, Vocabulary, encode, tally, vocabulary
+from experiments.utils.files import sha256
 
 _EXAMPLES = 5  # line numbers to name of each kind of malformed line
 _START, _HOPELESS = 1 << 16, 100  # bytes to look at first, and the lines there of which one at least must be good

@@ -1,6 +1,5 @@
 """Prepared data, read."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -10,6 +9,7 @@ import numpy as np
 
 from experiments.data.criteo.columns import FEATURES, FIRST, PARTS
 from experiments.data.sources import Arrays
+from experiments.utils.files import sha256
 
 FORMAT = "criteo-1"
 MANIFEST, VALUES = "manifest.json", "values.npy"
@@ -96,12 +96,6 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     ):
         raise ValueError(f"{path} is damaged: files, parts or features are missing; prepare the data again")
     return manifest
-
-
-def sha256(path: pathlib.Path) -> str:
-    """A file's checksum."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(path: pathlib.Path, written: dict[str, Any], verify: bool) -> None:
