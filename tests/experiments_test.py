@@ -194,7 +194,7 @@ def test_main_from_the_command_line(tmp_path):
         ("--config.sparsifier.name=sequental_attention", "did you mean 'sequential_attention'"),
         ("--config.model=LeNet", "did you mean 'LeNet300'"),
         ("--config.sparsifier.sparsity=1.5", "got 1.5"),
-        ("--config.sparsifier.block=(400,400)", "block larger than its 300×100 matrix"),
+        ("--config.sparsifier.block=(400,400)", "fewer than 100 blocks"),
         ("--config.steps=10", "has no step"),
         ("--config.batch_size=5000", "config.batch_size=5000 exceeds the 4000 training examples"),
         ("--config=configs/nothing.py", "configs/nothing.py"),

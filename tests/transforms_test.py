@@ -436,11 +436,11 @@ def test_meshes_with_explicit_axes(name):
             jax.tree.map(lambda x: jax.typeof(x).sharding.spec, updates),
             jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params),
         )
-        whole = sp.finalize(state.trainable, state.prune)
+        whole = sp.apply(state.trainable, state.prune)
     one, one_state = problems.network(seed=0), None
     one_state = tx.init(one)
     updates, one_state = jax.jit(tx.update)(one, one_state, one)
     chex.assert_trees_all_equal(jax.device_get(state.prune), jax.device_get(one_state.prune))
     chex.assert_trees_all_close(
-        jax.device_get(whole), jax.device_get(sp.finalize(one_state.trainable, one_state.prune)), atol=1e-6
+        jax.device_get(whole), jax.device_get(sp.apply(one_state.trainable, one_state.prune)), atol=1e-6
     )

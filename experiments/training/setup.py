@@ -1,7 +1,5 @@
 """A run's parts, as its config describes them: everything checked, nothing compiled."""
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,7 +26,7 @@ class Setup(NamedTuple):
       task: what is trained.
       tx: the optimizer.
       schedule: learning rate against step.
-      sparsifier: `sparsifier(seed) -> Sparsifier`; the seed may be traced, and matters to `random` alone.
+      sparsifier: the algorithm.
       plan: what is pruned.
       table: the embedding table of which a step touches only the batch's rows; None for steps on all parameters.
     """
@@ -39,7 +37,7 @@ class Setup(NamedTuple):
     task: tasks.Task
     tx: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
-    sparsifier: Callable[..., sapp.Sparsifier]
+    sparsifier: sapp.Sparsifier
     plan: sapp.Plan
     table: tables.Table | None
 
@@ -70,8 +68,8 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     given, config = config.copy_and_resolve_references(), _resolved(config, examples)
     tx, schedule = factories.optimizer(config.optimizer, config.steps)
     epoch = max(1, round(examples / config.batch_size))
-    sparsifier = functools.partial(factories.sparsifier, config.sparsifier, config.steps, epoch)
-    plan = sparsifier(config.seed).plan(jax.eval_shape(task.init, jax.random.key(0))[0])
+    sparsifier = factories.sparsifier(config.sparsifier, config.steps, epoch)
+    plan = sparsifier.plan(jax.eval_shape(task.init, jax.random.key(0))[0])
     return Setup(given, config, mesh, task, tx, schedule, sparsifier, plan, _table(config.optimizer.rows, task))
 
 
