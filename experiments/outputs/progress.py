@@ -82,8 +82,8 @@ def warn_of_short_phases(phases: Mapping[str, sapp.Phases], console: Console) ->
     short = [f"{name} ({steps})" for name, steps in shortest.items() if steps < _SHORT]
     if short:
         console.print(
-            f"Warning: phases of fewer than {_SHORT} steps (the shortest): {', '.join(short)}. Such a run is too short to "
-            "judge an algorithm by: raise config.steps or config.epochs.",
+            f"Warning: phases of fewer than {_SHORT} steps (the shortest): {', '.join(short)}. Such a run is too short "
+            "to judge an algorithm by: raise config.steps or config.epochs.",
             style="yellow",
             highlight=False,
             soft_wrap=True,
