@@ -25,5 +25,6 @@ def test_snippets_run(monkeypatch, tmp_path):
                     losses[way] = float(namespace["loss_fn"](namespace[trained]))
     finally:
         sapp.ALGORITHMS.pop("largest_weight", None)  # not for the tests that come after
+    assert str(namespace["sp"].plan(namespace["params"])) in README.read_text()
     assert losses["one line"] < 0.25 * np.square(np.sin(namespace["x"][:, :16]).sum(-1)).mean()  # of the output 0
     assert losses["explicit"] == pytest.approx(losses["one line"], rel=0.1)  # rounding apart; contract_test.py is exact

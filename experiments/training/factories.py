@@ -100,6 +100,8 @@ def _cosine(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
 
 
 def _exponential(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+    if not config.final_fraction > 0:
+        raise ValueError(f"config.optimizer.final_fraction must be positive to decay to, got {config.final_fraction}")
     return optax.exponential_decay(config.learning_rate, steps, config.final_fraction)
 
 

@@ -62,7 +62,7 @@ def compiled(setup: Setup, seeds: int = 1) -> Program:
     status = jax.jit(functools.partial(_status, setup=setup, over_seeds=seeds > 1), out_shardings=whole)
     return Program(
         setup=setup,
-        phases=setup.sparsifier.phases,
+        phases=setup.phases,
         seeds=seeds,
         functions=Functions(
             init=jax.jit(fns.init, out_shardings=layout),
