@@ -58,10 +58,10 @@ def compiled(rows: data.Dataset, block: int, algorithm: str, touched: str = "all
 
 
 def step_of(run: program.Program, batch: Any) -> Callable[[], None]:
-    held, seed = [run.functions.init(program.seed_argument([0]))], program.seed_argument([0])
+    held = [run.functions.init(program.seed_argument([0]))]
 
     def step() -> None:
-        held[0], means = run.functions.step(seed, held[0], batch)
+        held[0], means = run.functions.step(held[0], batch)
         jax.block_until_ready((held[0], means))
 
     return step

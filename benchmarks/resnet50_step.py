@@ -57,7 +57,7 @@ def steps(run: program.Program, kind: str) -> Callable[[], Any]:
     held = [state._replace(prune=state.prune._replace(step=jax.device_put(moved, state.prune.step.sharding)))]
 
     def step() -> None:
-        held[0], means = run.functions.step(seed, held[0], batch)
+        held[0], means = run.functions.step(held[0], batch)
         jax.block_until_ready(means)
 
     return step

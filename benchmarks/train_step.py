@@ -83,7 +83,7 @@ def pruned_step(loss: Callable, params: Any, sp: sapp.Sparsifier) -> tuple[Calla
     def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
         trainable, prune, opt_state = state
         value, grads = jax.value_and_grad(lambda t: loss(sp.apply(t, prune), batch))(trainable)
-        updates, opt_state = tx.update(grads, opt_state, trainable, boundary=prune.boundary)
+        updates, opt_state = tx.update(grads, opt_state, trainable, phase=prune.phase)
         return (*sp.update(trainable, prune, updates), opt_state), value
 
     trainable, prune = sp.init(params)
@@ -94,7 +94,7 @@ def contenders(loss: Callable, params: Any) -> dict[str, tuple[Callable, Any]]:
     """By name: step and first state."""
     result = {"bare optax": bare_step(loss, params)}
     result["dense"] = pruned_step(loss, params, sapp.dense(phases=sapp.phases.dense(LONG)))
-    for name in (*sapp.ALGORITHMS[1:], *sapp.CONTROLS):
+    for name in [name for name in sapp.ALGORITHMS if name != "dense"]:
         kinds = ["dense"] if name not in RISING else ["dense", "sparsification"]
         for kind in ["sparse"] if name == "random" else kinds:
             phases = sapp.phases.custom(2 * LONG, [(kind, LONG), ("sparse", LONG)])

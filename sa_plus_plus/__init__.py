@@ -2,8 +2,12 @@
 
 from sa_plus_plus import blocks, convex, metrics, phases, select, sparse
 from sa_plus_plus.algorithms import (
+    ALGORITHMS,
+    Algorithm,
     acdc,
+    algorithm,
     attention_weights,
+    block_norm,
     dense,
     gradual_magnitude,
     magnitude,
@@ -11,6 +15,8 @@ from sa_plus_plus.algorithms import (
     random,
     sequential_attention,
 )
+from sa_plus_plus.checks import check_pruned
+from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, compose
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
 from sa_plus_plus.sparse import (
@@ -24,29 +30,34 @@ from sa_plus_plus.sparse import (
     todense,
 )
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
-from sa_plus_plus.transforms import SparsifyState, reset_on, sparsify
+from sa_plus_plus.transforms import ResetState, SparsifyState, reset_on, sparsify
 
 __version__ = "0.1.0"
 
-ALGORITHMS = ("dense", "magnitude", "acdc", "powerpropagation", "sequential_attention")
-CONTROLS = ("gradual_magnitude", "random")
-
 __all__ = [
     "ALGORITHMS",
-    "CONTROLS",
+    "IDENTITY",
+    "Algorithm",
     "BlockSparse",
     "LeafPlan",
+    "Parametrisation",
     "Phases",
     "Plan",
     "PruneState",
+    "PruningOptions",
+    "ResetState",
     "Sparsifier",
     "SparsifyState",
     "Trainable",
     "acdc",
+    "algorithm",
     "attention_weights",
+    "block_norm",
     "block_sparse_conv",
     "block_sparse_matmul",
     "blocks",
+    "check_pruned",
+    "compose",
     "convex",
     "dense",
     "export",

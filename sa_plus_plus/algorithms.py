@@ -1,8 +1,14 @@
-"""The pruning algorithms: each is a parametrisation x a score x a schedule of phases (paper, section 4.1)."""
+"""The pruning algorithms: each is a parametrisation x a score x a schedule of phases (paper, section 4.1).
 
-import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+A new algorithm is a constructor under `@algorithm(schedule)`: it is then in `ALGORITHMS`, in every test of
+`tests/contract_test.py`, and known to the experiments by its name.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +16,89 @@ import numpy as np
 import optax
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus import phases as schedules
 from sa_plus_plus import planning
-from sa_plus_plus.phases import DENSE, KINDS, Phases
-from sa_plus_plus.planning import MIN_BLOCKS, LeafPlan, Overrides, Plan, named_as_kernel
-from sa_plus_plus.sparsifier import (
+from sa_plus_plus.composition import (
     IDENTITY,
     Parametrisation,
-    Params,
-    PruneState,
-    Sparsifier,
-    State,
-    Trainable,
+    PruningOptions,
     check_phases,
     compose,
+    differs,
     times,
 )
+from sa_plus_plus.phases import DENSE, KINDS, SPARSE, Phases
+from sa_plus_plus.planning import LeafPlan, Plan
+from sa_plus_plus.sparsifier import Params, PruneState, Sparsifier, State, Trainable
+
+Constructor = TypeVar("Constructor", bound=Callable[..., Sparsifier])
 
 
-def _norm_score(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
+class Algorithm(NamedTuple):
+    """An entry of `ALGORITHMS`.
+
+    Attributes:
+      make: the constructor, `make(*, phases, **options) -> Sparsifier`.
+      schedule: its own schedule, `schedule(total_steps, **options) -> Phases`.
+      control: whether it is here to be compared with, and not one of the paper's.
+    """
+
+    make: Callable[..., Sparsifier]
+    schedule: Callable[..., Phases]
+    control: bool
+
+
+ALGORITHMS: dict[str, Algorithm] = {}
+
+
+def algorithm(schedule: Callable[..., Phases], control: bool = False) -> Callable[[Constructor], Constructor]:
+    """Enter a constructor into `ALGORITHMS` by its name, and let it answer unknown options itself.
+
+    Args:
+      schedule: `schedule(total_steps, **options) -> Phases`, the algorithm's own.
+      control: whether it is a control.
+    """
+
+    def register(make: Constructor) -> Constructor:
+        known = options_of(make)
+
+        @functools.wraps(make)
+        def checked(**options: Any) -> Sparsifier:
+            for name in options:
+                if name not in known:
+                    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                    raise TypeError(
+                        f"{make.__name__}() got an unexpected keyword argument {name!r}; did you mean {nearest!r}? "
+                        f"It takes {', '.join(known)}"
+                    )
+            return make(**options)
+
+        ALGORITHMS[make.__name__] = Algorithm(checked, schedule, control)
+        return checked  # type: ignore[return-value]
+
+    return register
+
+
+def options_of(make: Callable[..., Sparsifier]) -> tuple[str, ...]:
+    """The names of all options that a constructor takes, those of `PruningOptions` last."""
+    parameters = inspect.signature(make).parameters.values()
+    own = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
+    common = PruningOptions.__annotations__ if any(p.kind == p.VAR_KEYWORD for p in parameters) else ()
+    return (*own, *common)
+
+
+def own_options(make: Callable[..., Sparsifier]) -> Mapping[str, Any]:
+    """The options that a constructor alone has, with their defaults."""
+    parameters = inspect.signature(make).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is not p.empty}
+
+
+def block_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+    """The score of `magnitude` and others: the Frobenius norm of each block."""
     return blk.frobenius(weights, layer.block)
 
 
+@algorithm(schedules.dense)
 def dense(*, phases: Phases) -> Sparsifier:
     """No pruning: the dense baseline, for running through the same loop.
 
@@ -38,6 +106,7 @@ def dense(*, phases: Phases) -> Sparsifier:
       phases: gives the length of the run; must be one dense phase.
 
     Raises:
+      TypeError: if `phases` is not a schedule.
       ValueError: if a phase is not dense.
     """
     check_phases(phases)
@@ -48,27 +117,24 @@ def dense(*, phases: Phases) -> Sparsifier:
         leaves = jax.tree_util.tree_leaves_with_path(params)
         return Plan(tuple(planning.stays_dense(planning.path_string(path), leaf, "dense") for path, leaf in leaves))
 
-    def init(params: Params) -> State:
-        return Trainable(params, {}), PruneState(jnp.zeros((), jnp.int32), jnp.zeros((), bool), {})
+    def init(params: Params, key: jax.Array | None = None) -> State:
+        zero = jnp.zeros((), jnp.int32)
+        return Trainable(params, {}), PruneState(zero, jnp.zeros((), jnp.int32), {})
 
     def update(trainable: Trainable, prune: PruneState, updates: Trainable | None = None) -> State:
         if updates is not None:
             trainable = optax.apply_updates(trainable, updates)
-        step = prune.step + 1
-        return trainable, PruneState(step, phases.is_boundary(step), {})
+        return trainable, PruneState(prune.step + 1, phases.index(prune.step + 1), {})
 
-    return Sparsifier(init, lambda t, prune: t.params, update, lambda t, prune: t.params, plan, phases)
+    def adopt(trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
+        return Trainable(jax.tree.map(lambda w, p: jnp.where(differs(p, w), p, w), trainable.params, params), {})
+
+    return Sparsifier(init, lambda t, prune: t.params, update, lambda t, prune: t.params, adopt, plan, phases)
 
 
+@algorithm(schedules.magnitude)
 def magnitude(
-    *,
-    block: int | Sequence[int],
-    sparsity: float,
-    phases: Phases,
-    min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = named_as_kernel,
-    overrides: Overrides | None = None,
-    scope: str = "layer",
+    *, block: int | Sequence[int], sparsity: float, phases: Phases, **options: Unpack[PruningOptions]
 ) -> Sparsifier:
     """One-shot magnitude pruning: the blocks of largest Frobenius norm when the dense phase ends, then fine-tuning.
 
@@ -76,119 +142,22 @@ def magnitude(
       block: `(b_r, b_c)`, or one integer for a square.
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.magnitude(total_steps)`.
-      min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
-      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
-      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
+      **options: see `PruningOptions`.
 
     Raises:
       ValueError: for options out of range, or a schedule that ends dense.
     """
-    return compose(
-        IDENTITY,
-        _norm_score,
-        phases,
-        block=block,
-        sparsity=sparsity,
-        min_blocks=min_blocks,
-        where=where,
-        overrides=overrides,
-        scope=scope,
-    )
+    return compose(IDENTITY, block_norm, phases, block=block, sparsity=sparsity, **options)
 
 
-def gradual_magnitude(
-    *,
-    block: int | Sequence[int],
-    sparsity: float,
-    phases: Phases,
-    mask_every: int = 1,
-    monotone: bool = True,
-    min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = named_as_kernel,
-    overrides: Overrides | None = None,
-    scope: str = "layer",
-) -> Sparsifier:
-    """Gradual magnitude pruning, a control: `magnitude` with the sparsity rising over a long sparsification phase.
-
-    Args:
-      block: `(b_r, b_c)`, or one integer for a square.
-      sparsity: share of the blocks removed, in [0, 1).
-      phases: usually `phases.gradual_magnitude(total_steps)`.
-      mask_every: steps between selections in the sparsification phase.
-      monotone: a block once dropped stays dropped.
-      min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
-      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
-      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
-    """
-    return compose(
-        IDENTITY,
-        _norm_score,
-        phases,
-        block=block,
-        sparsity=sparsity,
-        mask_every=mask_every,
-        monotone=monotone,
-        min_blocks=min_blocks,
-        where=where,
-        overrides=overrides,
-        scope=scope,
-    )
-
-
-def random(
-    *,
-    block: int | Sequence[int],
-    sparsity: float,
-    phases: Phases,
-    seed: int | jax.Array = 0,
-    min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = named_as_kernel,
-    overrides: Overrides | None = None,
-    scope: str = "layer",
-) -> Sparsifier:
-    """A fixed random mask, a control: what the best of the others must beat.
-
-    Args:
-      block: `(b_r, b_c)`, or one integer for a square.
-      sparsity: share of the blocks removed, in [0, 1).
-      phases: usually `phases.random(total_steps)`.
-      seed: which mask; may be traced, to `vmap` over masks.
-      min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
-      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
-      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
-    """
-
-    def score(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
-        # A layer's own stream, named by its path, so that it does not depend on which others are pruned.
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(layer.path.encode()))
-        return jax.random.uniform(key, layer.grid, jnp.float32)
-
-    return compose(
-        IDENTITY,
-        score,
-        phases,
-        block=block,
-        sparsity=sparsity,
-        min_blocks=min_blocks,
-        where=where,
-        overrides=overrides,
-        scope=scope,
-    )
-
-
+@algorithm(schedules.acdc)
 def acdc(
     *,
     block: int | Sequence[int],
     sparsity: float,
     phases: Phases,
     form: str = "pruning",
-    min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = named_as_kernel,
-    overrides: Overrides | None = None,
-    scope: str = "layer",
+    **options: Unpack[PruningOptions],
 ) -> Sparsifier:
     """Alternating compressed/decompressed training with blocks: stochastic iterative hard thresholding.
 
@@ -198,40 +167,25 @@ def acdc(
       phases: usually `phases.acdc(total_steps)`.
       form: `pruning`: pruned weights restart from 0 in the next dense phase (the paper's choice for ImageNet);
         `masking`: they are as they were when masked (its choice for Criteo).
-      min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
-      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
-      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
+      **options: see `PruningOptions`.
 
     Raises:
       ValueError: for an unknown form, options out of range, or a schedule that ends dense.
     """
     if form not in ("pruning", "masking"):
         raise ValueError(f'form must be "pruning" or "masking", got {form!r}')
-    return compose(
-        IDENTITY,
-        _norm_score,
-        phases,
-        block=block,
-        sparsity=sparsity,
-        min_blocks=min_blocks,
-        where=where,
-        overrides=overrides,
-        scope=scope,
-        forget_masked=form == "pruning",
-    )
+    forget = form == "pruning"
+    return compose(IDENTITY, block_norm, phases, block=block, sparsity=sparsity, forget_masked=forget, **options)
 
 
+@algorithm(schedules.powerpropagation)
 def powerpropagation(
     *,
     block: int | Sequence[int],
     sparsity: float,
     phases: Phases,
     alpha: float = 2.0,
-    min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = named_as_kernel,
-    overrides: Overrides | None = None,
-    scope: str = "layer",
+    **options: Unpack[PruningOptions],
 ) -> Sparsifier:
     """Block PowerPropagation: the effective block is `W * ||W||_F^(alpha - 1)`, so that large blocks grow faster.
 
@@ -243,10 +197,7 @@ def powerpropagation(
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.powerpropagation(total_steps)`.
       alpha: at least 1; 2 is the paper's (Lemma 2.3), 1 is `magnitude`.
-      min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
-      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
-      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
+      **options: see `PruningOptions`.
 
     Raises:
       ValueError: for options out of range, or a schedule that ends dense.
@@ -260,28 +211,20 @@ def powerpropagation(
         zero = squares == 0
         return jnp.where(zero, 0, jnp.where(zero, 1, squares) ** (power / 2))
 
-    def weights(kernel: jax.Array, layer: LeafPlan) -> jax.Array:
+    def weights(kernel: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
         return times(kernel, norm_to(kernel, (1 - alpha) / alpha, layer), layer)
 
     def scale(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array | None:
         return None if alpha == 1 else norm_to(weights, alpha - 1, layer)
 
-    def score(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
+    def score(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
         return norm_to(weights, alpha, layer)  # the norm of the effective block
 
-    return compose(
-        Parametrisation(weights, scale),
-        score,
-        phases,
-        block=block,
-        sparsity=sparsity,
-        min_blocks=min_blocks,
-        where=where,
-        overrides=overrides,
-        scope=scope,
-    )
+    parametrisation = Parametrisation(weights, scale, by_norm=alpha > 1)
+    return compose(parametrisation, score, phases, block=block, sparsity=sparsity, **options)
 
 
+@algorithm(schedules.sequential_attention)
 def sequential_attention(
     *,
     block: int | Sequence[int],
@@ -292,10 +235,7 @@ def sequential_attention(
     mask_every: int = 1,
     logit_lr: float = 1.0,
     reset_logits_at: Sequence[str] = (),
-    min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = named_as_kernel,
-    overrides: Overrides | None = None,
-    scope: str = "layer",
+    **options: Unpack[PruningOptions],
 ) -> Sparsifier:
     """SequentialAttention++ (Algorithm 1): a trainable attention weight per block guides the search.
 
@@ -315,13 +255,10 @@ def sequential_attention(
       logit_lr: learning rate of the logits as a multiple of the weights'.
       reset_logits_at: kinds of phases (such as `("dense",)`) on entering which the logits return to 0; by default
         they are kept throughout.
-      min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf; by default all but embeddings, biases and scales.
-      overrides: other `block` or `sparsity` by path or pattern; see `plan`.
-      scope: `layer` to keep the planned number of blocks in each layer, `global` to keep their sum over all layers.
+      **options: see `PruningOptions`.
 
     Raises:
-      ValueError: for options out of range, or a schedule that ends dense.
+      ValueError: for options out of range, or a schedule that begins sparse or ends dense.
     """
     if isinstance(clip, str) and clip != "density":
         raise ValueError(f'clip must be "density", a (low, high) pair or None, got {clip!r}')
@@ -331,6 +268,12 @@ def sequential_attention(
         raise ValueError(f"logit_lr must be positive, got {logit_lr}")
     if isinstance(reset_logits_at, str) or set(reset_logits_at) - set(KINDS):
         raise ValueError(f"reset_logits_at takes a list of {', '.join(KINDS)}; got {reset_logits_at!r}")
+    check_phases(phases)
+    if phases.phases[0].kind == SPARSE:
+        raise ValueError(
+            f"the first phase is {phases.phases[0]}, but before training all attention weights are equal: "
+            "begin with a dense or a sparsification phase"
+        )
 
     def scale(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
         attention = attention_weights(logits)
@@ -339,12 +282,20 @@ def sequential_attention(
         low, high = (1 - layer.sparsity, 1 / (1 - layer.sparsity)) if isinstance(clip, str) else clip
         return jnp.clip(attention, low, high)
 
-    def score(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
+    def weights(kernel: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
+        if logits is None:
+            return kernel
+        attention = scale(kernel, logits, layer)
+        return times(kernel, 1 / jnp.where(attention > 0, attention, 1), layer)
+
+    def score(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
         # log A, less a constant of the layer where layers do not compete: small logits keep all their digits.
-        return logits if scope != "global" else jnp.log(layer.blocks) + jax.nn.log_softmax(logits, (0, 1))
+        if options.get("scope") != "global":
+            return logits
+        return jnp.log(layer.blocks) + jax.nn.log_softmax(logits, (0, 1))
 
     return compose(
-        Parametrisation(IDENTITY.weights, scale, has_logits=True),
+        Parametrisation(weights, scale, has_logits=True),
         score,
         phases,
         block=block,
@@ -352,14 +303,66 @@ def sequential_attention(
         monotone=monotone,
         mask_every=mask_every,
         logit_lr=logit_lr,
-        reset_logits_at=tuple(reset_logits_at),
-        min_blocks=min_blocks,
-        where=where,
-        overrides=overrides,
-        scope=scope,
+        reset_logits_at=reset_logits_at,
+        **options,
     )
 
 
 def attention_weights(logits: jax.Array) -> jax.Array:
     """`A = N * softmax(logits)` over all `N` blocks of a layer, of the shape of `logits`; mean 1 (Algorithm 1)."""
     return logits.size * jax.nn.softmax(logits, axis=(0, 1))
+
+
+@algorithm(schedules.gradual_magnitude, control=True)
+def gradual_magnitude(
+    *,
+    block: int | Sequence[int],
+    sparsity: float,
+    phases: Phases,
+    mask_every: int = 1,
+    monotone: bool = True,
+    **options: Unpack[PruningOptions],
+) -> Sparsifier:
+    """Gradual magnitude pruning, a control: `magnitude` with the sparsity rising over a long sparsification phase.
+
+    Args:
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      phases: usually `phases.gradual_magnitude(total_steps)`.
+      mask_every: steps between selections in the sparsification phase.
+      monotone: a block once dropped stays dropped.
+      **options: see `PruningOptions`.
+
+    Raises:
+      ValueError: for options out of range, or a schedule that ends dense.
+    """
+    when: dict[str, Any] = {"mask_every": mask_every, "monotone": monotone}
+    return compose(IDENTITY, block_norm, phases, block=block, sparsity=sparsity, **when, **options)
+
+
+@algorithm(schedules.random, control=True)
+def random(
+    *,
+    block: int | Sequence[int],
+    sparsity: float,
+    phases: Phases,
+    seed: int | jax.Array = 0,
+    **options: Unpack[PruningOptions],
+) -> Sparsifier:
+    """A fixed random mask, a control: what the best of the others must beat.
+
+    Args:
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      phases: usually `phases.random(total_steps)`.
+      seed: which mask, unless `init` is given a key; may be traced, to `vmap` over masks.
+      **options: see `PruningOptions`.
+
+    Raises:
+      ValueError: for options out of range, or a schedule that ends dense.
+    """
+
+    def score(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+        return jax.random.uniform(key, layer.grid, jnp.float32)
+
+    return compose(IDENTITY, score, phases, block=block, sparsity=sparsity, seed=seed, **options)

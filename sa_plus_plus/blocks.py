@@ -33,7 +33,8 @@ def as_block(block: int | Sequence[int]) -> Block:
       ValueError: if a side is not a positive integer or there are not two of them.
     """
     sides = tuple(block) if isinstance(block, Sequence | np.ndarray) else (block, block)
-    if len(sides) != 2 or not all(isinstance(b, int | np.integer) and b > 0 for b in sides):
+    whole = all(isinstance(b, int | np.integer) and not isinstance(b, bool) and b > 0 for b in sides)
+    if len(sides) != 2 or not whole:
         raise ValueError(f"block must be a positive integer or a pair of them, got {block!r}")
     return int(sides[0]), int(sides[1])
 

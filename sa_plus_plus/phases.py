@@ -62,6 +62,7 @@ class Phases:
     exponent: float = EXPONENT
 
     def __post_init__(self) -> None:
+        check_total_steps(self.total_steps)
         object.__setattr__(self, "phases", tuple(Phase(*p) for p in self.phases))
         if not 1e-6 <= self.exponent <= 1e6:
             raise ValueError(f"exponent must be between 1e-6 (a straight line) and 1e6, got {self.exponent}")
@@ -77,7 +78,7 @@ class Phases:
                 fault = "overlaps the one before" if phase.start < end else "leaves a gap after the one before"
                 raise ValueError(f"phase {phase} {fault}, which ends at step {end}")
             end = phase.stop
-        if end != self.total_steps or end == 0:
+        if end != self.total_steps:
             raise ValueError(f"the phases cover {end} steps, the run has {self.total_steps}")
 
     @functools.cached_property
@@ -86,12 +87,15 @@ class Phases:
 
     def _of_phase(self, values: Any, step: Any) -> jax.Array:
         """The entry of `values` (one a phase) for the phase that `step` lies in."""
-        index = jnp.searchsorted(self._starts, jnp.asarray(step), side="right") - 1
-        return jnp.asarray(np.asarray(values))[index]
+        return jnp.asarray(np.asarray(values))[self.index(step)]
 
     def at(self, step: int) -> Phase:
         """The phase of a (concrete) step."""
         return next(p for p in self.phases if step < p.stop or p is self.phases[-1])
+
+    def index(self, step: Any) -> jax.Array:
+        """Which phase the step lies in, from 0, int32."""
+        return jnp.searchsorted(self._starts, jnp.asarray(step), side="right").astype(jnp.int32) - 1
 
     def is_boundary(self, step: Any) -> jax.Array:
         """Whether a phase other than the first begins at this step."""
@@ -173,6 +177,14 @@ class Phases:
             named.add(p.kind)
 
 
+def check_total_steps(total_steps: Any) -> None:
+    """Refuse a length that is not a whole number of steps."""
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int | np.integer):
+        raise ValueError(f"total_steps must be a whole number of steps, an integer, got {total_steps!r}")
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+
+
 def custom(
     total_steps: int,
     phases: Sequence[Sequence[Any]],
@@ -195,6 +207,7 @@ def custom(
     >>> print(custom(100, [("dense", "20%"), ("sparsification", 30), ("sparse", 0.5)]).phases[1])
     sparsification [20, 50)
     """
+    check_total_steps(total_steps)
     resolve = functools.partial(_steps, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     resolved, end = [], Fraction(0)
     for phase in phases:

@@ -4,22 +4,26 @@ import collections
 import difflib
 import fnmatch
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import select
 
+_NUMBERS = (int, float, Fraction, np.generic, np.ndarray, jax.Array)
 MIN_BLOCKS = 100  # C.1: layers with fewer blocks stay dense
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
 
 class LeafPlan(NamedTuple):
-    """One leaf of the parameter tree and what happens to it.
+    """What becomes of one leaf of the parameter tree.
 
     Attributes:
       path: keys from the root, joined by `/`.
@@ -107,18 +111,29 @@ def path_string(path: tuple[Any, ...]) -> str:
 
 
 def named_as_kernel(path: str) -> bool:
-    """The default predicate: false for embeddings, biases and norm scales, told by the leaf's name as in flax.
+    """The default predicate: false for what a leaf's path says is no kernel, by the names that flax and others use.
+
+    That is embeddings and all below them (`wte/embedding`, `pos_embed`), biases and norm scales, low-rank factors
+    (`lora_a`), and collections of a flax model's variables other than its parameters (`batch_stats`).
 
     Biases and scales may well be 2-D: an attention layer's biases by head, or what `nn.scan` stacks.
     """
     return not _other_name(path)
 
 
+_EMBEDDING = re.compile(r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?")
+_COLLECTIONS = ("batch_stats", "cache", "intermediates")  # of variables that are not trained
+
+
 def _other_name(path: str) -> str:
-    """What a leaf is, if its own name says that it is no kernel: `embedding`, `bias` or `scale`; else empty."""
-    name = path.rsplit("/", 1)[-1].lower()
-    if "embed" in name:
+    """What a leaf is, if its path says that it is no kernel; else empty."""
+    *above, name = path.lower().split("/")
+    if "embed" in name or any(_EMBEDDING.fullmatch(key) for key in (*above, name)):
         return "embedding"
+    if above and above[0] in _COLLECTIONS:
+        return f"not trained: {above[0]}"
+    if any(key.startswith("lora_") for key in (*above, name)):
+        return "low-rank factor"
     return name if name in ("bias", "scale") else ""
 
 
@@ -139,25 +154,28 @@ def plan(
     """Decide which leaves of a parameter tree are pruned (paper, C.1).
 
     A leaf is pruned when it is a kernel of 2 to 5 dimensions, `where(path)` holds, and its grid has at least
-    `min_blocks` blocks. `k = floor((1 - sparsity) * blocks)` blocks of it are kept.
+    `min_blocks` blocks, those on its edges counted however little of them there is.
+    `k = floor((1 - sparsity) * blocks)` blocks of it are kept.
 
     Args:
       params: tree of arrays, or of anything with `shape` and `dtype` (`jax.eval_shape` will do).
       block: `(b_r, b_c)` over the kernel's matrix, or one integer for a square.
       sparsity: share of the blocks to remove, in [0, 1).
       min_blocks: kernels with fewer blocks stay dense.
-      where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings, biases and scales.
-      overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=...)` to use there.
-        The first pattern that matches counts.
+      where: predicate on the path of a leaf, `Dense_0/kernel`. By default `named_as_kernel` decides, and depthwise
+        kernels `(height, width, 1, channels)` stay dense.
+      overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...)` to
+        use there. The first pattern that matches counts.
 
     Raises:
-      ValueError: if an option is out of range, a pattern or the predicate matches nothing, nothing is left to
-        prune, a layer would keep no block, an override asks for a block larger than its kernel, or two leaves have
-        the same path.
-      TypeError: if a layer to be pruned is not floating point.
+      ValueError: if an option is out of range, a pattern or the predicate matches nothing, or nothing that is pruned,
+        nothing is left to prune, a layer would keep no block, or two leaves have the same path.
+      TypeError: if a layer to be pruned is not floating point, or `where` is not callable.
     """
-    defaults, checked = check_options(block, sparsity, min_blocks, overrides)
+    defaults, checked = check_options(block, sparsity, min_blocks, where, overrides)
     leaves = [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    if not leaves:
+        raise ValueError(f"the parameter tree has no leaves: {params!r:.80}")
     if doubled := [path for path, n in collections.Counter(path for path, _ in leaves).items() if n > 1]:
         raise ValueError(f"two leaves of the parameter tree have the path {doubled[0]!r}: rename one of their keys")
     for pattern in checked:
@@ -166,11 +184,15 @@ def plan(
     layers = []
     for path, leaf in leaves:
         own = next((o for pattern, o in checked.items() if _matches(path, pattern)), {})
-        layers.append(_layer(path, leaf, **(defaults | own), min_blocks=min_blocks, where=where, forced="block" in own))
+        layers.append(_layer(path, leaf, **(defaults | own), where=where))
     for pattern in checked:
-        if not any(layer.is_kernel and _matches(layer.path, pattern) for layer in layers):
-            matched = next(layer for layer in layers if _matches(layer.path, pattern))
-            raise ValueError(f"override {pattern!r} matches no kernel, only {matched.path}: {matched.skip_reason}")
+        matched = [layer for layer in layers if _matches(layer.path, pattern)]
+        if all(layer.skip_reason for layer in matched):
+            first = next((layer for layer in matched if layer.is_kernel), matched[0])
+            remedy = "; the override may set `min_blocks` too" if first.is_kernel else ""
+            raise ValueError(
+                f"override {pattern!r} changes nothing, for {first.path} stays dense: {first.skip_reason}{remedy}"
+            )
     result = Plan(tuple(layers))
     if not result.pruned:
         reasons = "\n".join(f"  {la.path} {la.shape}: {la.skip_reason}" for la in layers if len(la.shape) > 1)
@@ -182,12 +204,20 @@ def plan(
 
 
 def check_options(
-    block: int | Sequence[int], sparsity: float, min_blocks: int, overrides: Overrides | None
+    block: int | Sequence[int],
+    sparsity: float,
+    min_blocks: int = MIN_BLOCKS,
+    where: Callable[[str], bool] = named_as_kernel,
+    overrides: Overrides | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Refuse bad options of `plan`; return block and sparsity for all leaves, and those of the overrides by pattern."""
-    defaults = {"block": blk.as_block(block), "sparsity": _checked_sparsity(sparsity, "sparsity")}
-    if min_blocks < 1:
-        raise ValueError(f"min_blocks must be at least 1, got {min_blocks}")
+    """Refuse bad options of `plan`; return those for all leaves, and those of the overrides by pattern."""
+    if not callable(where):
+        raise TypeError(f"where must be a predicate on the path of a leaf, such as lambda path: ..., got {where!r}")
+    defaults = {
+        "block": blk.as_block(block),
+        "sparsity": _checked_sparsity(sparsity, "sparsity"),
+        "min_blocks": _checked_min_blocks(min_blocks, "min_blocks"),
+    }
     if overrides is not None and not isinstance(overrides, Mapping):
         raise ValueError(f'overrides must be a mapping such as {{"*/kernel": {{"sparsity": 0.5}}}}, got {overrides!r}')
     return defaults, {pattern: _checked_override(pattern, o) for pattern, o in (overrides or {}).items()}
@@ -210,7 +240,6 @@ def _layer(
     sparsity: float,
     min_blocks: int,
     where: Callable[[str], bool],
-    forced: bool,
 ) -> LeafPlan:
     shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
@@ -219,13 +248,10 @@ def _layer(
         return LeafPlan(path, shape, (1, 1), (0, 0), 0, 0.0, other)
     grid = blk.grid_shape(shape, block)
     n = math.prod(grid)
-    too_large = any(b > side for b, side in zip(block, blk.matrix_shape(shape), strict=True))
-    if too_large and forced:
-        raise ValueError(f"override for {path}: block {block} is larger than its matrix {blk.matrix_shape(shape)}")
     if not where(path):
         skip_reason = "excluded by `where`"
-    elif too_large:
-        skip_reason = f"block larger than its {_by(blk.matrix_shape(shape))} matrix"
+    elif where is named_as_kernel and len(shape) > 2 and shape[-2] == 1:
+        skip_reason = "depthwise kernel"
     elif n < min_blocks:
         skip_reason = f"fewer than {min_blocks} blocks"
     else:
@@ -245,7 +271,7 @@ def _layer(
 
 
 def _checked_sparsity(sparsity: float, name: str) -> float:
-    if isinstance(sparsity, str) or sparsity is None or not 0 <= sparsity < 1:
+    if isinstance(sparsity, bool) or np.ndim(sparsity) or not isinstance(sparsity, _NUMBERS) or not 0 <= sparsity < 1:
         raise ValueError(f"{name} is the share of blocks to remove and must be in [0, 1), got {sparsity!r}")
     # Of an array scalar the decimal number that is meant: float(np.float32(0.8)) is more than 0.8.
     return float(str(sparsity)) if hasattr(sparsity, "dtype") else float(sparsity)
@@ -254,15 +280,23 @@ def _checked_sparsity(sparsity: float, name: str) -> float:
 def _checked_override(pattern: str, override: Any) -> dict[str, Any]:
     if not isinstance(override, Mapping):
         raise ValueError(f'override {pattern!r} must be a mapping such as {{"sparsity": 0.5}}, got {override!r}')
-    unknown = set(override) - {"block", "sparsity"}
+    unknown = set(override) - {"block", "sparsity", "min_blocks"}
     if unknown:
-        raise ValueError(f"override {pattern!r} may set `block` and `sparsity`, got {sorted(unknown)}")
+        raise ValueError(f"override {pattern!r} may set `block`, `sparsity` and `min_blocks`, got {sorted(unknown)}")
     checked: dict[str, Any] = {}
     if "block" in override:
         checked["block"] = blk.as_block(override["block"])
     if "sparsity" in override:
         checked["sparsity"] = _checked_sparsity(override["sparsity"], f"sparsity of override {pattern!r}")
+    if "min_blocks" in override:
+        checked["min_blocks"] = _checked_min_blocks(override["min_blocks"], f"min_blocks of override {pattern!r}")
     return checked
+
+
+def _checked_min_blocks(min_blocks: int, name: str) -> int:
+    if isinstance(min_blocks, bool) or not isinstance(min_blocks, int | np.integer) or min_blocks < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {min_blocks!r}")
+    return int(min_blocks)
 
 
 def _matches(path: str, pattern: str) -> bool:

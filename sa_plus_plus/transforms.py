@@ -1,5 +1,6 @@
 """Optax transformations: start afresh at phase boundaries, and prune in one line."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -7,40 +8,68 @@ import jax.numpy as jnp
 import optax
 
 from sa_plus_plus.blocks import widened
+from sa_plus_plus.composition import zero_masked
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 
 _NEEDS_PARAMS = "{} needs the current parameters: call `tx.update(grads, state, params)`"
 
 
+class ResetState(NamedTuple):
+    """State of `reset_on`.
+
+    Attributes:
+      phase: int32 scalar, the phase that `inner` was started for.
+      inner: state of the wrapped transformation.
+    """
+
+    phase: jax.Array
+    inner: optax.OptState
+
+
 def reset_on(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Let the state of `inner`, and of nothing else, start afresh where a phase begins (C.1: this is crucial).
 
-    Its `update` takes one more keyword, `boundary`: a bool scalar, `prune.boundary` of a `Sparsifier`. Where it is true
-    the state becomes `inner.init(params)` before the update is computed. Leave outside what must go on, above all the
-    learning-rate schedule:
+    Its `update` takes one more keyword, `phase`: an integer scalar, `prune.phase` of a `Sparsifier`. Where it is not
+    that of the last update, the state becomes `inner.init(params)` before the update is computed. Leave outside what
+    must go on, above all the learning-rate schedule:
 
         tx = optax.chain(sapp.reset_on(optax.trace(0.9)), optax.scale_by_learning_rate(schedule))
-        updates, opt_state = tx.update(grads, opt_state, trainable, boundary=prune.boundary)
+        updates, opt_state = tx.update(grads, opt_state, trainable, phase=prune.phase)
 
-    What calls `inner` on some steps only belongs inside too: `reset_on(optax.MultiSteps(optax.adam(1e-3), 4))`. The
-    other way round, `optax.MultiSteps(reset_on(...), 4)` drops a boundary that falls on a step of mere accumulation.
+    Hyperparameters of `optax.inject_hyperparams` inside, which may have been set by hand, are kept. An update that
+    another transformation discards or postpones (`optax.apply_if_finite`, `optax.MultiSteps`) does not lose the reset:
+    it comes with the next one.
 
     Args:
       inner: momentum, Adam's moments, or any transformation.
 
     Raises:
-      TypeError: by `update`, if `boundary` is missing.
+      TypeError: if `inner` is no transformation; by `update`, if `phase` is missing.
       ValueError: by `update`, if the parameters are missing.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = _transformation(inner, "reset_on")
 
-    def update(updates: Any, state: Any, params: Any = None, *, boundary: jax.Array, **extra: Any) -> tuple[Any, Any]:
+    def init(params: Any) -> ResetState:
+        return ResetState(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(updates: Any, state: ResetState, params: Any = None, *, phase: Any, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(_NEEDS_PARAMS.format("reset_on"))
-        state = jax.tree.map(lambda fresh, old: jnp.where(boundary, fresh, old), inner.init(params), state)
-        return inner.update(updates, state, params, **extra)
+        fresh = jax.tree.map(_with_hyperparams, inner.init(params), state.inner, is_leaf=_has_hyperparams)
+        begins = phase != state.phase
+        started = jax.tree.map(lambda new, old: jnp.where(begins, new, old), fresh, state.inner)
+        updates, after = inner.update(updates, started, params, phase=phase, **extra)
+        return updates, ResetState(jnp.asarray(phase, jnp.int32), after)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _has_hyperparams(state: Any) -> bool:
+    return isinstance(state, optax.InjectStatefulHyperparamsState)
+
+
+def _with_hyperparams(fresh: Any, old: Any) -> Any:
+    return fresh._replace(hyperparams=old.hyperparams) if _has_hyperparams(fresh) else fresh
 
 
 class SparsifyState(NamedTuple):
@@ -48,7 +77,7 @@ class SparsifyState(NamedTuple):
 
     Attributes:
       trainable: the weights (and logits) that are really trained.
-      prune: masks, step, boundary.
+      prune: masks, step, phase.
       inner: state of the wrapped optimizer.
     """
 
@@ -62,19 +91,32 @@ def sparsify(
     sp: Sparsifier,
     logits_tx: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prune in an existing optax loop: wrap its optimizer, change nothing else.
+    """Prune in an existing optax loop: wrap its whole optimizer, change nothing else.
 
         tx = sapp.sparsify(tx, sp)
 
     The loop's `params` always hold the *effective* weights, masked blocks exactly zero, so that the loss, evaluation
     and checkpoints stay as they are, and after the last step they are the pruned network. The weights that are really
     trained live in the optimizer's state. Gradients with respect to the effective weights are pulled back to them by
-    `jax.vjp` of `sp.apply`; `tx` gets `boundary=` with each update, for `reset_on`.
+    `jax.vjp` of `sp.apply`; `tx` gets `phase=` with each update, for `reset_on`. Without a `reset_on` inside, moments
+    and momentum go on from phase to phase, which costs accuracy: `init` warns of it.
 
-    Put it last in a chain: what comes after it would alter the effective weights. To accumulate gradients, wrap it:
-    `optax.MultiSteps(sapp.sparsify(tx, sp), n)`; the schedule then counts the updates. The network is pruned when
-    `total_steps` updates are done. Updates of parameters narrower than float32 are float32. Where the schedule begins
-    sparse, start from `params = sp.finalize(state.trainable, state.prune)`, with the state that `tx.init` gave.
+    What the loop itself does to `params` between updates (loading trained weights after `tx.init`, clipping, noise)
+    counts: `sp.adopt` says how. What stands outside `sparsify` in a chain sees something else than it means to. In
+    front of it, clipping and weight decay would see gradients and weights of the effective network, masked blocks
+    included; behind it, anything that alters the updates would leave the network other than planned. So wrap the whole
+    chain:
+
+        tx = sapp.sparsify(optax.chain(optax.clip_by_global_norm(1.0), sapp.reset_on(optax.adam(1e-3))), sp)
+
+    Averages of weights belong inside too, since an average of networks with different masks has neither's: average
+    `state.trainable.params`, or use `optax.contrib.schedule_free_adamw` as `tx`, and give the result to `sp.finalize`.
+    `check_pruned` finishes a loop with an error where the network is not as planned.
+
+    To accumulate gradients, wrap it: `optax.MultiSteps(sapp.sparsify(tx, sp), n)`; the schedule then counts the
+    updates. The network is pruned when `total_steps` updates are done. Updates of parameters narrower than float32
+    are float32. Where the schedule begins sparse, start from `params = sp.finalize(state.trainable, state.prune)`, with
+    the state that `tx.init` gave.
 
     Args:
       tx: the optimizer. Trains the `Trainable(params, logits)` tree, so masks inside it must be functions of the tree
@@ -83,29 +125,69 @@ def sparsify(
       logits_tx: another optimizer for the logits.
 
     Raises:
-      TypeError: if `sp` is not a `Sparsifier`, as when the first two arguments are swapped.
-      ValueError: by `update`, if the parameters are missing.
+      TypeError: if `tx` is no transformation or `sp` not a `Sparsifier`, as when the two are swapped.
+      ValueError: by `init`, if `tx` cannot be initialised on a `Trainable`; by `update`, if the parameters are missing.
     """
     if not isinstance(sp, Sparsifier):
         raise TypeError(f"sparsify(tx, sp) takes the optimizer first and a Sparsifier second, got {type(sp).__name__}")
-    tx = optax.with_extra_args_support(tx if logits_tx is None else _side_by_side(tx, logits_tx))
+    tx = _transformation(tx, "sparsify")
+    if logits_tx is not None:
+        tx = _side_by_side(tx, _transformation(logits_tx, "sparsify"))
 
     def init(params: Any) -> SparsifyState:
         trainable, prune = sp.init(params)
         # Own buffers: the loop may donate its params to the step.
         trainable = jax.tree.map(jnp.copy, trainable)
-        return SparsifyState(trainable, prune, tx.init(trainable))
+        state = SparsifyState(trainable, prune, _initialised(tx, trainable))
+        if len(sp.phases.phases) > 1 and _never_resets(state.inner):
+            warnings.warn(
+                "this optimizer's moments go on from phase to phase, where the paper found it crucial that they start "
+                "afresh: write sapp.reset_on(optax.adam(...)) instead of optax.adam(...)",
+                stacklevel=2,
+            )
+        return state
 
     def update(grads: Any, state: SparsifyState, params: Any = None, **extra: Any) -> tuple[Any, SparsifyState]:
         if params is None:
             raise ValueError(_NEEDS_PARAMS.format("sparsify"))
-        _, pull_back = jax.vjp(lambda trainable: sp.apply(trainable, state.prune), state.trainable)
+        trainable = sp.adopt(state.trainable, state.prune, params)
+        _, pull_back = jax.vjp(lambda trainable: sp.apply(trainable, state.prune), trainable)
         (grads,) = pull_back(grads)
-        updates, inner = tx.update(grads, state.inner, state.trainable, boundary=state.prune.boundary, **extra)
-        trainable, prune = sp.update(state.trainable, state.prune, updates)
-        return jax.tree.map(_step_to, sp.finalize(trainable, prune), params), SparsifyState(trainable, prune, inner)
+        updates, inner = tx.update(grads, state.inner, trainable, phase=state.prune.phase, **extra)
+        trainable, prune = sp.update(trainable, state.prune, updates)
+        layers = sp.plan(trainable.params).pruned
+        effective = zero_masked(sp.apply(trainable, prune), prune.masks, layers)
+        return jax.tree.map(_step_to, effective, params), SparsifyState(trainable, prune, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _transformation(tx: Any, caller: str) -> optax.GradientTransformationExtraArgs:
+    """Any of optax's optimizers as a transformation that takes extra arguments."""
+    if isinstance(tx, optax.MultiSteps):
+        tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)  # its own method for this drops extra arguments
+    if not isinstance(tx, optax.GradientTransformation):
+        call = f": call it, {tx.__name__}(...)" if callable(tx) and hasattr(tx, "__name__") else ""
+        raise TypeError(f"{caller} takes an optax transformation such as optax.adam(1e-3), got {tx!r:.80}{call}")
+    return optax.with_extra_args_support(tx)
+
+
+def _initialised(tx: optax.GradientTransformation, trainable: Trainable) -> optax.OptState:
+    try:
+        return tx.init(trainable)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"the optimizer cannot be initialised on the tree Trainable(params, logits): {error}\nMasks and labels "
+            "inside it must be functions of the tree rather than trees of your parameters. Or pass logits_tx=..., and "
+            "the optimizer sees your own tree."
+        ) from error
+
+
+def _never_resets(state: optax.OptState) -> bool:
+    """Whether an optimizer's state holds arrays, such as moments, and nothing ever resets them."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ResetState))
+    resets = any(isinstance(leaf, ResetState) for leaf in leaves)
+    return not resets and any(jnp.ndim(leaf) > 0 for leaf in leaves)
 
 
 def _step_to(target: jax.Array, start: jax.Array) -> jax.Array:
@@ -114,10 +196,9 @@ def _step_to(target: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _side_by_side(
-    params_tx: optax.GradientTransformation, logits_tx: optax.GradientTransformation
+    params_tx: optax.GradientTransformationExtraArgs, logits_tx: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
     """Train the two fields of a `Trainable` by two optimizers that do not see each other's."""
-    params_tx, logits_tx = optax.with_extra_args_support(params_tx), optax.with_extra_args_support(logits_tx)
 
     def init(trainable: Trainable) -> tuple[Any, Any]:
         return params_tx.init(trainable.params), logits_tx.init(trainable.logits)

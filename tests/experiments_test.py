@@ -218,7 +218,7 @@ def test_wrong_arguments_are_answered_with_the_nearest_right_ones(argument, mess
         ("data.name", "mnits", "config.data.name='mnits' is unknown; did you mean 'mnist'?"),
         ("model", "LeNet", "did you mean 'LeNet300'"),
         ("sparsifier.sparsity", 1.5, "got 1.5"),
-        ("sparsifier.block", (400, 400), "block larger than its 300×100 matrix"),
+        ("sparsifier.block", (400, 400), "fewer than 100 blocks"),
         ("steps", 10, "has no step"),
         ("steps", -1, "config.steps must be a finite number from 0, got -1"),
         ("batch_size", 5000, "config.batch_size=5000 exceeds the 4000 training examples"),

@@ -1,5 +1,7 @@
 """Convolutions by blocks, and whole networks made fast: the same results as in full."""
 
+import gc
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -122,8 +124,8 @@ def test_networks_give_the_same_results(name):
         sparse = [c.sparse for c in fast.choices if c.block]
         measured = [c.sparse_seconds < c.dense_seconds for c in fast.choices if c.block]
         assert sparse == {"all": [True] * len(sparse), "none": [False] * len(sparse), "measured": measured}[choose]
-        steps = fast._traced.steps
-        others = [s.primitive.name for s in steps if not isinstance(s, tracing.Linear)]
+        steps = fast._program.steps
+        others = [s.primitive.name for s in steps if not isinstance(s, tracing.Layer)]
         assert not set(others) & {"rsqrt", "mul", "sub", "dot_general", "conv_general_dilated"}
         assert len([o for o in others if o not in ("reshape", "pad", "slice", "squeeze")]) <= most_others
         assert str(fast).count("\n") == layers + 1
@@ -163,8 +165,8 @@ def test_only_what_may_be_folded_is():
         again = jax.jit(fast.fn)(fast.weights, x)
     for result in (got, again):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, want)
-    first = next(i for i, s in enumerate(fast._traced.steps) if isinstance(s, tracing.Linear))
-    assert fast._traced.steps[first].relu
+    first = next(i for i, s in enumerate(fast._program.steps) if isinstance(s, tracing.Layer))
+    assert fast._program.steps[first].relu
     assert fast.weights[first][1].shape == (32,)
     assert all(choice.sparse and choice.block == (4, 4) for choice in fast.choices)
 
@@ -183,7 +185,7 @@ def test_unusual_convolutions_stay_dense_but_are_folded(options):
 
     fast = sapp.specialize(apply, x, choose="all")
     np.testing.assert_allclose(fast(x), apply(x), rtol=1e-4, atol=1e-4)
-    assert [type(step) for step in fast._traced.steps] == [tracing.Linear]
+    assert [type(step) for step in fast._program.steps] == [tracing.Layer]
     assert not fast.choices[0].sparse
 
 
@@ -258,12 +260,27 @@ def test_the_faster_form_of_each_layer_runs(monkeypatch):
         for _ in range(2)
     )
     seconds = {True: (2.0, 1.0), False: (1.0, 2.0)}
-    monkeypatch.setattr(network, "_measure", lambda step, w, implementation: seconds[step.relu])
+    monkeypatch.setattr(network, "_measure", lambda step, w, implementation: seconds[step.layer.relu])
     fast = sapp.specialize(lambda x: jax.nn.relu(x @ first) @ second, jnp.ones((2, 24)))
     assert [choice.sparse for choice in fast.choices] == [True, False]
     assert [isinstance(kernel, sapp.BlockSparse) for kernel, _ in fast.weights] == [True, False]
     assert "sparse" in str(fast).splitlines()[2]
     assert "dense" in str(fast).splitlines()[3].split()[-1]
+
+
+def test_weights_are_held_once():
+    def live():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def specialized():
+        mask = np.random.default_rng(0).random((10, 6)) < 0.2
+        w = jnp.asarray(np.kron(mask, np.ones((20, 20))), jnp.float32)
+        table = jnp.ones((16, 120))
+        return sapp.specialize(lambda x: (x @ w) * table, jnp.ones((16, 200)), choose="all")
+
+    before, fast = live(), specialized()
+    assert live() - before == sum(a.nbytes for a in jax.tree.leaves(fast.weights)) < 200 * 120 * 4
 
 
 def test_an_empty_batch():
@@ -323,3 +340,13 @@ def test_convolution_options(options, message):
     wide = sapp.BlockSparse(jnp.pad(w.blocks, ((0, 0), (0, 0), (0, 4))), w.layout)
     with pytest.raises(ValueError, match="blocks must be"):
         block_sparse_conv(jnp.ones((2, 8, 8, 4)), wide)
+
+
+def test_blocks_wider_than_their_kernel_are_found():
+    """A narrow head of a network is pruned in ragged blocks, and served by them."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(1024, 10)) * np.kron(rng.random(64) < 0.2, np.ones(16))[:, None]
+    x, kernel = rng.normal(size=(3, 1024)).astype(np.float32), jnp.asarray(kernel, jnp.float32)
+    fast = sapp.specialize(lambda x: x @ kernel, x, choose="all")
+    assert (fast.choices[0].block, fast.choices[0].sparse) == ((16, 16), True)
+    np.testing.assert_allclose(fast(x), x.astype(np.float64) @ np.asarray(kernel, np.float64), rtol=1e-4, atol=1e-4)

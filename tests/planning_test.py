@@ -119,13 +119,13 @@ def test_criteo_prunes_the_first_dense_layer_alone():
     min_blocks=st.integers(1, 20),
 )
 def test_one_kernel_against_the_rules(rows, cols, block, percent, min_blocks):
-    """Pruned if the block fits, there are enough of them, and one stays; then exactly the floor is kept."""
+    """Pruned if there are enough blocks, edges counted, and one stays; then exactly the floor is kept."""
     n = len(range(0, rows, block[0])) * len(range(0, cols, block[1]))
     kept = n * (100 - percent) // 100
     make = functools.partial(
         sapp.plan, {"w": leaf(rows, cols)}, block=block, sparsity=float(f"0.{percent:02}"), min_blocks=min_blocks
     )
-    if block[0] > rows or block[1] > cols or n < min_blocks:
+    if n < min_blocks:
         with pytest.raises(ValueError, match=f"nothing to prune with block={re.escape(str(block))}"):
             make()
     elif kept == 0:
@@ -210,10 +210,19 @@ def test_min_blocks_is_the_fewest_that_are_pruned(min_blocks, pruned):
     assert ("a" in sapp.plan(params, block=20, sparsity=0.5, min_blocks=min_blocks).pruned) == pruned
 
 
-def test_a_kernel_smaller_than_the_block_stays_dense():
-    result = sapp.plan({"a": leaf(64, 64), "b": leaf(64, 3)}, block=4, sparsity=0.5, min_blocks=1)
-    assert list(result.pruned) == ["a"]
-    assert result.leaves[1].skip_reason == "block larger than its 64×3 matrix"
+def test_kernels_narrower_or_lower_than_a_block_are_pruned_in_ragged_blocks():
+    result = sapp.plan({"head": leaf(2048, 10), "low": leaf(3, 1600), "few": leaf(64, 3)}, block=16, sparsity=0.9)
+    assert {path: (layer.grid, layer.kept) for path, layer in result.pruned.items()} == {
+        "head": ((128, 1), 12),
+        "low": ((1, 100), 10),
+    }
+    params = {"head": jnp.asarray(np.random.default_rng(0).normal(size=(2048, 10)), jnp.float32)}
+    phases = sapp.phases.custom(2, [("sparse", 2)])
+    sp = sapp.magnitude(block=16, sparsity=0.9, phases=phases)
+    pruned = np.asarray(sp.finalize(*sp.init(params))["head"])
+    norms = np.linalg.norm(np.asarray(params["head"]).reshape(128, 160), axis=1)
+    alive = pruned.reshape(128, 160).any(1)
+    assert sorted(np.flatnonzero(alive)) == sorted(np.argsort(norms)[-12:])
 
 
 def test_integers_may_stay_where_nothing_prunes_them():
@@ -274,26 +283,28 @@ def test_patterns_are_those_of_a_shell_and_mind_case():
         ({"sparsity": -0.1}, r"in \[0, 1\), got -0.1"),
         ({"sparsity": float("nan")}, r"in \[0, 1\), got nan"),
         ({"sparsity": 0.999}, r"sparsity 0.999 leaves no block of the 400 in hidden/kernel.*0\.997\d* there"),
-        ({"min_blocks": 0}, r"min_blocks must be at least 1, got 0"),
-        ({"min_blocks": -7}, r"min_blocks must be at least 1, got -7"),
+        ({"min_blocks": 0}, r"min_blocks must be a whole number of at least 1, got 0"),
+        ({"min_blocks": -7}, r"min_blocks must be a whole number of at least 1, got -7"),
         (
             {"min_blocks": 401},
             r"(?s)nothing to prune with block=\(20, 20\) and min_blocks=401.*"
-            r"hidden/kernel \(390, 400\): fewer than 401 blocks.*out/kernel \(400, 1\): block larger than its 400×1",
+            r"hidden/kernel \(390, 400\): fewer than 401 blocks.*out/kernel \(400, 1\): fewer than 401 blocks",
         ),
-        ({"block": 512}, r"(?s)nothing to prune with block=\(512, 512\).*hidden/kernel.*larger than its 390×400"),
+        ({"block": 512}, r"(?s)nothing to prune with block=\(512, 512\).*hidden/kernel.*fewer than 100 blocks"),
         ({"where": lambda path: "Dense" in path}, r"(?s)nothing to prune.*hidden/kernel.*excluded by `where`"),
         ({"overrides": {"hiden/kernel": {"block": 4}}}, r"'hiden/kernel' matches no leaf; nearest: 'hidden/kernel'"),
         ({"overrides": {"*/Conv_?": {"block": 4}}}, r"'\*/Conv_\?' matches no leaf"),
-        ({"overrides": {"hidden/*": {"blok": 4}}}, r"'hidden/\*' may set `block` and `sparsity`, got \['blok'\]"),
-        ({"overrides": {"hidden/*": {"min_blocks": 4}}}, r"'hidden/\*' may set.*got \['min_blocks'\]"),
+        (
+            {"overrides": {"hidden/*": {"blok": 4}}},
+            r"'hidden/\*' may set `block`, `sparsity` and `min_blocks`, got \['blok'\]",
+        ),
+        ({"overrides": {"hidden/*": {"min_blocks": 0}}}, r"min_blocks of override 'hidden/\*' must be .* got 0"),
+        ({"block": True}, r"block must be .* got True"),
+        ({"min_blocks": 2.5}, "min_blocks must be a whole number of at least 1, got 2.5"),
+        ({"sparsity": {"hidden": 0.5}}, r"sparsity .* got \{'hidden': 0.5\}"),
         ({"overrides": {"hidden/*": {"sparsity": 1.5}}}, r"'hidden/\*'.*in \[0, 1\), got 1.5"),
         ({"overrides": {"hidden/*": {"block": (4, 0)}}}, r"got \(4, 0\)"),
-        (
-            {"overrides": {"out/kernel": {"block": (4, 4)}}},
-            r"override for out/kernel: block \(4, 4\) is larger than its matrix \(400, 1\)",
-        ),
-        ({"overrides": {"hidden/kernel": {"block": (400, 4)}}}, r"block \(400, 4\).*\(390, 400\)"),
+        ({"overrides": {"out/*": {"sparsity": 0.5}}}, "override 'out/\\*' changes nothing.*fewer than 100 blocks"),
     ],
     ids=problems.without_addresses,
 )
@@ -305,7 +316,7 @@ def test_faulty_options_are_refused(options, message):
 def test_without_kernels_there_is_nothing_to_prune():
     with pytest.raises(ValueError, match=r"(?s)nothing to prune.*none"):
         sapp.plan({"bias": leaf(10)}, block=1, sparsity=0.5)
-    with pytest.raises(ValueError, match="nothing to prune"):
+    with pytest.raises(ValueError, match=r"the parameter tree has no leaves: \{\}"):
         sapp.plan({}, block=1, sparsity=0.5)
 
 
@@ -348,7 +359,7 @@ class Net(nnx.Module):
 
 
 def paths(tree):
-    return [layer.path for layer in sapp.plan(tree, block=1, sparsity=0.5, min_blocks=1).layers]
+    return [layer.path for layer in sapp.plan(tree, block=1, sparsity=0.5, min_blocks=1).leaves]
 
 
 def test_paths_of_linen_parameters():
@@ -403,7 +414,7 @@ def test_the_table_shows_each_leaf():
         "hidden/bias": ["400", "-", "-", "-", "-", "no: not a kernel (1-D)"],
         "hidden/kernel": ["390×400", "20×20", "20×20", "400", "20", "95.0%"],
         "out/bias": ["1", "-", "-", "-", "-", "no: not a kernel (1-D)"],
-        "out/kernel": ["400×1", "20×20", "20×1", "20", "20", "no: block larger than its 400×1 matrix"],
+        "out/kernel": ["400×1", "20×20", "20×1", "20", "20", "no: fewer than 100 blocks"],
     }
     removed = 100 * 156_000 * 0.95 / 156_400
     assert total == f"1 of 4 leaves pruned; {removed:.2f}% of 156,400 kernel weights removed"
@@ -422,5 +433,46 @@ def test_the_table_has_a_word_for_scalars():
 
 
 def test_an_override_of_no_kernel_is_refused():
-    with pytest.raises(ValueError, match=r"override '\*/bias' matches no kernel, only hidden/bias: not a kernel"):
+    with pytest.raises(
+        ValueError, match=r"override '\*/bias' changes nothing, for hidden/bias stays dense: not a kernel"
+    ):
         plan_mlp(overrides={"*/bias": {"sparsity": 0.5}})
+
+
+def test_an_override_may_prune_a_small_kernel():
+    result = plan_mlp(overrides={"out/kernel": {"sparsity": 0.5, "min_blocks": 1}})
+    assert result.pruned["out/kernel"].kept == 10
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("embedding/kernel", "embedding"),
+        ("transformer/wte/weight", "embedding"),
+        ("Embed_0/table", "embedding"),
+        ("encoder/pos_embed", "embedding"),
+        ("attention/query/lora_a", "low-rank factor"),
+        ("batch_stats/BatchNorm_0/mean", "not trained: batch_stats"),
+        ("EmbeddingNet_0/Dense_0/kernel", ""),
+        ("user_embedding_mlp/Dense_0/kernel", ""),
+        ("explorer_a/kernel", ""),
+    ],
+)
+def test_what_a_path_says_is_no_kernel(path, reason):
+    tree = functools.reduce(lambda below, key: {key: below}, reversed(path.split("/")), leaf(64, 64))
+    result = sapp.plan({**tree, "other": leaf(64, 64)}, block=4, sparsity=0.5)
+    made = {layer.path: layer for layer in result.leaves}
+    assert (made[path].skip_reason, path in result.pruned) == (reason, not reason)
+    everything = sapp.plan(tree, block=4, sparsity=0.5, where=lambda path: True)
+    assert list(everything.pruned) == [path]
+
+
+def test_depthwise_kernels_stay_dense():
+    params = {"depthwise": leaf(5, 5, 1, 512), "pointwise": leaf(1, 1, 512, 512)}
+    assert list(sapp.plan(params, block=4, sparsity=0.5).pruned) == ["pointwise"]
+    assert len(sapp.plan(params, block=4, sparsity=0.5, where=lambda path: True).pruned) == 2
+
+
+def test_a_predicate_that_is_no_function_is_refused():
+    with pytest.raises(TypeError, match=r"where must be a predicate on the path of a leaf.*got 'hidden'"):
+        plan_mlp(where="hidden")

@@ -12,7 +12,7 @@ import optax
 import sa_plus_plus as sapp
 
 STEPS = 60
-NAMES = (*sapp.ALGORITHMS, *sapp.CONTROLS)
+NAMES = tuple(sapp.ALGORITHMS)
 
 
 def network(seed=0, dtype=jnp.float32):
@@ -78,7 +78,7 @@ def step(sp, run, data):
     trainable, prune, opt_state = run
     grads = jax.grad(lambda t: loss(sp.apply(t, prune), data))(trainable)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix integers and floats
-        updates, opt_state = optimizer().update(grads, opt_state, trainable, boundary=prune.boundary)
+        updates, opt_state = optimizer().update(grads, opt_state, trainable, phase=prune.phase)
     trainable, prune = sp.update(trainable, prune, updates)
     return Run(trainable, prune, opt_state)
 

@@ -1,5 +1,8 @@
 """`reset_on` and `sparsify`: what they reset, what they refuse, where weight decay goes."""
 
+import functools
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,8 +10,10 @@ import numpy as np
 import optax
 import problems
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sa_plus_plus as sapp
+from sa_plus_plus import composition
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -20,22 +25,57 @@ def test_reset_on_resets_what_it_wraps_and_nothing_else():
     grads = {"w": jnp.ones(3)}
     state = tx.init(params)
     for _ in range(4):
-        _, state = tx.update(grads, state, params, boundary=jnp.asarray(False))
-    assert state[0].count == 4
-    updates, state = tx.update(grads, state, params, boundary=jnp.asarray(True))
+        _, state = tx.update(grads, state, params, phase=jnp.asarray(0))
+    assert state[0].inner.count == 4
+    updates, state = tx.update(grads, state, params, phase=jnp.asarray(1))
     fresh, _ = optax.scale_by_adam().update(grads, optax.scale_by_adam().init(params))
-    assert state[0].count == 1, "Adam starts afresh, its bias correction too"
+    assert state[0].inner.count == 1, "Adam starts afresh, its bias correction too"
     assert state[1].count == 5, "the schedule goes on"
     chex.assert_trees_all_close(updates, jax.tree.map(lambda u: -(0.5**4) * u, fresh))
+    _, state = tx.update(grads, state, params, phase=jnp.asarray(1))
+    assert state[0].inner.count == 2
 
 
-def test_forgotten_boundary_and_params_raise():
+def test_a_rate_set_by_hand_outlives_a_reset():
+    tx = sapp.reset_on(optax.inject_hyperparams(optax.adam)(learning_rate=0.1))
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    state.inner.hyperparams["learning_rate"] = jnp.asarray(0.025)
+    for phase in (0, 0, 1):
+        updates, state = tx.update({"w": jnp.ones(3)}, state, params, phase=phase)
+    assert state.inner.inner_state[0].count == 1
+    np.testing.assert_allclose(updates["w"], -0.025, rtol=1e-6)
+
+
+@pytest.mark.parametrize("nested", ["inside", "outside"])
+def test_a_postponed_update_does_not_lose_the_reset(nested):
+    """The phase changes on a step that only accumulates: the next real update starts afresh all the same."""
+    adam = optax.scale_by_adam()
+    tx = sapp.reset_on(optax.MultiSteps(adam, 2)) if nested == "inside" else optax.MultiSteps(sapp.reset_on(adam), 2)
+    params, grads = {"w": jnp.ones(3)}, {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for phase in (0, 0, 1, 1):
+        _, state = tx.update(grads, state, params, phase=jnp.asarray(phase))
+    inner = state.inner.inner_opt_state if nested == "inside" else state.inner_opt_state.inner
+    assert inner.count == 1
+
+
+def test_a_discarded_update_does_not_lose_the_reset():
+    tx = optax.apply_if_finite(sapp.reset_on(optax.scale_by_adam()), max_consecutive_errors=5)
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for phase, value in ((0, 1.0), (0, 1.0), (1, np.nan), (1, 1.0)):
+        _, state = tx.update({"w": jnp.full(3, value)}, state, params, phase=jnp.asarray(phase))
+    assert state.inner_state.inner.count == 1
+
+
+def test_forgotten_phase_and_params_raise():
     tx = sapp.reset_on(optax.trace(0.9))
     params = {"w": jnp.ones(2)}
-    with pytest.raises(TypeError, match="boundary"):
+    with pytest.raises(TypeError, match="phase"):
         tx.update(params, tx.init(params), params)
     with pytest.raises(ValueError, match="reset_on needs the current parameters"):
-        tx.update(params, tx.init(params), boundary=True)
+        tx.update(params, tx.init(params), phase=1)
     tx = sapp.sparsify(optax.sgd(0.1), problems.sparsifier("magnitude"))
     params = problems.network()
     with pytest.raises(ValueError, match="sparsify needs the current parameters"):
@@ -80,15 +120,148 @@ def test_logits_may_have_an_optimizer_of_their_own():
     assert all(not np.any(x) for x in state.trainable.logits.values())
 
 
-def test_updates_land_on_the_effective_weights_whatever_the_params_were():
-    sp = problems.sparsifier("sequential_attention")
-    tx = sapp.sparsify(problems.optimizer(), sp)
+@functools.cache
+def one_line_step(name, tx=None):
+    """The jitted step of a loop around `sparsify`, and its transformation."""
+    tx = tx or sapp.sparsify(problems.optimizer(), problems.algorithm(name)[0])
+
+    @jax.jit
+    def step(params, state, data):
+        grads = jax.grad(problems.loss)(params, data)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return tx, step
+
+
+@pytest.mark.parametrize("name", problems.NAMES)
+def test_parameters_loaded_after_init_are_what_is_trained(name):
+    """As `TrainState` users do: random weights to `tx.init`, then the trained ones into the loop."""
+    sp, _ = problems.algorithm(name)
+    tx, step = one_line_step(name)
+    loaded, run = problems.network(seed=5), problems.start(sp, problems.network(seed=5))
+    params, state = loaded, tx.init(problems.network(seed=0))
+    if name == "random":  # begins sparse, and its mask does not depend on weights
+        params = sp.finalize(run.trainable, run.prune)
+    for i in range(problems.STEPS // 2):
+        params, state = step(params, state, problems.batch(i))
+        run = problems.algorithm(name)[1](run, problems.batch(i))
+    chex.assert_trees_all_equal(state.prune.masks, run.prune.masks)
+    chex.assert_trees_all_close(params, sp.apply(run.trainable, run.prune), atol=2e-5)
+
+
+def test_what_the_loop_does_to_parameters_counts():
+    """Clipped by the loop after each update: training goes on from the clipped weights, in float64 by NumPy too."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(20, 20)), jnp.float32)}
+    sp = sapp.magnitude(block=2, sparsity=0.5, phases=sapp.phases.custom(6, [("dense", 3), ("sparse", 3)]))
+    tx = sapp.sparsify(optax.sgd(0.1), sp)
+    state, step = tx.init(params), jax.jit(tx.update)
+    w, mask = np.asarray(params["w"], np.float64), np.ones((20, 20))
+    for i in range(6):
+        updates, state = step({"w": 0.5 * params["w"]}, state, params)  # of the loss w^2 / 4
+        params = jax.tree.map(lambda x: jnp.clip(x, -0.4, 0.4), optax.apply_updates(params, updates))
+        w = np.where(mask, w - 0.1 * 0.5 * w, w)
+        if i + 1 == 3:
+            norms = np.sqrt((w.reshape(10, 2, 10, 2) ** 2).sum((1, 3)))
+            mask = np.kron(norms > np.sort(norms.ravel())[49], np.ones((2, 2)))
+        w = np.where(mask, np.clip(w, -0.4, 0.4), w)
+        np.testing.assert_allclose(params["w"], w * mask, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", problems.NAMES)
+def test_adopted_parameters_are_the_effective_ones(name):
+    """In every algorithm, with trained logits and masks; what is masked stays zero, and is kept for later."""
+    sp, step = problems.algorithm(name)
+    run = problems.start(sp, problems.network())
+    for i in range(25):  # into a sparsification, sparse or dense phase
+        run = step(run, problems.batch(i))
+    effective = sp.apply(*run[:2])
+    same = sp.adopt(run.trainable, run.prune, effective)
+    chex.assert_trees_all_equal(same, run.trainable)
+    wanted = jax.tree.map(lambda x, y: 0.5 * x + y, effective, problems.network(seed=3))
+    adopted = jax.jit(sp.adopt)(run.trainable, run.prune, wanted)
+    everything = run.prune._replace(masks=jax.tree.map(jnp.ones_like, run.prune.masks))
+    chex.assert_trees_all_close(sp.apply(adopted, everything), wanted, rtol=2e-5, atol=1e-6)
+    chex.assert_trees_all_equal(adopted.logits, run.trainable.logits)
+    for path, mask in run.prune.masks.items():
+        layer = sp.plan(wanted).pruned[path]
+        hidden = ~np.asarray(sapp.blocks.spread(mask, layer.shape, layer.block))
+        assert not np.asarray(sp.apply(adopted, run.prune)[path.split("/")[0]]["kernel"])[hidden].any()
+
+
+def test_a_block_whose_scale_is_zero_stays_as_it_was():
+    phases = sapp.phases.sequential_attention(problems.STEPS)
+    sp = sapp.sequential_attention(block=(2, 2), sparsity=0.8, phases=phases, clip=(0.0, 2.0))
+    trainable, prune = sp.init(problems.network())
+    logits = {path: x.at[0, 0].set(-1e9) for path, x in trainable.logits.items()}
+    trainable = trainable._replace(logits=logits)
+    wanted = jax.tree.map(lambda x: x + 1, sp.apply(trainable, prune))
+    adopted = sp.adopt(trainable, prune, wanted)
+    for name in ("conv", "wide"):
+        old, new, want = (np.asarray(t[name]["kernel"]) for t in (trainable.params, adopted.params, wanted))
+        old, new, want = (x.reshape(-1, x.shape[-1]) for x in (old, new, want))
+        np.testing.assert_array_equal(new[:2, :2], old[:2, :2])
+        got = np.asarray(sp.apply(adopted, prune)[name]["kernel"]).reshape(old.shape)
+        np.testing.assert_allclose(np.delete(got, [0, 1], 0), np.delete(want, [0, 1], 0), rtol=1e-5)
+
+
+def test_rounding_of_the_loop_is_not_taken_for_a_change():
+    handed = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.float32)
+    start = jnp.asarray(np.random.default_rng(1).normal(size=1000), jnp.float32)
+    assert not composition.differs(handed + 2 * jnp.finfo(jnp.float32).eps * handed, handed).any()
+    assert composition.differs(jnp.where(handed > 0, handed * 1.0001, jnp.nan), handed).all()
+    narrow = (start + (handed - start)).astype(jnp.bfloat16)
+    assert not composition.differs(narrow, handed).any()
+
+
+def test_a_whole_chain_inside_is_the_explicit_loop():
+    """Clipping and weight decay inside see the trained weights' gradients, as in the explicit loop; in front not."""
+    sp, _ = problems.algorithm("sequential_attention")
+    parts = (optax.clip_by_global_norm(0.1), optax.add_decayed_weights(0.01), sapp.reset_on(optax.sgd(0.1, 0.9)))
+    tx = optax.chain(*parts)
+    inside, step = one_line_step("inside", sapp.sparsify(tx, sp))
+    front, step_in_front = one_line_step("front", optax.chain(*parts[:2], sapp.sparsify(parts[2], sp)))
+
+    @jax.jit
+    def explicit(trainable, prune, state, data):
+        grads = jax.grad(lambda t: problems.loss(sp.apply(t, prune), data))(trainable)
+        updates, state = tx.update(grads, state, trainable, phase=prune.phase)
+        return *sp.update(trainable, prune, updates), state
+
+    params = other = problems.network()
+    state, other_state = inside.init(params), front.init(params)
+    trainable, prune = sp.init(params)
+    opt_state = tx.init(trainable)
+    for i in range(problems.STEPS):
+        trainable, prune, opt_state = explicit(trainable, prune, opt_state, problems.batch(i))
+        params, state = step(params, state, problems.batch(i))
+        other, other_state = step_in_front(other, other_state, problems.batch(i))
+    chex.assert_trees_all_close(params, sp.finalize(trainable, prune), atol=1e-5)
+    assert np.abs(other["wide"]["kernel"] - params["wide"]["kernel"]).max() > 1e-2
+
+
+def test_averages_inside_end_pruned_and_outside_do_not():
+    sp, _ = problems.algorithm("acdc")
+    free = optax.contrib.schedule_free_adamw(0.03)
+    tx, step = one_line_step("schedule-free", sapp.sparsify(free, sp))
+    params = problems.network()
+    with pytest.warns(UserWarning, match="go on from phase to phase"):
+        state = tx.init(params)
+    for i in range(problems.STEPS):
+        params, state = step(params, state, problems.batch(i))
+    averaged = optax.contrib.schedule_free_eval_params(state.inner, state.trainable)
+    averaged = sp.finalize(averaged, state.prune)
+    sapp.check_pruned(averaged, sp.plan(params))
+    assert problems.loss(averaged, problems.batch(0)) < 0.9 * problems.loss(problems.network(), problems.batch(0))
+
+    average = optax.chain(one_line_step("acdc")[0], optax.ema(0.9, debias=False))
+    tx, step = one_line_step("ema", average)
     params = problems.network()
     state = tx.init(params)
-    drifted = jax.tree.map(lambda x: x + 0.01, params)
-    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, drifted)
-    expected = sp.finalize(state.trainable, state.prune)
-    chex.assert_trees_all_close(optax.apply_updates(drifted, updates), expected, atol=1e-6)
+    for i in range(problems.STEPS):
+        params, state = step(params, state, problems.batch(i))
+    with pytest.raises(ValueError, match=r"wide/kernel: \d+ of 160 blocks are not zero, 32 planned"):
+        sapp.check_pruned(params, sp.plan(params))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -163,3 +336,111 @@ def test_swapped_arguments_are_refused():
     sp, _ = problems.algorithm("acdc")
     with pytest.raises(TypeError, match="optimizer first and a Sparsifier second"):
         sapp.sparsify(sp, optax.sgd(0.1))
+
+
+def test_what_is_no_optimizer_is_refused():
+    sp, _ = problems.algorithm("acdc")
+    with pytest.raises(TypeError, match=r"sparsify takes an optax transformation .* call it, adam\(\.\.\.\)"):
+        sapp.sparsify(optax.adam, sp)
+    with pytest.raises(TypeError, match=r"reset_on takes an optax transformation .* got 0\.1"):
+        sapp.reset_on(0.1)
+    masked = sapp.sparsify(optax.masked(optax.sgd(0.1), {"conv": True, "wide": False, "head": True}), sp)
+    with pytest.raises(ValueError, match=r"must be functions of the tree rather than trees .* logits_tx"):
+        masked.init(problems.network())
+
+
+def test_an_optimizer_that_never_starts_afresh_is_warned_of():
+    params, sp = problems.network(), problems.sparsifier("acdc")
+    with pytest.warns(UserWarning, match=r"write sapp.reset_on\(optax.adam"):
+        sapp.sparsify(optax.adam(0.1), sp).init(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sapp.sparsify(optax.sgd(0.1), sp).init(params)  # has nothing to reset
+        sapp.sparsify(optax.adam(0.1), problems.sparsifier("random")).init(params)  # has one phase
+        sapp.sparsify(optax.chain(sapp.reset_on(optax.trace(0.9)), optax.scale(-0.1)), sp).init(params)
+
+
+def test_multi_steps_may_stand_inside_or_outside():
+    sp, _ = problems.algorithm("acdc")
+    params = problems.network()
+    tx = sapp.sparsify(optax.MultiSteps(sapp.reset_on(optax.sgd(0.1, 0.9)), 2), sp)
+    state = tx.init(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, state = tx.update(grads, state, params)
+    assert not np.any(updates["wide"]["kernel"])
+    updates, state = tx.update(grads, state, params)
+    np.testing.assert_allclose(updates["wide"]["kernel"], -0.1, rtol=1e-5)
+
+
+def test_finalizing_early_is_warned_of():
+    sp, step = problems.algorithm("sequential_attention")
+    run = problems.start(sp, problems.network())
+    with pytest.warns(
+        UserWarning, match=r"after step 0 of 60, in a dense phase, 0.0% of the blocks are masked.*80\.3%"
+    ):
+        sp.finalize(run.trainable, run.prune)
+    for i in range(problems.STEPS):
+        run = step(run, problems.batch(i))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sp.finalize(run.trainable, run.prune)
+        jax.jit(sp.finalize)(*problems.start(sp, problems.network())[:2])  # has no values to look at
+
+
+def test_attention_has_nothing_to_choose_by_at_the_start():
+    sparse_first = sapp.phases.custom(10, [("sparse", 5), ("dense", 2), ("sparse", 3)])
+    with pytest.raises(ValueError, match=r"sparse \[0, 5\), but before training all attention weights are equal"):
+        sapp.sequential_attention(block=2, sparsity=0.5, phases=sparse_first)
+
+
+def test_kernels_of_zeros_are_refused_where_they_could_not_grow():
+    params = problems.network()
+    params["wide"]["kernel"] = jnp.zeros_like(params["wide"]["kernel"])
+    for sp in (
+        problems.sparsifier("powerpropagation"),
+        sapp.magnitude(block=2, sparsity=0.5, phases=sapp.phases.custom(4, [("sparse", 4)])),
+    ):
+        with pytest.raises(ValueError, match="all 624 weights of wide/kernel are zero"):
+            sp.init(params)
+    problems.sparsifier("acdc").init(params)  # begins dense
+
+
+@pytest.mark.parametrize("bad", [60.0, "60", True, 0])
+def test_lengths_that_are_no_whole_numbers_are_refused(bad):
+    with pytest.raises(ValueError, match=f"total_steps must be .*, got {bad!r}"):
+        sapp.phases.sequential_attention(bad)
+
+
+@pytest.mark.parametrize("name", problems.NAMES)
+def test_meshes_with_explicit_axes(name):
+    """What `jax.make_mesh` makes by default, kernels split over it: the same masks and weights as on one device."""
+    sp, step = problems.algorithm(name)
+    run = problems.start(sp, problems.network())
+    for i in range(12):
+        run = step(run, problems.batch(i))
+    mesh = jax.make_mesh((8,), ("model",))
+    assert set(mesh.axis_types) == {AxisType.Explicit}
+
+    def split(x):
+        axis = next((i for i, n in enumerate(x.shape) if n % 8 == 0 and x.ndim > 1), None)
+        return jax.device_put(
+            x, NamedSharding(mesh, PartitionSpec(*["model" if i == axis else None for i in range(x.ndim)]))
+        )
+
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(split, problems.network(seed=0))
+        tx = sapp.sparsify(sapp.reset_on(optax.sgd(0.1, 0.9)), sp)
+        state = tx.init(params)
+        updates, state = jax.jit(tx.update)(params, state, params)
+        chex.assert_trees_all_equal(
+            jax.tree.map(lambda x: jax.typeof(x).sharding.spec, updates),
+            jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params),
+        )
+        whole = sp.apply(state.trainable, state.prune)
+    one, one_state = problems.network(seed=0), None
+    one_state = tx.init(one)
+    updates, one_state = jax.jit(tx.update)(one, one_state, one)
+    chex.assert_trees_all_equal(jax.device_get(state.prune), jax.device_get(one_state.prune))
+    chex.assert_trees_all_close(
+        jax.device_get(whole), jax.device_get(sp.apply(one_state.trainable, one_state.prune)), atol=1e-6
+    )

@@ -1,10 +1,13 @@
 """Convolution by one matrix product, where XLA's own is slow."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from sa_plus_plus.sparse.convolution import output_size, patches
 
 _FEW = 4  # positions of the result
 
@@ -18,18 +21,10 @@ def convolution(
     positions, 512 channels), and a product with the patches side by side at 220. That is what a ResNet ends in on
     images of 64 x 64. A 1 x 1 convolution as a product is one and a half to three times as fast.
     """
-    height, width = kernel.shape[:2]
-    rows, columns = (
-        (n + sum(pads) - k) // stride + 1
-        for n, pads, k, stride in zip(x.shape[1:3], padding, (height, width), window_strides, strict=True)
-    )
-    if jax.default_backend() != "cpu" or (height * width > 1 and rows * columns > _FEW):
+    window = kernel.shape[:2]
+    height, width = (n + sum(pads) for n, pads in zip(x.shape[1:3], padding, strict=True))
+    few = window == (1, 1) or math.prod(output_size((height, width), window, window_strides)) <= _FEW
+    if jax.default_backend() != "cpu" or not few:
         return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    down, across = window_strides
-    patches = [
-        x[:, i : i + down * (rows - 1) + 1 : down, j : j + across * (columns - 1) + 1 : across]
-        for i in range(height)
-        for j in range(width)
-    ]
-    return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
+    return patches(x, window, window_strides) @ kernel.reshape(-1, kernel.shape[-1])

@@ -131,11 +131,11 @@ def _start(
 def _steps(session: _Session, state: TrainState, first: int) -> tuple[TrainState, int, float]:
     """The steps after the first `first`: the last state, the steps done, and when the first of these was done."""
     program, rows = session.program, session.rows
-    seed, total = seed_argument(session.seeds), program.setup.config.steps
+    total = program.setup.config.steps
     done, first_step_at = first, float("nan")
     batch = next_batch(program, session.streams) if first < total else None
     for done in range(first + 1, total + 1):
-        state, means = program.functions.step(seed, state, batch)
+        state, means = program.functions.step(state, batch)
         if done == first + 1:
             jax.block_until_ready(means)
             first_step_at = time.perf_counter()
@@ -175,7 +175,7 @@ def _measure(session: _Session, done: int, state: TrainState, means: dict[str, j
 
 
 def _tested(session: _Session, state: TrainState) -> dict[str, jax.Array]:
-    means = test_means(session.program, session.seeds, state)
+    means = test_means(session.program, state)
     return {f"test_{name}": x for name, x in means.items()}
 
 
@@ -226,7 +226,7 @@ def _outcomes(
 ) -> list[Outcome]:
     """The result of each seed."""
     program, rows = session.program, session.rows.all
-    networks = program.functions.finalize(seed_argument(session.seeds), state)
+    networks = program.functions.finalize(state)
     losses = np.array([*(row.values["train_loss"] for row in rows), test["test_loss"]])
     outcomes = []
     for n, seed in enumerate(session.seeds):

@@ -1,9 +1,7 @@
 """A run's parts, as its config describes them: everything checked, nothing compiled."""
 
-import functools
 import math
 import operator
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -39,7 +37,7 @@ class Setup(NamedTuple):
       task: what is trained.
       tx: the optimizer.
       schedule: learning rate against step.
-      sparsifier: `sparsifier(seed) -> Sparsifier`; the seed may be traced, and matters to `random` alone.
+      sparsifier: the algorithm.
       plan: what is pruned.
       table: the embedding table of which a step touches only the batch's rows; None for steps on all parameters.
     """
@@ -50,14 +48,14 @@ class Setup(NamedTuple):
     task: tasks.Task
     tx: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
-    sparsifier: Callable[..., sapp.Sparsifier]
+    sparsifier: sapp.Sparsifier
     plan: sapp.Plan
     table: tables.Table | None
 
     @property
     def phases(self) -> sapp.Phases:
         """The schedule."""
-        return self.sparsifier(self.config.seed).phases
+        return self.sparsifier.phases
 
 
 def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset: data.Dataset | None = None) -> Setup:
@@ -84,8 +82,8 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     given, config = config.copy_and_resolve_references(), _resolved(config, examples)
     tx, schedule = factories.optimizer(config.optimizer, config.steps)
     epoch = max(1, round(examples / config.batch_size))
-    sparsifier = functools.partial(factories.sparsifier, config.sparsifier, config.steps, epoch)
-    plan = sparsifier(config.seed).plan(jax.eval_shape(task.init, jax.random.key(0))[0])
+    sparsifier = factories.sparsifier(config.sparsifier, config.steps, epoch)
+    plan = sparsifier.plan(jax.eval_shape(task.init, jax.random.key(0))[0])
     return Setup(given, config, mesh, task, tx, schedule, sparsifier, plan, _table(config.optimizer.rows, task))
 
 

@@ -61,13 +61,45 @@ def block_sparse_conv(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     x = _padded(x, padding)
-    rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
+    rows, columns = output_size(x.shape[1:3], window, strides)
     if min(rows, columns) < 1 or not x.shape[0]:
         return jnp.zeros((x.shape[0], max(rows, 0), max(columns, 0), w.shape[3]), x.dtype)
     in_place = window != (1, 1) and w.shape[2] % w.layout.block[0] == 0
     if in_place and platform_choice in ("auto", "native"):
         return _in_place(x, w.blocks, bias, w.layout, strides, relu, implementation)
     return _by_patches(x, w, bias, strides, relu, implementation)
+
+
+def output_size(size: Sequence[int], window: Sequence[int], strides: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a convolution's result: `(n - k) // s + 1` each.
+
+    Args:
+      size: `(height, width)` of the image, padding included.
+      window: `(k_h, k_w)`.
+      strides: down and across.
+    """
+    (height, width), (k_h, k_w), (down, across) = size, window, strides
+    return (height - k_h) // down + 1, (width - k_w) // across + 1
+
+
+def patches(x: jax.Array, window: Sequence[int], strides: Sequence[int]) -> jax.Array:
+    """What each position of a convolution's result depends on: `patches(x, ...) @ kernel.reshape(-1, outputs)`.
+
+    Args:
+      x: `(batch, height, width, channels)`, padded already.
+      window: `(k_h, k_w)` of the kernel.
+      strides: down and across.
+
+    Returns:
+      `(batch, rows, columns, k_h * k_w * channels)`, with `rows` and `columns` from `output_size`.
+    """
+    (rows, columns), (down, across) = output_size(x.shape[1:3], window, strides), strides
+    shifted = [
+        x[:, i : i + down * (rows - 1) + 1 : down, j : j + across * (columns - 1) + 1 : across]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    return jnp.concatenate(shifted, -1) if len(shifted) > 1 else shifted[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -128,18 +160,17 @@ def _by_patches(
 ) -> jax.Array:
     """Products with patches of images that are padded already."""
     window = (w.shape[0], w.shape[1])
-    rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], window, strides, strict=True))
+    rows, columns = output_size(x.shape[1:3], window, strides)
 
-    def convolve(x: jax.Array, rows: int) -> jax.Array:
-        patches = _patches(x, window, strides, rows, columns)
-        return block_sparse_matmul(patches, w, bias=bias, relu=relu, implementation=implementation)
+    def convolve(x: jax.Array) -> jax.Array:
+        return block_sparse_matmul(patches(x, window, strides), w, bias=bias, relu=relu, implementation=implementation)
 
     if window == (1, 1):
-        return convolve(x, rows)
+        return convolve(x)
     images, high = _tile(x.shape[0], rows, columns * int(np.prod(w.shape[:3])) * x.dtype.itemsize)
     bands = -(-rows // high)
     if x.shape[0] == images and bands == 1:
-        return convolve(x, rows)
+        return convolve(x)
     # Bands of equal height: the last may reach below the image, into rows that are dropped.
     x = _padded(x, ((0, (bands * high - 1) * strides[0] + window[0] - x.shape[1]), (0, 0)))
     tall = (high - 1) * strides[0] + window[0]
@@ -147,7 +178,7 @@ def _by_patches(
     def tile(i: jax.Array) -> jax.Array:
         zero = jnp.zeros_like(i)
         start = (i // bands * images, i % bands * high * strides[0], zero, zero)
-        return convolve(lax.dynamic_slice(x, start, (images, tall, *x.shape[2:])), high)
+        return convolve(lax.dynamic_slice(x, start, (images, tall, *x.shape[2:])))
 
     y = lax.map(tile, jnp.arange(x.shape[0] // images * bands, dtype=jnp.int32))
     y = y.reshape(-1, bands, images, high, columns, w.shape[3]).swapaxes(1, 2)
@@ -161,17 +192,6 @@ def _tile(batch: int, rows: int, row_bytes: int) -> tuple[int, int]:
         return 1, -(-rows // bands)
     most = PATCH_BYTES // (rows * row_bytes)
     return max(n for n in range(1, min(batch, most) + 1) if batch % n == 0), rows
-
-
-def _patches(x: jax.Array, window: tuple[int, int], strides: tuple[int, int], rows: int, columns: int) -> jax.Array:
-    """`(batch, rows, columns, k_h * k_w * channels)`: what each position of the result depends on."""
-    (down, across), (height, width) = strides, window
-    shifted = [
-        x[:, i : i + down * (rows - 1) + 1 : down, j : j + across * (columns - 1) + 1 : across]
-        for i in range(height)
-        for j in range(width)
-    ]
-    return jnp.concatenate(shifted, -1) if len(shifted) > 1 else shifted[0]
 
 
 def _padded(x: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus.checks import occupied
 from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.convolution import block_sparse_conv
 from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul, chosen
-from sa_plus_plus.sparse.tracing import Call, Constant, Linear, Traced, Variable, trace
+from sa_plus_plus.sparse.tracing import Call, Constant, Layer, Linear, Traced, Variable, trace
 
 BLOCKS = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are looked for
 _INLINE = 1024  # numbers of a constant that are compiled into the program rather than handed to it
@@ -54,24 +55,28 @@ class Network:
     """
 
     def __init__(
-        self, traced: Traced, forms: Sequence[Any], choices: Sequence[Choice], implementation: Implementation | None
+        self,
+        traced: Traced[Call | Linear],
+        forms: Sequence[BlockSparse | None],
+        choices: Sequence[Choice],
+        implementation: Implementation | None,
     ):
-        self._traced = traced
+        # Without weights, so that a kernel is not kept in full beside its blocks.
+        steps = [_without_weights(step) for step in traced.steps]
+        self._program = Traced(traced.inputs, steps, traced.outputs, traced.input_tree, traced.tree)
         self.choices = tuple(choices)
         self.weights = [_needs(step, form) for step, form in zip(traced.steps, forms, strict=True)]
-        for step in traced.steps:
-            _forget(step)
-        self.fn = functools.partial(_run, traced, implementation)
+        self.fn = functools.partial(_run, self._program, implementation)
         # Flat, so that a call does not take the weights' tree apart again.
         self._arrays, structure = jax.tree.flatten(self.weights)
         self._jitted = jax.jit(lambda arrays, *inputs: self.fn(jax.tree.unflatten(structure, arrays), *inputs))
 
     def __call__(self, *inputs: Any) -> Any:
         leaves, tree = jax.tree.flatten(inputs)
-        if tree != self._traced.input_tree:
-            raise ValueError(f"this network was made for arguments like {self._traced.input_tree}, got {tree}")
+        if tree != self._program.input_tree:
+            raise ValueError(f"this network was made for arguments like {self._program.input_tree}, got {tree}")
         got = [(x.shape, x.dtype) if isinstance(x, jax.Array) else _shape_and_type(x) for x in leaves]
-        want = [(v.shape, v.dtype) for v in self._traced.inputs]
+        want = [(v.shape, v.dtype) for v in self._program.inputs]
         if got != want:
             raise ValueError(
                 f"this network was made for {_shapes(want)}, got {_shapes(got)}: make another for these, "
@@ -145,16 +150,16 @@ def _decide(
     measured: dict[Any, tuple[float, float]],
 ) -> tuple[BlockSparse | None, Choice]:
     """The sparse form of a layer's kernel if it is to run by that, and the reasons."""
-    kernel = np.asarray(step.kernel)
-    block, density = _pruned_in(kernel, sides) if _can_be_sparse(step) else (None, 1.0)
-    rows = int(np.prod(step.output.shape[:-1]))
-    about = (_described(step), kernel.shape, rows, block, density)
+    kernel, layer = np.asarray(step.kernel), step.layer
+    block, density = _pruned_in(kernel, sides) if _can_be_sparse(layer) else (None, 1.0)
+    rows = int(np.prod(layer.output.shape[:-1]))
+    about = (_described(layer), kernel.shape, rows, block, density)
     if block is None or choose == "none":
         return None, Choice(*about, float("nan"), float("nan"), False)
     w = BlockSparse.fromdense(kernel, block)
     if choose == "all":
         return w, Choice(*about, float("nan"), float("nan"), True)
-    key = (*about[:4], round(density, 2), step.x.shape, step.relu)
+    key = (*about[:4], round(density, 2), layer.x.shape, layer.relu)
     if key not in measured:
         measured[key] = _measure(step, w, implementation)
     dense, sparse = measured[key]
@@ -164,49 +169,48 @@ def _decide(
 def _pruned_in(kernel: np.ndarray, sides: list[blk.Block]) -> tuple[blk.Block | None, float]:
     """The largest block of which about as few are not zero as of any other, and their share; None if none is zero."""
     rows, cols = blk.matrix_shape(kernel.shape)
-    occupied = kernel.reshape(rows, cols) != 0
+    nonzero = kernel != 0
     shares = {}
     for b_r, b_c in sides:
-        if b_r <= rows and b_c <= cols:
-            down = np.logical_or.reduceat(occupied, np.arange(0, rows, b_r), axis=0)
-            shares[b_r, b_c] = float(np.logical_or.reduceat(down, np.arange(0, cols, b_c), axis=1).mean())
+        if b_r <= rows or b_c <= cols:  # else it is the whole kernel
+            shares[b_r, b_c] = float(occupied(nonzero, (b_r, b_c)).mean())
     least = min(shares.values(), default=1.0)
     if least == 1:
         return None, 1.0
     return next((block, share) for block, share in shares.items() if share <= 1.1 * least)
 
 
-def _can_be_sparse(step: Linear) -> bool:
-    kernel = step.original
-    if not step.x.dtype == kernel.dtype == step.output.dtype or not 2 <= kernel.ndim <= 5 or not kernel.size:
+def _can_be_sparse(layer: Layer) -> bool:
+    kernel = layer.kernel
+    if not layer.x.dtype == kernel.dtype == layer.output.dtype or not 2 <= kernel.ndim <= 5 or not kernel.size:
         return False
-    if not step.is_convolution:
+    if not layer.is_convolution:
         return True
-    options = step.call.options
+    options = layer.call.options
     numbers, plain = options["dimension_numbers"], (1, 1)
     order = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
     dilated = (options["lhs_dilation"], options["rhs_dilation"]) != (plain, plain)
     return order and not dilated and options["feature_group_count"] == 1
 
 
-def _sparse(step: Linear, x: Any, w: BlockSparse, bias: Any, implementation: Implementation | None) -> Any:
-    if step.is_convolution:
-        strides, padding = step.call.options["window_strides"], step.call.options["padding"]
+def _sparse(layer: Layer, x: Any, w: BlockSparse, bias: Any, implementation: Implementation | None) -> Any:
+    if layer.is_convolution:
+        strides, padding = layer.call.options["window_strides"], layer.call.options["padding"]
         return block_sparse_conv(
-            x, w, strides=strides, padding=padding, bias=bias, relu=step.relu, implementation=implementation
+            x, w, strides=strides, padding=padding, bias=bias, relu=layer.relu, implementation=implementation
         )
     lead = x.shape[: x.ndim - w.ndim + 1]
     x = x.reshape(*lead, blk.matrix_shape(w.shape)[0])
-    return block_sparse_matmul(x, w, bias=bias, relu=step.relu, implementation=implementation)
+    return block_sparse_matmul(x, w, bias=bias, relu=layer.relu, implementation=implementation)
 
 
 def _measure(step: Linear, w: BlockSparse, implementation: Implementation | None) -> tuple[float, float]:
     """Seconds of the layer in full and by its blocks, measured in turn."""
-    x = jax.random.normal(jax.random.key(0), step.x.shape).astype(step.x.dtype)
-    bias = _bias(step)
+    layer, bias = step.layer, step.bias
+    x = jax.random.normal(jax.random.key(0), layer.x.shape).astype(layer.x.dtype)
     calls = [
-        functools.partial(jax.jit(step.dense), x, step.kernel, bias),
-        functools.partial(jax.jit(lambda x, w, bias: _sparse(step, x, w, bias, implementation)), x, w, bias),
+        functools.partial(jax.jit(layer.dense), x, step.kernel, bias),
+        functools.partial(jax.jit(lambda x, w, bias: _sparse(layer, x, w, bias, implementation)), x, w, bias),
     ]
     seconds: list[list[float]] = [[], []]
     repeats = [1, 1]
@@ -230,9 +234,16 @@ def _timed(call: Callable[[], Any], repeats: int) -> float:
 def _needs(step: Call | Linear, form: BlockSparse | None) -> Any:
     """The arrays that a step takes besides its variables."""
     if isinstance(step, Linear):
-        return (step.kernel if form is None else form, _bias(step))
-    full = [value.full for value in step.inputs if isinstance(value, Constant) and not _small(value)]
-    return full
+        return (step.kernel if form is None else form, step.bias)
+    return [value.full for value in step.inputs if isinstance(value, Constant) and not _small(value)]
+
+
+def _without_weights(step: Call | Linear) -> Call | Layer:
+    """What is to be done with the arrays of `_needs`."""
+    if isinstance(step, Linear):
+        return step.layer
+    values = (v if isinstance(v, Variable) or _small(v) else Constant(None, v.shape) for v in step.inputs)
+    return step._replace(inputs=tuple(values))
 
 
 def _shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
@@ -240,32 +251,21 @@ def _shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
     return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
 
 
-def _bias(step: Linear) -> jax.Array | None:
-    return None if step.bias is None else jnp.asarray(step.bias, step.original.dtype)
-
-
-def _forget(step: Call | Linear) -> None:
-    """Let go of a kernel that the network has in another form."""
-    if isinstance(step, Linear):
-        step.original = jax.ShapeDtypeStruct(step.original.shape, step.original.dtype)
-        step.scale = step.bias = None
-
-
 def _small(constant: Constant) -> bool:
     return int(np.prod(constant.shape)) <= _INLINE
 
 
-def _run(traced: Traced, implementation: Implementation | None, weights: Sequence[Any], *inputs: Any) -> Any:
-    values: dict[Variable, Any] = dict(zip(traced.inputs, jax.tree.leaves(inputs), strict=True))
-    for step, given in zip(traced.steps, weights, strict=True):
-        if isinstance(step, Linear):
+def _run(
+    program: Traced[Call | Layer], implementation: Implementation | None, weights: Sequence[Any], *inputs: Any
+) -> Any:
+    values: dict[Variable, Any] = dict(zip(program.inputs, jax.tree.leaves(inputs), strict=True))
+    for step, given in zip(program.steps, weights, strict=True):
+        if isinstance(step, Layer):
             kernel, bias = given
-            run = (
-                functools.partial(_sparse, implementation=implementation)
-                if isinstance(kernel, BlockSparse)
-                else Linear.dense
-            )
-            values[step.output] = run(step, values[step.x], kernel, bias)
+            if isinstance(kernel, BlockSparse):
+                values[step.output] = _sparse(step, values[step.x], kernel, bias, implementation)
+            else:
+                values[step.output] = step.dense(values[step.x], kernel, bias)
         else:
             rest = iter(given)
             arguments = [
@@ -273,15 +273,15 @@ def _run(traced: Traced, implementation: Implementation | None, weights: Sequenc
                 for v in step.inputs
             ]
             values |= dict(zip(step.outputs, step.run(*arguments), strict=True))
-    results = [values[v] if isinstance(v, Variable) else v.full for v in traced.outputs]
-    return jax.tree.unflatten(traced.tree, results)
+    results = [values[v] if isinstance(v, Variable) else v.full for v in program.outputs]
+    return jax.tree.unflatten(program.tree, results)
 
 
-def _described(step: Linear) -> str:
-    if not step.is_convolution:
+def _described(layer: Layer) -> str:
+    if not layer.is_convolution:
         return "dense"
-    options = step.call.options
-    window = "×".join(str(n) for n in step.original.shape[:-2])
+    options = layer.call.options
+    window = "×".join(str(n) for n in layer.kernel.shape[:-2])
     strides = "×".join(map(str, options["window_strides"]))
     return f"convolution {window}" + (f", strides {strides}" if set(options["window_strides"]) != {1} else "")
 

@@ -2,29 +2,26 @@
 
 import hashlib
 import json
-import math
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus.checks import unpruned
 from sa_plus_plus.files import write_atomically
-from sa_plus_plus.planning import Plan, path_string
-from sa_plus_plus.sparse.array import BlockSparse, Layout
+from sa_plus_plus.planning import LeafPlan, Plan, map_layers, path_string
+from sa_plus_plus.sparse.array import BlockSparse
+from sa_plus_plus.sparse.packing import PARTS, STORABLE, STORAGE, as_jax, narrowed, packed, unpacked
 
 FORMAT = "block-sparse 1"
-STORAGE = ("exact", "bfloat16", "int8")
-STORABLE = (  # dtypes that come back from a safetensors file as they were
-    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "bfloat16", "float32", "float64", "complex64"),
-)
+ESCAPED = "block-sparse 2"  # the same with keys escaped; written only where a key has `~` or `/`
+_NAMED = 3  # layers in a warning
 _KEY = "sa_plus_plus"  # of the JSON text in the file's metadata
-_PARTS = ("blocks", "index", "scales")  # what a kernel's tensors are called after its path and a colon
 
 
 class Saved(NamedTuple):
@@ -33,7 +30,8 @@ class Saved(NamedTuple):
     Attributes:
       bytes: size of the file.
       dense_bytes: of the same arrays in full.
-      errors: of each block-sparse kernel by path: the Frobenius norm of what storage changed, relative to the kernel's.
+      errors: of each block-sparse kernel by its path in the file: the Frobenius norm of what storage changed, relative
+        to the kernel's.
     """
 
     bytes: int
@@ -45,7 +43,8 @@ def export(params: Any, plan: Plan) -> Any:
     """The same tree with each pruned kernel as a `BlockSparse` of its blocks that are not zero.
 
     Exact, but that a block of nothing but `-0.0` is not kept and comes back as `0.0`, and that JAX makes a float64
-    kernel float32 unless `jax_enable_x64` is set.
+    kernel float32 unless `jax_enable_x64` is set. Warns where a layer keeps more blocks than planned: `check_pruned`
+    refuses such a network.
 
     Args:
       params: what `Sparsifier.finalize`, or the loop around `sparsify`, ended with.
@@ -53,19 +52,20 @@ def export(params: Any, plan: Plan) -> Any:
 
     Raises:
       ValueError: if a layer of the plan is missing from the tree or has another shape.
+      TypeError: under `jax.jit`, where weights have no values to look at.
     """
-    layers = plan.pruned
-    shapes = {path_string(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    for path, layer in layers.items():
-        if shapes.get(path) != layer.shape:
-            found = f"has the shape {shapes[path]}" if path in shapes else "is not there"
-            raise ValueError(f"the plan has a kernel {path} of shape {layer.shape}, which {found} in this tree")
+    if sentences := unpruned(params, plan):
+        more = f" (and {len(sentences) - _NAMED} more)" if len(sentences) > _NAMED else ""
+        warnings.warn(
+            f"{len(sentences)} of {len(plan.pruned)} layers keep more blocks than planned; was the schedule finished, "
+            f"and are these the parameters that `finalize` returned? {'; '.join(sentences[:_NAMED])}{more}",
+            stacklevel=2,
+        )
 
-    def one(path: tuple[Any, ...], leaf: Any) -> Any:
-        layer = layers.get(path_string(path))
+    def one(layer: LeafPlan | None, leaf: Any) -> Any:
         return leaf if layer is None else BlockSparse.fromdense(leaf, layer.block)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return map_layers(one, params, plan.pruned)
 
 
 def todense(tree: Any) -> Any:
@@ -83,8 +83,9 @@ def save(
     what to multiply each block by. All other leaves are stored as they are. The metadata says in JSON what each kernel
     is and gives a SHA-256 of each tensor.
 
-    A leaf's path is its keys with slashes between them, so no key may have a slash itself: `{"a/b": x}` would come back
-    as `{"a": {"b": x}}`. Keys that are not text come back as text.
+    A leaf's path is its keys with slashes between them, `~` and `/` within a key written `~0` and `~1` as in a JSON
+    Pointer (RFC 6901): Haiku's `{"mlp/~/linear_0": {"w": x}}` has the path `mlp~1~0~1linear_0/w` and comes back as it
+    was. Keys that are not text come back as text.
 
     Args:
       path: of the file.
@@ -94,9 +95,9 @@ def save(
       metadata: what else to keep in the file.
 
     Raises:
-      ValueError: for an unknown storage; a key with a slash, two leaves of the same path, or a leaf with the name of a
-        kernel's tensor; a dtype that such files cannot hold; or weights that are not finite, or would not be, or whose
-        scale would be zero, in `bfloat16` or `int8`.
+      ValueError: for an unknown storage; two leaves of the same path, or a leaf with the name of a kernel's tensor; a
+        dtype that such files cannot hold; or weights that are not finite, or would not be, or whose scale would be
+        zero, in `bfloat16` or `int8`.
     """
     if storage not in STORAGE:
         raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
@@ -104,7 +105,7 @@ def save(
     kernels, errors, dense_bytes = {}, {}, 0
     for name, leaf in _named(tree).items():
         if _is_sparse(leaf):
-            parts, errors[name] = _packed(leaf, storage, name)
+            parts, errors[name] = packed(leaf, storage, name)
             tensors |= {f"{name}:{part}": values for part, values in parts.items()}
             kernels[name] = {
                 "shape": leaf.shape,
@@ -120,7 +121,7 @@ def save(
             tensors[name] = values.astype(values.dtype.newbyteorder("="), copy=False)  # as it will be read
             dense_bytes += tensors[name].nbytes
     about = {
-        "format": FORMAT,
+        "format": ESCAPED if any("~" in name for name in tensors) else FORMAT,
         "kernels": kernels,
         "sha256": {name: _digest(tensor) for name, tensor in tensors.items()},
     }
@@ -132,7 +133,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str], like: Any = None) -> Any:
-    """Read what `save` wrote: nested dicts by the parts of each path, or the structure of `like`.
+    """Read what `save` wrote: nested dicts by the keys of each path, or the structure of `like`.
 
     Block-sparse kernels come in the dtype they were saved from. Every tensor's checksum is verified and every index
     checked before anything is returned. Leaves are JAX arrays, but for those whose dtype JAX would narrow, such as
@@ -150,20 +151,22 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     leaves: dict[str, Any] = {}
     for name, kernel in about["kernels"].items():
         try:
-            wanted = _PARTS if kernel["storage"] == "int8" else _PARTS[:2]
+            wanted = PARTS if kernel["storage"] == "int8" else PARTS[:2]
             parts = {part: tensors.pop(f"{name}:{part}") for part in wanted if f"{name}:{part}" in tensors}
-            leaves[name] = _unpacked(kernel, parts)
+            leaves[name] = unpacked(kernel, parts)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"{path}: kernel {name!r} is damaged: {error}") from error
     if twice := sorted(leaves.keys() & tensors.keys()):
         raise ValueError(f"{path} is damaged: {twice[0]!r} is both a kernel and a tensor")
-    leaves |= {name: _as_jax(tensor) for name, tensor in tensors.items()}
+    leaves |= {name: as_jax(tensor) for name, tensor in tensors.items()}
+    if about["format"] == FORMAT:  # its names are not escaped, so that a tilde stands for itself
+        leaves = {name.replace("~", "~0"): leaf for name, leaf in leaves.items()}
     if like is None:
         try:
             return _nested(leaves)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    paths = [path_string(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(like, is_leaf=_is_sparse)]
+    paths = [_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(like, is_leaf=_is_sparse)]
     if set(paths) != set(leaves):
         different = sorted(set(paths) ^ set(leaves))
         raise ValueError(f"{path} and the tree to load it into differ in {', '.join(different)}")
@@ -175,23 +178,33 @@ def _is_sparse(x: Any) -> bool:
     return isinstance(x, BlockSparse)
 
 
+def _name(path: tuple[Any, ...]) -> str:
+    """A leaf's path, its keys escaped."""
+    return path_string(tuple(map(_escaped, path)))
+
+
+def _escaped(key: Any) -> Any:
+    if not isinstance(key, jax.tree_util.DictKey):
+        return key
+    return jax.tree_util.DictKey(str(key.key).replace("~", "~0").replace("/", "~1"))
+
+
+def _unescaped(key: str) -> str:
+    return key.replace("~1", "/").replace("~0", "~")
+
+
 def _named(tree: Any) -> dict[str, Any]:
     """The leaves by path, every one of which can be stored and told from all others."""
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_sparse):
-        name = path_string(keys)
-        for key in keys:
-            if isinstance(key, jax.tree_util.DictKey) and "/" in str(key.key):
-                raise ValueError(
-                    f"the key {key.key!r} has a slash, which stands between keys: rename it, or nest dicts"
-                )
+        name = _name(keys)
         if name in leaves:
             raise ValueError(f"two leaves have the path {name!r}: rename one of their keys")
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if dtype.name not in STORABLE:
             raise ValueError(f"leaf {name!r} is {dtype}, which cannot be stored: make it one of {', '.join(STORABLE)}")
         leaves[name] = leaf
-    reserved = {f"{name}:{part}": name for name, leaf in leaves.items() if _is_sparse(leaf) for part in _PARTS}
+    reserved = {f"{name}:{part}": name for name, leaf in leaves.items() if _is_sparse(leaf) for part in PARTS}
     reserved["__metadata__"] = "the file's metadata"  # of the safetensors format
     for name in leaves:
         if name in reserved:
@@ -199,117 +212,13 @@ def _named(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def _narrowed(dtype: np.dtype) -> bool:
-    """Whether JAX would hold values of this dtype in a narrower one."""
-    return jax.dtypes.canonicalize_dtype(dtype) != dtype
-
-
-def _as_jax(array: np.ndarray) -> Any:
-    return array if _narrowed(array.dtype) else jnp.asarray(array)
-
-
 def _in_full(w: BlockSparse) -> Any:
     """As `BlockSparse.todense`, by NumPy where JAX would narrow the weights."""
-    if not _narrowed(w.dtype):
+    if not narrowed(w.dtype):
         return w.todense()
     tiles: Any = np.zeros((*w.layout.grid, *w.layout.block), w.dtype)
     tiles[w.layout.indices, w.layout.columns] = w.blocks
     return blk.from_blocks(tiles.swapaxes(1, 2), w.shape)
-
-
-def _check_size(shape: tuple[int, ...], block: blk.Block, kept: int, weights: int) -> None:
-    """Refuse kernels that would take far more memory than their weights: a small file could ask for any amount.
-
-    The same for writing and reading, so that whatever was saved can be loaded.
-    """
-    grid_r, grid_c = blk.grid_shape(shape, block)
-    if math.prod(shape) > 2**40 or grid_r * grid_c >= 2**31 or grid_c > 2**24:
-        raise ValueError(
-            f"its shape {shape} in blocks of {block} is too large: at most 2**40 weights, 2**31 - 1 blocks and "
-            "2**24 blocks across can be stored"
-        )
-    if max(kept, 1) * math.prod(block) > 2**24 + 64 * weights:
-        raise ValueError(f"its {kept} blocks of {block} are nearly all padding around {weights} weights: use smaller")
-
-
-def _packed(w: BlockSparse, storage: str, name: str) -> tuple[dict[str, np.ndarray], float]:
-    """The tensors that hold a kernel, and what rounding costs."""
-    blocks, layout = np.asarray(w.blocks), w.layout
-    try:
-        _check_size(layout.shape, layout.block, layout.nse, int(layout.real.sum()))
-    except ValueError as error:
-        raise ValueError(f"kernel {name!r} cannot be stored: {error}") from error
-    parts = {"index": layout.columns * np.int32(layout.grid[0]) + layout.indices}
-    if storage == "exact":
-        return parts | {"blocks": blocks[layout.real]}, 0.0
-    instead = 'use storage="exact"'
-    if not jnp.issubdtype(blocks.dtype, jnp.floating):
-        raise ValueError(f"kernel {name!r} is {blocks.dtype}, and {storage} is for floating types: {instead}")
-    wide = blocks.astype(np.float64)
-    if not np.isfinite(wide).all():
-        raise ValueError(f"kernel {name!r} has weights that are not finite, which {storage} cannot hold: {instead}")
-    scales = None
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # looked for below
-        if storage == "bfloat16":
-            rounded = blocks.astype(jnp.bfloat16)
-        else:
-            largest = np.abs(wide).max((1, 2), initial=0)
-            scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-            if not scales.all():
-                small = largest[scales == 0].max()
-                raise ValueError(
-                    f"kernel {name!r} has a block of weights up to {small:.0e}, too small for {storage}: {instead}"
-                )
-            rounded = np.rint(wide / scales[:, None, None]).clip(-127, 127).astype(np.int8)
-            parts |= {"scales": scales}
-        back = _widened(rounded, scales, blocks.dtype).astype(np.float64)
-    top = np.abs(wide).max(initial=0)
-    if not np.isfinite(back).all():
-        raise ValueError(f"kernel {name!r} has weights up to {top:.0e}, too large for {storage}: {instead}")
-    parts |= {"blocks": rounded[layout.real]}
-    # Both relative to the largest weight: squares of the weights themselves may leave the range of float64.
-    return parts, float(np.linalg.norm((back - wide) / top) / np.linalg.norm(wide / top)) if top else 0.0
-
-
-def _widened(blocks: np.ndarray, scales: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
-    """Blocks as stored, in the kernel's own dtype."""
-    return (blocks if scales is None else blocks * scales[:, None, None]).astype(dtype)
-
-
-def _unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> BlockSparse:
-    """The kernel that `_packed` took apart; whatever does not fit raises."""
-    for part in _PARTS[:2]:
-        if part not in parts:
-            raise ValueError(f"it has no tensor for its {part}")
-    blocks, index, scales = parts["blocks"], parts["index"], parts.get("scales")
-    shape, block, storage, dtype = about["shape"], blk.as_block(about["block"]), about["storage"], about["dtype"]
-    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise ValueError(f"its shape is {shape!r}, not a list of positive integers")
-    shape = tuple(shape)
-    if storage not in STORAGE:
-        raise ValueError(f"its storage is {storage!r}; this version reads {', '.join(STORAGE)}")
-    if dtype not in STORABLE:
-        raise ValueError(f"its dtype is {dtype!r}; this version reads {', '.join(STORABLE)}")
-    if index.ndim != 1 or index.dtype != np.int32:
-        raise ValueError(f"its index is {index.dtype} of shape {index.shape}, not a list of int32")
-    _check_size(shape, block, index.size, blocks.size)  # before anything is allocated for it
-    grid_r, grid_c = blk.grid_shape(shape, block)
-    columns, rows = np.divmod(index, grid_r)
-    if index.size and not 0 <= index.min() <= index.max() < grid_r * grid_c:
-        raise ValueError(f"its index runs from {index.min()} to {index.max()}, beyond a grid of {grid_r}×{grid_c}")
-    if (np.diff(index) <= 0).any():
-        raise ValueError("its index does not rise")
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=grid_c))])
-    layout = Layout(shape, block, rows, indptr)
-    if blocks.shape != (layout.real.sum(),):
-        raise ValueError(f"it has {blocks.size} weights where its {layout.nse} blocks take {layout.real.sum()}")
-    if storage == "int8" and (scales is None or scales.shape != (layout.nse,) or scales.dtype != np.float32):
-        raise ValueError("it has no scale for each of its blocks")
-    if blocks.dtype.name != (dtype if storage == "exact" else storage):
-        raise ValueError(f"its blocks are {blocks.dtype}, though it is {dtype} in storage {storage!r}")
-    full = np.zeros(layout.real.shape, blocks.dtype)
-    full[layout.real] = blocks
-    return BlockSparse(_as_jax(_widened(full, scales, jnp.dtype(dtype))), layout)
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -336,8 +245,8 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata is not JSON: {error}") from error
     if not isinstance(about, dict) or "format" not in about:
         raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata names no format")
-    if about["format"] != FORMAT:
-        raise ValueError(f"{path} has the format {about['format']!r}; this version reads {FORMAT!r}")
+    if about["format"] not in (FORMAT, ESCAPED):
+        raise ValueError(f"{path} has the format {about['format']!r}; this version reads {FORMAT!r} and {ESCAPED!r}")
     for part in ("kernels", "sha256"):
         if not isinstance(about.get(part), dict):
             raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata has no mapping {part!r}")
@@ -356,7 +265,7 @@ def _digest(tensor: np.ndarray) -> str:
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        *parents, last = name.split("/")
+        *parents, last = map(_unescaped, name.split("/"))
         branch = tree
         for key in parents:
             branch = branch.setdefault(key, {})

@@ -4,9 +4,8 @@ A function of its inputs is traced; whatever depends on weights alone is compute
 output channel, such as those of batch normalisation at inference, are folded into the kernel and bias before them.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -50,48 +49,35 @@ class Constant(NamedTuple):
 Value = Variable | Constant
 
 
-@dataclasses.dataclass
-class Call:
+class Call(NamedTuple):
     """Any operation as JAX traced it."""
 
     primitive: Any
     options: dict[str, Any]
-    inputs: list[Value]
-    outputs: list[Variable]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Variable, ...]
 
     def run(self, *inputs: Any) -> Any:
         results = self.primitive.bind(*inputs, **self.primitive.get_bind_params(self.options))
         return results if self.primitive.multiple_results else [results]
 
 
-@dataclasses.dataclass
-class Linear:
-    """A product with a kernel whose output channels come last: `relu?(x @ (scale * kernel) + bias)`.
+class Layer(NamedTuple):
+    """A product with a kernel whose output channels come last, without its weights: `relu?(x @ kernel + bias)`.
 
     Attributes:
       call: the dense layer or convolution, as JAX traced it, of `x` and a kernel.
       x: what is multiplied.
-      original: the kernel as it was; its last axis are the output channels.
-      scale: `(channels,)` float64, or None: what to multiply it by.
-      bias: `(channels,)` float64, or None.
+      kernel: shape and dtype of the kernel; its last axis are the output channels.
       relu: whether `max(., 0)` follows.
       output: the result, after all of them.
     """
 
     call: Call
     x: Variable
-    original: Any
-    scale: np.ndarray | None
-    bias: np.ndarray | None
+    kernel: jax.ShapeDtypeStruct
     relu: bool
     output: Variable
-
-    @property
-    def kernel(self) -> Any:
-        """The kernel, scaled, in its type."""
-        if self.scale is None:
-            return self.original
-        return jnp.asarray((np.asarray(self.original, np.float64) * self.scale).astype(self.original.dtype))
 
     @property
     def is_convolution(self) -> bool:
@@ -105,7 +91,38 @@ class Linear:
         return jax.nn.relu(y) if self.relu else y
 
 
-class Traced(NamedTuple):
+class Linear(NamedTuple):
+    """A layer with its weights: `relu?(x @ (scale * original) + shift)`.
+
+    Attributes:
+      layer: what it does.
+      original: the kernel as it was.
+      scale: `(channels,)` float64, or None: what to multiply it by.
+      shift: `(channels,)` float64, or None.
+    """
+
+    layer: Layer
+    original: Any
+    scale: np.ndarray | None = None
+    shift: np.ndarray | None = None
+
+    @property
+    def kernel(self) -> Any:
+        """The kernel, scaled, in its type."""
+        if self.scale is None:
+            return self.original
+        return jnp.asarray((np.asarray(self.original, np.float64) * self.scale).astype(self.original.dtype))
+
+    @property
+    def bias(self) -> jax.Array | None:
+        """The shift in the kernel's type."""
+        return None if self.shift is None else jnp.asarray(self.shift, self.original.dtype)
+
+
+Step = TypeVar("Step")
+
+
+class Traced(NamedTuple, Generic[Step]):
     """A traced network.
 
     Attributes:
@@ -116,14 +133,14 @@ class Traced(NamedTuple):
       tree: that of its result.
     """
 
-    inputs: list[Variable]
-    steps: list[Call | Linear]
-    outputs: list[Value]
+    inputs: Sequence[Variable]
+    steps: Sequence[Step]
+    outputs: Sequence[Value]
     input_tree: Any
     tree: Any
 
 
-def trace(fn: Callable[..., Any], *examples: Any) -> Traced:
+def trace(fn: Callable[..., Any], *examples: Any) -> Traced[Call | Linear]:
     """Trace a network on arguments of given shapes; its weights are what it closes over.
 
     Custom derivatives are not kept: what is traced is for inference.
@@ -173,12 +190,11 @@ class _Recorder:
 
     def apply(self, eqn: Any, values: list[Value]) -> Sequence[Value]:
         constants = [value for value in values if isinstance(value, Constant)]
-        call = Call(eqn.primitive, eqn.params, values, [])
         if len(constants) == len(values) and not eqn.effects:
-            return _computed(call, constants, eqn.outvars)
-        call.outputs = [self.variable(v.aval) for v in eqn.outvars]
-        self.calls.append(call)
-        return call.outputs
+            return _computed(Call(eqn.primitive, eqn.params, tuple(values), ()), constants, eqn.outvars)
+        outputs = tuple(self.variable(v.aval) for v in eqn.outvars)
+        self.calls.append(Call(eqn.primitive, eqn.params, tuple(values), outputs))
+        return outputs
 
 
 def _inner(eqn: Any) -> Any:
@@ -216,17 +232,24 @@ def _folded(calls: list[Call], outputs: list[Value]) -> list[Call | Linear]:
         if isinstance(value, Variable):
             uses[value] = uses.get(value, 0) + 1
     steps: list[Call | Linear] = []
-    open_ends: dict[Value, Linear] = {}  # products of which nobody else has seen the result
+    open_ends: dict[Value, tuple[int, Linear]] = {}  # by result: products, and where in `steps`, that nobody else sees
     for call in calls:
         if linear := _linear(call):
+            open_ends[linear.layer.output] = len(steps), linear
             steps.append(linear)
-            open_ends[linear.output] = linear
             continue
         at = next((i for i, v in enumerate(call.inputs) if isinstance(v, Variable) and v in open_ends), None)
-        if at is None or uses[call.inputs[at]] > 1 or not _fold(open_ends[call.inputs[at]], call, at):
+        if at is None or uses[call.inputs[at]] > 1:
             steps.append(call)
-        elif not (linear := open_ends[call.inputs[at]]).relu:
-            open_ends[linear.output] = linear
+            continue
+        place, linear = open_ends[call.inputs[at]]
+        folded = _folded_into(linear, call, at)
+        if folded is None:
+            steps.append(call)
+            continue
+        steps[place] = folded
+        if not folded.layer.relu:
+            open_ends[folded.layer.output] = place, folded
     return steps
 
 
@@ -254,50 +277,50 @@ def _linear(call: Call) -> Linear | None:
     (output,) = call.outputs
     if not jnp.issubdtype(kernel.value.dtype, jnp.floating) or not jnp.issubdtype(output.dtype, jnp.floating):
         return None
-    return Linear(Call(call.primitive, options, [x], [output]), x, kernel.full, None, None, False, output)
+    shape = jax.ShapeDtypeStruct(kernel.shape, kernel.value.dtype)
+    return Linear(Layer(call._replace(inputs=(x,)), x, shape, False, output), kernel.full)
 
 
-def _fold(linear: Linear, call: Call, at: int) -> bool:
-    """Take an operation on a product's result into it, if that changes no more than the rounding of its last digit.
+def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:
+    """A product together with an operation on its result, if that changes no more than the rounding of its last digit.
 
     So nothing is folded across a change of type, where a network may mean to round, nor into types of few digits.
     """
     if len(call.outputs) != 1 or len(call.inputs) != 2:
-        return False
+        return None
     (output,), (other,) = call.outputs, call.inputs[:at] + call.inputs[at + 1 :]
-    if (output.shape, output.dtype) != (linear.output.shape, linear.output.dtype) or isinstance(other, Variable):
-        return False
+    layer = linear.layer
+    if (output.shape, output.dtype) != (layer.output.shape, layer.output.dtype) or isinstance(other, Variable):
+        return None
     value = np.asarray(other.value)
     if call.primitive.name == "max" and value.size == 1 and not value.any():
-        linear.relu, linear.output = True, output
-        return True
+        return linear._replace(layer=layer._replace(relu=True, output=output))
     if value.size != (value.shape or (1,))[-1]:  # it varies along another axis than the channels
-        return False
-    if output.dtype not in (np.float32, np.float64) or linear.original.dtype != output.dtype:
-        return False
+        return None
+    if output.dtype not in (np.float32, np.float64) or layer.kernel.dtype != output.dtype:
+        return None
     return _affine(linear, call.primitive.name, at, value, output)
 
 
-def _affine(linear: Linear, name: str, at: int, value: np.ndarray, output: Variable) -> bool:
+def _affine(linear: Linear, name: str, at: int, value: np.ndarray, output: Variable) -> Linear | None:
     """`y + c`, `y - c`, `c - y`, `y * c` or `y / c`, with a `c` for each channel or for all."""
     c = np.broadcast_to(value.reshape(-1).astype(np.float64), output.shape[-1:])
-    scale, bias = linear.scale, linear.bias
+    scale, shift = linear.scale, linear.shift
     if name in ("add", "add_any", "sub"):
         by = -1 if name == "sub" and at == 1 else 1  # c - y
-        bias = (0 if bias is None else by * bias) + (-c if name == "sub" and at == 0 else c)
+        shift = (0 if shift is None else by * shift) + (-c if name == "sub" and at == 0 else c)
         if by == -1:
             scale = -(np.ones_like(c) if scale is None else scale)
     elif name == "mul" or (name == "div" and at == 0):
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             factor = c if name == "mul" else 1 / c
             scale = factor if scale is None else scale * factor
-            bias = None if bias is None else bias * factor
+            shift = None if shift is None else shift * factor
     else:
-        return False
-    if not _holds(linear.original, scale) or not _holds(np.ones(1, output.dtype), bias):
-        return False
-    linear.scale, linear.bias, linear.output = scale, bias, output
-    return True
+        return None
+    if not _holds(linear.original, scale) or not _holds(np.ones(1, output.dtype), shift):
+        return None
+    return Linear(linear.layer._replace(output=output), linear.original, scale, shift)
 
 
 def _holds(original: Any, factor: np.ndarray | None) -> bool:

@@ -1,0 +1,91 @@
+"""Whether a network is as sparse as was planned."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.planning import Plan, path_string
+
+
+def check_pruned(params: Any, plan: Plan) -> None:
+    """Refuse a network whose layers keep more blocks than planned: its schedule was not finished, or not applied.
+
+    A block is kept if any of its weights is not zero. Fewer blocks than planned are no error.
+
+    Args:
+      params: what `Sparsifier.finalize`, or the loop around `sparsify`, ended with.
+      plan: `sp.plan(params)`.
+
+    Raises:
+      ValueError: naming each such layer; or if a layer of the plan is missing from the tree or has another shape.
+      TypeError: under `jax.jit`, where weights have no values to look at.
+    """
+    if sentences := unpruned(params, plan):
+        listed = "\n".join(f"  {sentence}" for sentence in sentences)
+        raise ValueError(
+            f"{len(sentences)} of {len(plan.pruned)} layers keep more blocks than planned; train to the end of the "
+            f"schedule and take what `finalize` returns:\n{listed}"
+        )
+
+
+def unpruned(params: Any, plan: Plan) -> list[str]:
+    """One sentence for each layer that keeps more blocks than planned, that with the largest surplus first.
+
+    Args:
+      params: tree of JAX or NumPy arrays.
+      plan: `sp.plan(params)`.
+
+    Raises:
+      ValueError: if a layer of the plan is missing from the tree or has another shape.
+      TypeError: under `jax.jit`.
+    """
+    found = []
+    for path, kernel in planned_kernels(params, plan).items():
+        layer = plan.pruned[path]
+        if isinstance(kernel, jax.core.Tracer):
+            raise TypeError(
+                "which blocks are zero is told by the weights' values: call this outside jit, vmap and grad"
+            )
+        kept, n = int(occupied(np.asarray(kernel), layer.block).sum()), layer.blocks
+        if kept > layer.kept:
+            sentence = (
+                f"{path}: {kept:,} of {n:,} blocks are not zero, {layer.kept:,} planned "
+                f"({1 - kept / n:.1%} of blocks pruned instead of {1 - layer.kept / n:.1%})"
+            )
+            found.append(((kept - layer.kept) / n, sentence))
+    return [sentence for _, sentence in sorted(found, key=lambda pair: -pair[0])]
+
+
+def planned_kernels(params: Any, plan: Plan) -> dict[str, Any]:
+    """The kernels that are to be pruned, by path.
+
+    Args:
+      params: a parameter tree.
+      plan: of such a tree.
+
+    Raises:
+      ValueError: if a layer of the plan is missing from the tree or has another shape.
+    """
+    leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for path, layer in plan.pruned.items():
+        if path not in leaves or np.shape(leaves[path]) != layer.shape:
+            found = f"has the shape {np.shape(leaves[path])}" if path in leaves else "is not there"
+            raise ValueError(f"the plan has a kernel {path} of shape {layer.shape}, which {found} in this tree")
+    return {path: leaves[path] for path in plan.pruned}
+
+
+def occupied(kernel: np.ndarray, block: blk.Block) -> np.ndarray:
+    """Which blocks hold anything but zeros.
+
+    Args:
+      kernel: 2 to 5 dimensions, of numbers or of booleans that say which are not zero.
+      block: `(b_r, b_c)`.
+
+    Returns:
+      Boolean `(grid_r, grid_c)`.
+    """
+    (rows, cols), (b_r, b_c) = blk.matrix_shape(kernel.shape), block
+    down = np.logical_or.reduceat(kernel.reshape(rows, cols).astype(bool, copy=False), np.arange(0, rows, b_r), axis=0)
+    return np.logical_or.reduceat(down, np.arange(0, cols, b_c), axis=1)

@@ -1,0 +1,373 @@
+"""A pruning algorithm composed of a parametrisation, a score and a schedule of phases.
+
+Every algorithm here multiplies each block of a kernel by one number: the effective kernel is
+`W * spread(scale * mask)`. The *parametrisation* says what `scale` is (1, an attention weight, a norm), the *score*
+by which blocks are chosen, the *phases* when. `compose` makes a `Sparsifier` of the three; `algorithms.py` has the
+algorithms themselves.
+"""
+
+import dataclasses
+import functools
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus import planning, select
+from sa_plus_plus.phases import DENSE, SPARSE, Phases
+from sa_plus_plus.planning import LeafPlan, Overrides, Plan, map_layers
+from sa_plus_plus.sharding import automatic
+from sa_plus_plus.sparsifier import Masks, Params, PruneState, Sparsifier, State, Trainable
+
+
+class Parametrisation(NamedTuple):
+    """How the trained weights make the effective kernel, `W * spread(scale)`.
+
+    Attributes:
+      weights: `weights(kernel, logits, layer)`: the trained weights whose effective kernel is `kernel`. `logits` is
+        None before training, when all logits are 0, and where the algorithm has none.
+      scale: `scale(weights, logits, layer)`: the `(grid_r, grid_c)` factors of the blocks, or None for 1 throughout.
+      has_logits: whether each block has a trainable logit; otherwise `logits` is None above.
+      by_norm: whether `scale` depends on the weights. A block then changes as a whole, and one of zeros stays zero.
+    """
+
+    weights: Callable[[jax.Array, Any, LeafPlan], jax.Array]
+    scale: Callable[[jax.Array, Any, LeafPlan], jax.Array | None]
+    has_logits: bool = False
+    by_norm: bool = False
+
+
+IDENTITY = Parametrisation(lambda kernel, logits, layer: kernel, lambda weights, logits, layer: None)
+
+# score(weights, logits, layer, key) -> (grid_r, grid_c): the higher, the more a block deserves to stay. `logits` is
+# None without logits, `key` (the layer's own) without a seed.
+Score = Callable[[jax.Array, Any, LeafPlan, Any], jax.Array]
+
+
+class PlanOptions(TypedDict, total=False):
+    """Options that say which leaves are pruned, besides `block` and `sparsity`; see `plan`.
+
+    Attributes:
+      min_blocks: kernels with fewer blocks stay dense (default 100; paper, C.1).
+      where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings, biases, scales, low-rank
+        factors, depthwise kernels and batch statistics.
+      overrides: other `block`, `sparsity` or `min_blocks` by path or pattern.
+    """
+
+    min_blocks: int
+    where: Callable[[str], bool]
+    overrides: Overrides | None
+
+
+class PruningOptions(PlanOptions, total=False):
+    """Options that all pruning algorithms share, besides `block`, `sparsity`, `phases` and those of `PlanOptions`.
+
+    Attributes:
+      scope: `"layer"` (the default) to keep the planned number of blocks in each layer, `"global"` to keep their sum
+        over all layers.
+    """
+
+    scope: str
+
+
+def compose(
+    parametrisation: Parametrisation,
+    score: Score,
+    phases: Phases,
+    *,
+    block: int | Sequence[int],
+    sparsity: float,
+    mask_every: int = 1,
+    monotone: bool = True,
+    forget_masked: bool = False,
+    logit_lr: float = 1.0,
+    reset_logits_at: Sequence[str] = (),
+    seed: int | jax.Array | None = None,
+    scope: str = "layer",
+    **options: Unpack[PlanOptions],
+) -> Sparsifier:
+    """Put an algorithm together.
+
+    Args:
+      parametrisation: how weights and logits make the effective kernel.
+      score: by which the blocks are chosen.
+      phases: when.
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      mask_every: steps between selections in a sparsification phase.
+      monotone: in a sparsification phase, a dropped block stays dropped to its end.
+      forget_masked: masked weights are set to zero; otherwise they stay as they were when masked.
+      logit_lr: factor on the logits' updates.
+      reset_logits_at: kinds of phases on entering which the logits return to zero.
+      seed: of the random key that `score` gets for each layer; may be traced. None for no key.
+      scope: `"layer"` or `"global"`, see `PruningOptions`.
+      **options: see `PlanOptions`.
+
+    Raises:
+      TypeError: if `phases` is not a schedule.
+      ValueError: for options out of range, or a schedule that ends dense.
+    """
+    check_phases(phases)
+    if phases.phases[-1].kind == DENSE:
+        raise ValueError(f"the last phase is {phases.phases[-1]} and would not leave the network pruned: end sparse")
+    if scope not in ("layer", "global"):
+        raise ValueError(f'scope must be "layer" or "global", got {scope!r}')
+    if mask_every < 1:
+        raise ValueError(f"mask_every must be at least 1 step, got {mask_every}")
+    if mask_every != int(mask_every):
+        raise ValueError(f"mask_every must be a whole number of steps, got {mask_every}")
+    planning.check_options(block, sparsity, **options)
+    algorithm = _Algorithm(
+        parametrisation=parametrisation,
+        score=score,
+        phases=phases,
+        plan=functools.partial(planning.plan, block=block, sparsity=sparsity, **options),
+        choose=select.top_k_per_layer if scope == "layer" else select.top_k_global,
+        mask_every=mask_every,
+        monotone=monotone,
+        forget_masked=forget_masked,
+        logit_lr=logit_lr,
+        reset_logits_at=tuple(reset_logits_at),
+        seed=seed,
+    )
+    return Sparsifier(
+        algorithm.init,
+        algorithm.apply,
+        algorithm.update,
+        algorithm.finalize,
+        algorithm.adopt,
+        algorithm.plan,
+        phases,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Algorithm:
+    """The parts of `compose`, and the functions of a `Sparsifier` made of them."""
+
+    parametrisation: Parametrisation
+    score: Score
+    phases: Phases
+    plan: Callable[[Params], Plan]
+    choose: Callable[..., Masks]
+    mask_every: int
+    monotone: bool
+    forget_masked: bool
+    logit_lr: float
+    reset_logits_at: tuple[str, ...]
+    seed: Any
+
+    def init(self, params: Params, key: jax.Array | None = None) -> State:
+        layers, key = self.plan(params).pruned, self._key_data(key)
+        _check_values(params, layers, self.parametrisation.by_norm or self.phases.phases[0].kind == SPARSE)
+
+        def replicated() -> Any:  # all but the weights
+            grids: Any = dict.fromkeys(layers, 0)
+            number: Any = 0
+            trainable = Trainable(params, grids if self.parametrisation.has_logits else {})
+            return trainable, PruneState(number, number, grids, key)
+
+        return automatic(functools.partial(self._init, layers=layers), replicated, params, key)
+
+    def _init(self, params: Params, key: jax.Array | None, layers: dict[str, LeafPlan]) -> State:
+        def own(layer: LeafPlan | None, w: jax.Array) -> jax.Array:
+            return w if layer is None else self.parametrisation.weights(w, None, layer)
+
+        has_logits = self.parametrisation.has_logits
+        logits = {path: jnp.zeros(layer.grid, jnp.float32) for path, layer in layers.items() if has_logits}
+        trainable = Trainable(map_layers(own, params, layers), logits)
+        masks = {path: jnp.ones(layer.grid, bool) for path, layer in layers.items()}
+        prune = PruneState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), masks, key)
+        if self.phases.phases[0].kind == SPARSE:
+            prune = prune._replace(masks=self._chosen(trainable, prune, prune.step, layers))
+        return trainable, prune
+
+    def apply(self, trainable: Trainable, prune: PruneState) -> Params:
+        return automatic(self._apply, lambda: trainable.params, trainable, prune)
+
+    def _apply(self, trainable: Trainable, prune: PruneState) -> Params:
+        layers = self._layers(trainable)
+
+        def effective(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
+            if layer is None:
+                return weights
+            scale = self.parametrisation.scale(weights, trainable.logits.get(layer.path), layer)
+            return times(weights, jnp.where(prune.masks[layer.path], 1 if scale is None else scale, 0), layer)
+
+        return map_layers(effective, trainable.params, layers)
+
+    def finalize(self, trainable: Trainable, prune: PruneState) -> Params:
+        _warn_unfinished(self.phases, prune, self._layers(trainable))
+        return zero_masked(self.apply(trainable, prune), prune.masks, self._layers(trainable))
+
+    def adopt(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
+        return automatic(self._adopt, lambda: trainable, trainable, prune, params)
+
+    def _adopt(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
+        def own(layer: LeafPlan | None, weights: jax.Array, given: jax.Array) -> jax.Array:
+            if layer is None:
+                return jnp.where(differs(given, weights), given.astype(weights.dtype), weights)
+            logits = trainable.logits.get(layer.path)
+            scale = self.parametrisation.scale(weights, logits, layer)
+            unmasked = weights if scale is None else times(weights, scale, layer)
+            moved = differs(given, _keep(unmasked, prune.masks[layer.path], layer))
+            wanted = jnp.where(moved, given.astype(weights.dtype), unmasked)
+            if self.parametrisation.by_norm:  # the norm of its block is part of each weight
+                moved = blk.spread(jnp.any(blk.to_blocks(moved, layer.block), (1, 3)), layer.shape, layer.block)
+            elif scale is not None:
+                moved &= blk.spread(scale > 0, layer.shape, layer.block)
+            return jnp.where(moved, self.parametrisation.weights(wanted, logits, layer), weights)
+
+        return trainable._replace(params=map_layers(own, trainable.params, self._layers(trainable), params))
+
+    def update(self, trainable: Trainable, prune: PruneState, updates: Trainable | None = None) -> State:
+        return automatic(self._update, lambda: (trainable, prune), trainable, prune, updates)
+
+    def _update(self, trainable: Trainable, prune: PruneState, updates: Trainable | None) -> State:
+        layers = self._layers(trainable)
+        trainable = self._moved(trainable, prune.masks, updates, layers)
+        step = prune.step + 1
+        # Only the choice of masks stands in the branch: small arrays out, weights read but never copied.
+        masks = lax.cond(
+            self.phases.selects(step, self.mask_every),
+            lambda: self._chosen(trainable, prune, step, layers),
+            lambda: prune.masks,
+        )
+        phase = self.phases.index(step)
+        if self.reset_logits_at:
+            reset = (phase != prune.phase) & self.phases.kind_in(self.reset_logits_at, step)
+            logits = {path: jnp.where(reset, 0, x) for path, x in trainable.logits.items()}
+            trainable = trainable._replace(logits=logits)
+        return trainable, PruneState(step, phase, masks, prune.key)
+
+    def _moved(
+        self, trainable: Trainable, masks: Masks, updates: Trainable | None, layers: dict[str, LeafPlan]
+    ) -> Trainable:
+        """Apply an optimizer's updates; masked weights stay as they are, or become zero."""
+        moved = trainable
+        if updates is not None:
+            scaled = {path: self.logit_lr * u for path, u in updates.logits.items()}
+            moved = optax.apply_updates(trainable, updates._replace(logits=scaled))
+        elif not self.forget_masked:
+            return trainable
+
+        def held(layer: LeafPlan | None, new: jax.Array, old: jax.Array) -> jax.Array:
+            if layer is None:
+                return new
+            return _keep(new, masks[layer.path], layer, otherwise=0 if self.forget_masked else old)
+
+        return moved._replace(params=map_layers(held, moved.params, layers, trainable.params))
+
+    def _chosen(self, trainable: Trainable, prune: PruneState, step: jax.Array, layers: dict[str, LeafPlan]) -> Masks:
+        """The masks due at a step, given the current ones."""
+
+        def scored(path: str, weights: jax.Array) -> jax.Array:
+            key = None if prune.key is None else _layer_key(prune.key, path)
+            return self.score(weights, trainable.logits.get(path), layers[path], key)
+
+        scores = {path: scored(path, w) for path, w in _kernels(trainable, layers)}
+        k = {path: _blocks_due(layer, self.phases, step) for path, layer in layers.items()}
+        narrows = self.phases.narrows(step) & self.monotone
+        return self.choose(scores, k, {path: mask | ~narrows for path, mask in prune.masks.items()})
+
+    def _layers(self, trainable: Trainable) -> dict[str, LeafPlan]:
+        return self.plan(trainable.params).pruned
+
+    def _key_data(self, key: jax.Array | None) -> jax.Array | None:
+        """As plain integers, which any checkpoint can hold."""
+        if self.seed is None:
+            return None
+        key = jax.random.key(self.seed) if key is None else key
+        return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.asarray(key)
+
+
+def check_phases(phases: Any) -> None:
+    """Refuse what is no schedule, such as a list of phases."""
+    if not isinstance(phases, Phases):
+        raise TypeError(f"phases must be a schedule such as `phases.custom(total_steps, [...])` makes, got {phases!r}")
+
+
+def zero_masked(params: Params, masks: Masks, layers: Mapping[str, LeafPlan]) -> Params:
+    """The same parameters with masked blocks exactly zero."""
+
+    def zeroed(params: Params, masks: Masks) -> Params:
+        def exact(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
+            return weights if layer is None else _keep(weights, masks[layer.path], layer)
+
+        return map_layers(exact, params, layers)
+
+    return automatic(zeroed, lambda: params, params, masks)
+
+
+def differs(given: jax.Array, handed: jax.Array) -> jax.Array:
+    """Where `given` is not `handed` up to the rounding of `start + (handed - start)`, NaN included.
+
+    `handed` is rounded to the type of `given` first: a loop may hold narrower parameters than are trained.
+    """
+    given = jnp.asarray(given)
+    a, b = blk.widened(given), blk.widened(handed.astype(given.dtype))
+    tolerance = 4 * float(jnp.finfo(a.dtype).eps) if jnp.issubdtype(a.dtype, jnp.floating) else 0
+    return ~(jnp.abs(a - b) <= tolerance * jnp.maximum(jnp.abs(a), jnp.abs(b)))
+
+
+def _blocks_due(layer: LeafPlan, phases: Phases, step: jax.Array) -> jax.Array:
+    """`floor((1 - sparsity(t)) * N)`, and exactly the planned number where the target is due."""
+    dropped = jnp.ceil(layer.sparsity * phases.fraction(step) * layer.blocks).astype(jnp.int32)
+    return jnp.where(phases.reached(step), layer.kept, jnp.maximum(layer.blocks - dropped, layer.kept))
+
+
+def _kernels(trainable: Trainable, layers: dict[str, LeafPlan]) -> list[tuple[str, jax.Array]]:
+    leaves = jax.tree_util.tree_leaves_with_path(trainable.params)
+    return [(path, w) for path, w in ((planning.path_string(p), w) for p, w in leaves) if path in layers]
+
+
+def _layer_key(data: jax.Array, path: str) -> jax.Array:
+    """A layer's own key, named by its path, so that it does not depend on which others are pruned."""
+    return jax.random.fold_in(jax.random.wrap_key_data(data), zlib.crc32(path.encode()))
+
+
+def times(weights: jax.Array, grid: jax.Array, layer: LeafPlan) -> jax.Array:
+    """`weights * spread(grid)`, multiplied in at least float32 and returned in the weights' type."""
+    wide = blk.widened(weights)
+    return (wide * blk.spread(grid.astype(wide.dtype), layer.shape, layer.block)).astype(weights.dtype)
+
+
+def _keep(weights: jax.Array, mask: jax.Array, layer: LeafPlan, otherwise: jax.Array | int = 0) -> jax.Array:
+    return jnp.where(blk.spread(mask, layer.shape, layer.block), weights, otherwise)
+
+
+def _check_values(params: Params, layers: dict[str, LeafPlan], stuck_at_zero: bool) -> None:
+    """Refuse kernels without meaning where there are values to look at: under `jit` there are none."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = planning.path_string(keys)
+        if path not in layers or isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+            continue
+        bad = int(leaf.size - jnp.sum(jnp.isfinite(leaf)))
+        if bad:
+            raise ValueError(f"{path} holds {bad} NaN or infinite weights of {leaf.size}; scores would be meaningless")
+        if stuck_at_zero and not jnp.any(leaf):
+            raise ValueError(
+                f"all {leaf.size} weights of {path} are zero, so no block is better than another, and none could grow: "
+                "start from other weights, begin with a dense phase, or leave the kernel out by `where`"
+            )
+
+
+def _warn_unfinished(phases: Phases, prune: PruneState, layers: dict[str, LeafPlan]) -> None:
+    """Say so where a network is finished before its schedule, if there are values to look at."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(prune)) or phases.reached(prune.step).all():
+        return
+    step, blocks = int(np.max(prune.step)), sum(layer.blocks for layer in layers.values())
+    masked = 1 - np.mean(np.concatenate([np.ravel(prune.masks[path]) for path in layers]))
+    planned = 1 - sum(layer.kept for layer in layers.values()) / blocks
+    warnings.warn(
+        f"finalize: after step {step} of {phases.total_steps}, in a {phases.at(step).kind} phase, {masked:.1%} of the "
+        f"blocks are masked, where {planned:.1%} are planned: the network is pruned when its schedule is done",
+        stacklevel=3,
+    )

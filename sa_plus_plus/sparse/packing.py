@@ -1,0 +1,145 @@
+"""A kernel as the tensors that a file holds of it, rounded or exact, and back: whatever does not fit is refused."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.sparse.array import BlockSparse, Layout
+
+STORAGE = ("exact", "bfloat16", "int8")
+STORABLE = (  # dtypes that come back from a safetensors file as they were
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64"),
+)
+PARTS = ("blocks", "index", "scales")  # what a kernel's tensors are called after its path and a colon
+
+
+def narrowed(dtype: np.dtype) -> bool:
+    """Whether JAX would hold values of this dtype in a narrower one, as float64 unless `jax_enable_x64` is set."""
+    return jax.dtypes.canonicalize_dtype(dtype) != dtype
+
+
+def as_jax(array: np.ndarray) -> Any:
+    """The values as a JAX array; as they are where JAX would narrow them."""
+    return array if narrowed(array.dtype) else jnp.asarray(array)
+
+
+def _check_size(shape: tuple[int, ...], block: blk.Block, kept: int, weights: int) -> None:
+    """Refuse kernels that would take far more memory than their weights: a small file could ask for any amount.
+
+    The same for writing and reading, so that whatever was saved can be loaded.
+    """
+    grid_r, grid_c = blk.grid_shape(shape, block)
+    if math.prod(shape) > 2**40 or grid_r * grid_c >= 2**31 or grid_c > 2**24:
+        raise ValueError(
+            f"its shape {shape} in blocks of {block} is too large: at most 2**40 weights, 2**31 - 1 blocks and "
+            "2**24 blocks across can be stored"
+        )
+    if max(kept, 1) * math.prod(block) > 2**24 + 64 * weights:
+        raise ValueError(f"its {kept} blocks of {block} are nearly all padding around {weights} weights: use smaller")
+
+
+def packed(w: BlockSparse, storage: str, name: str) -> tuple[dict[str, np.ndarray], float]:
+    """The tensors that hold a kernel, and what rounding costs.
+
+    Args:
+      w: of a dtype in `STORABLE`.
+      storage: one of `STORAGE`.
+      name: for errors.
+
+    Returns:
+      By name in `PARTS`: `index` int32 `(nse,)`, `blocks` without padding, and for int8 `scales` float32 `(nse,)`; and
+      the Frobenius norm of what rounding changed, relative to the kernel's.
+
+    Raises:
+      ValueError: if it is too large for its weights, or `storage` cannot hold these.
+    """
+    blocks, layout = np.asarray(w.blocks), w.layout
+    try:
+        _check_size(layout.shape, layout.block, layout.nse, int(layout.real.sum()))
+    except ValueError as error:
+        raise ValueError(f"kernel {name!r} cannot be stored: {error}") from error
+    parts = {"index": layout.columns * np.int32(layout.grid[0]) + layout.indices}
+    if storage == "exact":
+        return parts | {"blocks": blocks[layout.real]}, 0.0
+    instead = 'use storage="exact"'
+    if not jnp.issubdtype(blocks.dtype, jnp.floating):
+        raise ValueError(f"kernel {name!r} is {blocks.dtype}, and {storage} is for floating types: {instead}")
+    wide = blocks.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise ValueError(f"kernel {name!r} has weights that are not finite, which {storage} cannot hold: {instead}")
+    scales = None
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # looked for below
+        if storage == "bfloat16":
+            rounded = blocks.astype(jnp.bfloat16)
+        else:
+            largest = np.abs(wide).max((1, 2), initial=0)
+            scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+            if not scales.all():
+                small = largest[scales == 0].max()
+                raise ValueError(
+                    f"kernel {name!r} has a block of weights up to {small:.0e}, too small for {storage}: {instead}"
+                )
+            rounded = np.rint(wide / scales[:, None, None]).clip(-127, 127).astype(np.int8)
+            parts |= {"scales": scales}
+        back = _widened(rounded, scales, blocks.dtype).astype(np.float64)
+    top = np.abs(wide).max(initial=0)
+    if not np.isfinite(back).all():
+        raise ValueError(f"kernel {name!r} has weights up to {top:.0e}, too large for {storage}: {instead}")
+    parts |= {"blocks": rounded[layout.real]}
+    # Both relative to the largest weight: squares of the weights themselves may leave the range of float64.
+    return parts, float(np.linalg.norm((back - wide) / top) / np.linalg.norm(wide / top)) if top else 0.0
+
+
+def _widened(blocks: np.ndarray, scales: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """Blocks as stored, in the kernel's own dtype."""
+    return (blocks if scales is None else blocks * scales[:, None, None]).astype(dtype)
+
+
+def unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> BlockSparse:
+    """The kernel that `packed` took apart.
+
+    Args:
+      about: its `shape`, `block`, `storage` and `dtype`.
+      parts: what `packed` returned first.
+
+    Raises:
+      ValueError, TypeError, KeyError or OverflowError: if these do not fit together.
+    """
+    for part in PARTS[:2]:
+        if part not in parts:
+            raise ValueError(f"it has no tensor for its {part}")
+    blocks, index, scales = parts["blocks"], parts["index"], parts.get("scales")
+    shape, block, storage, dtype = about["shape"], blk.as_block(about["block"]), about["storage"], about["dtype"]
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"its shape is {shape!r}, not a list of positive integers")
+    shape = tuple(shape)
+    if storage not in STORAGE:
+        raise ValueError(f"its storage is {storage!r}; this version reads {', '.join(STORAGE)}")
+    if dtype not in STORABLE:
+        raise ValueError(f"its dtype is {dtype!r}; this version reads {', '.join(STORABLE)}")
+    if index.ndim != 1 or index.dtype != np.int32:
+        raise ValueError(f"its index is {index.dtype} of shape {index.shape}, not a list of int32")
+    _check_size(shape, block, index.size, blocks.size)  # before anything is allocated for it
+    grid_r, grid_c = blk.grid_shape(shape, block)
+    columns, rows = np.divmod(index, grid_r)
+    if index.size and not 0 <= index.min() <= index.max() < grid_r * grid_c:
+        raise ValueError(f"its index runs from {index.min()} to {index.max()}, beyond a grid of {grid_r}×{grid_c}")
+    if (np.diff(index) <= 0).any():
+        raise ValueError("its index does not rise")
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=grid_c))])
+    layout = Layout(shape, block, rows, indptr)
+    if blocks.shape != (layout.real.sum(),):
+        raise ValueError(f"it has {blocks.size} weights where its {layout.nse} blocks take {layout.real.sum()}")
+    if storage == "int8" and (scales is None or scales.shape != (layout.nse,) or scales.dtype != np.float32):
+        raise ValueError("it has no scale for each of its blocks")
+    if blocks.dtype.name != (dtype if storage == "exact" else storage):
+        raise ValueError(f"its blocks are {blocks.dtype}, though it is {dtype} in storage {storage!r}")
+    full = np.zeros(layout.real.shape, blocks.dtype)
+    full[layout.real] = blocks
+    return BlockSparse(as_jax(_widened(full, scales, jnp.dtype(dtype))), layout)
