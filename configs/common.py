@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sa_plus_plus.algorithms import ALGORITHMS, own_options
+from sa_plus_plus.registry import ALGORITHMS, own_options
 
 
 def experiment(name: str) -> ConfigDict:

@@ -13,7 +13,7 @@ import optax
 
 import sa_plus_plus as sapp
 from experiments.utils import registry
-from sa_plus_plus.algorithms import options_of
+from sa_plus_plus.registry import options_of
 
 NAMES = tuple(sapp.ALGORITHMS)
 
