@@ -6,6 +6,7 @@ Random positions of blocks, float32, all cores. A contender whose package is not
 result is compared with a product in double before anything is timed.
 """
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -44,15 +45,15 @@ def kernel(
 
 
 def of_jax(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) -> dict[str, Callable[[], Any]]:
-    w, x, matrix = BlockSparse.fromdense(matrix, block, mask), jnp.asarray(x), jnp.asarray(matrix)
+    w, here, full = BlockSparse.fromdense(matrix, block, mask), jnp.asarray(x), jnp.asarray(matrix)
     dense = jax.jit(jnp.matmul)
-    calls = {DENSE: lambda: dense(x, matrix).block_until_ready()}
+    calls: dict[str, Callable[[], Any]] = {DENSE: lambda: dense(here, full).block_until_ready()}
     for implementation in OURS:
         if implementation == "xla" or native.missing() is None:
             product = jax.jit(
                 lambda x, w, implementation=implementation: block_sparse_matmul(x, w, implementation=implementation)
             )
-            calls[implementation] = lambda product=product: product(x, w).block_until_ready()
+            calls[implementation] = functools.partial(lambda product: product(here, w).block_until_ready(), product)
     return calls
 
 
@@ -84,7 +85,7 @@ def cell(shape: tuple[int, int], batch: int, sparsity: float, block: int, makers
     for name, call in calls.items():
         np.testing.assert_allclose(np.asarray(call()), wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
     seconds = timing.alternate(calls, ROUNDS.value, SECONDS.value, warmup=1)
-    result = {"rows": shape[0], "cols": shape[1], "batch": batch, "sparsity": sparsity, "block": block}
+    result: dict[str, Any] = {"rows": shape[0], "cols": shape[1], "batch": batch, "sparsity": sparsity, "block": block}
     result["milliseconds"] = {name: round(1e3 * float(np.median(s)), 4) for name, s in seconds.items()}
     faster = min({DENSE, "torch_dense"} & set(seconds), key=lambda name: np.median(seconds[name]))
     result["faster_dense"] = faster
@@ -131,7 +132,7 @@ def main(argv: list[str]) -> None:
             print(f"{package} is not installed and left out")
     if why := native.missing():
         print(f"native is left out: {why}")
-    shapes = [tuple(map(int, shape.split("x"))) for shape in SHAPES.value]
+    shapes = [(int(rows), int(cols)) for rows, cols in (shape.split("x") for shape in SHAPES.value)]
     cells = []
     for values in itertools.product(
         shapes, map(int, BATCHES.value), map(int, BLOCKS.value), map(float, SPARSITIES.value)

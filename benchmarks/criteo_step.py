@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
             contenders[f"{name}, {block}"] = step_of(compiled(rows, int(block), name), batch)
     contenders |= parts(dense, batch)
     seconds = timing.alternate(contenders, _ROUNDS.value)
-    results = [
+    results: list[dict[str, Any]] = [
         {
             "step": name,
             "milliseconds": round(1e3 * float(np.median(taken)), 2),

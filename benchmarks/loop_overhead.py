@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
         "loop": functools.partial(whole_loop, run, False),
         "loop, saving": functools.partial(whole_loop, run, True),
     }
-    seconds = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         for name, measure in contenders.items():
             seconds[name].append(measure())

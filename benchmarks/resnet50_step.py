@@ -126,7 +126,8 @@ def main(argv: list[str]) -> None:
 
 def _bytes(run: program.Program) -> int:
     """What a step needs at its peak, as the compiler has planned it."""
-    plan = run.functions.step.memory_analysis()
+    step: Any = run.functions.step  # compiled
+    plan = step.memory_analysis()
     return plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
 
 

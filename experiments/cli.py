@@ -110,7 +110,7 @@ def workdir_path(path: str | None, name: str) -> pathlib.Path:
 
 def cache_compilations(directory: pathlib.Path) -> None:
     """Keep compiled programs on disk for the next run, unless JAX is already told where (or not to)."""
-    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(directory / ".jax_cache"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data.sources import Dataset, Records, in_memory
+from experiments.data.sources import Dataset, RandomAccess, Records, in_memory
 from experiments.utils.registry import nearest
 
 _IN_MEMORY_BYTES = 2**30  # CIFAR-10 takes 0.2 of it
@@ -54,7 +54,7 @@ def tfds(
 
 def encoded_images(
     name: str, data_dir: str = "", train: str = "train", test: str = "validation", download: bool = False
-) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], int]:
+) -> tuple[RandomAccess, RandomAccess, int]:
     """The images of a data set as the files they are stored as. Arguments and errors as of `tfds`.
 
     Returns:

@@ -34,7 +34,7 @@ class Live:
 
     def __init__(self, title: str, total_steps: int, metric: str, console: Console) -> None:
         self._title, self._total, self._metric, self._console = title, total_steps, metric, console
-        self._next_line = 0
+        self._next_line = 0.0
         self._test = ""
         columns = [
             TextColumn("{task.description}"),

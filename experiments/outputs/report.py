@@ -13,6 +13,7 @@ import optax
 
 import sa_plus_plus as sapp
 from experiments.training.loop import Outcome
+from sa_plus_plus.checks import occupied
 from sa_plus_plus.files import write_atomically
 
 matplotlib.use("Agg")
@@ -43,7 +44,7 @@ def layer_rows(outcome: Outcome) -> list[dict[str, Any]]:
         if not layer.is_kernel:
             continue
         weights = leaves[layer.path]
-        alive = np.asarray(sapp.blocks.to_blocks(weights, layer.block) != 0).any(axis=(1, 3))
+        alive = occupied(weights, layer.block)
         rows.append(
             {
                 "path": layer.path,

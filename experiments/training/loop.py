@@ -163,7 +163,8 @@ def _measure(session: _Session, done: int, state: TrainState, means: dict[str, j
     tests = done == config.steps or done % config.eval_every == 0
     if not (tests or enters or done % config.log_every == 0):
         return
-    values = {f"train_{name}": x for name, x in means.items() if name != "churn"} | program.status(state)
+    values: dict[str, jax.Array | np.ndarray] = {f"train_{n}": x for n, x in means.items() if n != "churn"}
+    values |= program.status(state)
     if tests:
         values |= _tested(session, state)
         session.hooks.on_state(done, state)
@@ -194,6 +195,7 @@ def _save(session: _Session, done: int, state: TrainState, means: dict[str, jax.
             rows.add(done, {"train_loss": means["loss"]} | program.status(state))
         return False
     host = {"data": [stream.get_state() for stream in session.streams]}
+    assert session.checkpoints is not None  # else no save is due
     session.checkpoints.save(done, state, host, _metric(session, done))
     return True
 

@@ -82,7 +82,8 @@ def functions(setup: Setup) -> Functions:
         outputs, _ = task.outputs(params, state.model_state, batch, training=False)
         ranked = None
         if task.ranked:
-            ranked = evaluation.Ranked(*(outputs[name] for name in task.ranked), batch["weight"])
+            scores, labels = (outputs[name] for name in task.ranked)
+            ranked = evaluation.Ranked(scores, labels, batch["weight"])
         return evaluation.weighted_sums(outputs, batch["weight"]), ranked
 
     def finalize(state: TrainState) -> Any:
@@ -119,7 +120,8 @@ def over_seeds(fns: Functions) -> Functions:
     The step counter and the phase are the same for all seeds and stay scalars, so that the choice of masks remains a
     branch: mapped over, it would be computed at every step.
     """
-    axes = TrainState(0, sapp.PruneState(step=None, phase=None, masks=0, key=0), 0, 0, 0)
+    prune: Any = sapp.PruneState(step=None, phase=None, masks=0, key=0)  # type: ignore[arg-type]  # axes, not arrays
+    axes = TrainState(0, prune, 0, 0, 0)  # type: ignore[arg-type]
     return Functions(
         init=jax.vmap(fns.init, out_axes=axes),
         step=jax.vmap(fns.step, in_axes=(axes, 0), out_axes=(axes, 0)),
