@@ -62,9 +62,9 @@ def of_torch(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) ->
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_grad_enabled(False)
-    x, dense = torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(matrix.T))
+    here, dense = torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(matrix.T))
     sparse, linear = dense.to_sparse_bsr((block, block)), torch.nn.functional.linear
-    return {"torch_dense": lambda: linear(x, dense), "torch_bsr": lambda: linear(x, sparse)}
+    return {"torch_dense": lambda: linear(here, dense), "torch_bsr": lambda: linear(here, sparse)}
 
 
 def of_scipy(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) -> dict[str, Callable[[], Any]]:
