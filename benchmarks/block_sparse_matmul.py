@@ -6,6 +6,7 @@ Random positions of blocks, float32, all cores. A contender whose package is not
 result is compared with a product in double before anything is timed.
 """
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -26,11 +27,11 @@ SHAPES = flags.DEFINE_list("shapes", ["2048x2048", "4096x4096", "4608x512"], "Ro
 BATCHES = flags.DEFINE_list("batches", ["1", "32", "256"], "Rows of x.")
 SPARSITIES = flags.DEFINE_list("sparsities", ["0.8", "0.9", "0.95"], "Shares of the blocks that are zero.")
 BLOCKS = flags.DEFINE_list("blocks", ["8", "16", "32", "64"], "Sides of a block.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of alternating measurement.")
+ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
 SECONDS = flags.DEFINE_float("seconds", 0.02, "At least so long is each contender called in a round.")
 NAME = flags.DEFINE_string("name", "block_sparse_matmul", "Of the files written to benchmarks/results; empty for none.")
 
-DENSE, OURS = "jax_dense", ("xla", "native")
+DENSE, OURS = {"jax_dense", "torch_dense"}, ("xla", "native")
 
 
 def kernel(
@@ -44,15 +45,15 @@ def kernel(
 
 
 def of_jax(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) -> dict[str, Callable[[], Any]]:
-    w, x, matrix = BlockSparse.fromdense(matrix, block, mask), jnp.asarray(x), jnp.asarray(matrix)
+    w, here, full = BlockSparse.fromdense(matrix, block, mask), jnp.asarray(x), jnp.asarray(matrix)
     dense = jax.jit(jnp.matmul)
-    calls = {DENSE: lambda: dense(x, matrix).block_until_ready()}
+    calls: dict[str, Callable[[], Any]] = {"jax_dense": lambda: dense(here, full).block_until_ready()}
     for implementation in OURS:
         if implementation == "xla" or native.missing() is None:
             product = jax.jit(
                 lambda x, w, implementation=implementation: block_sparse_matmul(x, w, implementation=implementation)
             )
-            calls[implementation] = lambda product=product: product(x, w).block_until_ready()
+            calls[implementation] = functools.partial(lambda product: product(here, w).block_until_ready(), product)
     return calls
 
 
@@ -61,9 +62,9 @@ def of_torch(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) ->
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_grad_enabled(False)
-    x, dense = torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(matrix.T))
+    here, dense = torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(matrix.T))
     sparse, linear = dense.to_sparse_bsr((block, block)), torch.nn.functional.linear
-    return {"torch_dense": lambda: linear(x, dense), "torch_bsr": lambda: linear(x, sparse)}
+    return {"torch_dense": lambda: linear(here, dense), "torch_bsr": lambda: linear(here, sparse)}
 
 
 def of_scipy(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) -> dict[str, Callable[[], Any]]:
@@ -73,27 +74,43 @@ def of_scipy(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) ->
     return {"scipy_bsr": lambda: (transposed @ x).T}
 
 
-def cell(shape: tuple[int, int], batch: int, sparsity: float, block: int, makers: list[Callable]) -> dict[str, Any]:
+def cells_of(
+    shape: tuple[int, int], batch: int, block: int, sparsities: list[float], makers: list[Callable]
+) -> list[dict[str, Any]]:
+    """A cell for each sparsity. All of them take turns with each other, so that they can be compared."""
     rng = np.random.default_rng(0)
-    matrix, mask = kernel(*shape, block, sparsity, rng)
     x = rng.standard_normal((batch, shape[0]), np.float32)
-    calls: dict[str, Callable[[], Any]] = {}
-    for maker in makers:
-        calls |= maker(x, matrix, mask, block)
-    wanted = x.astype(np.float64) @ matrix
-    for name, call in calls.items():
-        np.testing.assert_allclose(np.asarray(call()), wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+    calls: dict[tuple[float, str], Callable[[], Any]] = {}
+    for sparsity in sparsities:
+        matrix, mask = kernel(*shape, block, sparsity, rng)
+        wanted = x.astype(np.float64) @ matrix
+        for maker in makers:
+            for name, call in maker(x, matrix, mask, block).items():
+                np.testing.assert_allclose(np.asarray(call()), wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+                if name not in DENSE or sparsity == sparsities[0]:  # dense products do not depend on it
+                    calls[sparsity, name] = call
     seconds = timing.alternate(calls, ROUNDS.value, SECONDS.value, warmup=1)
-    result = {"rows": shape[0], "cols": shape[1], "batch": batch, "sparsity": sparsity, "block": block}
-    result["milliseconds"] = {name: round(1e3 * float(np.median(s)), 4) for name, s in seconds.items()}
-    faster = min({DENSE, "torch_dense"} & set(seconds), key=lambda name: np.median(seconds[name]))
-    result["faster_dense"] = faster
-    result["times_as_fast_as"] = {
-        ours: {rival: timing.spread(s / seconds[ours]) for rival, s in seconds.items() if rival not in OURS}
-        for ours in OURS
-        if ours in seconds
+    dense = {name: s for (_, name), s in seconds.items() if name in DENSE}
+    return [
+        result(shape, batch, block, sparsity, dense | {name: s for (at, name), s in seconds.items() if at == sparsity})
+        for sparsity in sparsities
+    ]
+
+
+def result(
+    shape: tuple[int, int], batch: int, block: int, sparsity: float, seconds: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """What is kept of a cell's measurement."""
+    ours = [name for name in OURS if name in seconds]
+    return {
+        **{"rows": shape[0], "cols": shape[1], "batch": batch, "sparsity": sparsity, "block": block},
+        "milliseconds": {name: round(1e3 * float(np.median(s)), 4) for name, s in seconds.items()},
+        "faster_dense": min(DENSE & seconds.keys(), key=lambda name: np.median(seconds[name])),
+        "times_as_fast_as": {
+            own: {rival: timing.spread(s / seconds[own]) for rival, s in seconds.items() if rival not in OURS}
+            for own in ours
+        },
     }
-    return result
 
 
 def plot(cells: list[dict[str, Any]], path: Any) -> None:
@@ -131,16 +148,15 @@ def main(argv: list[str]) -> None:
             print(f"{package} is not installed and left out")
     if why := native.missing():
         print(f"native is left out: {why}")
-    shapes = [tuple(map(int, shape.split("x"))) for shape in SHAPES.value]
+    shapes = [(int(rows), int(cols)) for rows, cols in (shape.split("x") for shape in SHAPES.value)]
     cells = []
-    for values in itertools.product(
-        shapes, map(int, BATCHES.value), map(int, BLOCKS.value), map(float, SPARSITIES.value)
-    ):
-        shape, batch, block, sparsity = values
-        cells.append(result := cell(shape, batch, sparsity, block, makers))
-        name = f"{shape[0]}x{shape[1]} batch {batch} block {block} sparsity {sparsity}"
-        text = "  ".join(f"{name} {ms}" for name, ms in result["milliseconds"].items())
-        print(f"{name}: ms: {text}", flush=True)
+    for shape, batch, block in itertools.product(shapes, map(int, BATCHES.value), map(int, BLOCKS.value)):
+        cells += (found := cells_of(shape, batch, block, [float(s) for s in SPARSITIES.value], makers))
+        for each in found:
+            text = "  ".join(f"{name} {ms}" for name, ms in each["milliseconds"].items())
+            print(
+                f"{shape[0]}x{shape[1]} batch {batch} block {block} sparsity {each['sparsity']}: ms: {text}", flush=True
+            )
     if NAME.value:
         path = timing.save(NAME.value, {"dtype": "float32", "cores": len(os.sched_getaffinity(0)), "cells": cells})
         plot(cells, path.with_suffix(".png"))

@@ -53,7 +53,7 @@ def cell(side: int, batch: int, block: int, sparsity: float) -> dict[str, Any]:
     matrix = jax.jit(BlockSparse.todense)(w)
     with jax.default_matmul_precision("highest"):
         wanted = np.asarray(x.astype(jnp.float32) @ matrix.astype(jnp.float32))
-    row = {"side": side, "batch": batch, "block": block, "sparsity": sparsity}
+    row: dict[str, Any] = {"side": side, "batch": batch, "block": block, "sparsity": sparsity}
     calls = {"dense": chained(jax.jit(jnp.matmul), x, matrix)}
     for implementation in IMPLEMENTATIONS.value:
         product = jax.jit(
@@ -80,9 +80,9 @@ def main(argv: list[str]) -> None:
     if jax.default_backend() not in ("gpu", "cuda", "rocm"):
         print("This compares kernels on a GPU, and JAX sees none; on a CPU run benchmarks.block_sparse_matmul.")
         return
-    values = [[int(n) for n in flag.value] for flag in (SIDES, BATCHES, BLOCKS)]
+    sides, batches, blocks = ([int(n) for n in flag.value] for flag in (SIDES, BATCHES, BLOCKS))
     rows = []
-    for side, batch, block, sparsity in itertools.product(*values, map(float, SPARSITIES.value)):
+    for side, batch, block, sparsity in itertools.product(sides, batches, blocks, map(float, SPARSITIES.value)):
         rows.append(cell(side, batch, block, sparsity))
         print(rows[-1], flush=True)
     progress.console().print(progress.table("bfloat16, against dense", rows))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +63,8 @@ def _pool(rng: np.random.Generator, count: int) -> pa.Array:
 
 def prepare(path: pathlib.Path, output: pathlib.Path) -> dict[str, float]:
     """Prepare the log by a process of its own."""
-    command = [sys.executable, "-m", "experiments.data.criteo", "prepare", "--input", path, "--output", output]
+    command = [sys.executable, "-m", "experiments.data.criteo", "prepare", "--input", str(path)]
+    command += ["--output", str(output)]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -122,7 +124,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         log, output = pathlib.Path(folder, "log.txt"), pathlib.Path(folder, "criteo")
         make_log(log, pathlib.Path(_SAMPLE.value), _ROWS.value)
-        content = {"rows": _ROWS.value, "bytes": log.stat().st_size, "cores": os.cpu_count(), "load": os.getloadavg()}
+        content: dict[str, Any] = {"rows": _ROWS.value, "bytes": log.stat().st_size}
+        content |= {"cores": os.cpu_count(), "load": os.getloadavg()}
         content["prepare"] = prepare(log, output)
         manifest = json.loads((output / "manifest.json").read_text())
         content["ids"] = sum(manifest["vocabulary"].values())

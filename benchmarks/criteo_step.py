@@ -58,10 +58,10 @@ def compiled(rows: data.Dataset, block: int, algorithm: str, touched: str = "all
 
 
 def step_of(run: program.Program, batch: Any) -> Callable[[], None]:
-    held, seed = [run.functions.init(program.seed_argument([0]))], program.seed_argument([0])
+    held = [run.functions.init(program.seed_argument([0]))]
 
     def step() -> None:
-        held[0], means = run.functions.step(seed, held[0], batch)
+        held[0], means = run.functions.step(held[0], batch)
         jax.block_until_ready((held[0], means))
 
     return step
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
             contenders[f"{name}, {block}"] = step_of(compiled(rows, int(block), name), batch)
     contenders |= parts(dense, batch)
     seconds = timing.alternate(contenders, _ROUNDS.value)
-    results = [
+    results: list[dict[str, Any]] = [
         {
             "step": name,
             "milliseconds": round(1e3 * float(np.median(taken)), 2),

@@ -164,7 +164,8 @@ def reset_peak() -> float:
 
 def peak() -> float:
     status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(kilobytes) / 1024
 
 
 def memory_in_a_process(name: str) -> float:

@@ -12,13 +12,14 @@ encoded anew, at the quality of the originals, unless `--as_stored` is given.
 import functools
 import io
 import os
+from collections.abc import Callable
 
 import numpy as np
 from absl import app, flags
 from PIL import Image
 
 from benchmarks import timing
-from experiments.data import catalog, images
+from experiments.data import Records, catalog, images
 from experiments.outputs import progress
 
 _IMAGES = flags.DEFINE_string(
@@ -26,7 +27,7 @@ _IMAGES = flags.DEFINE_string(
 )
 _AS_STORED = flags.DEFINE_bool("as_stored", False, "Measure with the files as they are.")
 COUNT, ROUNDS, SIZES, NEEDED = 200, 11, (224, 160, 96, 64), 3000
-MEAN, STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
+MEAN, STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
 
 
 def plain(content: bytes, size: int, random: np.ndarray) -> np.ndarray:
@@ -38,12 +39,15 @@ def plain_bytes(content: bytes, size: int, random: np.ndarray) -> np.ndarray:
     """As `plain`, the floats left to the device."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
     box = images.random_box(*image.size, random, 0.08)
-    image = image.crop(tuple(round(x) for x in box)).resize((size, size), Image.Resampling.BILINEAR)
+    left, top, right, bottom = (round(x) for x in box)
+    image = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random[-1] < 0.5 else image)
 
 
 def contents(directory: str, as_stored: bool) -> list[bytes]:
-    records = catalog.image_folder(directory).train.records
+    train = catalog.image_folder(directory).train
+    assert isinstance(train, Records)
+    records = train.records
     chosen = [records[i]["image"] for i in np.linspace(0, len(records) - 1, COUNT).astype(int)]
     return chosen if as_stored else [_enlarged(content) for content in chosen]
 
@@ -67,7 +71,7 @@ def main(argv: list[str]) -> None:
     rows = []
     for size in SIZES:
 
-        def batch(transform, size=size):
+        def batch(transform: Callable[..., np.ndarray], size: int = size) -> np.ndarray:
             return np.stack([transform(c, size, r) for c, r in zip(files, random, strict=True)])
 
         seconds = timing.alternate({name: functools.partial(batch, t) for name, t in transforms.items()}, ROUNDS)

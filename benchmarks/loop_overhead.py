@@ -35,11 +35,11 @@ def bare(run: program.Program) -> float:
         program.next_batch(run, program.train_streams(run, [0])), next(iter(run.batch.values())).sharding
     )
     for _ in range(FIRST):
-        state, _ = run.functions.step(seed, state, batch)
+        state, _ = run.functions.step(state, batch)
     jax.block_until_ready(state)
     started = time.perf_counter()
     for _ in range(STEPS - FIRST):
-        state, _ = run.functions.step(seed, state, batch)
+        state, _ = run.functions.step(state, batch)
     jax.block_until_ready(state)
     return (time.perf_counter() - started) / (STEPS - FIRST)
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
         "loop": functools.partial(whole_loop, run, False),
         "loop, saving": functools.partial(whole_loop, run, True),
     }
-    seconds = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         for name, measure in contenders.items():
             seconds[name].append(measure())

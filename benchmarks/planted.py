@@ -21,6 +21,7 @@ from benchmarks import timing
 from configs import planted as planted_config
 from experiments import data, tasks
 from experiments.data.planted import Teacher, found_and_covered, teacher, true_logits
+from experiments.data.sources import in_memory
 from experiments.outputs import progress, report
 from experiments.training import evaluation, factories, loop, program
 from experiments.training.setup import prepare
@@ -77,7 +78,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 def teachers_own(config: ml_collections.ConfigDict, dataset: data.Dataset) -> dict[str, float]:
     """Loss and AUC of the teacher on the held-out rows."""
-    test = dataset.test.arrays
+    test = in_memory(dataset.test).arrays
     logits, label = true_logits(teacher_of(config), test["ids"]), test["label"]
     return {"loss": float(np.mean(np.logaddexp(0, logits) - label * logits)), "auc": evaluation.auc(logits, label)}
 

@@ -57,7 +57,7 @@ def steps(run: program.Program, kind: str) -> Callable[[], Any]:
     held = [state._replace(prune=state.prune._replace(step=jax.device_put(moved, state.prune.step.sharding)))]
 
     def step() -> None:
-        held[0], means = run.functions.step(seed, held[0], batch)
+        held[0], means = run.functions.step(held[0], batch)
         jax.block_until_ready(means)
 
     return step
@@ -126,7 +126,8 @@ def main(argv: list[str]) -> None:
 
 def _bytes(run: program.Program) -> int:
     """What a step needs at its peak, as the compiler has planned it."""
-    plan = run.functions.step.memory_analysis()
+    step: Any = run.functions.step  # compiled
+    plan = step.memory_analysis()
     return plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
 
 

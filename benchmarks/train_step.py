@@ -118,7 +118,7 @@ def measure(workload: str, rounds: int) -> list[dict[str, Any]]:
     for name, (step, state) in contenders(loss, params).items():
         states[name] = jax.tree.map(jnp.copy, state)  # each its own, to donate
         program = jax.jit(step, donate_argnums=0).lower(states[name], batch).compile()
-        sizes = program.memory_analysis()
+        sizes: Any = program.memory_analysis()
         memory[name] = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
 
         def call(name: str, program: Any) -> None:

@@ -6,6 +6,8 @@
 The archive holds `train/<class>/<name>.png` and `test/<class>/<name>.png`, or other image files. The second command
 reads the data set as TensorFlow Datasets has prepared it, and says what to do where it is not. Three minutes on two CPU
 cores, dense twin included; 57% test accuracy at 89% sparsity with 4 x 4 blocks, 65% dense (seed 0, from JPEG copies).
+The number of steps and, as far as is known, the learning rate were chosen on the test images that these figures are
+from.
 """
 
 from ml_collections import ConfigDict

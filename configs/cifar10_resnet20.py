@@ -5,6 +5,7 @@
 
 For an accelerator: on two CPU cores a step of 128 images takes most of a second. The network has 270,896 kernel
 weights: `min_blocks` is lowered, so that 8 x 8 blocks leave all of its stages to be pruned.
+Nothing was tuned: learning rate and weight decay are those usual for ResNets on CIFAR-10.
 """
 
 from ml_collections import ConfigDict

@@ -4,6 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sa_plus_plus.registry import ALGORITHMS, own_options
+
 
 def experiment(name: str) -> ConfigDict:
     """Everything but the data, the model and the length of the run."""
@@ -127,14 +129,10 @@ def sparsifier() -> ConfigDict:
     config.sparsification = True  # False: SequentialAttention++ on ACDC's schedule (D.1)
     config.exponent = 4.0  # c of the sparsification curve (D.2)
     config.schedule = ()  # a schedule of your own instead: (("dense", "20%"), ("sparsification", 0.3), ("sparse", 0.5))
-    # clip: "density", "none" or a range, "0.1,10"
-    config.sequential_attention = ConfigDict(
-        {"clip": "density", "monotone": True, "mask_every": 1, "logit_lr": 1.0, "reset_logits_at": ()}
-    )
-    config.dense = ConfigDict()
-    config.magnitude = ConfigDict()
-    config.acdc = ConfigDict({"form": "pruning"})
-    config.powerpropagation = ConfigDict({"alpha": 2.0})
-    config.gradual_magnitude = ConfigDict({"mask_every": 1, "monotone": True})
-    config.random = ConfigDict()
+    # A section for each algorithm with its own options and their defaults, such as `acdc.form`. Text stands for values
+    # of other types: sequential_attention.clip is "density", "none" or a range, "0.1,10". Masks are drawn by the run's
+    # own seed.
+    for name, algorithm in ALGORITHMS.items():
+        own = own_options(algorithm.make)
+        config[name] = ConfigDict({option: default for option, default in own.items() if option != "seed"})
     return config

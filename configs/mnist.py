@@ -2,8 +2,16 @@
 
     python -m experiments.main --config=configs/mnist.py --config.sparsifier.name=acdc
 
-Half a minute on two CPU cores, dense twin and compilation included; about 95% test accuracy at 90% sparsity with
+Half a minute on two CPU cores, dense twin and compilation included; about 94% test accuracy at 90% sparsity with
 4 x 4 blocks. So small a problem shows that an algorithm works, not which one is best.
+
+The learning rate was chosen on a validation part, a fifth of the 4,000 training digits, by the mean accuracy of all
+seven algorithms, 3 seeds each; the number of steps, as far as is known, on the test digits. Validation accuracy, %:
+
+    learning rate              0.02   0.05   0.1    0.2    0.4
+    mean of all                91.1   92.5   93.3   93.6   92.5
+    dense                      93.2   93.9   94.3   94.3   93.6
+    SequentialAttention++      92.4   93.4   94.3   94.3   92.2
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +29,6 @@ def get_config() -> ConfigDict:
     config.log_every = 20
     config.eval_every = 40
     config.checkpoint_every = 400
-    config.optimizer.learning_rate = 0.1
+    config.optimizer.learning_rate = 0.2
     config.sparsifier.block = (4, 4)
     return config

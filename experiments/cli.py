@@ -2,24 +2,46 @@
 
 import contextlib
 import datetime
-import difflib
-import itertools
 import os
 import pathlib
-import runpy
+import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
+
+from experiments.utils.registry import nearest
 
 BAD_INPUT, DIVERGED, PREEMPTED, DISK_FULL = 2, 3, 4, 5  # exit status
 DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "mnist.py"
 
-# No default here: it would be read, overrides and all, where the flag is defined, out of reach of `_parse`.
+# No default here: it would be read, overrides and all, where the flag is defined, out of reach of `parse`.
 CONFIG = config_flags.DEFINE_config_file("config", None, f"What to run; by default configs/{DEFAULT_CONFIG.name}.")
+
+
+class _Parser(ConfigFileFlagParser):
+    """Answers a mistyped file with the nearest that there is, and keeps the config, to answer a mistyped key with."""
+
+    config: Any = None
+
+    def parse(self, path: str) -> Any:
+        file = pathlib.Path(path.split(":")[0])  # what follows a colon is for `get_config`
+        if not file.is_file():
+            there = [str(other) for other in file.parent.glob("*.py")]
+            raise ValueError(
+                f"no such file; did you mean {nearest(str(file), there)}?"
+                if there
+                else f"no such file, and no config in {file.parent.absolute()}"
+            )
+        self.config = super().parse(path)
+        return self.config
+
+
+_PARSER = flags.FLAGS["config"].parser = _Parser("config")
 
 # As `jax.distributed.initialize` takes them; on clusters that JAX knows, `--distributed` alone is enough.
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of several hosts in one run.")
@@ -36,41 +58,34 @@ def run(main: Callable[[list[str]], None]) -> None:
         _join_hosts()
         main(argv)
 
-    app.run(start, flags_parser=_parse)
+    app.run(start, flags_parser=parse)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
+    """`absl.flags.FLAGS(argv)`; what is wrong with the arguments is answered as `fail` does."""
     if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:]):
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
         rest = flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:
-        while isinstance(error.args[0], Exception):  # ml_collections wraps the one that knows in others
-            error = error.args[0]
-        fail("no config key " + " ".join(error.args[0].split()) + _nearest_key(argv, error.args[0]))
-    except (TypeError, ValueError, OSError, flags.Error) as error:
-        fail(str(error))
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
+        if not isinstance(_PARSER.config, ConfigDict):
+            if isinstance(error, AttributeError | KeyError):
+                raise  # the config file's own
+            fail(str(error))
+        known = list(_keys(_PARSER.config))
+        wrong = [key for key in _overridden(argv) if key not in known]
+        fail(f"no config key {wrong[0]!r}; did you mean {nearest(wrong[0], known)!r}?" if wrong else str(error))
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; options look like --config.steps=100")
     return rest
 
 
-def _nearest_key(argv: list[str], message: str) -> str:
-    """Where the message names no key instead: the nearest of the whole config, which may be in another section."""
-    options = [arg.lstrip("-") for arg in argv[1:]]
-    paths = [arg.removeprefix("config=") for arg in options if arg.startswith("config=")]
-    paths += [after for arg, after in itertools.pairwise(options) if arg == "config"]
-    if "Did you mean" in message or not paths:
-        return ""
-    known = list(_keys(runpy.run_path(paths[-1])["get_config"]()))
-    wrong = [arg.split("=")[0].removeprefix("config.") for arg in options if arg.startswith("config.")]
-    for key in wrong:
-        if key not in known and any(part in message for part in key.split(".")):
-            return f'; did you mean "{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]}"?'
-    return ""
+def _overridden(argv: list[str]) -> list[str]:
+    """The keys that options such as `--config.optimizer.name=sgd` and `--noconfig.dense_twin` set."""
+    return [found[1] for arg in argv[1:] if (found := re.match(r"--?(?:no)?(config\.[^=\[]+)", arg))]
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+def _keys(config: ConfigDict, prefix: str = "config.") -> Iterator[str]:
     for key in config:
         yield prefix + key
         if isinstance(config[key], ConfigDict):
@@ -95,7 +110,7 @@ def workdir_path(path: str | None, name: str) -> pathlib.Path:
 
 def cache_compilations(directory: pathlib.Path) -> None:
     """Keep compiled programs on disk for the next run, unless JAX is already told where (or not to)."""
-    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(directory / ".jax_cache"))
 
 

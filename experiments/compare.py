@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
         if (workdir / RESULT).exists() and not _OVERWRITE.value:
             raise FileExistsError(f"{workdir} holds a comparison: choose another --workdir or pass --overwrite")
         workdir.mkdir(parents=True, exist_ok=True)
+    progress.warn_of_short_phases({name: setup.phases for name, setup in setups.items()}, console)
     seeds = [config.seed + i for i in range(_SEEDS.value)]
     together = {"yes": True, "no": False, "auto": side_by_side_pays(setups[names[0]].plan)}[_TOGETHER.value]
     groups = [seeds] if together else [[s] for s in seeds]
@@ -142,13 +143,14 @@ def _plot(
         left.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.15, lw=0)
         right.plot([i] * len(runs), last, "o", color=line.get_color(), alpha=0.6)
         right.plot([i - 0.3, i + 0.3], [np.mean(last)] * 2, color=line.get_color())
-    left.set(xlabel="step", ylabel=f"test {metric}")
+    report.step_axis(left, max(o.phases.total_steps for runs in outcomes.values() for o in runs))
+    left.set_ylabel(f"test {metric}")
     ends = np.array([o.test[f"test_{metric}"] for runs in outcomes.values() for o in runs])
     if np.isfinite(ends).any():  # NaN where a run diverged
         low, high = np.nanmin(ends), np.nanmax(ends)
         margin = 0.2 * (high - low + 0.01)
         left.set_ylim(low - 3 * margin, high + margin)
-    left.legend(fontsize="small")
+    fig.legend(loc="outside lower center", ncols=len(outcomes), fontsize="small")
     right.set_xticks(range(len(outcomes)), list(outcomes), rotation=35, ha="right", fontsize="small")
     block = progress.sizes(config.sparsifier.block)
     fig.suptitle(f"{config.name}, {config.model}: blocks {block}, {config.sparsifier.sparsity:.0%} target sparsity")

@@ -43,7 +43,7 @@ def show(setup: Setup, console: Console) -> None:
     console.print(progress.table(_title(setup.config), rows))
     console.print(progress.table("The whole network", [_totals(setup, cost)]))
     console.print(f"{setup.config.steps:,} steps of {setup.config.batch_size} examples\n", highlight=False)
-    console.print(str(setup.sparsifier(setup.config.seed).phases), highlight=False)
+    console.print(str(setup.phases), highlight=False)
 
 
 def multiply_adds(setup: Setup) -> dict[str, int]:

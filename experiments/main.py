@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
                     _clear(path)
                 workdir.settle(path, config, _RESUME_CHANGED.value)
         cli.cache_compilations(path.parent)
+        progress.warn_of_short_phases({setup.config.sparsifier.name: setup.phases}, console)
         try:
             result = run(setup, path, console, _PROFILE.value, experiments.STARTED)
         except loop.Preempted as preempted:

@@ -161,7 +161,7 @@ def _drawn(setup: Setup) -> dict[str, Any]:
     params, model_state = setup.task.init(jax.random.key(0))
     # Something everywhere, for batch normalisation may start with scales of zero.
     params = jax.tree.map(lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)
-    sp = setup.sparsifier(0)
+    sp = setup.sparsifier
     return {"params": sp.finalize(*sp.init(params)), **model_state}
 
 

@@ -2,10 +2,7 @@
 
 from sa_plus_plus import blocks, convex, metrics, phases, select, sparse
 from sa_plus_plus.algorithms import (
-    ALGORITHMS,
-    Algorithm,
     acdc,
-    algorithm,
     attention_weights,
     block_norm,
     dense,
@@ -19,6 +16,7 @@ from sa_plus_plus.checks import check_pruned
 from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, compose
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
+from sa_plus_plus.registry import ALGORITHMS, Algorithm, algorithm
 from sa_plus_plus.sparse import (
     BlockSparse,
     block_sparse_conv,

@@ -4,11 +4,8 @@ A new algorithm is a constructor under `@algorithm(schedule)`: it is then in `AL
 `tests/contract_test.py`, and known to the experiments by its name.
 """
 
-import difflib
-import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, Unpack
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,73 +21,12 @@ from sa_plus_plus.composition import (
     PruningOptions,
     check_phases,
     compose,
-    differs,
-    times,
 )
+from sa_plus_plus.masking import differs, times
 from sa_plus_plus.phases import DENSE, KINDS, SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Plan
+from sa_plus_plus.registry import algorithm
 from sa_plus_plus.sparsifier import Params, PruneState, Sparsifier, State, Trainable
-
-Constructor = TypeVar("Constructor", bound=Callable[..., Sparsifier])
-
-
-class Algorithm(NamedTuple):
-    """An entry of `ALGORITHMS`.
-
-    Attributes:
-      make: the constructor, `make(*, phases, **options) -> Sparsifier`.
-      schedule: its own schedule, `schedule(total_steps, **options) -> Phases`.
-      control: whether it is here to be compared with, and not one of the paper's.
-    """
-
-    make: Callable[..., Sparsifier]
-    schedule: Callable[..., Phases]
-    control: bool
-
-
-ALGORITHMS: dict[str, Algorithm] = {}
-
-
-def algorithm(schedule: Callable[..., Phases], control: bool = False) -> Callable[[Constructor], Constructor]:
-    """Enter a constructor into `ALGORITHMS` by its name, and let it answer unknown options itself.
-
-    Args:
-      schedule: `schedule(total_steps, **options) -> Phases`, the algorithm's own.
-      control: whether it is a control.
-    """
-
-    def register(make: Constructor) -> Constructor:
-        known = options_of(make)
-
-        @functools.wraps(make)
-        def checked(**options: Any) -> Sparsifier:
-            for name in options:
-                if name not in known:
-                    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                    raise TypeError(
-                        f"{make.__name__}() got an unexpected keyword argument {name!r}; did you mean {nearest!r}? "
-                        f"It takes {', '.join(known)}"
-                    )
-            return make(**options)
-
-        ALGORITHMS[make.__name__] = Algorithm(checked, schedule, control)
-        return checked  # type: ignore[return-value]
-
-    return register
-
-
-def options_of(make: Callable[..., Sparsifier]) -> tuple[str, ...]:
-    """The names of all options that a constructor takes, those of `PruningOptions` last."""
-    parameters = inspect.signature(make).parameters.values()
-    own = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
-    common = PruningOptions.__annotations__ if any(p.kind == p.VAR_KEYWORD for p in parameters) else ()
-    return (*own, *common)
-
-
-def own_options(make: Callable[..., Sparsifier]) -> Mapping[str, Any]:
-    """The options that a constructor alone has, with their defaults."""
-    parameters = inspect.signature(make).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is not p.empty}
 
 
 def block_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:

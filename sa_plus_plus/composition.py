@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -21,6 +21,7 @@ from jax import lax
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning, select
+from sa_plus_plus.masking import differs, keep, times, zero_masked
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Overrides, Plan, map_layers
 from sa_plus_plus.sharding import automatic
@@ -217,7 +218,7 @@ class _Algorithm:
             logits = trainable.logits.get(layer.path)
             scale = self.parametrisation.scale(weights, logits, layer)
             unmasked = weights if scale is None else times(weights, scale, layer)
-            moved = differs(given, _keep(unmasked, prune.masks[layer.path], layer))
+            moved = differs(given, keep(unmasked, prune.masks[layer.path], layer))
             wanted = jnp.where(moved, given.astype(weights.dtype), unmasked)
             if self.parametrisation.by_norm:  # the norm of its block is part of each weight
                 moved = blk.spread(jnp.any(blk.to_blocks(moved, layer.block), (1, 3)), layer.shape, layer.block)
@@ -261,7 +262,7 @@ class _Algorithm:
         def held(layer: LeafPlan | None, new: jax.Array, old: jax.Array) -> jax.Array:
             if layer is None:
                 return new
-            return _keep(new, masks[layer.path], layer, otherwise=0 if self.forget_masked else old)
+            return keep(new, masks[layer.path], layer, otherwise=0 if self.forget_masked else old)
 
         return moved._replace(params=map_layers(held, moved.params, layers, trainable.params))
 
@@ -294,29 +295,6 @@ def check_phases(phases: Any) -> None:
         raise TypeError(f"phases must be a schedule such as `phases.custom(total_steps, [...])` makes, got {phases!r}")
 
 
-def zero_masked(params: Params, masks: Masks, layers: Mapping[str, LeafPlan]) -> Params:
-    """The same parameters with masked blocks exactly zero."""
-
-    def zeroed(params: Params, masks: Masks) -> Params:
-        def exact(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
-            return weights if layer is None else _keep(weights, masks[layer.path], layer)
-
-        return map_layers(exact, params, layers)
-
-    return automatic(zeroed, lambda: params, params, masks)
-
-
-def differs(given: jax.Array, handed: jax.Array) -> jax.Array:
-    """Where `given` is not `handed` up to the rounding of `start + (handed - start)`, NaN included.
-
-    `handed` is rounded to the type of `given` first: a loop may hold narrower parameters than are trained.
-    """
-    given = jnp.asarray(given)
-    a, b = blk.widened(given), blk.widened(handed.astype(given.dtype))
-    tolerance = 4 * float(jnp.finfo(a.dtype).eps) if jnp.issubdtype(a.dtype, jnp.floating) else 0
-    return ~(jnp.abs(a - b) <= tolerance * jnp.maximum(jnp.abs(a), jnp.abs(b)))
-
-
 def _blocks_due(layer: LeafPlan, phases: Phases, step: jax.Array) -> jax.Array:
     """`floor((1 - sparsity(t)) * N)`, and exactly the planned number where the target is due."""
     dropped = jnp.ceil(layer.sparsity * phases.fraction(step) * layer.blocks).astype(jnp.int32)
@@ -331,16 +309,6 @@ def _kernels(trainable: Trainable, layers: dict[str, LeafPlan]) -> list[tuple[st
 def _layer_key(data: jax.Array, path: str) -> jax.Array:
     """A layer's own key, named by its path, so that it does not depend on which others are pruned."""
     return jax.random.fold_in(jax.random.wrap_key_data(data), zlib.crc32(path.encode()))
-
-
-def times(weights: jax.Array, grid: jax.Array, layer: LeafPlan) -> jax.Array:
-    """`weights * spread(grid)`, multiplied in at least float32 and returned in the weights' type."""
-    wide = blk.widened(weights)
-    return (wide * blk.spread(grid.astype(wide.dtype), layer.shape, layer.block)).astype(weights.dtype)
-
-
-def _keep(weights: jax.Array, mask: jax.Array, layer: LeafPlan, otherwise: jax.Array | int = 0) -> jax.Array:
-    return jnp.where(blk.spread(mask, layer.shape, layer.block), weights, otherwise)
 
 
 def _check_values(params: Params, layers: dict[str, LeafPlan], stuck_at_zero: bool) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sa_plus_plus.blocks import widened
-from sa_plus_plus.composition import zero_masked
+from sa_plus_plus.masking import zero_masked
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 
 _NEEDS_PARAMS = "{} needs the current parameters: call `tx.update(grads, state, params)`"

@@ -52,7 +52,7 @@ def test_fsdp_splits_parameters_logits_and_moments():
     run = program.compiled(prepare(c, sharding.make_mesh(4), problems.digits()))
     state = run.functions.init(np.int32(0))
     batch = program.next_batch(run, program.train_streams(run, [0]))
-    state, _ = run.functions.step(np.int32(0), state, batch)
+    state, _ = run.functions.step(state, batch)
     kernel = state.trainable.params["Dense_0"]["kernel"]
     logits = state.trainable.logits["Dense_0/kernel"]
     momentum = next(x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape)

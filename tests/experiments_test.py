@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import pathlib
+import re
 import shutil
+import sys
 
 import commands
 import jax
@@ -14,13 +17,14 @@ from PIL import Image
 
 import sa_plus_plus as sapp
 from configs import imagenette_block8, mnist
-from experiments import main, tasks
+from experiments import cli, main, tasks
 from experiments.outputs import progress
-from experiments.training import checkpoint, loop, program
+from experiments.training import checkpoint, loop, program, sharding
 from experiments.training.setup import prepare
 from experiments.utils import files
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEYS = (
     "algorithm block target_sparsity real_sparsity metric_name metric loss diverged steps seconds seed versions config "
     "compile_seconds startup_seconds"
@@ -48,7 +52,7 @@ def numpy_accuracy(weights, dataset):
     return np.mean(x.argmax(1) == dataset.test.arrays["label"])
 
 
-@pytest.mark.parametrize("name", sapp.ALGORITHMS)
+@pytest.mark.parametrize("name", list(sapp.ALGORITHMS))
 def test_a_run_leaves_complete_and_consistent_results(name, tmp_path):
     c = config(**{"sparsifier.name": name})
     assert main.run(prepared(c), tmp_path, progress.console())["diverged"] is False
@@ -166,6 +170,7 @@ def test_main_from_the_command_line(tmp_path):
     arguments = ["--config.steps=60", "--config.sparsifier.name=acdc", f"--workdir={tmp_path / 'run'}"]
     done = commands.run("experiments.main", *arguments, real=True)
     assert done.returncode == 0, done.stderr
+    assert "Warning: phases of fewer than 10 steps (the shortest): acdc (3)" in done.stdout
     for words in ("dense twin", "sparse", "loss", "steps/s", "Dense_0/kernel", "the same network trained dense"):
         assert words in done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -178,24 +183,58 @@ def test_main_from_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.sparsifier.sparisty=0.5", 'Did you mean "sparsity"'),
-        ("--config.min_blocks=3", 'did you mean "sparsifier.min_blocks"'),
-        ("--config.sparsifier.block=4", r"such as (8, 8); got (4,)"),
-        ("--config.sparsifier.name=sequental_attention", "did you mean 'sequential_attention'"),
-        ("--config.model=LeNet", "did you mean 'LeNet300'"),
-        ("--config.sparsifier.sparsity=1.5", "got 1.5"),
-        ("--config.sparsifier.block=(400,400)", "nothing to prune with block=(400, 400)"),
-        ("--config.steps=10", "has no step"),
-        ("--config.batch_size=5000", "config.batch_size=5000 exceeds the 4000 training examples"),
-        ("--config=configs/nothing.py", "configs/nothing.py"),
+        ("--config.data.batch_size=3", "no config key 'config.data.batch_size'; did you mean 'config.batch_size'?"),
+        ("--config.sparsifier.sparisty=0.5", "did you mean 'config.sparsifier.sparsity'?"),
+        ("--config.min_blocks=3", "did you mean 'config.sparsifier.min_blocks'?"),
+        ("--noconfig.dens_twin", "did you mean 'config.dense_twin'?"),
+        ("--config.seed.first=3", "no config key 'config.seed.first'"),
+        ("--config.log_every=often", "--config.log_every=often: invalid literal for int() with base 10: 'often'"),
+        ("--config=configs/mnits.py", "--config=configs/mnits.py: no such file; did you mean configs/mnist.py?"),
+        ("--config=nowhere/mnist.py", f"no such file, and no config in {ROOT / 'nowhere'}"),
+        ("--confog.steps=3", "Unknown command line flag 'confog.steps'"),
         ("typo", "unexpected argument 'typo'"),
     ],
 )
-def test_bad_input_is_answered_in_a_sentence(argument, message):
+def test_wrong_arguments_are_answered_with_the_nearest_right_ones(argument, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["main", argument])  # ml_collections looks there for what overrides the config
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse(sys.argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("sparsifier.block", (4,), r"such as (8, 8); got (4,)"),
+        ("sparsifier.name", "sequental_attention", "did you mean 'sequential_attention'"),
+        ("data.name", "mnits", "config.data.name='mnits' is unknown; did you mean 'mnist'?"),
+        ("model", "LeNet", "did you mean 'LeNet300'"),
+        ("sparsifier.sparsity", 1.5, "got 1.5"),
+        ("sparsifier.block", (400, 400), "fewer than 100 blocks"),
+        ("steps", 10, "has no step"),
+        ("steps", -1, "config.steps must be a finite number from 0, got -1"),
+        ("batch_size", 5000, "config.batch_size=5000 exceeds the 4000 training examples"),
+        ("eval_every", 0, "config.eval_every must be a finite number from 1, got 0"),
+        ("optimizer.learning_rate", -0.1, "config.optimizer.learning_rate must be a finite number from 0, got -0.1"),
+        ("optimizer.learning_rate", float("nan"), "learning_rate must be a finite number from 0, got nan"),
+        ("optimizer.weight_decay", float("inf"), "weight_decay must be a finite number from 0, got inf"),
+        ("optimizer.momentum", 1.0, "config.optimizer.momentum must be in [0, 1), got 1.0"),
+    ],
+)
+def test_a_wrong_config_is_answered_in_a_sentence(key, value, message):
+    c = mnist.get_config()
+    c.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare(c, sharding.make_mesh(devices=jax.devices()[:1]), None if key == "data.name" else problems.digits())
+
+
+@pytest.mark.parametrize("argument", ["--config.sparsifier.sparisty=0.5", "--config.sparsifier.sparsity=1.5"])
+def test_bad_input_on_the_command_line_gives_no_traceback(argument):
     done = commands.run("experiments.main", argument)
     assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Cannot run: ")
     assert done.stdout == ""
 
 
@@ -213,6 +252,7 @@ def test_compare_from_the_command_line(tmp_path):
     assert list(result["algorithms"]) == ["dense", "random"]
     assert all(len(row["metric"]) == 2 for row in result["algorithms"].values())
     assert "±" in done.stdout
+    assert "Warning" not in done.stdout, "dense and random have one phase each"
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 

@@ -99,12 +99,12 @@ def test_every_cell_of_table_1_can_be_asked_for(block, name, sparsity):
 
 def test_the_ablations_can_be_asked_for():
     plain, without = setup(), setup(**{"sparsifier.sparsification": False})
-    kinds = [[p.kind for p in s.sparsifier(0).phases.phases] for s in (plain, without)]
+    kinds = [[p.kind for p in s.sparsifier.phases.phases] for s in (plain, without)]
     assert "sparsification" in kinds[0]
     assert "sparsification" not in kinds[1]
     middles = []
     for exponent in (2.0, 4.0, 8.0):
-        phases = setup(**{"sparsifier.exponent": exponent}).sparsifier(0).phases
+        phases = setup(**{"sparsifier.exponent": exponent}).sparsifier.phases
         first = next(p for p in phases.phases if p.kind == "sparsification")
         middles.append(float(phases.fraction((first.start + first.stop) // 2)))
     want = [(1 - np.exp(-c / 2)) / (1 - np.exp(-c)) for c in (2, 4, 8)]

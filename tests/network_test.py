@@ -340,3 +340,13 @@ def test_convolution_options(options, message):
     wide = sapp.BlockSparse(jnp.pad(w.blocks, ((0, 0), (0, 0), (0, 4))), w.layout)
     with pytest.raises(ValueError, match="blocks must be"):
         block_sparse_conv(jnp.ones((2, 8, 8, 4)), wide)
+
+
+def test_blocks_wider_than_their_kernel_are_found():
+    """A narrow head of a network is pruned in ragged blocks, and served by them."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(1024, 10)) * np.kron(rng.random(64) < 0.2, np.ones(16))[:, None]
+    x, kernel = rng.normal(size=(3, 1024)).astype(np.float32), jnp.asarray(kernel, jnp.float32)
+    fast = sapp.specialize(lambda x: x @ kernel, x, choose="all")
+    assert (fast.choices[0].block, fast.choices[0].sparse) == ((16, 16), True)
+    np.testing.assert_allclose(fast(x), x.astype(np.float64) @ np.asarray(kernel, np.float64), rtol=1e-4, atol=1e-4)

@@ -232,7 +232,7 @@ def test_errors():
         (lambda: block_sparse_matmul(x, w, bias=bias[1:]), r"of shape \(45,\)"),
         (
             lambda: block_sparse_matmul(x, w, implementation="cuda"),
-            "one of pure, native, pallas, dense or None, got 'cuda'",
+            "one of xla, native, pallas, dense or None, got 'cuda'",
         ),
     ):
         with pytest.raises(ValueError, match=wanted):

@@ -67,11 +67,11 @@ def test_a_step_with_ids_outside_the_table_is_the_same_both_ways():
     losses, ends = [], []
     for rows in ("all", "batch"):
         run = run_of(rows, {"name": "sgd", "momentum": 0.0}, algorithm="dense")
-        seed, state = program.seed_argument((0,)), run.functions.init(program.seed_argument((0,)))
+        state = run.functions.init(program.seed_argument((0,)))
         batch = program.next_batch(run, program.train_streams(run, (0,)))
         ids = np.array(batch["ids"])
         ids[3, -1] = run.setup.task.table.length
-        state, means = run.functions.step(seed, state, batch | {"ids": ids})
+        state, means = run.functions.step(state, batch | {"ids": ids})
         losses.append(float(means["loss"]))
         ends.append(state.trainable)
     assert np.isnan(losses).all()
@@ -130,7 +130,7 @@ def states(run, seeds=(0,)):
     for _ in range(STEPS):
         batch = program.next_batch(run, streams)
         ids = np.array(batch["ids"])
-        state, _ = run.functions.step(seed, state, batch)
+        state, _ = run.functions.step(state, batch)
         yield ids, jax.tree.map(np.array, state)
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sa_plus_plus as sapp
-from sa_plus_plus import composition
+from sa_plus_plus import masking
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -208,10 +208,10 @@ def test_a_block_whose_scale_is_zero_stays_as_it_was():
 def test_rounding_of_the_loop_is_not_taken_for_a_change():
     handed = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.float32)
     start = jnp.asarray(np.random.default_rng(1).normal(size=1000), jnp.float32)
-    assert not composition.differs(handed + 2 * jnp.finfo(jnp.float32).eps * handed, handed).any()
-    assert composition.differs(jnp.where(handed > 0, handed * 1.0001, jnp.nan), handed).all()
+    assert not masking.differs(handed + 2 * jnp.finfo(jnp.float32).eps * handed, handed).any()
+    assert masking.differs(jnp.where(handed > 0, handed * 1.0001, jnp.nan), handed).all()
     narrow = (start + (handed - start)).astype(jnp.bfloat16)
-    assert not composition.differs(narrow, handed).any()
+    assert not masking.differs(narrow, handed).any()
 
 
 def test_a_whole_chain_inside_is_the_explicit_loop():
@@ -436,11 +436,11 @@ def test_meshes_with_explicit_axes(name):
             jax.tree.map(lambda x: jax.typeof(x).sharding.spec, updates),
             jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params),
         )
-        whole = sp.finalize(state.trainable, state.prune)
+        whole = sp.apply(state.trainable, state.prune)
     one, one_state = problems.network(seed=0), None
     one_state = tx.init(one)
     updates, one_state = jax.jit(tx.update)(one, one_state, one)
     chex.assert_trees_all_equal(jax.device_get(state.prune), jax.device_get(one_state.prune))
     chex.assert_trees_all_close(
-        jax.device_get(whole), jax.device_get(sp.finalize(one_state.trainable, one_state.prune)), atol=1e-6
+        jax.device_get(whole), jax.device_get(sp.apply(one_state.trainable, one_state.prune)), atol=1e-6
     )

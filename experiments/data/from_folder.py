@@ -3,7 +3,7 @@
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from absl import logging
 
 from experiments.data.from_tfds import encoded_images
 from experiments.data.images import CROP_DRAWS, CorruptImage, centre_crop, random_crop
-from experiments.data.sources import Dataset, Records
+from experiments.data.sources import Dataset, RandomAccess, Records
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")
 
@@ -36,11 +36,11 @@ def image_folder(
       ValueError: if the two have not the same classes.
     """
     root = pathlib.Path(directory).expanduser()
-    parts = [_Files(root / part) for part in (train, test)]
-    if parts[0].classes != parts[1].classes:
-        differing = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+    to_train, to_test = (_Files(root / part) for part in (train, test))
+    if to_train.classes != to_test.classes:
+        differing = sorted(set(to_train.classes) ^ set(to_test.classes))
         raise ValueError(f"{root}: {train}/ and {test}/ differ in their classes: {', '.join(differing[:5])}")
-    return _varied(*parts, len(parts[0].classes), size, skip_corrupt)
+    return _varied(to_train, to_test, len(to_train.classes), size, skip_corrupt)
 
 
 def image_records(
@@ -52,8 +52,8 @@ def image_records(
 
 
 def _varied(
-    train: Sequence[Mapping[str, Any]],
-    test: Sequence[Mapping[str, Any]],
+    train: RandomAccess,
+    test: RandomAccess,
     classes: int,
     size: int,
     skip_corrupt: bool = False,

@@ -1,6 +1,5 @@
 """Image classification data sets of TensorFlow Datasets, read without TensorFlow."""
 
-import difflib
 import functools
 import math
 import os
@@ -10,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data.sources import Dataset, Records, in_memory
+from experiments.data.sources import Dataset, RandomAccess, Records, in_memory
+from experiments.utils.registry import nearest
 
 _IN_MEMORY_BYTES = 2**30  # CIFAR-10 takes 0.2 of it
 
@@ -54,7 +54,7 @@ def tfds(
 
 def encoded_images(
     name: str, data_dir: str = "", train: str = "train", test: str = "validation", download: bool = False
-) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], int]:
+) -> tuple[RandomAccess, RandomAccess, int]:
     """The images of a data set as the files they are stored as. Arguments and errors as of `tfds`.
 
     Returns:
@@ -129,8 +129,8 @@ def _builder(name: str, data_dir: str, **options: Any) -> Any:
         return tensorflow_datasets.builder(name, **options)
     except tensorflow_datasets.core.DatasetNotFoundError as error:  # its own message lists all there are
         known = tensorflow_datasets.list_builders(with_community_datasets=False)
-        nearest = difflib.get_close_matches(re.split("[/:]", name)[0], known, n=1, cutoff=0.0)
-        raise ValueError(f"TFDS has no data set {name!r}; did you mean {nearest[0]!r}?") from error
+        likely = nearest(re.split("[/:]", name)[0], known)
+        raise ValueError(f"TFDS has no data set {name!r}; did you mean {likely!r}?") from error
     except AssertionError as error:  # a version that it neither makes nor has
         raise ValueError(str(error)) from error
 

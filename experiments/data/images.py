@@ -60,12 +60,12 @@ def random_box(width: int, height: int, random: np.ndarray, min_area: float) -> 
     areas, ratios = np.asarray(random[:_ATTEMPTS], float), np.asarray(random[_ATTEMPTS : 2 * _ATTEMPTS], float)
     area = width * height * (min_area + (1 - min_area) * areas)
     ratio = np.exp(math.log(3 / 4) + math.log(16 / 9) * ratios)  # width to height, from 3/4 to 4/3
-    w, h = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
-    fits = np.flatnonzero((w >= 1) & (h >= 1) & (w <= width) & (h <= height))
+    widths, heights = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
+    fits = np.flatnonzero((widths >= 1) & (heights >= 1) & (widths <= width) & (heights <= height))
     if fits.size:
-        w, h = float(w[fits[0]]), float(h[fits[0]])
-        left = math.floor(float(random[2 * _ATTEMPTS]) * (width - w + 1))
-        top = math.floor(float(random[2 * _ATTEMPTS + 1]) * (height - h + 1))
+        w, h = float(widths[fits[0]]), float(heights[fits[0]])
+        left = float(math.floor(float(random[2 * _ATTEMPTS]) * (width - w + 1)))
+        top = float(math.floor(float(random[2 * _ATTEMPTS + 1]) * (height - h + 1)))
     else:
         w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
         left, top = (width - w) / 2, (height - h) / 2

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import sa_plus_plus as sapp
 from experiments.data.sources import Arrays, Dataset
+from sa_plus_plus.checks import occupied
 
 FEATURES, SIZE, HIDDEN = 39, 10, 400
 _CHUNK = 65_536  # rows at a time
@@ -119,11 +119,11 @@ def found_and_covered(kernel: np.ndarray, block: int, features: np.ndarray) -> t
       block: side of its blocks.
       features: numbers of those that matter.
     """
-    kept = np.asarray(sapp.blocks.to_blocks(kernel, (block, block)) != 0).any(axis=(1, 3))
+    kept = occupied(kernel, (block, block))
     rows = np.arange(kept.shape[0] * block).reshape(-1, block)
     owners = np.minimum(rows // SIZE, kernel.shape[0] // SIZE - 1)
     informative = np.isin(owners, features).any(axis=1)
-    covered = [kept[(owners == feature).any(axis=1)].any() for feature in features]
+    covered = [bool(kept[(owners == feature).any(axis=1)].any()) for feature in features]
     return float(kept[informative].sum() / max(kept.sum(), 1)), float(np.mean(covered)), float(informative.mean())
 
 

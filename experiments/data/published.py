@@ -30,7 +30,7 @@ class Blank:
         return self._examples
 
     def gather(self, rows: np.ndarray, random: np.ndarray | None = None) -> Batch:
-        values = np.zeros((len(rows), *self._shape), self._dtype)
+        values: np.ndarray = np.zeros((len(rows), *self._shape), self._dtype)
         return {self._name: values, "label": np.zeros(len(rows), np.int32)}
 
 
@@ -46,10 +46,11 @@ def declared(name: str, size: int | None = None) -> Dataset | None:
     """
     if name == "criteo":
         train, test, vocabulary = _CRITEO
-        rows = (Blank(n, "ids", (len(vocabulary),), np.int32) for n in (train, test))
-        return Dataset(*rows, 2, vocabulary)
+        to_train, to_test = (Blank(n, "ids", (len(vocabulary),), np.int32) for n in (train, test))
+        return Dataset(to_train, to_test, 2, vocabulary)
     if name not in _PUBLISHED:
         return None
     train, test, classes, side, channels = _PUBLISHED[name]
     side = side or size or 224
-    return Dataset(*(Blank(n, "image", (side, side, channels), np.uint8) for n in (train, test)), classes)
+    to_train, to_test = (Blank(n, "image", (side, side, channels), np.uint8) for n in (train, test))
+    return Dataset(to_train, to_test, classes)

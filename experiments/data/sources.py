@@ -3,7 +3,7 @@
 import concurrent.futures
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -70,11 +70,19 @@ class Arrays:
         return batch if self.vary is None or random is None else self.vary(batch, random)
 
 
+class RandomAccess(Protocol):
+    """Records that can be had in any order; a sequence of mappings is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Mapping[str, Any]: ...
+
+
 class Records:
     """Examples that are read, and decoded, one by one.
 
     Args:
-      records: a random-access sequence of mappings from names to values. Where it has a method `__getitems__`, as the
+      records: mappings from names to values, in any order. Where it has a method `__getitems__`, as the
         data sources of TFDS have, whole batches are asked of that.
       transform: `transform(record)` turns a record into the mapping that is batched; `transform(record, random)` with
         as many numbers as `draws`, or with None, where there are any. Threads call it at the same time.
@@ -85,7 +93,7 @@ class Records:
 
     def __init__(
         self,
-        records: Sequence[Mapping[str, Any]],
+        records: RandomAccess,
         transform: Callable[..., Mapping[str, Any]] = dict,
         draws: int = 0,
     ) -> None:
@@ -164,8 +172,10 @@ def in_memory(source: Source, chunk: int = 1024) -> Arrays:
       chunk: number of examples to read at a time.
 
     Returns:
-      The same examples as arrays.
+      The same examples as arrays; those that are in memory already are not copied.
     """
+    if isinstance(source, Arrays):
+        return Arrays(source.arrays)
     arrays: Batch = {}
     for start in range(0, len(source), chunk):
         part = source.gather(np.arange(start, min(start + chunk, len(source))))

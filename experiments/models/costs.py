@@ -26,7 +26,7 @@ def multiply_adds(model: nn.Module, variables: Any, x: Any) -> dict[str, int]:
 
     shapes = jax.eval_shape(results, variables, x)
     kernels = {sapp.path_string(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])}
-    costs = {}
+    costs: dict[str, int] = {}
     for path, result in jax.tree_util.tree_leaves_with_path(shapes):
         kernel = sapp.path_string(path).split("/__call__")[0] + "/kernel"
         positions = math.prod(result.shape[1:-1])

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorboardX
 from jax.experimental import multihost_utils
@@ -87,15 +88,21 @@ class Observer:
         if not self._writes:
             return
         self._live(row)
+        assert self._metrics is not None  # since the start
         self._metrics.add(row.of_seed(0))
-        for name, value in (*row.values.items(), ("learning_rate", row.learning_rate), ("steps_per_s", row.rate)):
+        shown: dict[str, np.ndarray | float] = {
+            **row.values,
+            "learning_rate": row.learning_rate,
+            "steps_per_s": row.rate,
+        }
+        for name, value in shown.items():
             self._board.add_scalar(name, float(np.mean(value)), row.step)
 
     def _on_state(self, step: int, state: TrainState) -> None:
         for path, logits in state.trainable.logits.items():
             weights = multihost_utils.process_allgather(logits, tiled=True) if jax.process_count() > 1 else logits
             if self._writes:
-                histogram = np.asarray(sapp.attention_weights(np.asarray(weights))).ravel()
+                histogram = np.asarray(sapp.attention_weights(jnp.asarray(weights))).ravel()
                 self._board.add_histogram(f"attention/{path}", histogram, step)
 
     def _on_step(self, done: int) -> bool:

@@ -1,6 +1,6 @@
 """Live progress: a bar on a terminal, a line now and then elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+import sa_plus_plus as sapp
 from experiments.training.rows import Row
 
+_SHORT = 10  # steps of a phase
 _LINES = 20  # of a run's rows, about as many become a line where there is no terminal
 
 
@@ -32,7 +34,7 @@ class Live:
 
     def __init__(self, title: str, total_steps: int, metric: str, console: Console) -> None:
         self._title, self._total, self._metric, self._console = title, total_steps, metric, console
-        self._next_line = 0
+        self._next_line = 0.0
         self._test = ""
         columns = [
             TextColumn("{task.description}"),
@@ -67,6 +69,25 @@ class Live:
             line = f"{self._title} {row.step:>7}/{self._total}  {state}  {row.rate:.0f} steps/s  {left:.0f} s left"
             self._console.print(line, highlight=False, soft_wrap=True)
             self._next_line = row.step + self._total / _LINES
+
+
+def warn_of_short_phases(phases: Mapping[str, sapp.Phases], console: Console) -> None:
+    """Say it where a network has hardly any steps to recover from what is pruned.
+
+    Args:
+      phases: schedules by the name of their algorithm.
+      console: where to say it.
+    """
+    shortest = {name: min(p.stop - p.start for p in schedule.phases) for name, schedule in phases.items()}
+    short = [f"{name} ({steps})" for name, steps in shortest.items() if steps < _SHORT]
+    if short:
+        console.print(
+            f"Warning: phases of fewer than {_SHORT} steps (the shortest): {', '.join(short)}. Such a run is too short "
+            "to judge an algorithm by: raise config.steps or config.epochs.",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def sizes(shape: Sequence[int]) -> str:

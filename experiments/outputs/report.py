@@ -13,10 +13,12 @@ import optax
 
 import sa_plus_plus as sapp
 from experiments.training.loop import Outcome
+from sa_plus_plus.checks import occupied
 from sa_plus_plus.files import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 
 def versions() -> dict[str, str]:
@@ -42,7 +44,7 @@ def layer_rows(outcome: Outcome) -> list[dict[str, Any]]:
         if not layer.is_kernel:
             continue
         weights = leaves[layer.path]
-        alive = np.asarray(sapp.blocks.to_blocks(weights, layer.block) != 0).any(axis=(1, 3))
+        alive = occupied(weights, layer.block)
         rows.append(
             {
                 "path": layer.path,
@@ -98,13 +100,20 @@ def plot_run(path: pathlib.Path, outcome: Outcome, rows: list[dict[str, Any]], m
     due = outcome.plan.sparsity * np.asarray(outcome.phases.fraction(steps))
     ax.step(steps, due, where="post", color="black", lw=0.8, label="sparsity of all kernels: due")
     ax.plot([r["step"] for r in rows], [r["sparsity"] for r in rows], "k.", ms=3, label="measured")
-    ax.set(xlabel="step", ylabel="sparsity", xlim=(0, outcome.phases.total_steps), ylim=(0, 1.02), title=title)
+    step_axis(ax, outcome.phases.total_steps)
+    ax.set(ylabel="sparsity", ylim=(0, 1.02), title=title)
     tested = [row for row in rows if f"test_{metric}" in row]
     right = ax.twinx()  # metrics have scales of their own
     right.plot([r["step"] for r in tested], [r[f"test_{metric}"] for r in tested], color="#1f4e9c")
     right.set_ylabel(f"test {metric}", color="#1f4e9c")
-    ax.legend(loc="lower right", fontsize="small", ncols=2)
+    fig.legend(loc="outside lower center", fontsize="small", ncols=6)
     save_figure(path, fig)
+
+
+def step_axis(ax: Any, total_steps: int) -> None:
+    """Steps of a run from left to right; whole ones."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.set(xlabel="step", xlim=(0, total_steps))
 
 
 def save_figure(path: pathlib.Path, fig: Any) -> None:

@@ -53,8 +53,8 @@ def _compare(key: jax.Array, form: Form, kind: Kind) -> dict[str, jax.Array]:
     def starts_from(key: jax.Array) -> jax.Array:
         return jnp.concatenate([fitted, jax.random.normal(key, fitted.shape) * inside])
 
-    supports, starts = jnp.asarray(np.concatenate([supports, supports])), starts_from(one)
-    found = jax.vmap(lambda w, b: masked.solve(problem, g, form, lam, w, b))(supports, starts)
+    twice, starts = jnp.asarray(np.concatenate([supports, supports])), starts_from(one)
+    found = jax.vmap(lambda w, b: masked.solve(problem, g, form, lam, w, b))(twice, starts)
     found = jax.tree.map(lambda a: a[jnp.argmin(found.value)], found)
     if form.penalty.name == "absolute":
         plain = group_lasso.solve(problem, g, lam, tol=1e-10)

@@ -39,7 +39,7 @@ def edges(amount: Amount) -> dict[str, list[float]]:
 
         return jax.lax.fori_loop(0, 14, halve, (jnp.zeros(()), jnp.ones(())))[1]
 
-    out = {}
+    out: dict[str, list[float]] = {}
     for kind in KINDS:
         run = jax.jit(functools.partial(edge, kind=kind))
         out[kind] = [float(run(key)) for key in keys(2, amount.theorem_instances)]

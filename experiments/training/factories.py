@@ -1,7 +1,9 @@
 """From a config to the pruning algorithm and the optimizer."""
 
+import ast
 import fnmatch
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +13,13 @@ import optax
 
 import sa_plus_plus as sapp
 from experiments.utils import registry
+from sa_plus_plus.registry import options_of
 
 NAMES = tuple(sapp.ALGORITHMS)
 
 
 def sparsifier(
-    config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: int | None = None, seed: Any = 0
+    config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: int | None = None
 ) -> sapp.Sparsifier:
     """The algorithm that `config` (a run's `config.sparsifier`) describes.
 
@@ -24,52 +27,48 @@ def sparsifier(
       config: `name`, the options common to all, and a section of its own for each algorithm with options.
       total_steps: length of the run.
       steps_per_epoch: for a free-form schedule in epochs.
-      seed: for `random` alone; may be traced.
 
     Raises:
       ValueError: for an unknown algorithm, and whatever its constructor refuses.
     """
     name = registry.check(config.name, NAMES, "config.sparsifier.name")
-    make, own_phases = getattr(sapp, name), getattr(sapp.phases, name)
-    if name == "dense":
-        return make(phases=own_phases(total_steps))
-    if config.schedule:
-        phases = sapp.phases.custom(
-            total_steps, config.schedule, steps_per_epoch=steps_per_epoch, exponent=config.exponent
-        )
-    else:
-        rising = {"exponent": config.exponent} if name in ("sequential_attention", "gradual_magnitude") else {}
-        if name == "sequential_attention":
-            rising["sparsification"] = config.sparsification
-        phases = own_phases(total_steps, recipe=config.recipe, **rising)
+    make, own_schedule, _ = sapp.ALGORITHMS[name]
     if len(config.block) != 2:
         raise ValueError(f"config.sparsifier.block needs both sides, such as (8, 8); got {config.block}")
-    options = dict(config[name])
-    if "clip" in options:
-        options["clip"] = _clip(options["clip"])
-    if name == "random":
-        options["seed"] = seed
-    common = {key: config[key] for key in ("block", "sparsity", "min_blocks", "scope")}
+    options: dict[str, Any] = {key: config[key] for key in ("block", "sparsity", "min_blocks", "scope")}
+    options |= {"overrides": config.overrides.to_dict()} | {key: _value(text) for key, text in config[name].items()}
     if config.only:
-        common["where"] = functools.partial(_matches, config.only)
-    return make(phases=phases, overrides=config.overrides.to_dict(), **common, **options)
+        options["where"] = functools.partial(_matches, config.only)
+    known = options_of(make)
+    options = {key: value for key, value in options.items() if key in known}
+    if config.schedule and "sparsity" in known:  # what prunes nothing has no use for another schedule
+        epoch, c = steps_per_epoch, config.exponent
+        phases = sapp.phases.custom(total_steps, config.schedule, steps_per_epoch=epoch, exponent=c)
+    else:
+        asked = inspect.signature(own_schedule).parameters
+        phases = own_schedule(total_steps, **{k: config[k] for k in _OF_SCHEDULES if k in asked})
+    return make(phases=phases, **options)
+
+
+_OF_SCHEDULES = ("recipe", "exponent", "sparsification")
 
 
 def _matches(pattern: str, path: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern)
 
 
-def _clip(clip: Any) -> Any:
-    """A config holds text, since the type of an option may not change: `density`, `none`, or a range `0.1,10`."""
-    if not isinstance(clip, str) or clip == "density":
-        return clip
-    if clip == "none":
-        return None
-    low, comma, high = clip.strip("()").partition(",")
+def _value(value: Any) -> Any:
+    """An option as its constructor takes it. Its type in a config may not change, so text stands for what may vary.
+
+    >>> [_value(text) for text in ("density", "none", "0.1,10", 3)]
+    ['density', None, (0.1, 10), 3]
+    """
+    if not isinstance(value, str):
+        return value
     try:
-        return (float(low), float(high)) if comma else clip
-    except ValueError:
-        return clip  # for the constructor to refuse
+        return None if value == "none" else ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value  # a word
 
 
 def optimizer(
@@ -101,6 +100,8 @@ def _cosine(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
 
 
 def _exponential(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+    if not config.final_fraction > 0:
+        raise ValueError(f"config.optimizer.final_fraction must be positive to decay to, got {config.final_fraction}")
     return optax.exponential_decay(config.learning_rate, steps, config.final_fraction)
 
 

@@ -131,11 +131,11 @@ def _start(
 def _steps(session: _Session, state: TrainState, first: int) -> tuple[TrainState, int, float]:
     """The steps after the first `first`: the last state, the steps done, and when the first of these was done."""
     program, rows = session.program, session.rows
-    seed, total = seed_argument(session.seeds), program.setup.config.steps
+    total = program.setup.config.steps
     done, first_step_at = first, float("nan")
     batch = next_batch(program, session.streams) if first < total else None
     for done in range(first + 1, total + 1):
-        state, means = program.functions.step(seed, state, batch)
+        state, means = program.functions.step(state, batch)
         if done == first + 1:
             jax.block_until_ready(means)
             first_step_at = time.perf_counter()
@@ -163,7 +163,8 @@ def _measure(session: _Session, done: int, state: TrainState, means: dict[str, j
     tests = done == config.steps or done % config.eval_every == 0
     if not (tests or enters or done % config.log_every == 0):
         return
-    values = {f"train_{name}": x for name, x in means.items() if name != "churn"} | program.status(state)
+    values: dict[str, jax.Array | np.ndarray] = {f"train_{n}": x for n, x in means.items() if n != "churn"}
+    values |= program.status(state)
     if tests:
         values |= _tested(session, state)
         session.hooks.on_state(done, state)
@@ -175,7 +176,7 @@ def _measure(session: _Session, done: int, state: TrainState, means: dict[str, j
 
 
 def _tested(session: _Session, state: TrainState) -> dict[str, jax.Array]:
-    means = test_means(session.program, session.seeds, state)
+    means = test_means(session.program, state)
     return {f"test_{name}": x for name, x in means.items()}
 
 
@@ -194,6 +195,7 @@ def _save(session: _Session, done: int, state: TrainState, means: dict[str, jax.
             rows.add(done, {"train_loss": means["loss"]} | program.status(state))
         return False
     host = {"data": [stream.get_state() for stream in session.streams]}
+    assert session.checkpoints is not None  # else no save is due
     session.checkpoints.save(done, state, host, _metric(session, done))
     return True
 
@@ -226,7 +228,7 @@ def _outcomes(
 ) -> list[Outcome]:
     """The result of each seed."""
     program, rows = session.program, session.rows.all
-    networks = program.functions.finalize(seed_argument(session.seeds), state)
+    networks = program.functions.finalize(state)
     losses = np.array([*(row.values["train_loss"] for row in rows), test["test_loss"]])
     outcomes = []
     for n, seed in enumerate(session.seeds):

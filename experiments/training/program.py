@@ -49,8 +49,7 @@ def compiled(setup: Setup, seeds: int = 1) -> Program:
     started = time.perf_counter()
     config, mesh = setup.config, setup.mesh
     fns = functions(setup) if seeds == 1 else over_seeds(functions(setup))
-    seed = seed_argument(range(seeds))
-    shapes = jax.eval_shape(fns.init, seed)
+    shapes = jax.eval_shape(fns.init, seed_argument(range(seeds)))
     layout = sharding.of_state(shapes, mesh)
     state = sharding.abstract(shapes, layout)
     whole = sharding.replicated(mesh)
@@ -63,16 +62,16 @@ def compiled(setup: Setup, seeds: int = 1) -> Program:
     status = jax.jit(functools.partial(_status, setup=setup, over_seeds=seeds > 1), out_shardings=whole)
     return Program(
         setup=setup,
-        phases=setup.sparsifier(config.seed).phases,
+        phases=setup.phases,
         seeds=seeds,
         functions=Functions(
             init=jax.jit(fns.init, out_shardings=layout),
-            step=jax.jit(fns.step, donate_argnums=1, out_shardings=(layout, whole)).lower(seed, state, batch).compile(),
-            evaluate=jax.jit(fns.evaluate, out_shardings=whole).lower(seed, state, test).compile(),
+            step=jax.jit(fns.step, donate_argnums=0, out_shardings=(layout, whole)).lower(state, batch).compile(),
+            evaluate=jax.jit(fns.evaluate, out_shardings=whole).lower(state, test).compile(),
             finalize=jax.jit(fns.finalize, out_shardings=whole),
         ),
         status=status.lower(state).compile(),
-        outputs=_output_names(setup, jax.eval_shape(fns.evaluate, seed, state, test)[0]),
+        outputs=_output_names(setup, jax.eval_shape(fns.evaluate, state, test)[0]),
         state=state,
         batch=batch,
         test_sharding=test_sharding,
@@ -100,14 +99,13 @@ def next_batch(program: Program, streams: Sequence[data.TrainIterator]) -> Any:
     return sharding.place(batch, next(iter(program.batch.values())).sharding)
 
 
-def test_means(program: Program, seeds: Sequence[int], state: TrainState) -> dict[str, Any]:
+def test_means(program: Program, state: TrainState) -> dict[str, Any]:
     """What the task reports of the test set: the mean of each output, left on the device, and more."""
     hosts = jax.process_index(), jax.process_count()
     source, size = program.setup.task.dataset.test, program.setup.config.eval_batch_size
     workers = program.setup.config.data.workers
     batches = (sharding.place(b, program.test_sharding) for b in data.eval_batches(source, size, *hosts, workers))
-    seed = seed_argument(seeds)
-    means = evaluation.means(lambda batch: program.functions.evaluate(seed, state, batch), batches)
+    means = evaluation.means(lambda batch: program.functions.evaluate(state, batch), batches)
     return program.setup.task.finish(means)
 
 

@@ -1,7 +1,7 @@
 """What is measured of a run, a row now and then."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,10 +45,10 @@ class Rows:
     def __init__(self, phases: sapp.Phases, first: int, on_row: Callable[[Row], None]) -> None:
         self.all: list[Row] = []
         self._phases, self._on_row = phases, on_row
-        self._added: tuple[int, dict[str, jax.Array]] | None = None
+        self._added: tuple[int, Mapping[str, jax.Array | np.ndarray]] | None = None
         self._step, self._time = first, time.perf_counter()  # of the last row
 
-    def add(self, done: int, values: dict[str, jax.Array]) -> None:
+    def add(self, done: int, values: Mapping[str, jax.Array | np.ndarray]) -> None:
         """The values after `done` steps, `learning_rate` among them; they may still be being computed."""
         self._added = done, values
 

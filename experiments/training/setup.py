@@ -1,7 +1,7 @@
 """A run's parts, as its config describes them: everything checked, nothing compiled."""
 
-import functools
-from collections.abc import Callable
+import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,15 @@ from experiments.models import tables
 from experiments.training import factories, sharding
 from experiments.utils import registry
 
+# Numbers of a config: the least that each may be, and what it must be below.
+_RANGES = {
+    **dict.fromkeys(("batch_size", "eval_batch_size", "log_every", "eval_every", "checkpoint_every"), (1, math.inf)),
+    **dict.fromkeys(("keep", "mesh.fsdp"), (1, math.inf)),
+    **dict.fromkeys(("steps", "epochs", "data.workers"), (0, math.inf)),
+    **{f"optimizer.{name}": (0, math.inf) for name in ("learning_rate", "scale_batch", "weight_decay")},
+    **{f"optimizer.{name}": (0, math.inf) for name in ("warmup_steps", "warmup_epochs", "final_fraction")},
+    "optimizer.momentum": (0, 1),
+}
 TASKS = ("classification", "click_prediction", "reconstruction")
 
 
@@ -28,7 +37,7 @@ class Setup(NamedTuple):
       task: what is trained.
       tx: the optimizer.
       schedule: learning rate against step.
-      sparsifier: `sparsifier(seed) -> Sparsifier`; the seed may be traced, and matters to `random` alone.
+      sparsifier: the algorithm.
       plan: what is pruned.
       table: the embedding table of which a step touches only the batch's rows; None for steps on all parameters.
     """
@@ -39,9 +48,14 @@ class Setup(NamedTuple):
     task: tasks.Task
     tx: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
-    sparsifier: Callable[..., sapp.Sparsifier]
+    sparsifier: sapp.Sparsifier
     plan: sapp.Plan
     table: tables.Table | None
+
+    @property
+    def phases(self) -> sapp.Phases:
+        """The schedule."""
+        return self.sparsifier.phases
 
 
 def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset: data.Dataset | None = None) -> Setup:
@@ -56,9 +70,7 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     Raises:
       ValueError: if any part of the config is out of range, unknown or does not fit the others.
     """
-    for name in ("batch_size", "eval_batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name} must be at least 1, got {config[name]}")
+    _check_ranges(config)
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
     for name in ("batch_size", "eval_batch_size"):
         sharding.check_batch(config[name], mesh, f"config.{name}")
@@ -70,8 +82,8 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     given, config = config.copy_and_resolve_references(), _resolved(config, examples)
     tx, schedule = factories.optimizer(config.optimizer, config.steps)
     epoch = max(1, round(examples / config.batch_size))
-    sparsifier = functools.partial(factories.sparsifier, config.sparsifier, config.steps, epoch)
-    plan = sparsifier(config.seed).plan(jax.eval_shape(task.init, jax.random.key(0))[0])
+    sparsifier = factories.sparsifier(config.sparsifier, config.steps, epoch)
+    plan = sparsifier.plan(jax.eval_shape(task.init, jax.random.key(0))[0])
     return Setup(given, config, mesh, task, tx, schedule, sparsifier, plan, _table(config.optimizer.rows, task))
 
 
@@ -83,6 +95,14 @@ def prepare_without_data(config: ml_collections.ConfigDict, dataset: data.Datase
 def blank(config: ml_collections.ConfigDict) -> data.Dataset:
     """Examples of zeros where the shapes of a run's data set are known beforehand, else the data set itself."""
     return data.declared(config.data.name, config.data.options.get("size")) or tasks.dataset_of(config.data)
+
+
+def _check_ranges(config: ml_collections.ConfigDict) -> None:
+    for name, (least, below) in _RANGES.items():
+        value = operator.attrgetter(name)(config)
+        if not least <= value < below:
+            wanted = f"in [{least}, {below})" if below < math.inf else f"a finite number from {least}"
+            raise ValueError(f"config.{name} must be {wanted}, got {value}")
 
 
 def _table(rows: str, task: tasks.Task) -> tables.Table | None:

@@ -32,13 +32,13 @@ class TrainState(NamedTuple):
 
 
 class Functions(NamedTuple):
-    """The pure functions of a run. `seed` is an integer or a tracer, so that they can be mapped over seeds.
+    """The pure functions of a run.
 
     Attributes:
-      init: `init(seed) -> state`.
-      step: `step(seed, state, batch) -> (state, {name: mean over the batch, and churn})`.
-      evaluate: `evaluate(seed, state, batch) -> ({name: sum over the batch's real examples, and weight}, ranked)`.
-      finalize: `finalize(seed, state) -> (params, model_state)`: the pruned network.
+      init: `init(seed) -> state`; the seed is an integer, or a tracer to be mapped over.
+      step: `step(state, batch) -> (state, {name: mean over the batch, and churn})`.
+      evaluate: `evaluate(state, batch) -> ({name: sum over the batch's real examples, and weight}, ranked)`.
+      finalize: `finalize(state) -> (params, model_state)`: the pruned network.
     """
 
     init: Callable[..., TrainState]
@@ -49,20 +49,19 @@ class Functions(NamedTuple):
 
 def functions(setup: Setup) -> Functions:
     """The pure functions of a run."""
-    task, tx, make = setup.task, setup.tx, setup.sparsifier
+    task, tx, sp = setup.task, setup.tx, setup.sparsifier
 
     def init(seed: Any) -> TrainState:
-        params, model_state = task.init(jax.random.key(seed))
-        trainable, prune = make(seed).init(params)
+        key = jax.random.key(seed)
+        params, model_state = task.init(key)
+        trainable, prune = sp.init(params, key)
         # Its own buffers: a state is donated leaf by leaf.
         sparse_masks = jax.tree.map(jnp.copy, prune.masks)
         return TrainState(trainable, prune, tx.init(trainable), model_state, sparse_masks)
 
     def step(
-        seed: Any, state: TrainState, batch: Any, outputs_of: Callable[..., Any] = task.outputs
+        state: TrainState, batch: Any, outputs_of: Callable[..., Any] = task.outputs
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        sp = make(seed)
-
         def mean_loss(trainable: sapp.Trainable) -> tuple[jax.Array, Any]:
             params = sp.apply(trainable, state.prune)
             outputs, model_state = outputs_of(params, state.model_state, batch, training=True)
@@ -78,34 +77,35 @@ def functions(setup: Setup) -> Functions:
         state = TrainState(trainable, prune, opt_state, model_state, sparse_masks)
         return state, means | ({"churn": jnp.mean(jnp.stack(churn))} if churn else {})
 
-    def evaluate_batch(seed: Any, state: TrainState, batch: Any) -> tuple[dict[str, jax.Array], Any]:
-        params = make(seed).apply(state.trainable, state.prune)
+    def evaluate_batch(state: TrainState, batch: Any) -> tuple[dict[str, jax.Array], Any]:
+        params = sp.apply(state.trainable, state.prune)
         outputs, _ = task.outputs(params, state.model_state, batch, training=False)
         ranked = None
         if task.ranked:
-            ranked = evaluation.Ranked(*(outputs[name] for name in task.ranked), batch["weight"])
+            scores, labels = (outputs[name] for name in task.ranked)
+            ranked = evaluation.Ranked(scores, labels, batch["weight"])
         return evaluation.weighted_sums(outputs, batch["weight"]), ranked
 
-    def finalize(seed: Any, state: TrainState) -> Any:
-        return make(seed).finalize(state.trainable, state.prune), state.model_state
+    def finalize(state: TrainState) -> Any:
+        return sp.finalize(state.trainable, state.prune), state.model_state
 
     return Functions(init, _on_rows(step, setup) if setup.table else step, evaluate_batch, finalize)
 
 
 def _on_rows(step: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
     """The same step with the table cut down to the rows of the batch, which are then put back."""
-    table, phases = setup.table, setup.sparsifier(setup.config.seed).phases
+    table, phases = setup.table, setup.sparsifier.phases
     assert table is not None
     path = table.path
 
-    def step_on_rows(seed: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step_on_rows(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rows, positions = tables.taken(table.rows(batch), table.length)
         opt_state = tables.fresh_at(phases.is_boundary(state.prune.step), path, state.opt_state)
         small = state._replace(
             trainable=tables.take(path, state.trainable, rows), opt_state=tables.take(path, opt_state, rows)
         )
         outputs_of = table.outputs(rows.shape[0])
-        small, means = step(seed, small, batch | {"positions": positions}, outputs_of)
+        small, means = step(small, batch | {"positions": positions}, outputs_of)
         return small._replace(
             trainable=tables.put_back(path, state.trainable, small.trainable, rows),
             opt_state=tables.put_back(path, opt_state, small.opt_state, rows),
@@ -120,10 +120,11 @@ def over_seeds(fns: Functions) -> Functions:
     The step counter and the phase are the same for all seeds and stay scalars, so that the choice of masks remains a
     branch: mapped over, it would be computed at every step.
     """
-    axes = TrainState(0, sapp.PruneState(step=None, phase=None, masks=0, key=0), 0, 0, 0)
+    prune: Any = sapp.PruneState(step=None, phase=None, masks=0, key=0)  # type: ignore[arg-type]  # axes, not arrays
+    axes = TrainState(0, prune, 0, 0, 0)  # type: ignore[arg-type]
     return Functions(
         init=jax.vmap(fns.init, out_axes=axes),
-        step=jax.vmap(fns.step, in_axes=(0, axes, 0), out_axes=(axes, 0)),
-        evaluate=jax.vmap(fns.evaluate, in_axes=(0, axes, None)),
-        finalize=jax.vmap(fns.finalize, in_axes=(0, axes)),
+        step=jax.vmap(fns.step, in_axes=(axes, 0), out_axes=(axes, 0)),
+        evaluate=jax.vmap(fns.evaluate, in_axes=(axes, None)),
+        finalize=jax.vmap(fns.finalize, in_axes=(axes,)),
     )

@@ -13,9 +13,15 @@ def check(name: str, known: Sequence[str], where: str) -> str:
       ValueError: naming the place, the nearest known name and all of them.
     """
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise ValueError(f"{where}={name!r} is unknown; did you mean {nearest[0]!r}? Known: {', '.join(known)}")
+        raise ValueError(
+            f"{where}={name!r} is unknown; did you mean {nearest(name, known)!r}? Known: {', '.join(known)}"
+        )
     return name
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known name that is written most like this one."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def lookup(module: ModuleType, name: str, where: str, options: Mapping[str, Any]) -> Any:

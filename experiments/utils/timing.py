@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+Name = TypeVar("Name")
+
 
 def alternate(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, at_least: float = 0.2, warmup: int = 2
-) -> dict[str, np.ndarray]:
+    contenders: Mapping[Name, Callable[[], Any]], rounds: int, at_least: float = 0.2, warmup: int = 2
+) -> dict[Name, np.ndarray]:
     """Seconds per call of each contender, one figure a round.
 
     In every round each contender is called, in turn, often enough to take `at_least` seconds; a contender's call must
@@ -23,7 +25,7 @@ def alternate(
         started = time.perf_counter()
         call()
         repeats[name] = max(1, round(at_least / (time.perf_counter() - started)))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
             started = time.perf_counter()

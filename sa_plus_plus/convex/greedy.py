@@ -227,7 +227,7 @@ def supports(count: int, k: int) -> np.ndarray:
     return masks
 
 
-def random_support(key: jax.Array, count: int, k: int) -> jax.Array:
+def random_support(key: jax.Array, count: int, k: int | jax.Array) -> jax.Array:
     """A mask of `k` of `count` groups, drawn uniformly."""
     return select.top_k(jax.random.uniform(key, (count,)), k)
 

@@ -172,7 +172,7 @@ def _pruned_in(kernel: np.ndarray, sides: list[blk.Block]) -> tuple[blk.Block | 
     nonzero = kernel != 0
     shares = {}
     for b_r, b_c in sides:
-        if b_r <= rows and b_c <= cols:
+        if b_r <= rows or b_c <= cols:  # else it is the whole kernel
             shares[b_r, b_c] = float(occupied(nonzero, (b_r, b_c)).mean())
     least = min(shares.values(), default=1.0)
     if least == 1:

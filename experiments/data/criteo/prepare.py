@@ -32,7 +32,8 @@ from experiments.utils.files import sha256
 _EXAMPLES = 5  # line numbers to name of each kind of malformed line
 _START, _HOPELESS = 1 << 16, 100  # bytes to look at first, and the lines there of which one at least must be good
 _SECONDS = 2.0  # between two reports of progress
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def prepare(
@@ -173,7 +174,7 @@ def _stage(
     _check_start(source, form, options)
     total = None
     if options.order == "chronological":
-        total = sum(block.count for block in blocks(source, form.header, size))
+        total = sum(block.lines for block in blocks(source, form.header, size))
     counts = [Count() for _ in FEATURES]
     rows, clicks, lines = np.zeros(len(PARTS), np.int64), np.zeros(len(PARTS), np.int64), 0
     malformed = {kind: {"lines": 0, "first": []} for kind in KINDS}
@@ -202,17 +203,17 @@ def _check_start(source: pathlib.Path, form: Layout, options: Options) -> None:
     """Refuse another kind of file at once, not after all of it."""
     for block in itertools.islice(blocks(source, form.header, _START), 1):
         rows = parse(block.content, form, options)
-        if block.count >= _HOPELESS and not len(rows.lines):
+        if block.lines >= _HOPELESS and not len(rows.lines):
             why = rows.malformed[0].why
-            raise InputError(f"{source} is no click log: its first {block.count} lines are malformed, the first: {why}")
+            raise InputError(f"{source} is no click log: its first {block.lines} lines are malformed, the first: {why}")
 
 
 def _parse(block: Block, form: Layout, total: int | None, options: Options) -> _Parsed:
     rows = parse(block.content, form, options)
-    part = parts(block.first, block.count, total, options)[rows.lines]
+    part = parts(block.first, block.lines, total, options)[rows.lines]
     train = part == 0
     tallies = [tally(keys[train & ~missing]) for keys, missing in zip(rows.keys, rows.missing, strict=True)]
-    return _Parsed(block.first, block.count, rows, part, tallies)
+    return _Parsed(block.first, block.lines, rows, part, tallies)
 
 
 def _note(
@@ -312,7 +313,7 @@ class _Output:
 
     def add(self, values: np.ndarray) -> None:
         if values.size:
-            self._put(memoryview(np.ascontiguousarray(values)).cast("B"))
+            self._put(np.ascontiguousarray(values).data.cast("B"))
 
     def close(self) -> dict[str, Any]:
         """Size and checksum, for the manifest."""

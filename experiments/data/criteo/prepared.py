@@ -55,12 +55,12 @@ def criteo(directory: str | os.PathLike, verify: bool = False) -> Criteo:
         _check(folder / name, written, verify)
     vocabulary = tuple(manifest["vocabulary"][name] for name in FEATURES)
     _mapped(folder / VALUES, (sum(vocabulary) - FIRST * len(FEATURES),), np.uint32)
-    parts = []
+    parts: dict[str, Arrays] = {}
     for part in PARTS:
         rows = manifest["rows"][part]
         ids = _mapped(folder / file_of(part, "ids"), (rows, len(FEATURES)), np.int32)
-        parts.append(Arrays({"ids": ids, "label": _mapped(folder / file_of(part, "label"), (rows,), np.uint8)}))
-    return Criteo(*parts, vocabulary, manifest)
+        parts[part] = Arrays({"ids": ids, "label": _mapped(folder / file_of(part, "label"), (rows,), np.uint8)})
+    return Criteo(**parts, vocabulary=vocabulary, manifest=manifest)
 
 
 def file_of(part: str, what: str) -> str:

@@ -36,12 +36,12 @@ class Block(NamedTuple):
 
     Attributes:
       first: number of the first, from 0, a header not counted.
-      count: how many.
+      lines: how many.
       content: the lines, each with its `\\n`.
     """
 
     first: int
-    count: int
+    lines: int
     content: bytes
 
 

@@ -1,0 +1,45 @@
+"""Kernels times a number a block, kernels with blocks left out, and where parameters were changed."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.planning import LeafPlan, map_layers
+from sa_plus_plus.sharding import automatic
+from sa_plus_plus.sparsifier import Masks, Params
+
+
+def times(weights: jax.Array, grid: jax.Array, layer: LeafPlan) -> jax.Array:
+    """`weights * spread(grid)`, multiplied in at least float32 and returned in the weights' type."""
+    wide = blk.widened(weights)
+    return (wide * blk.spread(grid.astype(wide.dtype), layer.shape, layer.block)).astype(weights.dtype)
+
+
+def keep(weights: jax.Array, mask: jax.Array, layer: LeafPlan, otherwise: jax.Array | int = 0) -> jax.Array:
+    """The weights of blocks where the mask is true, `otherwise` in the others."""
+    return jnp.where(blk.spread(mask, layer.shape, layer.block), weights, otherwise)
+
+
+def zero_masked(params: Params, masks: Masks, layers: Mapping[str, LeafPlan]) -> Params:
+    """The same parameters with masked blocks exactly zero."""
+
+    def zeroed(params: Params, masks: Masks) -> Params:
+        def exact(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
+            return weights if layer is None else keep(weights, masks[layer.path], layer)
+
+        return map_layers(exact, params, layers)
+
+    return automatic(zeroed, lambda: params, params, masks)
+
+
+def differs(given: jax.Array, handed: jax.Array) -> jax.Array:
+    """Where `given` is not `handed` up to the rounding of `start + (handed - start)`, NaN included.
+
+    `handed` is rounded to the type of `given` first: a loop may hold narrower parameters than are trained.
+    """
+    given = jnp.asarray(given)
+    a, b = blk.widened(given), blk.widened(handed.astype(given.dtype))
+    tolerance = 4 * float(jnp.finfo(a.dtype).eps) if jnp.issubdtype(a.dtype, jnp.floating) else 0
+    return ~(jnp.abs(a - b) <= tolerance * jnp.maximum(jnp.abs(a), jnp.abs(b)))

@@ -1,0 +1,72 @@
+"""The algorithms by name, each with its own schedule."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from sa_plus_plus.composition import PruningOptions
+from sa_plus_plus.phases import Phases
+from sa_plus_plus.sparsifier import Sparsifier
+
+Constructor = TypeVar("Constructor", bound=Callable[..., Sparsifier])
+
+
+class Algorithm(NamedTuple):
+    """An entry of `ALGORITHMS`.
+
+    Attributes:
+      make: the constructor, `make(*, phases, **options) -> Sparsifier`.
+      schedule: its own schedule, `schedule(total_steps, **options) -> Phases`.
+      control: whether it is here to be compared with, and not one of the paper's.
+    """
+
+    make: Callable[..., Sparsifier]
+    schedule: Callable[..., Phases]
+    control: bool
+
+
+ALGORITHMS: dict[str, Algorithm] = {}
+
+
+def algorithm(schedule: Callable[..., Phases], control: bool = False) -> Callable[[Constructor], Constructor]:
+    """Enter a constructor into `ALGORITHMS` by its name, and let it answer unknown options itself.
+
+    Args:
+      schedule: `schedule(total_steps, **options) -> Phases`, the algorithm's own.
+      control: whether it is a control.
+    """
+
+    def register(make: Constructor) -> Constructor:
+        known = options_of(make)
+
+        @functools.wraps(make)
+        def checked(**options: Any) -> Sparsifier:
+            for name in options:
+                if name not in known:
+                    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                    raise TypeError(
+                        f"{make.__name__}() got an unexpected keyword argument {name!r}; did you mean {nearest!r}? "
+                        f"It takes {', '.join(known)}"
+                    )
+            return make(**options)
+
+        ALGORITHMS[make.__name__] = Algorithm(checked, schedule, control)
+        return checked  # type: ignore[return-value]
+
+    return register
+
+
+def options_of(make: Callable[..., Sparsifier]) -> tuple[str, ...]:
+    """The names of all options that a constructor takes, those of `PruningOptions` last."""
+    parameters = inspect.signature(make).parameters.values()
+    own = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
+    common = PruningOptions.__annotations__ if any(p.kind == p.VAR_KEYWORD for p in parameters) else ()
+    return (*own, *common)
+
+
+def own_options(make: Callable[..., Sparsifier]) -> Mapping[str, Any]:
+    """The options that a constructor alone has, with their defaults."""
+    parameters = inspect.signature(make).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is not p.empty}
