@@ -7,12 +7,14 @@ completed with zeros wherever a full tile is needed. Everything here is pure, di
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Block = tuple[int, int]
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -57,11 +59,11 @@ def block_sizes(shape: Sequence[int], block: Block) -> np.ndarray:
     return np.outer(*sides)
 
 
-def to_blocks(kernel: jax.Array, block: Block) -> jax.Array:
+def to_blocks(kernel: Array, block: Block) -> Array:
     """Cut a kernel into its blocks.
 
     Args:
-      kernel: 2 to 5 dimensions, any dtype.
+      kernel: 2 to 5 dimensions, any dtype. Of a NumPy array the result is one too, and nothing is compiled.
       block: `(b_r, b_c)`.
 
     Returns:
@@ -72,7 +74,8 @@ def to_blocks(kernel: jax.Array, block: Block) -> jax.Array:
     g_r, g_c = grid_shape(kernel.shape, block)
     matrix = kernel.reshape(rows, cols)
     if (g_r * b_r, g_c * b_c) != (rows, cols):
-        matrix = jnp.pad(matrix, ((0, g_r * b_r - rows), (0, g_c * b_c - cols)))
+        pad: Any = np.pad if isinstance(kernel, np.ndarray) else jnp.pad
+        matrix = pad(matrix, ((0, g_r * b_r - rows), (0, g_c * b_c - cols)))
     return matrix.reshape(g_r, b_r, g_c, b_c)
 
 

@@ -174,7 +174,7 @@ class BlockSparse:
             raise TypeError("BlockSparse.fromdense looks at the weights, so call it outside jit, vmap and grad")
         block = blk.as_block(block)
         grid = blk.grid_shape(kernel.shape, block)
-        tiles = np.asarray(blk.to_blocks(jnp.asarray(kernel), block)).swapaxes(1, 2)
+        tiles = blk.to_blocks(np.asarray(kernel), block).swapaxes(1, 2)
         keep = (tiles != 0).any((2, 3)) if mask is None else np.asarray(mask, bool)
         if keep.shape != grid:
             raise ValueError(f"mask must have the shape {grid} of the kernel's grid, got {keep.shape}")
