@@ -1,7 +1,20 @@
-"""Settings of every test: no implicit promotion of types or ranks, eight CPU devices, no display."""
+"""Settings of every test: no implicit promotion of types or ranks, eight CPU devices, no display, one thread each.
+
+All processes of a run share the programs that any of them has compiled, in a directory that goes when the run ends. To
+keep them for the next run, name a directory: `JAX_COMPILATION_CACHE_DIR=/tmp/compiled python -m pytest`.
+"""
 
 import os
+import pathlib
+import shutil
+import tempfile
 
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(
+    prefix=f"compiled-{os.getpid()}-"
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"  # there is a worker for each core
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -20,6 +33,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=30, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_unconfigure():
+    compiled = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if compiled.name.startswith(f"compiled-{os.getpid()}-"):  # made here, not by the process that started this one
+        shutil.rmtree(compiled, ignore_errors=True)
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def test_fast_path_refuses():
         least_squares_path.solve(x, y, groups.equal(10, 2), np.array([0.1, 0.2]))
     with pytest.raises(ValueError, match="lambda must be positive"):
         least_squares_path.solve(x, y, groups.equal(10, 2), np.array([0.1, -0.2]))
-    with pytest.raises(ValueError, match="the coefficients of"):
+    with pytest.raises(ValueError, match="the groups are of coefficients of shape"):
         least_squares_path.solve(x, y, groups.equal(12, 2))
 
 

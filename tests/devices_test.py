@@ -1,12 +1,9 @@
 """One device, eight, parameters split or not, one process or two: the same losses and the same masks."""
 
 import json
-import os
-import pathlib
 import socket
-import subprocess
-import sys
 
+import commands
 import jax
 import numpy as np
 import problems
@@ -17,7 +14,6 @@ from experiments.training import loop, program, sharding
 from experiments.training.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def config(name="sequential_attention", fsdp=1):
@@ -80,16 +76,13 @@ FLAGS = [
 
 
 def start(workdir, devices, *flags):
-    line = [sys.executable, "-m", "experiments.main", *FLAGS, f"--workdir={workdir}", *flags]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(line, cwd=ROOT, env=environment, **pipes)
+    return commands.Command("experiments.main", *FLAGS, f"--workdir={workdir}", *flags, devices=devices)
 
 
 def finish(*processes):
     for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+        done = process.finish()
+        assert done.returncode == 0, done.output
 
 
 def rows_and_masks(workdir):

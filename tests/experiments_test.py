@@ -2,13 +2,12 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
+import commands
 import jax
 import matplotlib.image
 import numpy as np
@@ -42,12 +41,6 @@ def config(**changes):
 
 def prepared(c):
     return prepare(c, dataset=problems.digits())
-
-
-def command(module, *arguments):
-    line = [sys.executable, "-m", f"experiments.{module}", *arguments]
-    environment = os.environ | {"XLA_FLAGS": ""}  # one device, as a user has it
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def numpy_accuracy(weights, dataset):
@@ -175,14 +168,14 @@ def test_a_dense_twin_shares_the_data_and_may_diverge_too(tmp_path, monkeypatch)
 
 def test_main_from_the_command_line(tmp_path):
     arguments = ["--config.steps=60", "--config.sparsifier.name=acdc", f"--workdir={tmp_path / 'run'}"]
-    done = command("main", *arguments)
+    done = commands.run("experiments.main", *arguments, real=True)
     assert done.returncode == 0, done.stderr
     assert "Warning: phases of fewer than 10 steps (the shortest): acdc (3)" in done.stdout
     for words in ("dense twin", "sparse", "loss", "steps/s", "Dense_0/kernel", "the same network trained dense"):
         assert words in done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert 0 < result["dense_twin"]["metric"] < 1
-    again = command("main", *arguments)
+    again = commands.run("experiments.main", *arguments)
     assert again.returncode == 0, "complete already"
     assert (tmp_path / "run" / "result.json").read_text() == json.dumps(result, indent=2, ensure_ascii=False) + "\n"
 
@@ -238,7 +231,7 @@ def test_a_wrong_config_is_answered_in_a_sentence(key, value, message):
 
 @pytest.mark.parametrize("argument", ["--config.sparsifier.sparisty=0.5", "--config.sparsifier.sparsity=1.5"])
 def test_bad_input_on_the_command_line_gives_no_traceback(argument):
-    done = command("main", argument)
+    done = commands.run("experiments.main", argument)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("Cannot run: ")
@@ -246,8 +239,8 @@ def test_bad_input_on_the_command_line_gives_no_traceback(argument):
 
 
 def test_compare_from_the_command_line(tmp_path):
-    done = command(
-        "compare",
+    done = commands.run(
+        "experiments.compare",
         "--config.steps=60",
         "--algorithms=dense,random",
         "--seeds=2",
@@ -265,7 +258,7 @@ def test_compare_from_the_command_line(tmp_path):
 
 def test_a_comparison_survives_divergence(tmp_path):
     arguments = ["--config.steps=60", "--config.optimizer.learning_rate=1e9", "--algorithms=dense", "--seeds=2"]
-    done = command("compare", *arguments, f"--workdir={tmp_path}")
+    done = commands.run("experiments.compare", *arguments, f"--workdir={tmp_path}")
     assert done.returncode == 3, done.stderr
     assert json.loads((tmp_path / "compare.json").read_text())["algorithms"]["dense"]["diverged"] == [True, True]
 

@@ -1,11 +1,9 @@
 """The configs of the ImageNet experiment, without its data: plans, schedules, recipe, and how they are shown."""
 
-import os
 import pathlib
 import runpy
-import subprocess
-import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -27,9 +25,8 @@ TABLE_1 = {
 }
 
 
-def run(*arguments):
-    line = [sys.executable, "-m", "experiments.inspect", *arguments]
-    return subprocess.run(line, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
+def run(*arguments, **options):
+    return commands.run("experiments.inspect", *arguments, **options)
 
 
 @pytest.mark.parametrize("block", TABLE_1)
@@ -58,7 +55,7 @@ def test_inspect_shows_every_layer_and_phase():
 
 
 def test_inspect_answers_bad_input_in_a_sentence():
-    done = run("--config=configs/resnet50_block8.py", "--sparsities=0.9,1.2")
+    done = run("--config=configs/resnet50_block8.py", "--sparsities=0.9,1.2", real=True)
     assert done.returncode == 2
     assert "got 1.2" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,21 +1,18 @@
 """A run killed at any moment and started again ends as one that never was; SIGTERM saves; directories are guarded."""
 
 import json
-import os
-import pathlib
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
+import commands
 import problems
 import pytest
 
 import sa_plus_plus as sapp
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 120
 FLAGS = [
     f"--config.steps={STEPS}",
@@ -26,21 +23,13 @@ FLAGS = [
 ]
 
 
-def run(workdir, *flags, when=None, wait=True):
-    start = ["tests/killed.py", when] if when else ["-m", "experiments.main"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    process = subprocess.Popen(
-        [sys.executable, *start, *FLAGS, f"--workdir={workdir}", *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if not wait:
-        return process
-    process.output, _ = process.communicate(timeout=300)
-    return process
+def start(workdir, *flags, when=None):
+    what = ["tests/killed.py", when] if when else ["experiments.main"]
+    return commands.Command(*what, *FLAGS, f"--workdir={workdir}", *flags)
+
+
+def run(*arguments, **options):
+    return start(*arguments, **options).finish()
 
 
 def outcome(workdir):
@@ -107,7 +96,7 @@ def test_another_config_is_refused_with_the_differing_keys_unless_asked(uninterr
 
 
 def test_second_process_on_a_directory_is_refused(tmp_path):
-    first = run(tmp_path / "run", "--config.steps=100000", wait=False)
+    first = start(tmp_path / "run", "--config.steps=100000")
     try:
         until = time.monotonic() + 120
         while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < until:
@@ -115,10 +104,10 @@ def test_second_process_on_a_directory_is_refused(tmp_path):
         second = run(tmp_path / "run", "--config.steps=100000")
         assert second.returncode == 2
         assert f"in use by process {first.pid}" in second.output
-        assert first.poll() is None
+        assert first.running()
     finally:
         first.kill()
-        first.wait()
+        first.finish()
 
 
 def test_divergence_names_the_place_and_keeps_the_good_checkpoint(tmp_path):

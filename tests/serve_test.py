@@ -1,11 +1,8 @@
 """The serving benchmark, on small networks."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
+import commands
 import matplotlib.image
 import pytest
 
@@ -14,18 +11,9 @@ from experiments import main
 from experiments.outputs import progress
 from experiments.training.setup import prepare
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-
-def python(*line):
-    environment = os.environ | {"XLA_FLAGS": ""}
-    return subprocess.run(
-        [sys.executable, *line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def serve(*flags):
-    return python("-m", "experiments.serve_bench", "--rounds=2", *flags)
+def serve(*flags, **options):
+    return commands.run("experiments.serve_bench", "--rounds=2", *flags, **options)
 
 
 def assert_sane(row):
@@ -69,7 +57,7 @@ def test_a_trained_network_with_batch_normalisation_serves_as_it_was_tested(tmp_
     ]
     (tmp_path / "config.py").write_text("\n".join(lines))
     flags = [f"--config={tmp_path}/config.py", f"--weights={tmp_path}/run/pruned.safetensors", "--batches=2"]
-    done = serve(*flags, f"--output={tmp_path}/serve")
+    done = serve(*flags, f"--output={tmp_path}/serve", real=True)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "serve/serve.json").read_text())["rows"]
     assert_sane(row)
@@ -83,7 +71,8 @@ def test_a_click_network_is_asked_for_all_of_its_vocabulary(tmp_path):
     (row,) = json.loads((tmp_path / "serve.json").read_text())["rows"]
     assert_sane(row)
     # In a process of its own, as in all of these tests: its flags have the names of other programs'.
-    done = python("-c", _IDS)
+    (tmp_path / "ids.py").write_text(_IDS)
+    done = commands.run(tmp_path / "ids.py")
     assert done.returncode == 0, done.stderr
 
 
@@ -101,8 +90,9 @@ assert (ids.min(0) == 0).all() and (ids.max(0) == vocabulary - 1).all(), (ids.mi
 """
 
 
-def test_both_contenders_are_compared_with_the_model():
-    done = python("-c", _COMPARED)
+def test_both_contenders_are_compared_with_the_model(tmp_path):
+    (tmp_path / "compared.py").write_text(_COMPARED)
+    done = commands.run(tmp_path / "compared.py")
     assert done.returncode == 0, done.stderr
 
 

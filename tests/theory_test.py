@@ -1,11 +1,9 @@
 """The theory page from results that are stored; what it computes is tested in convex_solvers_test.py."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import commands
 import jax
 import pytest
 
@@ -42,8 +40,7 @@ def test_page_of_the_stored_results(tmp_path):
 
 def test_an_earlier_page_is_kept(tmp_path):
     (tmp_path / "theory.md").write_text("earlier")
-    line = [sys.executable, "-m", "experiments.theory", f"--output={tmp_path}"]
-    done = subprocess.run(line, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
+    done = commands.run("experiments.theory", f"--output={tmp_path}", real=True)
     assert done.returncode == 2
     assert "choose another --output or pass --overwrite" in done.stderr
     assert "Traceback" not in done.stderr
