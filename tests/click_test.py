@@ -17,7 +17,7 @@ from experiments.data.criteo.columns import Options
 from experiments.data.criteo.prepare import prepare as prepare_log
 from experiments.data.planted import found_and_covered, planted, teacher, true_logits
 from experiments.outputs import progress
-from experiments.training import evaluation, loop, program, sharding
+from experiments.training import evaluation, factories, loop, program, sharding
 from experiments.training.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -71,12 +71,14 @@ def test_every_cell_of_table_2_prunes_the_first_layer_alone(block):
     config.steps = 100
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     dataset = planted(rows=2000, held_out=100)
+    setup = prepare(config, mesh, dataset)
+    shapes = jax.eval_shape(setup.task.init, jax.random.key(0))[0]
     for name in ("magnitude", "powerpropagation", "acdc", "sequential_attention", "dense"):
         for sparsity in (0.9, 0.95, 0.97, 0.98, 0.99):
             config.sparsifier.update({"name": name, "sparsity": sparsity})
-            setup = prepare(config, mesh, dataset)
-            assert list(setup.plan.pruned) == ([] if name == "dense" else ["hidden1/kernel"])
-            assert sum(layer.is_kernel for layer in setup.plan.leaves) == 4, "the table is no kernel"
+            plan = factories.sparsifier(config.sparsifier, 100).plan(shapes)
+            assert list(plan.pruned) == ([] if name == "dense" else ["hidden1/kernel"])
+            assert sum(layer.is_kernel for layer in plan.leaves) == 4, "the table is no kernel"
     rates = [float(setup.schedule(step)) for step in (0, 50, 100)]
     np.testing.assert_allclose(rates, [2e-2, np.sqrt(2e-2 * 3e-4), 3e-4], rtol=1e-4)
 
@@ -153,7 +155,7 @@ def test_real_rows_from_the_log_to_the_validation_loss(tmp_path):
     prepare_log(SAMPLE, tmp_path / "rows", options)
     config = criteo_sample.get_config()
     config.data.local, config.dense_twin = str(tmp_path / "rows"), False
-    config.eval_batch_size = 512
+    config.eval_batch_size, config.eval_every, config.checkpoint_every = 512, 1000, 1000
     for name, least in (("dense", 0.725), ("sequential_attention", 0.65)):
         config.sparsifier.name = name
         main.run(prepare(config), tmp_path / name, progress.console())

@@ -141,6 +141,7 @@ def test_photographs_through_a_whole_schedule(tmp_path):
     c = imagenette_block8.get_config()
     c.data.name, c.data.options = "image_folder", {"directory": str(tmp_path), "size": 32, "skip_corrupt": True}
     c.model, c.steps, c.batch_size, c.eval_batch_size = "ResNet20", 40, 8, 8
+    c.model_options.stages = (1, 1, 1)
     c.log_every, c.eval_every, c.checkpoint_every, c.sparsifier.min_blocks = 1, 10, 15, 20
     c.optimizer.learning_rate = 0.02
     main.run(prepare(c), tmp_path / "run", progress.console())

@@ -47,12 +47,12 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
-def test_killed_at_twenty_instants_ends_bit_for_bit_the_same(uninterrupted):
+def test_killed_at_ten_instants_ends_bit_for_bit_the_same(uninterrupted):
     """One run, killed again and again: around boundaries and checkpoints, and wherever the clock has it."""
     starts = [p.start for p in sapp.phases.sequential_attention(STEPS).phases[1:]]
     rng = random.Random(0)
-    at_steps = sorted({*rng.sample(starts, 4), 6, 7, 8, *rng.sample(range(1, STEPS), 3), STEPS - 1, STEPS})
-    by_clock = [f"{rng.uniform(0.0, 0.15):.3f}s" for _ in range(20 - len(at_steps))]
+    at_steps = sorted({*rng.sample(starts, 2), 6, 7, 8, rng.randrange(9, STEPS), STEPS - 1, STEPS})
+    by_clock = [f"{rng.uniform(0.0, 0.15):.3f}s" for _ in range(10 - len(at_steps))]
     workdir = uninterrupted.parent / "killed"
     instants = [str(s) for s in at_steps]
     for when in by_clock:  # among the earlier ones, so that the run is not over before the clock strikes
