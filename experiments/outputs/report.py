@@ -2,6 +2,7 @@
 
 import pathlib
 import platform
+import warnings
 from typing import Any
 
 import flax
@@ -89,7 +90,11 @@ def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> 
 
 def save_weights(path: pathlib.Path, outcome: Outcome) -> None:
     """The pruned network by its kept blocks: with `sapp.load`, the variables that its model is applied to."""
-    sapp.save(path, {"params": sapp.export(outcome.params, outcome.plan), **outcome.model_state})
+    with warnings.catch_warnings():
+        if outcome.diverged:  # it ended before its schedule did, and the run says so
+            warnings.simplefilter("ignore", UserWarning)
+        exported = sapp.export(outcome.params, outcome.plan)
+    sapp.save(path, {"params": exported, **outcome.model_state})
 
 
 def plot_run(path: pathlib.Path, outcome: Outcome, rows: list[dict[str, Any]], metric: str, title: str) -> None:
