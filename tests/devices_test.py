@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 def config(name="sequential_attention", fsdp=1):
     result = mnist.get_config()
-    result.steps, result.eval_every, result.log_every, result.dense_twin = 60, 20, 1, False
+    result.steps, result.eval_every, result.log_every, result.dense_twin = 40, 20, 1, False
     result.batch_size, result.eval_batch_size, result.mesh.fsdp = 96, 400, fsdp
     result.sparsifier.name = name
     return result
@@ -70,7 +70,7 @@ def test_batches_that_do_not_divide_are_refused():
 
 
 FLAGS = [
-    *("--config.steps=60", "--config.batch_size=96", "--config.eval_batch_size=400", "--config.log_every=1"),
+    *("--config.steps=40", "--config.batch_size=96", "--config.eval_batch_size=400", "--config.log_every=1"),
     *("--config.eval_every=20", "--config.checkpoint_every=25", "--config.dense_twin=False"),
 ]
 
@@ -111,7 +111,7 @@ def test_two_processes_equal_one_and_checkpoints_move_between_them(tmp_path):
         workdir = tmp_path / written
         (workdir / "result.json").unlink()
         (workdir / "metrics.jsonl").write_text("")
-        flags = ["--config.steps=60", "--resume_changed"]
+        flags = ["--config.steps=40", "--resume_changed"]
         finish(*two_processes(workdir, *flags) if read == "two" else [start(workdir, 1, *flags)])
         _, again = rows_and_masks(workdir)
         jax.tree.map(np.testing.assert_array_equal, masks, again)
