@@ -135,6 +135,6 @@ def test_metrics_of_a_running_algorithm_under_jit():
     for i in range(1, 20):
         trainable, prune, changed, sparsity = step(trainable, prune)
         assert changed["dense"] == (0.5 if i == 17 else 0)
-        zero = np.count_nonzero(np.asarray(sp.finalize(trainable, prune)["dense"]) == 0)
+        zero = np.count_nonzero(np.asarray(sp.apply(trainable, prune)["dense"]) == 0)
         np.testing.assert_allclose(sparsity, zero / 104, rtol=1e-6)
     assert sparsity > 0
