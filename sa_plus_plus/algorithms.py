@@ -22,7 +22,7 @@ from sa_plus_plus.composition import (
     check_phases,
     compose,
 )
-from sa_plus_plus.masking import differs, times
+from sa_plus_plus.masking import adopted, times
 from sa_plus_plus.phases import DENSE, KINDS, SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Plan
 from sa_plus_plus.registry import algorithm
@@ -63,7 +63,7 @@ def dense(*, phases: Phases) -> Sparsifier:
         return trainable, PruneState(prune.step + 1, phases.index(prune.step + 1), {})
 
     def adopt(trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
-        return Trainable(jax.tree.map(lambda w, p: jnp.where(differs(p, w), p, w), trainable.params, params), {})
+        return Trainable(jax.tree.map(adopted, params, trainable.params), {})
 
     return Sparsifier(init, lambda t, prune: t.params, update, lambda t, prune: t.params, adopt, plan, phases)
 

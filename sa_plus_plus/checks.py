@@ -41,7 +41,7 @@ def unpruned(params: Any, plan: Plan) -> list[str]:
       ValueError: if a layer of the plan is missing from the tree or has another shape.
       TypeError: under `jax.jit`.
     """
-    found = []
+    found, surplus = [], 0
     for path, kernel in planned_kernels(params, plan).items():
         layer = plan.pruned[path]
         if isinstance(kernel, jax.core.Tracer):
@@ -49,12 +49,15 @@ def unpruned(params: Any, plan: Plan) -> list[str]:
                 "which blocks are zero is told by the weights' values: call this outside jit, vmap and grad"
             )
         kept, n = int(occupied(np.asarray(kernel), layer.block).sum()), layer.blocks
+        surplus += kept - layer.kept
         if kept > layer.kept:
             sentence = (
                 f"{path}: {kept:,} of {n:,} blocks are not zero, {layer.kept:,} planned "
                 f"({1 - kept / n:.1%} of blocks pruned instead of {1 - layer.kept / n:.1%})"
             )
             found.append(((kept - layer.kept) / n, sentence))
+    if plan.scope == "global" and surplus <= 0:
+        return []  # some layers may keep more, since others keep fewer
     return [sentence for _, sentence in sorted(found, key=lambda pair: -pair[0])]
 
 

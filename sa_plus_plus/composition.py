@@ -21,7 +21,7 @@ from jax import lax
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning, select
-from sa_plus_plus.masking import differs, keep, times, zero_masked
+from sa_plus_plus.masking import adopted, differs, keep, times, zero_masked
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Overrides, Plan, map_layers
 from sa_plus_plus.sharding import automatic
@@ -98,8 +98,8 @@ def compose(
 
     Args:
       parametrisation: how weights and logits make the effective kernel.
-      score: by which the blocks are chosen.
-      phases: when.
+      score: how much each block deserves to stay.
+      phases: the schedule.
       block: `(b_r, b_c)`, or one integer for a square.
       sparsity: share of the blocks removed, in [0, 1).
       mask_every: steps between selections in a sparsification phase.
@@ -107,7 +107,7 @@ def compose(
       forget_masked: masked weights are set to zero; otherwise they stay as they were when masked.
       logit_lr: factor on the logits' updates.
       reset_logits_at: kinds of phases on entering which the logits return to zero.
-      seed: of the random key that `score` gets for each layer; may be traced. None for no key.
+      seed: seed of the random keys that `score` gets; may be traced. None for no keys.
       scope: `"layer"` or `"global"`, see `PruningOptions`.
       **options: see `PlanOptions`.
 
@@ -129,7 +129,7 @@ def compose(
         parametrisation=parametrisation,
         score=score,
         phases=phases,
-        plan=functools.partial(planning.plan, block=block, sparsity=sparsity, **options),
+        plan=lambda params: planning.plan(params, block=block, sparsity=sparsity, **options)._replace(scope=scope),
         choose=select.top_k_per_layer if scope == "layer" else select.top_k_global,
         mask_every=mask_every,
         monotone=monotone,
@@ -214,17 +214,23 @@ class _Algorithm:
     def _adopt(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
         def own(layer: LeafPlan | None, weights: jax.Array, given: jax.Array) -> jax.Array:
             if layer is None:
-                return jnp.where(differs(given, weights), given.astype(weights.dtype), weights)
+                return adopted(given, weights)
             logits = trainable.logits.get(layer.path)
             scale = self.parametrisation.scale(weights, logits, layer)
             unmasked = weights if scale is None else times(weights, scale, layer)
-            moved = differs(given, keep(unmasked, prune.masks[layer.path], layer))
-            wanted = jnp.where(moved, given.astype(weights.dtype), unmasked)
-            if self.parametrisation.by_norm:  # the norm of its block is part of each weight
-                moved = blk.spread(jnp.any(blk.to_blocks(moved, layer.block), (1, 3)), layer.shape, layer.block)
-            elif scale is not None:
-                moved &= blk.spread(scale > 0, layer.shape, layer.block)
-            return jnp.where(moved, self.parametrisation.weights(wanted, logits, layer), weights)
+            takes_part = prune.masks[layer.path] if scale is None else prune.masks[layer.path] & (scale > 0)
+            moved = differs(given, unmasked) & blk.spread(takes_part, layer.shape, layer.block)
+
+            def changed() -> jax.Array:
+                wanted = jnp.where(moved, given.astype(weights.dtype), unmasked)
+                new = self.parametrisation.weights(wanted, logits, layer)
+                if not self.parametrisation.by_norm:
+                    return jnp.where(moved, new, weights)
+                whole = jnp.any(blk.to_blocks(moved, layer.block), (1, 3))  # its norm is part of each weight
+                return keep(new, whole, layer, otherwise=weights)
+
+            # Norms take several passes over the weights, and a loop seldom changes any.
+            return lax.cond(moved.any(), changed, lambda: weights) if self.parametrisation.by_norm else changed()
 
         return trainable._replace(params=map_layers(own, trainable.params, self._layers(trainable), params))
 
@@ -285,8 +291,11 @@ class _Algorithm:
         """As plain integers, which any checkpoint can hold."""
         if self.seed is None:
             return None
-        key = jax.random.key(self.seed) if key is None else key
-        return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.asarray(key)
+        key = jax.random.key(self.seed, impl="threefry2x32") if key is None else key
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return jnp.asarray(key)
+        own = jax.random.key_impl(key) == "threefry2x32"
+        return jax.random.key_data(key) if own else jax.random.bits(key, (2,), "uint32")
 
 
 def check_phases(phases: Any) -> None:
@@ -308,7 +317,7 @@ def _kernels(trainable: Trainable, layers: dict[str, LeafPlan]) -> list[tuple[st
 
 def _layer_key(data: jax.Array, path: str) -> jax.Array:
     """A layer's own key, named by its path, so that it does not depend on which others are pruned."""
-    return jax.random.fold_in(jax.random.wrap_key_data(data), zlib.crc32(path.encode()))
+    return jax.random.fold_in(jax.random.wrap_key_data(data, impl="threefry2x32"), zlib.crc32(path.encode()))
 
 
 def _check_values(params: Params, layers: dict[str, LeafPlan], stuck_at_zero: bool) -> None:

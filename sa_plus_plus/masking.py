@@ -1,6 +1,7 @@
 """Kernels times a number a block, kernels with blocks left out, and where parameters were changed."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +38,22 @@ def zero_masked(params: Params, masks: Masks, layers: Mapping[str, LeafPlan]) ->
 def differs(given: jax.Array, handed: jax.Array) -> jax.Array:
     """Where `given` is not `handed` up to the rounding of `start + (handed - start)`, NaN included.
 
-    `handed` is rounded to the type of `given` first: a loop may hold narrower parameters than are trained.
+    That is relative to the larger of the two numbers added, for which the largest of the array stands. `handed` is
+    rounded to the type of `given` first: a loop may hold narrower parameters than are trained.
     """
     given = jnp.asarray(given)
     a, b = blk.widened(given), blk.widened(handed.astype(given.dtype))
-    tolerance = 4 * float(jnp.finfo(a.dtype).eps) if jnp.issubdtype(a.dtype, jnp.floating) else 0
-    return ~(jnp.abs(a - b) <= tolerance * jnp.maximum(jnp.abs(a), jnp.abs(b)))
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+        return a != b
+    tolerance = 4 * float(jnp.finfo(a.dtype).eps) * jnp.maximum(jnp.abs(a), jnp.max(jnp.abs(b), initial=0))
+    if given.dtype.itemsize < handed.dtype.itemsize:  # rounded twice, perhaps to the neighbouring number
+        tolerance += float(jnp.finfo(given.dtype).eps) * jnp.abs(a)
+    return ~(jnp.abs(a - b) <= tolerance)
+
+
+def adopted(given: Any, weights: jax.Array) -> jax.Array:
+    """A leaf that is not pruned, as the loop has it: `weights` where that differs by rounding alone."""
+    given = jnp.asarray(given)
+    if not jnp.issubdtype(given.dtype, jnp.inexact):
+        return given
+    return jnp.where(differs(given, weights), given.astype(weights.dtype), weights)

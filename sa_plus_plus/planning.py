@@ -61,9 +61,12 @@ class Plan(NamedTuple):
 
     Attributes:
       leaves: one `LeafPlan` a leaf, in the order of the tree.
+      scope: `"layer"` where each layer keeps its planned number of blocks, `"global"` where all layers together keep
+        the sum of these.
     """
 
     leaves: tuple[LeafPlan, ...]
+    scope: str = "layer"
 
     @property
     def pruned(self) -> dict[str, LeafPlan]:
@@ -163,7 +166,7 @@ def plan(
       sparsity: share of the blocks to remove, in [0, 1).
       min_blocks: kernels with fewer blocks stay dense.
       where: predicate on the path of a leaf, `Dense_0/kernel`. By default `named_as_kernel` decides, and depthwise
-        kernels `(height, width, 1, channels)` stay dense.
+        kernels `(height, width, 1, channels)` stay dense, which first layers for grey images cannot be told from.
       overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...)` to
         use there. The first pattern that matches counts.
 
@@ -189,7 +192,7 @@ def plan(
         matched = [layer for layer in layers if _matches(layer.path, pattern)]
         if all(layer.skip_reason for layer in matched):
             first = next((layer for layer in matched if layer.is_kernel), matched[0])
-            remedy = "; the override may set `min_blocks` too" if first.is_kernel else ""
+            remedy = "; the override may set `min_blocks` too" if "fewer than" in first.skip_reason else ""
             raise ValueError(
                 f"override {pattern!r} changes nothing, for {first.path} stays dense: {first.skip_reason}{remedy}"
             )
@@ -250,8 +253,8 @@ def _layer(
     n = math.prod(grid)
     if not where(path):
         skip_reason = "excluded by `where`"
-    elif where is named_as_kernel and len(shape) > 2 and shape[-2] == 1:
-        skip_reason = "depthwise kernel"
+    elif where is named_as_kernel and len(shape) > 3 and shape[-2] == 1:
+        skip_reason = "depthwise kernel, or of one input channel"
     elif n < min_blocks:
         skip_reason = f"fewer than {min_blocks} blocks"
     else:

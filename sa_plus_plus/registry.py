@@ -36,9 +36,20 @@ def algorithm(schedule: Callable[..., Phases], control: bool = False) -> Callabl
     Args:
       schedule: `schedule(total_steps, **options) -> Phases`, the algorithm's own.
       control: whether it is a control.
+
+    Raises:
+      ValueError: if there is an algorithm of that name.
+      TypeError: if the constructor takes anything but keywords, or `schedule` does not take `total_steps`.
     """
+    if not callable(schedule) or "total_steps" not in inspect.signature(schedule).parameters:
+        raise TypeError(f"write @algorithm(schedule), with a schedule such as phases.acdc; got {schedule!r}")
 
     def register(make: Constructor) -> Constructor:
+        if make.__name__ in ALGORITHMS:
+            raise ValueError(f"there is an algorithm {make.__name__!r} already: choose another name")
+        parameters = inspect.signature(make).parameters.values()
+        if odd := [p.name for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]:
+            raise TypeError(f"{make.__name__} must take keywords alone, def {make.__name__}(*, {odd[0]}, ...)")
         known = options_of(make)
 
         @functools.wraps(make)
@@ -63,7 +74,7 @@ def options_of(make: Callable[..., Sparsifier]) -> tuple[str, ...]:
     parameters = inspect.signature(make).parameters.values()
     own = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
     common = PruningOptions.__annotations__ if any(p.kind == p.VAR_KEYWORD for p in parameters) else ()
-    return (*own, *common)
+    return tuple(dict.fromkeys((*own, *common)))
 
 
 def own_options(make: Callable[..., Sparsifier]) -> Mapping[str, Any]:

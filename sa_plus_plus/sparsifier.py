@@ -58,11 +58,10 @@ class Sparsifier(NamedTuple):
       finalize: `finalize(trainable, prune) -> params`: the pruned network in the model's own tree, masked blocks
         exactly zero. Equal to `apply`, for use after the last step: it folds in the masks as they are, and in a dense
         phase, or where training stopped before `phases.total_steps`, these do not prune as planned. Outside `jit` it
-        warns of that.
+        warns where fewer blocks than planned are masked.
       adopt: `adopt(trainable, prune, params) -> trainable`: the trained weights whose effective parameters are
         `params`, with the logits as they are. An entry of `params` that is what it was (up to rounding) leaves its
-        weight alone. In a masked block an entry that is not zero is kept for when the block returns, divided by the
-        block's scale as everywhere; the effective weight stays zero. A block whose scale is zero stays as it was.
+        weight alone, and so does every entry of a block that is masked or whose scale is zero, where it has no effect.
       plan: `plan(params) -> Plan`: which layers are pruned and how.
       phases: the schedule.
     """

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sa_plus_plus.blocks import widened
@@ -36,7 +37,7 @@ def reset_on(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         tx = optax.chain(sapp.reset_on(optax.trace(0.9)), optax.scale_by_learning_rate(schedule))
         updates, opt_state = tx.update(grads, opt_state, trainable, phase=prune.phase)
 
-    Hyperparameters of `optax.inject_hyperparams` inside, which may have been set by hand, are kept. An update that
+    Hyperparameters of an `optax.inject_hyperparams` inside, which may have been set by hand, are kept. An update that
     another transformation discards or postpones (`optax.apply_if_finite`, `optax.MultiSteps`) does not lose the reset:
     it comes with the next one.
 
@@ -102,15 +103,15 @@ def sparsify(
     and momentum go on from phase to phase, which costs accuracy: `init` warns of it.
 
     What the loop itself does to `params` between updates (loading trained weights after `tx.init`, clipping, noise)
-    counts: `sp.adopt` says how. What stands outside `sparsify` in a chain sees something else than it means to. In
-    front of it, clipping and weight decay would see gradients and weights of the effective network, masked blocks
-    included; behind it, anything that alters the updates would leave the network other than planned. So wrap the whole
-    chain:
+    counts: `sp.adopt` says how. Nothing else belongs in a chain with `sparsify`. In front of it, clipping and weight
+    decay would see gradients and weights of the effective network, masked blocks included; behind it, anything that
+    alters the updates would leave the network other than planned. So wrap the whole chain:
 
         tx = sapp.sparsify(optax.chain(optax.clip_by_global_norm(1.0), sapp.reset_on(optax.adam(1e-3))), sp)
 
-    Averages of weights belong inside too, since an average of networks with different masks has neither's: average
-    `state.trainable.params`, or use `optax.contrib.schedule_free_adamw` as `tx`, and give the result to `sp.finalize`.
+    Averages of weights belong inside too, since an average of networks with different masks is not pruned: average
+    `state.trainable`, or use `reset_on(optax.contrib.schedule_free_adamw(...))` as `tx`, and give the result to
+    `sp.finalize`. Line searches (`optax.lbfgs`) and `optax.lookahead` cannot be wrapped.
     `check_pruned` finishes a loop with an error where the network is not as planned.
 
     To accumulate gradients, wrap it: `optax.MultiSteps(sapp.sparsify(tx, sp), n)`; the schedule then counts the
@@ -151,8 +152,9 @@ def sparsify(
         if params is None:
             raise ValueError(_NEEDS_PARAMS.format("sparsify"))
         trainable = sp.adopt(state.trainable, state.prune, params)
-        _, pull_back = jax.vjp(lambda trainable: sp.apply(trainable, state.prune), trainable)
-        (grads,) = pull_back(grads)
+        effective, pull_back = jax.vjp(lambda trainable: sp.apply(trainable, state.prune), trainable)
+        (grads,) = pull_back(jax.tree.map(_cotangent, grads, effective))
+        grads = jax.tree.map(_gradient, grads, trainable)
         updates, inner = tx.update(grads, state.inner, trainable, phase=state.prune.phase, **extra)
         trainable, prune = sp.update(trainable, state.prune, updates)
         layers = sp.plan(trainable.params).pruned
@@ -188,6 +190,18 @@ def _never_resets(state: optax.OptState) -> bool:
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ResetState))
     resets = any(isinstance(leaf, ResetState) for leaf in leaves)
     return not resets and any(jnp.ndim(leaf) > 0 for leaf in leaves)
+
+
+def _cotangent(gradient: Any, output: jax.Array) -> Any:
+    """A loop's gradient in the type of what it is taken of; none for integers."""
+    if jnp.issubdtype(output.dtype, jnp.inexact):
+        return jnp.asarray(gradient).astype(output.dtype)
+    return np.zeros(output.shape, jax.dtypes.float0)
+
+
+def _gradient(pulled_back: Any, leaf: jax.Array) -> jax.Array:
+    """What is pulled back, and zeros for integers."""
+    return jnp.zeros_like(leaf) if pulled_back.dtype == jax.dtypes.float0 else pulled_back
 
 
 def _step_to(target: jax.Array, start: jax.Array) -> jax.Array:

@@ -473,6 +473,10 @@ def test_depthwise_kernels_stay_dense():
     assert len(sapp.plan(params, block=4, sparsity=0.5, where=lambda path: True).pruned) == 2
 
 
+def test_three_dimensional_kernels_of_one_head_are_no_depthwise_ones():
+    assert list(sapp.plan({"key": leaf(512, 1, 64)}, block=8, sparsity=0.5).pruned) == ["key"]
+
+
 def test_a_predicate_that_is_no_function_is_refused():
     with pytest.raises(TypeError, match=r"where must be a predicate on the path of a leaf.*got 'hidden'"):
         plan_mlp(where="hidden")
