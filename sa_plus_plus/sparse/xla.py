@@ -73,7 +73,7 @@ def _inputs(x: jax.Array, group: Group) -> jax.Array:
 
 def _dots(x: jax.Array, weights: jax.Array) -> jax.Array:
     """`(batch, g, k)` times `(g, k, b_c)`: a product of matrices for each of the `g`."""
-    return jnp.einsum("bgk,gkc->bgc", x, weights, preferred_element_type=sum_type(x))
+    return jnp.einsum("bgk,gkc->bgc", _held(x), _held(weights), preferred_element_type=sum_type(x))
 
 
 def _sums(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -130,6 +130,11 @@ def sum_type(x: jax.Array) -> np.dtype:
     return x.dtype if x.dtype.itemsize >= 4 else np.dtype(np.float32)
 
 
+def _held(x: jax.Array) -> jax.Array:
+    """As it is multiplied: XLA has no product of bfloat16 with float32 sums for every shape on CPUs."""
+    return blk.widened(x) if jax.default_backend() == "cpu" else x
+
+
 def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
     """`x (batch, rows) @ w (rows, cols)`, in at least float32.
 
@@ -179,7 +184,7 @@ def weight_gradient(x: jax.Array, g: jax.Array, layout: Layout) -> jax.Array:
         parts = []
         for group in groups(layout):
             columns = g[:, group.columns]
-            part = jnp.einsum("bgk,bgc->gkc", _inputs(x, group), columns, preferred_element_type=dtype)
+            part = jnp.einsum("bgk,bgc->gkc", _held(_inputs(x, group)), _held(columns), preferred_element_type=dtype)
             parts.append(part.reshape(-1, *layout.block))
         return total + jnp.concatenate(parts)[place], None
 
