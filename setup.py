@@ -11,9 +11,15 @@ from setuptools.errors import CompileError
 
 SOURCES = pathlib.Path("sa_plus_plus/sparse/csrc")
 FLAGS = ["-O3", "-g0", "-std=c++17", "-DNDEBUG", "-ffp-contract=fast"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {  # one source, compiled for several processors; which of them runs is decided there
-    "kernel_avx2": ["-mavx2", "-mfma"],
-    "kernel_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+    "kernel_avx2": AVX2,
+    "kernel_avxvnni": [*AVX2, "-mavxvnni"],
+    "kernel_avx512": AVX512,
+    "kernel_avx512vnni": [*AVX512, "-mavx512vnni"],
+    "kernel_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "kernel_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
 

@@ -64,7 +64,7 @@ def block_sparse_conv(
     rows, columns = output_size(x.shape[1:3], window, strides)
     if min(rows, columns) < 1 or not x.shape[0]:
         return jnp.zeros((x.shape[0], max(rows, 0), max(columns, 0), w.shape[3]), x.dtype)
-    in_place = window != (1, 1) and w.shape[2] % w.layout.block[0] == 0
+    in_place = window != (1, 1) and (window[1] * w.shape[2]) % w.layout.block[0] == 0
     if in_place and platform_choice in ("auto", "native"):
         return _in_place(x, w.blocks, bias, w.layout, strides, relu, implementation)
     return _by_patches(x, w, bias, strides, relu, implementation)
@@ -115,7 +115,9 @@ def _in_place(
     """The compiled kernel on CPUs, patches on other platforms."""
 
     def compiled(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return native.conv(x, blocks, bias, layout, strides, relu).astype(x.dtype)
+        epilogue = native.Epilogue(relu=relu)
+        image = x.astype(jnp.float32)
+        return native.conv(image, blocks, layout, strides=strides, bias=bias, epilogue=epilogue).astype(x.dtype)
 
     def plain(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
         return _by_patches(x, BlockSparse(blocks, layout), bias, strides, relu, implementation)

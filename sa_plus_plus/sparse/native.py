@@ -4,7 +4,7 @@ import ctypes
 import functools
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import Layout
 
-MATMUL, CONV = TARGETS = ("sa_plus_plus_block_sparse_matmul", "sa_plus_plus_block_sparse_conv")
+TARGET = "sa_plus_plus_block_sparse_conv"
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
+WIDE = 16  # columns of a block in bfloat16 and int8: a multiple of this many
 
 
 @functools.cache
@@ -31,9 +32,21 @@ def missing() -> str | None:
     # XLA would not merely refuse a kernel made for another interface: its whole CPU backend would not start.
     if made_for > here or made_for // 1000 != here // 1000:
         return f"{built[-1].name} was compiled for version {made_for} of XLA's interface, this jaxlib has {here}"
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
+    library.sa_plus_plus_kernel.restype = ctypes.c_char_p
+    for code, dtype in enumerate((np.float32, jnp.bfloat16, np.uint8)):
+        _INSTRUCTIONS[np.dtype(dtype).name] = library.sa_plus_plus_kernel(code).decode()
     return None
+
+
+_INSTRUCTIONS: dict[str, str] = {}
+
+
+def instructions(dtype: Any) -> str:
+    """The instruction set that products run in, by the type of `x`: float32, bfloat16 or uint8."""
+    if why := missing():
+        raise RuntimeError(f"there is no compiled kernel: {why}")
+    return _INSTRUCTIONS[np.dtype(dtype).name]
 
 
 def _ffi_version() -> int:
@@ -43,55 +56,102 @@ def _ffi_version() -> int:
     return 1000 * major + minor
 
 
+class Epilogue(NamedTuple):
+    """What follows a product before its result is stored: `relu?(sums * scale + bias + (residual - zero) * factor)`.
+
+    Attributes:
+      dtype: of the result: float32, bfloat16, or uint8, which holds `round(.) + zero`, clamped to 0 to 255.
+      relu: whether `max(., 0)` comes last.
+      zero: what stands for 0 in a uint8 result, and in its borders.
+      residual_factor: what a residual is multiplied by.
+      residual_zero: what stands for 0 in it.
+      border: `((top, bottom), (left, right))`, zeros around each image of the result.
+    """
+
+    dtype: Any = np.float32
+    relu: bool = False
+    zero: int = 0
+    residual_factor: float = 1.0
+    residual_zero: int = 0
+    border: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+
+
 def matmul(x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool) -> jax.Array:
     """`x (batch, rows) @ w (rows, cols)`, plus bias, rectified if asked, in float32.
 
     Args:
-      x: `(batch, rows)`; the kernel reads float32, so a narrower one is widened, which XLA fuses with what made it.
+      x: `(batch, rows)`; read as float32, so a narrower one is widened, which XLA fuses with what made it.
       blocks: `(kept, b_r, b_c)`, float32 or bfloat16.
       bias: `(cols,)`.
       layout: where the blocks of `w` stand.
       relu: `max(., 0)` of the result.
     """
-    out = jax.ShapeDtypeStruct((x.shape[0], blk.matrix_shape(layout.shape)[1]), jnp.float32)
-    return _call(MATMUL, out, x, blocks, bias, layout, relu=relu)
+    matrix = Layout(blk.matrix_shape(layout.shape), layout.block, layout.indices, layout.indptr)
+    image = x.astype(jnp.float32)[None, None]
+    return conv(image, blocks, matrix, bias=bias, epilogue=Epilogue(relu=relu))[0, 0]
 
 
 def conv(
-    x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, strides: tuple[int, int], relu: bool
-) -> jax.Array:
-    """Convolution of images that are padded already, plus bias, rectified if asked, in float32; no patch is ever made.
-
-    Args:
-      x: `(batch, height, width, channels)`.
-      blocks: `(kept, b_r, b_c)`, float32 or bfloat16; `b_r` divides the channels, so that a block is of one place in
-        the window.
-      bias: `(outputs,)`.
-      layout: where the blocks of the kernel `(k_h, k_w, channels, outputs)` stand.
-      strides: down and across.
-      relu: `max(., 0)` of the result.
-    """
-    k_h, k_w, _, outputs = layout.shape
-    (down, across), (batch, height, width, _) = strides, x.shape
-    shape = (batch, (height - k_h) // down + 1, (width - k_w) // across + 1, outputs)
-    sides = {"window_rows": k_h, "window_columns": k_w, "stride_down": down, "stride_across": across}
-    options = {name: np.int64(n) for name, n in sides.items()}
-    return _call(CONV, jax.ShapeDtypeStruct(shape, jnp.float32), x, blocks, bias, layout, relu=relu, **options)
-
-
-def _call(
-    target: str,
-    out: jax.ShapeDtypeStruct,
     x: jax.Array,
     blocks: jax.Array,
-    bias: jax.Array | None,
     layout: Layout,
-    **options: Any,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
 ) -> jax.Array:
-    bias = jnp.zeros(0, jnp.float32) if bias is None else bias.astype(jnp.float32)
-    x = x.astype(jnp.float32)
-    call = jax.ffi.ffi_call(target, out, vmap_method="sequential")
-    y = call(x, blocks, layout.indices, layout.indptr, bias, **options)
+    """Convolution of images that are padded already, and what follows it; no patch is ever made.
+
+    Args:
+      x: `(batch, height, width, channels)`, float32, bfloat16 or uint8.
+      blocks: `(kept, b_r, b_c)` float32 or bfloat16 for `x` in float32; otherwise as `grouped` returns them, bfloat16 or
+        int8.
+      layout: where the blocks of the kernel `(k_h, k_w, channels, outputs)` or `(channels, outputs)` stand. `b_r` divides
+        `k_w * channels` where `k_h > 1`.
+      strides: down and across.
+      scale: `(outputs,)` float32.
+      bias: `(outputs,)` float32.
+      residual: like the result, without borders.
+      epilogue: what follows.
+
+    Returns:
+      `(batch, rows + top + bottom, columns + left + right, outputs)`.
+    """
+    k_h, k_w = layout.shape[:2] if len(layout.shape) == 4 else (1, 1)
+    (down, across), (batch, height, width, _) = strides, x.shape
+    border = (top, bottom), (left, right) = epilogue.border
+    rows, columns = (height - k_h) // down + 1, (width - k_w) // across + 1
+    shape = (batch, rows + sum(border[0]), columns + sum(border[1]), layout.shape[-1])
+    integers = {"window_rows": k_h, "window_columns": k_w, "stride_down": down, "stride_across": across}
+    integers |= {"top": top, "bottom": bottom, "left": left, "right": right}
+    floats = {"residual_scale": epilogue.residual_factor, "residual_zero": epilogue.residual_zero}
+    floats |= {"y_zero": epilogue.zero}
+    scale, bias = (jnp.zeros(0, jnp.float32) if a is None else a.astype(jnp.float32) for a in (scale, bias))
+    residual = jnp.zeros(0, epilogue.dtype) if residual is None else residual
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, epilogue.dtype), vmap_method="sequential")
+    y = call(
+        *(x, blocks, layout.indices, layout.indptr, scale, bias, residual),
+        **{name: np.int64(n) for name, n in integers.items()},
+        **{name: np.float32(n) for name, n in floats.items()},
+        relu=epilogue.relu,
+    )
     # Under `jax.shard_map` what is computed differs from device to device where any operand does.
-    varying = set().union(*(jax.typeof(operand).manual_axis_type.varying for operand in (x, blocks, bias)))
+    operands = (x, blocks, scale, bias, residual)
+    varying = set().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
     return jax.lax.pcast(y, tuple(varying), to="varying") if varying else y
+
+
+def grouped(blocks: np.ndarray) -> np.ndarray:
+    """Blocks as the kernel reads them beside `x` of bfloat16 or uint8: four bytes of each column together.
+
+    Args:
+      blocks: `(kept, b_r, b_c)` bfloat16 or int8; `b_r` a multiple of 2 or 4, `b_c` of `WIDE`.
+
+    Returns:
+      `(kept, b_r / group, b_c, group)`.
+    """
+    group = 4 // blocks.dtype.itemsize
+    kept, b_r, b_c = blocks.shape
+    return np.ascontiguousarray(blocks.reshape(kept, b_r // group, group, b_c).swapaxes(2, 3))

@@ -1,11 +1,24 @@
 #include "kernel.h"
 
+#include <initializer_list>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace sa_plus_plus {
 
 const char* complaint(const Product& p) {
-  if (p.batch < 0 || p.height < 1 || p.width < 1 || p.b_r < 1 || p.b_c < 1 || p.kept < 0 || p.run < 1 || p.runs < 1) {
+  if (p.batch < 0 || p.height < 1 || p.width < 1 || p.b_r < 1 || p.b_c < 1 || p.kept < 0 || p.run < 1 || p.runs < 1 ||
+      p.line < 1 || p.lines < 1 || p.top < 0 || p.bottom < 0 || p.left < 0 || p.right < 0) {
     return "a size is out of range";
   }
+  if (p.x_type == Type::kFloat ? p.w_type == Type::kByte : p.w_type != p.x_type) return "types of x and blocks differ";
+  if (p.grouped() && (p.b_r % p.group() || p.b_c % kWide || p.height % p.b_r)) return "blocks do not fit their groups";
   const int64_t grid_r = p.grid_r(), grid_c = p.grid_c();
   if (p.starts[0] != 0 || p.starts[grid_c] != p.kept) return "starts do not go from 0 to the number of blocks";
   bool wrong = false;
@@ -15,15 +28,63 @@ const char* complaint(const Product& p) {
   return wrong ? "a block stands in a row outside the grid" : nullptr;
 }
 
-Kernel best_kernel() {
+namespace {
+
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    return kernel_avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernel_avx2;
+// gcc 12 and clang do not know these by name everywhere, so the processor is asked itself.
+bool has(unsigned leaf, unsigned subleaf, int word, int bit) {
+  unsigned words[4] = {};
+  if (__get_cpuid_max(0, nullptr) < leaf) return false;
+  __cpuid_count(leaf, subleaf, words[0], words[1], words[2], words[3]);
+  return words[word] >> bit & 1;
+}
+
+bool amx(int bit) {  // the system gives a process matrix registers when it asks for them
+#if defined(__linux__)
+  static const bool granted = has(7, 0, 3, 24) && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
+  return granted && has(7, 0, 3, bit);
+#else
+  return false;
 #endif
-  return kernel_baseline;
+}
+#endif
+
+struct Choices {
+  Choice of[3][7] = {};
+
+  Choices() {
+    int n[3] = {};
+    auto add = [&](Type type, Kernel kernel, const char* name) {
+      const int t = static_cast<int>(type);
+      of[t][n[t]++] = {kernel, name};
+    };
+    auto add_all = [&](Kernel kernel, const char* name) {
+      for (Type type : {Type::kFloat, Type::kHalf, Type::kByte}) add(type, kernel, name);
+    };
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(__linux__)
+    if (avx512 && amx(25)) add(Type::kByte, kernel_amx, "amx");
+    if (avx512 && amx(22)) add(Type::kHalf, kernel_amx, "amx");
+#endif
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) add(Type::kByte, kernel_avx512vnni, "avx512_vnni");
+    if (avx512 && has(7, 1, 0, 5)) add(Type::kHalf, kernel_avx512bf16, "avx512_bf16");
+    if (avx2 && has(7, 1, 0, 4)) add(Type::kByte, kernel_avxvnni, "avx_vnni");
+    if (avx512) add_all(kernel_avx512, "avx512");
+    if (avx2) add_all(kernel_avx2, "avx2");
+#endif
+    add_all(kernel_baseline, "baseline");
+  }
+};
+
+}  // namespace
+
+const Choice* kernels(Type x_type) {
+  static const Choices choices;
+  return choices.of[static_cast<int>(x_type)];
 }
 
 }  // namespace sa_plus_plus

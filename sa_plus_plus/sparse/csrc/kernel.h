@@ -5,48 +5,81 @@
 
 namespace sa_plus_plus {
 
-// y = x @ w, then + bias, then max(., 0). y and the blocks are row-major and without gaps. The rows of x are anywhere in
-// its memory: those of a matrix follow one another; those of a convolution are patches of images, which overlap. Either
-// way they come in runs, in which each begins `stride` after the one before it.
+enum class Type { kFloat, kHalf, kByte };  // float32, bfloat16, and 8 bits: unsigned in x and y, signed in blocks
+
+inline int64_t size_of(Type type) { return type == Type::kFloat ? 4 : type == Type::kHalf ? 2 : 1; }
+
+// y = x @ w * scale + bias + (residual - residual_zero) * residual_scale, then max(., 0), then rounded to the type of y;
+// to bytes as round(.) + y_zero, clamped to 0 to 255. Where x is bytes they are products of integers, summed in 32 bits.
+//
+// The rows of x are anywhere in its memory: those of a matrix follow one another; those of a convolution are patches of
+// images, which overlap. Either way they come in runs, in which each begins `stride` after the one before it. Rows of y
+// come in lines, with borders of y_zero around each image of `lines` lines. All lengths and strides count numbers.
 struct Product {
   int64_t batch, height, width;  // x has `batch` rows of `height` numbers, y as many of `width`
   int64_t b_r, b_c;              // a block's rows and columns
   int64_t kept;                  // number of blocks
-  const float* x;
-  const void* blocks;  // (kept, b_r, b_c): float, or bfloat16 if `half`
-  bool half;
+  Type x_type, w_type, y_type;
+  const void* x;
+  const void* blocks;     // (kept, b_r / group, b_c, group)
   const int32_t* rows;    // (kept): in which grid row a block stands
   const int32_t* starts;  // (grid_c() + 1): the blocks of grid column j are numbers starts[j] to starts[j + 1]
+  const float* scale;     // (width), or null
   const float* bias;      // (width), or null
+  const void* residual;   // (batch, width) in the type of y, or null
+  float residual_scale, residual_zero, y_zero;
   bool relu;
-  float* y;
-  int64_t run, stride;                   // rows in a run, and floats from one of them to the next
-  int64_t runs, run_stride, runs_stride; // floats from run to run, and from each `runs` of them to the next
-  const int64_t* down;                   // (grid_r()): where in a row what meets the blocks of a grid row begins
+  void* y;
+  int64_t run, stride;                    // rows in a run, and from one of them to the next
+  int64_t runs, run_stride, runs_stride;  // from run to run, and from each `runs` of them to the next
+  const int64_t* down;                    // (grid_r()): where in a row what meets the blocks of a grid row begins
+  int64_t line, lines;                    // rows of y in a line, and lines in an image
+  int64_t top, bottom, left, right;       // the width of the borders around each image of y, in rows of y
 
+  // Blocks of bfloat16 and bytes that meet x of the same type hold `group` rows, four bytes, of each column together,
+  // and b_c is a multiple of kWide.
+  bool grouped() const { return x_type != Type::kFloat; }
+  int64_t group() const { return grouped() ? 4 / size_of(w_type) : 1; }
   int64_t grid_r() const { return (height + b_r - 1) / b_r; }
   int64_t grid_c() const { return (width + b_c - 1) / b_c; }
-  const float* row(int64_t i) const {
+  int64_t row(int64_t i) const {  // where in x row i begins
     const int64_t r = i / run;
-    return x + r / runs * runs_stride + r % runs * run_stride + i % run * stride;
+    return r / runs * runs_stride + r % runs * run_stride + i % run * stride;
+  }
+  int64_t y_line() const { return (left + line + right) * width; }
+  int64_t y_image() const { return (top + lines + bottom) * y_line(); }
+  int64_t y_row(int64_t i) const {  // where in y row i begins
+    const int64_t l = i / line;
+    return l / lines * y_image() + (top + l % lines) * y_line() + (left + i % line) * width;
   }
 };
 
-// Rows of y, and the columns of y that grid columns cover; ends are exclusive.
+constexpr int64_t kWide = 16;   // columns of grouped blocks come in so many
+constexpr int64_t kMostRows = 96;  // in a part
+
+// Rows of y, at most kMostRows, and the columns of y that grid columns cover; ends are exclusive.
 struct Part {
   int64_t top, bottom, left, right;
 };
 
-// What is wrong with the indices, or null. A kernel may be run only on a product that passes: it looks at nothing again.
+// What is wrong with the product, or null. A kernel may be run only on one that passes: it looks at nothing again.
 const char* complaint(const Product& product);
 
-// One and the same source compiled for several instruction sets.
+// One source compiled for several instruction sets, and one for matrix registers (AMX). Each knows some types.
 using Kernel = void (*)(const Product&, const Part&);
 void kernel_baseline(const Product& product, const Part& part);
 void kernel_avx2(const Product& product, const Part& part);
+void kernel_avxvnni(const Product& product, const Part& part);     // bytes alone
 void kernel_avx512(const Product& product, const Part& part);
+void kernel_avx512vnni(const Product& product, const Part& part);  // bytes alone
+void kernel_avx512bf16(const Product& product, const Part& part);  // bfloat16 alone
+void kernel_amx(const Product& product, const Part& part);         // bytes or bfloat16
 
-// The best that this processor has.
-Kernel best_kernel();
+// Those that this processor can run on such types, the best first, and null at the end. `names` gets their names.
+struct Choice {
+  Kernel kernel;
+  const char* name;
+};
+const Choice* kernels(Type x_type);
 
 }  // namespace sa_plus_plus

@@ -2,5 +2,6 @@
 #define KERNEL kernel_avx2
 #define LANES 8
 #define TALL 6
+#define TALLER 12
 #include "kernel.inc"
 #endif

@@ -1,6 +1,7 @@
 #if defined(__x86_64__)
 #define KERNEL kernel_avx512
 #define LANES 16
-#define TALL 12
+#define TALL 14
+#define TALLER 14
 #include "kernel.inc"
 #endif
