@@ -1,24 +1,29 @@
-"""A whole network made fast: products with pruned kernels in their sparse form where that is faster."""
+"""A whole network made fast: every layer in the compiled kernel where that is faster, pruned ones by their blocks."""
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import sa_plus_plus.sparse.lowering as lowering
+import sa_plus_plus.sparse.native as native
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.checks import occupied
 from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.convolution import block_sparse_conv
+from sa_plus_plus.sparse.lowering import BFLOAT16, FLOAT32, UINT8, Compiled, Form
 from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul, chosen
 from sa_plus_plus.sparse.tracing import Call, Constant, Layer, Linear, Traced, Variable, trace
 
 BLOCKS = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are looked for
+Precision = Literal["float32", "bfloat16", "int8"]
 _INLINE = 1024  # numbers of a constant that are compiled into the program rather than handed to it
 _ROUNDS, _ROUND_SECONDS = 5, 0.01  # of measuring
+_NAMES = {FLOAT32: "float32", BFLOAT16: "bfloat16", UINT8: "int8"}
 
 
 class Choice(NamedTuple):
@@ -26,13 +31,17 @@ class Choice(NamedTuple):
 
     Attributes:
       layer: what it is.
-      kernel: the kernel's shape.
+      kernel: the kernel's shape; of a product `(contracted, outputs)`.
       rows: how many rows of activations its matrix is multiplied with.
       block: in which blocks it is pruned; None where it is not.
       density: share of those blocks that are not zero.
-      dense_seconds: time it takes in full, NaN where it was not measured.
-      sparse_seconds: time it takes by its blocks.
-      sparse: which of them the network does.
+      traced_seconds: time it takes as it was traced, NaN where it was not measured.
+      compiled_seconds: time it takes in the compiled kernel, or by its blocks in another implementation.
+      runs: which the network does: `"sparse"`, by its blocks; `"dense"`, in full in the compiled kernel; `"traced"`.
+      precision: in which it computes.
+      error: root mean square of what low precision changes in its result on the calibration data, all layers before it
+        included, relative to the result's; NaN without calibration data.
+      note: why it runs as it was traced, where no other way was possible.
     """
 
     layer: str
@@ -40,9 +49,17 @@ class Choice(NamedTuple):
     rows: int
     block: blk.Block | None
     density: float
-    dense_seconds: float
-    sparse_seconds: float
-    sparse: bool
+    traced_seconds: float = float("nan")
+    compiled_seconds: float = float("nan")
+    runs: str = "traced"
+    precision: str = ""
+    error: float = float("nan")
+    note: str = ""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it is multiplied by its blocks."""
+        return self.runs == "sparse"
 
 
 class Network:
@@ -54,29 +71,22 @@ class Network:
       fn: `fn(weights, *inputs)`, pure: to be jitted with others, or exported.
     """
 
-    def __init__(
-        self,
-        traced: Traced[Call | Linear],
-        forms: Sequence[BlockSparse | None],
-        choices: Sequence[Choice],
-        implementation: Implementation | None,
-    ):
-        # Without weights, so that a kernel is not kept in full beside its blocks.
-        steps = [_without_weights(step) for step in traced.steps]
-        self._program = Traced(traced.inputs, steps, traced.outputs, traced.input_tree, traced.tree)
+    def __init__(self, program: "Program", weights: Sequence[Any], choices: Sequence[Choice]):
+        self._program = program
         self.choices = tuple(choices)
-        self.weights = [_needs(step, form) for step, form in zip(traced.steps, forms, strict=True)]
-        self.fn = functools.partial(_run, self._program, implementation)
+        self.weights = weights
+        self.fn = functools.partial(_run, program)
         # Flat, so that a call does not take the weights' tree apart again.
         self._arrays, structure = jax.tree.flatten(self.weights)
         self._jitted = jax.jit(lambda arrays, *inputs: self.fn(jax.tree.unflatten(structure, arrays), *inputs))
 
     def __call__(self, *inputs: Any) -> Any:
+        traced = self._program.traced
         leaves, tree = jax.tree.flatten(inputs)
-        if tree != self._program.input_tree:
-            raise ValueError(f"this network was made for arguments like {self._program.input_tree}, got {tree}")
+        if tree != traced.input_tree:
+            raise ValueError(f"this network was made for arguments like {traced.input_tree}, got {tree}")
         got = [(x.shape, x.dtype) if isinstance(x, jax.Array) else _shape_and_type(x) for x in leaves]
-        want = [(v.shape, v.dtype) for v in self._program.inputs]
+        want = [(v.shape, v.dtype) for v in traced.inputs]
         if got != want:
             raise ValueError(
                 f"this network was made for {_shapes(want)}, got {_shapes(got)}: make another for these, "
@@ -85,11 +95,25 @@ class Network:
         return self._jitted(self._arrays, *inputs)
 
     def __str__(self) -> str:
-        head = ("layer", "kernel", "rows", "block", "kept", "dense µs", "sparse µs", "runs")
-        table = [head, *(_cells(choice) for choice in self.choices)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        table = [_HEAD, *(_cells(choice) for choice in self.choices)]
+        used = [i for i in range(len(_HEAD)) if len({row[i] for row in table[1:]} - {"", "-"}) or i < 5]
+        widths = [max(len(row[i]) for row in table) for i in used]
+        lines = ["  ".join(row[i].ljust(w) for i, w in zip(used, widths, strict=True)).rstrip() for row in table]
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+class Program(NamedTuple):
+    """A network without its weights.
+
+    Attributes:
+      traced: its steps: calls, layers that run as they were traced or in another implementation, and compiled ones.
+      forms: how each value is held that is not held as it was traced.
+      implementation: of sparse layers that are not compiled.
+    """
+
+    traced: Traced[Call | Layer | Compiled]
+    forms: dict[Variable, Form]
+    implementation: Implementation | None
 
 
 def specialize(
@@ -98,6 +122,8 @@ def specialize(
     block: int | Sequence[int] | None = None,
     choose: Literal["measured", "all", "none"] = "measured",
     implementation: Implementation | None = None,
+    precision: Precision | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> Network:
     """A fast inference function from a network and its pruned weights, without a change to the model.
 
@@ -105,41 +131,102 @@ def specialize(
         y = fast(x)
 
     The function is traced with its weights as constants. What depends on them alone is computed now; scales and shifts
-    of channels after a dense layer or convolution in float32 or float64, batch normalisation among them, and ReLU are
-    folded into it; and each kernel of which blocks are zero, whatever it is called in the model, is multiplied by its
-    blocks where that is faster here than in full: `print(fast)` shows which. Results are the network's up to rounding,
-    for finite inputs. It is for inference: custom derivatives are lost.
+    of channels after a dense layer or convolution in float32 or float64, batch normalisation among them, the addition of
+    another value of its shape, and ReLU are folded into it. On CPUs, where the package's kernel was compiled, layers run
+    there where that is faster than as they were traced: those of which blocks are zero by the other blocks, the rest in
+    full. Elsewhere pruned layers are multiplied by their blocks where that is faster. `print(fast)` shows what became
+    of each. Results are the network's up to rounding, for finite inputs. It is for inference: custom derivatives are
+    lost.
 
-    Layers are products `x @ kernel`, and convolutions of channels that come last, wherever the function or what it
-    calls does them, but not within loops and branches (`scan`, `while`, `cond`), and not with several axes of outputs,
-    as in the queries, keys and values of flax's attention. These run as they were traced.
+    Layers are products of a value and a constant, whichever axes are contracted, and convolutions of channels that come
+    last, wherever the function or what it calls does them, but not within loops and branches (`scan`, `while`, `cond`).
+
+    In `"int8"`, the kernels of layers are rounded to 8 bits with a scale for each output, and what layers take with a
+    scale for each tensor, from the largest and smallest value seen in the calibration data. Sums are exact, in 32 bits.
+    The first and the last layer, where rounding costs the most accuracy, are in bfloat16 if the processor multiplies
+    that, otherwise in float32. In `"bfloat16"` kernels and activations are rounded to that, and sums are in float32.
 
     Args:
       fn: jittable, the weights closed over, dropout off and averages running: the network as it serves.
       examples: inputs, or their shapes and dtypes. The result takes inputs of these shapes alone.
       block: `(b_r, b_c)` in which kernels were pruned, or one integer for a square; by default found out.
-      choose: `"measured"`: both forms of each pruned layer are timed on this machine, some seconds for a large network.
-        `"all"`: every pruned layer by its blocks. `"none"`: folding alone.
-      implementation: as `block_sparse_matmul` takes it. Functions to be exported by `jax.export` need `"xla"`.
+      choose: `"measured"`: both forms of each layer are timed on this machine, some seconds for a large network.
+        `"all"`: every layer in the compiled kernel, or every pruned layer by its blocks, without timing. `"none"`:
+        folding alone.
+      implementation: as `block_sparse_matmul` takes it. Functions that are exported for other platforms than the CPU
+        need `"xla"`.
+      precision: in which layers that the network has in float32 compute: `"float32"`, `"bfloat16"` or `"int8"`; the
+        latter two need the compiled kernel. None: as the network has it.
+      calibration: some batches of typical inputs, each an array or a tuple of arguments of the shapes of `examples`.
+        `"int8"` needs them; for others they are used to measure errors alone.
 
     Raises:
       TypeError: under `jax.jit`, where weights have no values to look at.
-      ValueError: for an unknown `choose` or `implementation`.
+      ValueError: for an unknown option, int8 without calibration data, or calibration data that are empty, of other
+        shapes or not finite.
+      RuntimeError: if the precision asked for needs the compiled kernel and there is none.
     """
     if choose not in ("measured", "all", "none"):
         raise ValueError(f"choose must be measured, all or none, got {choose!r}")
     chosen(implementation, np.dtype(np.float32))  # refuses an unknown one
+    compiles = implementation in (None, "native") and native.missing() is None and jax.default_backend() == "cpu"
+    _check_precision(precision, calibration, implementation, compiles)
     sides = [(b, b) for b in BLOCKS] if block is None else [blk.as_block(block)]
     traced = trace(fn, *examples)
+    batches = None if calibration is None else _batches(traced, calibration)
+    ranges = _ranges(traced, batches) if batches and precision == "int8" else {}
+    types = _types(traced, precision) if compiles and choose != "none" else {}
     measured: dict[Any, tuple[float, float]] = {}
-    forms, choices = [], []
-    for step in traced.steps:
-        form, choice = (
-            _decide(step, sides, choose, implementation, measured) if isinstance(step, Linear) else (None, None)
-        )
+    forms: list[Any] = []
+    choices: list[Choice | None] = []
+    for i, step in enumerate(traced.steps):
+        if isinstance(step, Linear):
+            form, choice = _decide(step, sides, choose, implementation, types.get(i), measured)
+        else:
+            form, choice = None, None
         forms.append(form)
-        choices += [choice] if choice else []
-    return Network(traced, forms, choices, implementation)
+        choices.append(choice)
+    program, weights = _assembled(traced, forms, ranges, implementation)
+    if batches:
+        errors = _errors(traced, program, weights, batches)
+        pairs = zip(choices, traced.steps, strict=True)
+        choices = [
+            choice._replace(error=errors[step.layer.output]) if choice and isinstance(step, Linear) else None
+            for choice, step in pairs
+        ]
+    return Network(program, weights, [choice for choice in choices if choice])
+
+
+def _check_precision(precision: Any, calibration: Any, implementation: Any, compiles: bool) -> None:
+    if precision is not None and precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))} or None, got {precision!r}")
+    if precision == "int8" and calibration is None:
+        raise ValueError(
+            "int8 needs calibration data to choose the scale of each layer's inputs: give calibration=[batch, ...], "
+            "some batches of typical inputs"
+        )
+    if precision in ("bfloat16", "int8") and not compiles:
+        why = native.missing() or f"implementation={implementation!r}, on {jax.default_backend()}"
+        raise RuntimeError(f"precision={precision!r} needs the compiled kernel for CPUs, and it is not used: {why}")
+
+
+def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[int, np.dtype]:
+    """By the number of a step: in which type a layer that can run in the compiled kernel takes its input."""
+    layers = [i for i, step in enumerate(traced.steps) if isinstance(step, Linear)]
+    fast_halves = native.instructions(BFLOAT16) in ("amx", "avx512_bf16")
+    types = {}
+    for i in layers:
+        layer = traced.steps[i].layer  # type: ignore[union-attr]
+        dtype = np.dtype(layer.kernel.dtype)
+        if isinstance(lowering.window_of(layer), str) or not dtype == layer.x.dtype == layer.output.dtype:
+            continue
+        if dtype == BFLOAT16:
+            types[i] = BFLOAT16
+        elif dtype == FLOAT32 and precision == "int8" and i in (layers[0], layers[-1]):
+            types[i] = BFLOAT16 if fast_halves else FLOAT32
+        elif dtype == FLOAT32:
+            types[i] = {"bfloat16": BFLOAT16, "int8": UINT8}.get(precision or "", FLOAT32)
+    return types
 
 
 def _decide(
@@ -147,23 +234,34 @@ def _decide(
     sides: list[blk.Block],
     choose: str,
     implementation: Implementation | None,
+    dtype: np.dtype | None,
     measured: dict[Any, tuple[float, float]],
-) -> tuple[BlockSparse | None, Choice]:
-    """The sparse form of a layer's kernel if it is to run by that, and the reasons."""
-    kernel, layer = np.asarray(step.kernel), step.layer
-    block, density = _pruned_in(kernel, sides) if _can_be_sparse(layer) else (None, 1.0)
-    rows = int(np.prod(layer.output.shape[:-1]))
-    about = (_described(layer), kernel.shape, rows, block, density)
-    if block is None or choose == "none":
-        return None, Choice(*about, float("nan"), float("nan"), False)
-    w = BlockSparse.fromdense(kernel, block)
+) -> tuple[lowering.Packed | BlockSparse | None, Choice]:
+    """A layer's kernel as it is to run, None as it was traced; and the reasons."""
+    layer, window = step.layer, lowering.window_of(step.layer)
+    kernel = np.asarray(step.kernel)
+    block, density = _pruned_in(kernel, sides)
+    about = (_described(layer), kernel.shape, layer.rows, block, density)
+    choice = Choice(*about, precision=np.dtype(layer.kernel.dtype).name)
+    form: lowering.Packed | BlockSparse | None = None
+    if isinstance(window, str):
+        return None, choice._replace(note=window)
+    if dtype is not None:
+        form = lowering.packed(step, window, dtype, block)
+    elif block is not None and layer.x.dtype == layer.kernel.dtype == layer.output.dtype and len(window.kernel) == 4:
+        form = BlockSparse.fromdense(kernel, block)
+    if choose == "none" or form is None:
+        return None, choice
+    runs = "dense" if block is None else "sparse"
+    precision = choice.precision if dtype is None else _NAMES[dtype]
     if choose == "all":
-        return w, Choice(*about, float("nan"), float("nan"), True)
-    key = (*about[:4], round(density, 2), layer.x.shape, layer.relu)
+        return form, choice._replace(runs=runs, precision=precision)
+    key = (*about[:4], round(density, 2), layer.x.shape, layer.relu, layer.residual is None, precision)
     if key not in measured:
-        measured[key] = _measure(step, w, implementation)
-    dense, sparse = measured[key]
-    return w if sparse < dense else None, Choice(*about, dense, sparse, sparse < dense)
+        measured[key] = _measure(step, form, implementation)
+    slow, fast = measured[key]
+    choice = choice._replace(traced_seconds=slow, compiled_seconds=fast)
+    return (form, choice._replace(runs=runs, precision=precision)) if fast < slow else (None, choice)
 
 
 def _pruned_in(kernel: np.ndarray, sides: list[blk.Block]) -> tuple[blk.Block | None, float]:
@@ -180,38 +278,57 @@ def _pruned_in(kernel: np.ndarray, sides: list[blk.Block]) -> tuple[blk.Block | 
     return next((block, share) for block, share in shares.items() if share <= 1.1 * least)
 
 
-def _can_be_sparse(layer: Layer) -> bool:
-    kernel = layer.kernel
-    if not layer.x.dtype == kernel.dtype == layer.output.dtype or not 2 <= kernel.ndim <= 5 or not kernel.size:
-        return False
-    if not layer.is_convolution:
-        return True
-    options = layer.call.options
-    numbers, plain = options["dimension_numbers"], (1, 1)
-    order = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-    dilated = (options["lhs_dilation"], options["rhs_dilation"]) != (plain, plain)
-    return order and not dilated and options["feature_group_count"] == 1
+def _assembled(
+    traced: Traced[Call | Linear], kernels: Sequence[Any], ranges: Any, implementation: Implementation | None
+) -> tuple[Program, list[Any]]:
+    """The network without its weights, so that no kernel is kept in full beside its blocks, and these."""
+    types = {i: kernel.dtype for i, kernel in enumerate(kernels) if isinstance(kernel, lowering.Packed)}
+    forms = lowering.forms_of(traced, types, ranges)
+    steps, weights = [], []
+    for step, kernel in zip(traced.steps, kernels, strict=True):
+        if isinstance(kernel, lowering.Packed):
+            compiled, needs = lowering.assembled(step, kernel, forms, ranges)
+            steps.append(compiled)
+            weights.append(needs)
+        else:
+            steps.append(_without_weights(step))
+            weights.append(_needs(step, kernel))
+    program = Traced(traced.inputs, steps, traced.outputs, traced.input_tree, traced.tree)
+    return Program(program, forms, implementation), weights
 
 
-def _sparse(layer: Layer, x: Any, w: BlockSparse, bias: Any, implementation: Implementation | None) -> Any:
-    if layer.is_convolution:
+def _sparse(layer: Layer, x: Any, w: BlockSparse, bias: Any, residual: Any, implementation: Any) -> Any:
+    """A layer by its blocks in an implementation other than the compiled kernel's."""
+    relu = layer.relu and residual is None
+    if layer.call is not None:
         strides, padding = layer.call.options["window_strides"], layer.call.options["padding"]
-        return block_sparse_conv(
-            x, w, strides=strides, padding=padding, bias=bias, relu=layer.relu, implementation=implementation
+        y = block_sparse_conv(
+            x, w, strides=strides, padding=padding, bias=bias, relu=relu, implementation=implementation
         )
-    lead = x.shape[: x.ndim - w.ndim + 1]
-    x = x.reshape(*lead, blk.matrix_shape(w.shape)[0])
-    return block_sparse_matmul(x, w, bias=bias, relu=layer.relu, implementation=implementation)
+    else:
+        x = x.reshape(layer.rows, w.shape[0])
+        y = block_sparse_matmul(x, w, bias=bias, relu=relu, implementation=implementation)
+        y = y.reshape(layer.output.shape)
+    if residual is not None:
+        y = y + residual
+        y = jax.nn.relu(y) if layer.relu else y
+    return y
 
 
-def _measure(step: Linear, w: BlockSparse, implementation: Implementation | None) -> tuple[float, float]:
-    """Seconds of the layer in full and by its blocks, measured in turn."""
-    layer, bias = step.layer, step.bias
-    x = jax.random.normal(jax.random.key(0), layer.x.shape).astype(layer.x.dtype)
-    calls = [
-        functools.partial(jax.jit(layer.dense), x, step.kernel, bias),
-        functools.partial(jax.jit(lambda x, w, bias: _sparse(layer, x, w, bias, implementation)), x, w, bias),
-    ]
+def _measure(step: Linear, form: Any, implementation: Implementation | None) -> tuple[float, float]:
+    """Seconds of the layer as it was traced and in the form given, measured in turn."""
+    layer = step.layer
+    residual = None if layer.residual is None else _noise(layer.residual)
+    x: Any = _noise(layer.x)
+    contenders = [(jax.jit(layer.dense), (x, step.kernel, step.bias, residual))]
+    if isinstance(form, lowering.Packed):
+        # As the layer before would leave its input.
+        (held, added), compiled, weights = lowering.alone(step, form, x, residual)
+        contenders.append((jax.jit(compiled.run), (held, added, *weights)))
+    else:
+        run = functools.partial(_sparse, layer, implementation=implementation)
+        contenders.append((jax.jit(run), (x, form, step.bias, residual)))
+    calls = [functools.partial(run, *arguments) for run, arguments in contenders]
     seconds: list[list[float]] = [[], []]
     repeats = [1, 1]
     for i, call in enumerate(calls):
@@ -220,8 +337,12 @@ def _measure(step: Linear, w: BlockSparse, implementation: Implementation | None
     for _ in range(_ROUNDS):
         for call, n, taken in zip(calls, repeats, seconds, strict=True):
             taken.append(_timed(call, n))
-    dense, sparse = (float(np.median(taken)) for taken in seconds)
-    return dense, sparse
+    traced, compiled_seconds = (float(np.median(taken)) for taken in seconds)
+    return traced, compiled_seconds
+
+
+def _noise(value: Variable) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), value.shape).astype(value.dtype)
 
 
 def _timed(call: Callable[[], Any], repeats: int) -> float:
@@ -255,30 +376,126 @@ def _small(constant: Constant) -> bool:
     return int(np.prod(constant.shape)) <= _INLINE
 
 
-def _run(
-    program: Traced[Call | Layer], implementation: Implementation | None, weights: Sequence[Any], *inputs: Any
-) -> Any:
-    values: dict[Variable, Any] = dict(zip(program.inputs, jax.tree.leaves(inputs), strict=True))
-    for step, given in zip(program.steps, weights, strict=True):
-        if isinstance(step, Layer):
+class Values:
+    """What has been computed so far, each value as it is held and in the forms that were asked for."""
+
+    def __init__(self, forms: dict[Variable, Form]):
+        self.forms = forms
+        self.held: dict[tuple[Variable, Form], Any] = {}
+
+    def form(self, value: Variable) -> Form:
+        return self.forms.get(value, Form(np.dtype(value.dtype)))
+
+    def put(self, value: Variable, array: Any) -> None:
+        self.held[value, self.form(value)] = array
+
+    def get(self, value: Variable, form: Form | None = None) -> Any:
+        """In the form asked for, as it was traced by default."""
+        want, have = form or Form(np.dtype(value.dtype)), self.form(value)
+        if (value, want) not in self.held:
+            self.held[value, want] = lowering.converted(self.held[value, have], have, want)
+        return self.held[value, want]
+
+
+def _run(program: Program, weights: Sequence[Any], *inputs: Any) -> Any:
+    traced = program.traced
+    values = _computed(program, weights, inputs)
+    results = [values.get(v) if isinstance(v, Variable) else v.full for v in traced.outputs]
+    return jax.tree.unflatten(traced.tree, results)
+
+
+def _computed(program: Program, weights: Sequence[Any], inputs: Any) -> Values:
+    values = Values(program.forms)
+    for variable, leaf in zip(program.traced.inputs, jax.tree.leaves(inputs), strict=True):
+        values.put(variable, leaf)
+    for step, given in zip(program.traced.steps, weights, strict=True):
+        if isinstance(step, Compiled):
+            residual = None if step.residual is None else values.get(step.layer.residual, step.residual)  # type: ignore[arg-type]
+            values.put(step.layer.output, step.run(values.get(step.layer.x, step.x), residual, *given))
+        elif isinstance(step, Layer):
             kernel, bias = given
+            x, residual = values.get(step.x), None if step.residual is None else values.get(step.residual)
             if isinstance(kernel, BlockSparse):
-                values[step.output] = _sparse(step, values[step.x], kernel, bias, implementation)
+                y = _sparse(step, x, kernel, bias, residual, program.implementation)
             else:
-                values[step.output] = step.dense(values[step.x], kernel, bias)
+                y = step.dense(x, kernel, bias, residual)
+            values.put(step.output, y)
         else:
             rest = iter(given)
+            kept = lowering.keeps_type(step) and values.form(step.outputs[0]) if step.outputs else None
             arguments = [
-                values[v] if isinstance(v, Variable) else jnp.asarray(v.full) if _small(v) else next(rest)
+                values.get(v, kept or None) if isinstance(v, Variable) else jnp.asarray(v.full) if _small(v) else next(rest)
                 for v in step.inputs
             ]
-            values |= dict(zip(step.outputs, step.run(*arguments), strict=True))
-    results = [values[v] if isinstance(v, Variable) else v.full for v in program.outputs]
-    return jax.tree.unflatten(program.tree, results)
+            for variable, result in zip(step.outputs, step.run(*arguments), strict=True):
+                values.put(variable, result)
+    return values
+
+
+def _batches(traced: Traced[Any], calibration: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """The batches as tuples of arguments, checked."""
+    batches = []
+    for number, batch in enumerate(calibration):
+        batch = batch if isinstance(batch, tuple) else (batch,)
+        leaves, tree = jax.tree.flatten(batch)
+        got, want = [_shape_and_type(x) for x in leaves], [(v.shape, v.dtype) for v in traced.inputs]
+        if tree != traced.input_tree or got != want:
+            raise ValueError(
+                f"calibration batch {number} is {_shapes(got)}, but the network is made for {_shapes(want)}: give "
+                "batches of the examples' shapes"
+            )
+        if not all(np.isfinite(np.asarray(x, np.float64)).all() for x in leaves):
+            raise ValueError(f"calibration batch {number} has values that are not finite")
+        batches.append(batch)
+    if not batches:
+        raise ValueError("calibration has no batches: give some of typical inputs")
+    return batches
+
+
+def _plain(traced: Traced[Call | Linear]) -> tuple[Program, list[Any]]:
+    return _assembled(traced, [None] * len(traced.steps), {}, None)
+
+
+def _ranges(traced: Traced[Call | Linear], batches: Sequence[Any]) -> dict[Variable, tuple[float, float]]:
+    """Smallest and largest of each value that layers take or return, over the calibration data."""
+    program, weights = _plain(traced)
+    layers = [step.layer for step in traced.steps if isinstance(step, Linear)]
+    wanted = list(dict.fromkeys(v for layer in layers for v in (layer.x, layer.output, layer.residual) if v is not None))
+
+    @jax.jit
+    def ends(weights: Any, *inputs: Any) -> Any:
+        values = _computed(program, weights, inputs)
+        arrays = [values.get(v).astype(jnp.float32) for v in wanted]
+        return jnp.stack([jnp.stack([a.min(), a.max()]) for a in arrays])
+
+    seen = np.stack([np.asarray(ends(weights, *batch)) for batch in batches])
+    if not np.isfinite(seen).all():
+        layer = next(layer for layer, v in zip(layers, seen.sum((0, 2)), strict=False) if not np.isfinite(v))
+        raise ValueError(f"the network's values on the calibration data are not finite, at {_described(layer)}")
+    return {v: (float(low), float(high)) for v, low, high in zip(wanted, seen[:, :, 0].min(0), seen[:, :, 1].max(0), strict=True)}
+
+
+def _errors(
+    traced: Traced[Call | Linear], program: Program, weights: Any, batches: Sequence[Any]
+) -> dict[Variable, float]:
+    """How far each layer's result is from that in full precision, relative, over the calibration data."""
+    plain, full = _plain(traced)
+    outputs = [step.layer.output for step in traced.steps if isinstance(step, Linear)]
+
+    @jax.jit
+    def squares(full: Any, weights: Any, *inputs: Any) -> Any:
+        want, got = _computed(plain, full, inputs), _computed(program, weights, inputs)
+        pairs = [(want.get(v).astype(jnp.float32), got.get(v).astype(jnp.float32)) for v in outputs]
+        return jnp.stack([jnp.stack([jnp.sum((a - b) ** 2), jnp.sum(a**2)]) for a, b in pairs])
+
+    total = sum(np.asarray(squares(full, weights, *batch), np.float64) for batch in batches)
+    off, size = np.moveaxis(total, -1, 0) if outputs else (np.zeros(0), np.zeros(0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {v: float(np.sqrt(a / b)) for v, a, b in zip(outputs, off, size, strict=True)}
 
 
 def _described(layer: Layer) -> str:
-    if not layer.is_convolution:
+    if layer.call is None:
         return "dense"
     options = layer.call.options
     window = "×".join(str(n) for n in layer.kernel.shape[:-2])
@@ -286,14 +503,21 @@ def _described(layer: Layer) -> str:
     return f"convolution {window}" + (f", strides {strides}" if set(options["window_strides"]) != {1} else "")
 
 
+_HEAD = ("layer", "kernel", "rows", "block", "kept", "traced µs", "compiled µs", "runs", "precision", "error", "note")
+
+
 def _cells(choice: Choice) -> tuple[str, ...]:
     block = "-" if choice.block is None else "×".join(map(str, choice.block))
     times = [
         "-" if np.isnan(seconds) else f"{1e6 * seconds:,.0f}"
-        for seconds in (choice.dense_seconds, choice.sparse_seconds)
+        for seconds in (choice.traced_seconds, choice.compiled_seconds)
     ]
     kernel, rows = "×".join(map(str, choice.kernel)), f"{choice.rows:,}"
-    return choice.layer, kernel, rows, block, f"{choice.density:.1%}", *times, "sparse" if choice.sparse else "dense"
+    kept = "-" if np.isnan(choice.density) else f"{choice.density:.1%}"
+    error = "-" if np.isnan(choice.error) else f"{choice.error:.2g}"
+    return (
+        choice.layer, kernel, rows, block, kept, *times, choice.runs, choice.precision, error, choice.note,
+    )
 
 
 def _shapes(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> str:

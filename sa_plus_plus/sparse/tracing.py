@@ -63,42 +63,60 @@ class Call(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A product with a kernel whose output channels come last, without its weights: `relu?(x @ kernel + bias)`.
+    """A product with a kernel, without its weights: `relu?(x @ kernel + bias + residual)`.
 
     Attributes:
-      call: the dense layer or convolution, as JAX traced it, of `x` and a kernel.
-      x: what is multiplied.
-      kernel: shape and dtype of the kernel; its last axis are the output channels.
+      call: the convolution as JAX traced it, of `x` and a kernel; None for a product of matrices.
+      x: what is multiplied: images, or `(..., K)` with the contracted axes last.
+      kernel: shape and dtype of the kernel: `(K, N)` of a product, otherwise the convolution's, outputs last.
+      output: the result, after all of the above.
+      columns: the last axes of the output, over which the `N` columns go.
       relu: whether `max(., 0)` follows.
-      output: the result, after all of them.
+      residual: what is added before that, of the output's shape, or None.
+      precision: of a product, as `jax.lax.dot_general` takes it.
     """
 
-    call: Call
+    call: Call | None
     x: Variable
     kernel: jax.ShapeDtypeStruct
-    relu: bool
     output: Variable
+    columns: tuple[int, ...]
+    relu: bool = False
+    residual: Variable | None = None
+    precision: Any = None
 
     @property
-    def is_convolution(self) -> bool:
-        return self.call.primitive.name == "conv_general_dilated"
+    def rows(self) -> int:
+        """How many rows the matrix that the kernel stands for is multiplied with."""
+        return int(np.prod(self.output.shape)) // self.kernel.shape[-1]
 
-    def dense(self, x: Any, kernel: Any, bias: Any) -> Any:
+    def dense(self, x: Any, kernel: Any, bias: Any, residual: Any = None) -> Any:
         """Run it as it was traced."""
-        (y,) = self.call.run(x, kernel)
+        if self.call is None:
+            y = jax.lax.dot_general(
+                x.reshape(self.rows, self.kernel.shape[0]),
+                kernel,
+                (((1,), (0,)), ((), ())),
+                precision=self.precision,
+                preferred_element_type=self.output.dtype,
+            ).reshape(self.output.shape)
+        else:
+            (y,) = self.call.run(x, kernel)
         if bias is not None:
-            y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+            y = y + jnp.reshape(bias, self.columns)
+        if residual is not None:
+            y = y + residual
         return jax.nn.relu(y) if self.relu else y
 
 
 class Linear(NamedTuple):
-    """A layer with its weights: `relu?(x @ (scale * original) + shift)`.
+    """A layer with its weights: `relu?(x @ (scale * original) + shift + residual)`.
 
     Attributes:
       layer: what it does.
       original: the kernel as it was.
-      scale: `(channels,)` float64, or None: what to multiply it by.
-      shift: `(channels,)` float64, or None.
+      scale: `(N,)` float64, or None: what to multiply it by.
+      shift: `(N,)` float64, or None.
     """
 
     layer: Layer
@@ -163,7 +181,9 @@ class _Recorder:
     """Walks through a program; keeps what depends on its inputs."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[Call | Linear] = []
+        self.permuted: dict[Variable, tuple[Variable, tuple[int, ...]]] = {}
+        self.transpositions: dict[tuple[Variable, tuple[int, ...]], Variable] = {}
         self.count = 0
 
     def variable(self, aval: Any) -> Variable:
@@ -192,9 +212,53 @@ class _Recorder:
         constants = [value for value in values if isinstance(value, Constant)]
         if len(constants) == len(values) and not eqn.effects:
             return _computed(Call(eqn.primitive, eqn.params, tuple(values), ()), constants, eqn.outvars)
+        if eqn.primitive.name == "dot_general" and (product := self.product(eqn, values)):
+            return [product]
+        if eqn.primitive.name == "transpose":
+            (value,) = values
+            assert isinstance(value, Variable)
+            return [self.transposed(value, eqn.params["permutation"])]
         outputs = tuple(self.variable(v.aval) for v in eqn.outvars)
         self.calls.append(Call(eqn.primitive, eqn.params, tuple(values), outputs))
         return outputs
+
+    def product(self, eqn: Any, values: list[Value]) -> Variable | None:
+        """A product with a constant as `Linear`, its contracted axes last in `x` and its own outputs last in `y`."""
+        (contracted, batch), (left, right) = eqn.params["dimension_numbers"], values
+        (out,) = eqn.outvars
+        x, kernel = (left, right) if isinstance(left, Variable) else (right, left)
+        if any(batch) or not contracted[0] or not isinstance(x, Variable) or not isinstance(kernel, Constant):
+            return None
+        if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (x.dtype, kernel.value.dtype, out.aval.dtype)):
+            return None
+        over_x, over_kernel = contracted if x is left else contracted[::-1]
+        rest_x, rest_kernel = ([i for i in range(len(v.shape)) if i not in over] for v, over in zip((x, kernel), (over_x, over_kernel), strict=True))
+        columns = tuple(kernel.shape[i] for i in rest_kernel)
+        matrix = jnp.transpose(kernel.full, (*over_kernel, *rest_kernel))
+        matrix = matrix.reshape(int(np.prod([kernel.shape[i] for i in over_kernel])), -1)
+        shape = (*(x.shape[i] for i in rest_x), *columns)
+        x = self.transposed(x, (*rest_x, *over_x))
+        output = self.variable(jax.ShapeDtypeStruct(shape, out.aval.dtype))
+        about = jax.ShapeDtypeStruct(matrix.shape, matrix.dtype)
+        self.calls.append(Linear(Layer(None, x, about, output, columns, precision=eqn.params["precision"]), matrix))
+        if left is kernel:  # whose axes come first in the result
+            n = len(rest_x)
+            return self.transposed(output, (*range(n, len(shape)), *range(n)))
+        return output
+
+    def transposed(self, x: Variable, permutation: Sequence[int]) -> Variable:
+        """`x` with its axes in another order; two such operations in a row are one, or none."""
+        if x in self.permuted:
+            original, first = self.permuted[x]
+            return self.transposed(original, [first[i] for i in permutation])
+        if tuple(permutation) == tuple(range(len(x.shape))):
+            return x
+        key = x, tuple(permutation)
+        if key not in self.transpositions:
+            output = self.variable(jax.ShapeDtypeStruct([x.shape[i] for i in permutation], x.dtype))
+            self.calls.append(Call(jax.lax.transpose_p, {"permutation": key[1]}, (x,), (output,)))
+            self.permuted[output], self.transpositions[key] = key, output
+        return self.transpositions[key]
 
 
 def _inner(eqn: Any) -> Any:
@@ -225,60 +289,67 @@ def _computed(call: Call, inputs: list[Constant], outvars: Sequence[Any]) -> lis
     return [Constant(value, tuple(v.aval.shape)) for value, v in zip(results, outvars, strict=True)]
 
 
-def _folded(calls: list[Call], outputs: list[Value]) -> list[Call | Linear]:
-    """Products with kernels as `Linear`, with all that may be folded into them."""
+def _folded(calls: list[Call | Linear], outputs: list[Value]) -> list[Call | Linear]:
+    """Products with kernels as `Linear`, with all that may be folded into them; nothing whose result nobody uses."""
     uses: dict[Value, int] = {}
-    for value in [*(value for call in calls for value in call.inputs), *outputs]:
-        if isinstance(value, Variable):
+    needed = {value for value in outputs if isinstance(value, Variable)}
+    live = []
+    for call in reversed(calls):
+        results = (call.layer.output,) if isinstance(call, Linear) else call.outputs
+        if results and needed.isdisjoint(results) and not _calls_back(call):
+            continue
+        inputs = [v for v in ((call.layer.x,) if isinstance(call, Linear) else call.inputs) if isinstance(v, Variable)]
+        needed.update(inputs)
+        live.append(call)
+        for value in inputs:
             uses[value] = uses.get(value, 0) + 1
-    steps: list[Call | Linear] = []
-    open_ends: dict[Value, tuple[int, Linear]] = {}  # by result: products, and where in `steps`, that nobody else sees
-    for call in calls:
-        if linear := _linear(call):
-            open_ends[linear.layer.output] = len(steps), linear
+    for value in needed.intersection(v for v in outputs if isinstance(v, Variable)):
+        uses[value] = uses.get(value, 0) + 1
+    steps: list[Call | Linear | None] = []
+    open_ends: dict[Value, int] = {}  # by result: where in `steps` products are that nobody else sees
+    for call in reversed(live):
+        linear = call if isinstance(call, Linear) else _convolution(call)
+        if linear is not None:
+            open_ends[linear.layer.output] = len(steps)
             steps.append(linear)
             continue
-        at = next((i for i, v in enumerate(call.inputs) if isinstance(v, Variable) and v in open_ends), None)
-        if at is None or uses[call.inputs[at]] > 1:
-            steps.append(call)
-            continue
-        place, linear = open_ends[call.inputs[at]]
-        folded = _folded_into(linear, call, at)
-        if folded is None:
-            steps.append(call)
-            continue
-        steps[place] = folded
-        if not folded.layer.relu:
-            open_ends[folded.layer.output] = place, folded
-    return steps
+        assert isinstance(call, Call)
+        steps.append(call)
+        for at, value in enumerate(call.inputs):
+            if isinstance(value, Constant) or value not in open_ends or uses[value] > 1:
+                continue
+            place = open_ends[value]
+            before = steps[place]
+            assert isinstance(before, Linear)
+            if folded := _folded_into(before, call, at):
+                # It takes the place of what was folded: a residual may come later than the product.
+                steps[place], steps[-1] = None, folded
+                if not folded.layer.relu:
+                    open_ends[folded.layer.output] = len(steps) - 1
+                break
+    return [step for step in steps if step is not None]
 
 
-def _linear(call: Call) -> Linear | None:
-    """A product of something variable with a constant kernel whose output channels are last in kernel and result."""
-    if len(call.inputs) != 2 or isinstance(call.inputs[0], Constant) or isinstance(call.inputs[1], Variable):
+def _calls_back(call: Call | Linear) -> bool:
+    return isinstance(call, Call) and "callback" in call.primitive.name
+
+
+def _convolution(call: Call) -> Linear | None:
+    """A convolution of something variable with a constant kernel, channels last in kernel and result."""
+    if call.primitive.name != "conv_general_dilated" or isinstance(call.inputs[0], Constant):
         return None
     x, kernel = call.inputs
-    assert isinstance(x, Variable)
-    assert isinstance(kernel, Constant)
-    name, options = call.primitive.name, call.options
-    if name == "dot_general":
-        (left, right), batch = options["dimension_numbers"]
-        n = len(right)
-        matches = tuple(left) == tuple(range(len(x.shape) - n, len(x.shape))) and tuple(right) == tuple(range(n))
-        if n < 1 or any(batch) or not matches or len(kernel.shape) != n + 1:
-            return None
-    elif name == "conv_general_dilated":
-        numbers, last = options["dimension_numbers"], len(x.shape) - 1
-        channels_last = (numbers.lhs_spec[1], numbers.rhs_spec[0], numbers.out_spec[1]) == (last, last, last)
-        if not channels_last or options["batch_group_count"] != 1:
-            return None
-    else:
+    if isinstance(kernel, Variable):
         return None
+    numbers, last = call.options["dimension_numbers"], len(x.shape) - 1
+    channels_last = (numbers.lhs_spec[1], numbers.rhs_spec[0], numbers.out_spec[1]) == (last, last, last)
     (output,) = call.outputs
+    if not channels_last or call.options["batch_group_count"] != 1:
+        return None
     if not jnp.issubdtype(kernel.value.dtype, jnp.floating) or not jnp.issubdtype(output.dtype, jnp.floating):
         return None
-    shape = jax.ShapeDtypeStruct(kernel.shape, kernel.value.dtype)
-    return Linear(Layer(call._replace(inputs=(x,)), x, shape, False, output), kernel.full)
+    about = jax.ShapeDtypeStruct(kernel.shape, kernel.value.dtype)
+    return Linear(Layer(call._replace(inputs=(x,)), x, about, output, kernel.shape[-1:]), kernel.full)
 
 
 def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:
@@ -289,22 +360,28 @@ def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:
     if len(call.outputs) != 1 or len(call.inputs) != 2:
         return None
     (output,), (other,) = call.outputs, call.inputs[:at] + call.inputs[at + 1 :]
-    layer = linear.layer
-    if (output.shape, output.dtype) != (layer.output.shape, layer.output.dtype) or isinstance(other, Variable):
+    layer, name = linear.layer, call.primitive.name
+    if (output.shape, output.dtype) != (layer.output.shape, layer.output.dtype):
         return None
+    wide = output.dtype in (np.float32, np.float64) and layer.kernel.dtype == output.dtype
+    if isinstance(other, Variable):
+        alike = (other.shape, other.dtype) == (output.shape, output.dtype) and other != layer.output
+        if not wide or name not in ("add", "add_any") or not alike or layer.residual is not None:
+            return None
+        return linear._replace(layer=layer._replace(residual=other, output=output))
     value = np.asarray(other.value)
-    if call.primitive.name == "max" and value.size == 1 and not value.any():
+    if name == "max" and value.size == 1 and not value.any():
         return linear._replace(layer=layer._replace(relu=True, output=output))
-    if value.size != (value.shape or (1,))[-1]:  # it varies along another axis than the channels
+    value = value.reshape((1,) * (len(output.shape) - value.ndim) + value.shape)
+    lead = len(output.shape) - len(layer.columns)
+    if not wide or any(n != 1 for n in value.shape[:lead]) or layer.residual is not None:
         return None
-    if output.dtype not in (np.float32, np.float64) or layer.kernel.dtype != output.dtype:
-        return None
-    return _affine(linear, call.primitive.name, at, value, output)
+    value = np.broadcast_to(value.reshape(value.shape[lead:]).astype(np.float64), layer.columns).reshape(-1)
+    return _affine(linear, name, at, value, output)
 
 
-def _affine(linear: Linear, name: str, at: int, value: np.ndarray, output: Variable) -> Linear | None:
-    """`y + c`, `y - c`, `c - y`, `y * c` or `y / c`, with a `c` for each channel or for all."""
-    c = np.broadcast_to(value.reshape(-1).astype(np.float64), output.shape[-1:])
+def _affine(linear: Linear, name: str, at: int, c: np.ndarray, output: Variable) -> Linear | None:
+    """`y + c`, `y - c`, `c - y`, `y * c` or `y / c`, with a `c` for each column."""
     scale, shift = linear.scale, linear.shift
     if name in ("add", "add_any", "sub"):
         by = -1 if name == "sub" and at == 1 else 1  # c - y
