@@ -25,7 +25,7 @@ NO_BORDER: Border = ((0, 0), (0, 0))
 FLOAT32, BFLOAT16, UINT8 = np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.uint8)
 REGISTER_BYTES = 64  # of a block's column that matrix registers take at once
 DENSE_COLUMNS = 32  # of the blocks in which a float32 kernel is packed that is not pruned
-_SHAPES_ONLY = ("reshape", "squeeze", "transpose", "reduce_window_max")  # whatever type they are given
+_SHAPES_ONLY = ("reshape", "squeeze", "transpose", "slice", "reduce_window_max")  # whatever type they are given
 
 
 class Form(NamedTuple):
@@ -34,12 +34,14 @@ class Form(NamedTuple):
     Attributes:
       dtype: uint8 stands for `(held - zero) * factor`.
       border: zeros around each image.
+      channels: of an image, where these are more than it has, the rest zeros.
     """
 
     dtype: np.dtype
     factor: float = 1.0
     zero: int = 0
     border: Border = NO_BORDER
+    channels: int | None = None
 
 
 class Window(NamedTuple):
@@ -67,7 +69,7 @@ class Compiled(NamedTuple):
       layout: where the blocks of its kernel stand, which may have more channels than `x`, in whole groups.
       x: how it takes its input.
       y: how it leaves its result.
-      residual: how it takes its residual, if it has one: in the type of `y`, without a border.
+      residual: how it takes its residual, if it has one: in any type, without a border.
     """
 
     layer: Layer
@@ -99,6 +101,19 @@ class Compiled(NamedTuple):
             x, blocks, self.layout, strides=strides, scale=scale, bias=bias, residual=residual, epilogue=epilogue
         )
         return y if self.y.border != NO_BORDER else y.reshape(self.layer.output.shape)
+
+
+def pooled(call: Call, x: Any) -> Any | None:
+    """The result of an operation that takes the largest of windows of images, or None if it does anything else."""
+    options = call.options
+    if call.primitive.name != "reduce_window_max" or x.ndim != 4 or x.dtype not in (FLOAT32, BFLOAT16, UINT8):
+        return None
+    plain = {*options["base_dilation"], *options["window_dilation"]} == {1}
+    window, strides, padding = (tuple(options[name]) for name in ("window_dimensions", "window_strides", "padding"))
+    others = [(window[i], strides[i], tuple(padding[i])) for i in (0, 3)]
+    if not plain or others != [(1, 1, (0, 0))] * 2 or any(p < 0 for pair in padding for p in pair):
+        return None
+    return native.max_pool(x, window[1:3], strides[1:3], padding[1:3])
 
 
 def window_of(layer: Layer) -> Window | str:
@@ -241,17 +256,18 @@ def _wanted(
 ) -> np.dtype | None:
     """The one narrow type in which all users take a value, or None."""
     kinds: set[Any] = set()
+    preferred: np.dtype | None = None
     for step in users:
         if isinstance(step, Linear) and numbers[id(step)] in types:
             if step.layer.x == value:
                 kinds.add(types[numbers[id(step)]])
-            if step.layer.residual == value:
-                kinds.add(wanted[step.layer.output])
+            elif step.layer.residual == value:  # which it takes in any type
+                preferred = wanted[step.layer.output] or types[numbers[id(step)]]
         elif keeps_type(step):
             kinds.add(wanted[step.outputs[0]])
         else:
             return None
-    narrow = kinds.pop() if len(kinds) == 1 else None
+    narrow = kinds.pop() if len(kinds) == 1 else preferred if not kinds else None
     return narrow if narrow in (BFLOAT16, UINT8) else None
 
 
@@ -342,8 +358,6 @@ def assembled(
     residual = None
     if layer.residual is not None:
         residual = forms.get(layer.residual, Form(np.dtype(layer.residual.dtype)))._replace(border=NO_BORDER)
-        if residual.dtype != y.dtype:
-            residual = quantised(*ranges[layer.residual]) if y.dtype == UINT8 else Form(y.dtype)
     return lower(step, kernel, _taken(layer, kernel, forms, ranges), y, residual)
 
 
@@ -352,8 +366,11 @@ def _taken(layer: Layer, kernel: Packed, forms: Mapping[Variable, Form], ranges:
     x = forms.get(layer.x, Form(np.dtype(layer.x.dtype)))
     if x.dtype != kernel.dtype:
         x = quantised(*ranges[layer.x]) if kernel.dtype == UINT8 else Form(kernel.dtype)
-    border = kernel.window.padding if layer.call is not None and len(layer.x.shape) == 4 else NO_BORDER
-    return x._replace(border=border)
+    border, channels = NO_BORDER, None
+    if layer.call is not None and len(layer.x.shape) == 4:
+        border = kernel.window.padding
+        channels = kernel.w.shape[2] if kernel.w.shape[2] != layer.x.shape[3] else None
+    return x._replace(border=border, channels=channels)
 
 
 def alone(step: Linear, kernel: Packed, x: Any, residual: Any) -> tuple[tuple[Any, Any], Compiled, tuple[Any, ...]]:
@@ -385,6 +402,10 @@ def converted(held: Any, have: Form, want: Form) -> Any:
     """
     if have == want:
         return held
+    if have == Form(FLOAT32) and want.dtype in (BFLOAT16, UINT8) and native.missing() is None:
+        image = held if held.ndim == 4 else held.reshape(1, 1, -1, held.shape[-1] if held.ndim else 1)
+        rounded = native.round_images(image, want.dtype, want.factor, want.zero, want.border, want.channels)
+        return rounded if held.ndim == 4 else rounded.reshape(held.shape)
     if have.border != NO_BORDER and have.border != want.border:
         (top, _), (left, _) = have.border
         rows, columns = (n - sum(pair) for n, pair in zip(held.shape[1:3], have.border, strict=True))
@@ -396,7 +417,9 @@ def converted(held: Any, have: Form, want: Form) -> Any:
         if want.dtype == UINT8:
             held = jnp.clip(jnp.round(held.astype(np.float32) * np.float32(1 / want.factor)) + want.zero, 0, 255)
         held = held.astype(want.dtype)
-    if have.border != want.border:
-        pads = ((0, 0, 0), *((low, high, 0) for low, high in want.border), (0, 0, 0))
+    if have.border != want.border or have.channels != want.channels:
+        around = want.border if have.border != want.border else NO_BORDER
+        more = 0 if want.channels is None or have.channels == want.channels else want.channels - held.shape[3]
+        pads = ((0, 0, 0), *((low, high, 0) for low, high in around), (0, more, 0))
         held = lax.pad(held, jnp.asarray(want.zero, held.dtype), pads)
     return held

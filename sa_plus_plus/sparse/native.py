@@ -13,7 +13,11 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import Layout
 
-TARGET = "sa_plus_plus_block_sparse_conv"
+CONV, MAX_POOL, ROUND = TARGETS = (
+    "sa_plus_plus_block_sparse_conv",
+    "sa_plus_plus_max_pool",
+    "sa_plus_plus_round_images",
+)
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 WIDE = 16  # columns of a block in bfloat16 and int8: a multiple of this many
 
@@ -32,7 +36,8 @@ def missing() -> str | None:
     # XLA would not merely refuse a kernel made for another interface: its whole CPU backend would not start.
     if made_for > here or made_for // 1000 != here // 1000:
         return f"{built[-1].name} was compiled for version {made_for} of XLA's interface, this jaxlib has {here}"
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library, TARGET)), platform="cpu")
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     library.sa_plus_plus_kernel.restype = ctypes.c_char_p
     for code, dtype in enumerate((np.float32, jnp.bfloat16, np.uint8)):
         _INSTRUCTIONS[np.dtype(dtype).name] = library.sa_plus_plus_kernel(code).decode()
@@ -130,7 +135,7 @@ def conv(
     floats |= {"y_zero": epilogue.zero}
     scale, bias = (jnp.zeros(0, jnp.float32) if a is None else a.astype(jnp.float32) for a in (scale, bias))
     residual = jnp.zeros(0, epilogue.dtype) if residual is None else residual
-    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, epilogue.dtype), vmap_method="sequential")
+    call = jax.ffi.ffi_call(CONV, jax.ShapeDtypeStruct(shape, epilogue.dtype), vmap_method="sequential")
     y = call(
         *(x, blocks, layout.indices, layout.indptr, scale, bias, residual),
         **{name: np.int64(n) for name, n in integers.items()},
@@ -141,6 +146,55 @@ def conv(
     operands = (x, blocks, scale, bias, residual)
     varying = set().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
     return jax.lax.pcast(y, tuple(varying), to="varying") if varying else y
+
+
+def max_pool(
+    x: jax.Array,
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> jax.Array:
+    """The largest of each window of images; what is beyond their edges does not count.
+
+    Args:
+      x: `(batch, height, width, channels)`, float32, bfloat16 or uint8.
+      window: its height and width.
+      strides: down and across.
+      padding: `((top, bottom), (left, right))`.
+    """
+    sizes = [
+        (n + sum(pads) - k) // s + 1 for n, pads, k, s in zip(x.shape[1:3], padding, window, strides, strict=True)
+    ]
+    out = jax.ShapeDtypeStruct((x.shape[0], *sizes, x.shape[3]), x.dtype)
+    options = {"window_rows": window[0], "window_columns": window[1], "stride_down": strides[0]}
+    options |= {"stride_across": strides[1], "top": padding[0][0], "left": padding[1][0]}
+    call = jax.ffi.ffi_call(MAX_POOL, out, vmap_method="sequential")
+    return call(x, **{name: np.int64(n) for name, n in options.items()})
+
+
+def round_images(
+    x: jax.Array,
+    dtype: Any,
+    factor: float = 1.0,
+    zero: int = 0,
+    border: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+    channels: int | None = None,
+) -> jax.Array:
+    """Images in bfloat16, or in uint8 as `round(x / factor) + zero`, with zeros around them and more channels of zeros.
+
+    Args:
+      x: `(batch, height, width, channels)`, float32.
+      dtype: bfloat16 or uint8.
+      factor: what 1 in uint8 stands for.
+      zero: what stands for 0 in uint8.
+      border: `((top, bottom), (left, right))`.
+      channels: of the result; those of `x` by default.
+    """
+    sizes = [n + sum(pads) for n, pads in zip(x.shape[1:3], border, strict=True)]
+    out = jax.ShapeDtypeStruct((x.shape[0], *sizes, channels or x.shape[3]), dtype)
+    options = {"top": np.int64(border[0][0]), "left": np.int64(border[1][0])}
+    scale, zero = (np.float32(1 / factor), np.float32(zero)) if dtype == np.uint8 else (np.float32(1), np.float32(0))
+    return jax.ffi.ffi_call(ROUND, out, vmap_method="sequential")(x, **options, scale=scale, zero=zero)
 
 
 def grouped(blocks: np.ndarray) -> np.ndarray:

@@ -109,11 +109,13 @@ class Program(NamedTuple):
       traced: its steps: calls, layers that run as they were traced or in another implementation, and compiled ones.
       forms: how each value is held that is not held as it was traced.
       implementation: of sparse layers that are not compiled.
+      compiles: whether any layer is, so that it runs on a CPU for which the package's kernel was compiled.
     """
 
     traced: Traced[Call | Layer | Compiled]
     forms: dict[Variable, Form]
     implementation: Implementation | None
+    compiles: bool
 
 
 def specialize(
@@ -294,7 +296,7 @@ def _assembled(
             steps.append(_without_weights(step))
             weights.append(_needs(step, kernel))
     program = Traced(traced.inputs, steps, traced.outputs, traced.input_tree, traced.tree)
-    return Program(program, forms, implementation), weights
+    return Program(program, forms, implementation, bool(types)), weights
 
 
 def _sparse(layer: Layer, x: Any, w: BlockSparse, bias: Any, residual: Any, implementation: Any) -> Any:
@@ -427,7 +429,8 @@ def _computed(program: Program, weights: Sequence[Any], inputs: Any) -> Values:
                 values.get(v, kept or None) if isinstance(v, Variable) else jnp.asarray(v.full) if _small(v) else next(rest)
                 for v in step.inputs
             ]
-            for variable, result in zip(step.outputs, step.run(*arguments), strict=True):
+            fast = lowering.pooled(step, arguments[0]) if program.compiles and arguments else None
+            for variable, result in zip(step.outputs, step.run(*arguments) if fast is None else [fast], strict=True):
                 values.put(variable, result)
     return values
 

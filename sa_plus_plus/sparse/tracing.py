@@ -212,6 +212,8 @@ class _Recorder:
         constants = [value for value in values if isinstance(value, Constant)]
         if len(constants) == len(values) and not eqn.effects:
             return _computed(Call(eqn.primitive, eqn.params, tuple(values), ()), constants, eqn.outvars)
+        if _does_nothing(eqn):
+            return values[:1]
         if eqn.primitive.name == "dot_general" and (product := self.product(eqn, values)):
             return [product]
         if eqn.primitive.name == "transpose":
@@ -259,6 +261,18 @@ class _Recorder:
             self.calls.append(Call(jax.lax.transpose_p, {"permutation": key[1]}, (x,), (output,)))
             self.permuted[output], self.transpositions[key] = key, output
         return self.transpositions[key]
+
+
+def _does_nothing(eqn: Any) -> bool:
+    """Whether an operation's result is its first operand, as padding by nothing."""
+    name, operands = eqn.primitive.name, eqn.invars
+    if name == "pad":
+        return all(pad == (0, 0, 0) for pad in eqn.params["padding_config"])
+    if name in ("reshape", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "stop_gradient", "squeeze"):
+        (out,) = eqn.outvars
+        same = (operands[0].aval.shape, operands[0].aval.dtype) == (out.aval.shape, out.aval.dtype)
+        return len(operands) == 1 and same
+    return False
 
 
 def _inner(eqn: Any) -> Any:

@@ -1,15 +1,13 @@
-// What XLA calls: checks the buffers, cuts the product into parts and computes them on XLA's own threads.
+// What XLA calls: checks the buffers, cuts the product into parts and computes them on threads of its own.
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstring>
-#include <memory>
-#include <mutex>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "kernel.h"
+#include "pool.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -18,20 +16,26 @@ namespace sa_plus_plus {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 48;                  // of x: few enough to stay in the second-level cache
-constexpr int64_t kWorthAThread = int64_t{1} << 17;  // operations; waking a thread takes some microseconds
+constexpr int64_t kWorthAThread = int64_t{1} << 15;  // operations; some microseconds
 
 // Bands of rows, and in each as many groups of columns as give every thread something to do to the end.
 std::vector<Part> cut(const Product& p, int64_t threads) {
-  // Some runs, or pieces of one. Matrix registers take 96 rows at once.
-  const int64_t most = p.grouped() ? kMostRows : kRowsAtOnce, pieces = (p.run + kMostRows - 1) / kMostRows;
-  int64_t band = p.run <= most ? p.run * (most / p.run) : (p.run + pieces - 1) / pieces;
-  if (p.run >= p.batch) band = most;
+  // Some runs, or pieces of one, about as many rows in each; if possible a whole number of bands for each thread, so that
+  // a layer's threads read what they wrote themselves in the layer before.
+  const int64_t most = p.grouped() ? kMostRows : kRowsAtOnce;
   std::vector<std::pair<int64_t, int64_t>> bands;
-  for (int64_t top = 0; top < p.batch;) {
-    const int64_t end = p.run <= most ? p.batch : std::min(p.batch, (top / p.run + 1) * p.run);
-    bands.emplace_back(top, std::min(end, top + band));
-    top = bands.back().second;
-  }
+  auto divide = [&](int64_t top, int64_t bottom, int64_t unit, int64_t most, int64_t multiple) {
+    const int64_t units = (bottom - top + unit - 1) / unit, each = std::max<int64_t>(1, most / unit);
+    int64_t count = (units + each - 1) / each;
+    if (multiple > 1 && units >= 2 * multiple) count = (count + multiple - 1) / multiple * multiple;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t from = top + i * units / count * unit, to = top + (i + 1) * units / count * unit;
+      bands.emplace_back(from, std::min(bottom, to));
+    }
+  };
+  if (p.run >= p.batch) divide(0, p.batch, 16, most, threads);
+  else if (p.run <= kMostRows) divide(0, p.batch, p.run, most, threads);
+  else for (int64_t top = 0; top < p.batch; top += p.run) divide(top, std::min(p.batch, top + p.run), 1, kMostRows, 1);
   // An operation is 16 multiplications of floats, a tenth of the time for types that have matrix registers.
   const int64_t multiplications = p.batch * p.kept * p.b_r * p.b_c;
   const int64_t work = multiplications / (p.grouped() ? 4 : 1) + p.batch * p.width * 4;
@@ -68,46 +72,18 @@ void fill_borders(const Product& p, const Part& part) {
   }
 }
 
-// The parts of one call. Threads take them one by one; one that comes when all are taken touches no buffer.
-class Work {
- public:
-  Work(const Product& product, std::vector<Part> parts) : product_(product), parts_(std::move(parts)) {}
-
-  void run() {
-    const Kernel kernel = kernels(product_.x_type)->kernel;
-    size_t finished = 0;
-    for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < parts_.size(); ++finished) {
-      kernel(product_, parts_[i]);
-      fill_borders(product_, parts_[i]);
-    }
-    if (finished == 0) return;
-    std::lock_guard<std::mutex> lock(mutex_);
-    if ((done_ += finished) == parts_.size()) all_done_.notify_all();
-  }
-
-  // A part that is taken has a thread at work on it, so this ends even if no other thread of the pool is free.
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return done_ == parts_.size(); });
-  }
-
- private:
-  const Product product_;
-  const std::vector<Part> parts_;
-  std::atomic<size_t> next_{0};
-  size_t done_ = 0;
-  std::mutex mutex_;
-  std::condition_variable all_done_;
-};
-
-void compute(const Product& product, ffi::ThreadPool& pool) {
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  auto parts = cut(product, threads);
-  const int64_t helpers = std::min<int64_t>(threads, parts.size()) - 1;
-  auto work = std::make_shared<Work>(product, std::move(parts));
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->run(); });
-  work->run();
-  work->wait();
+void compute(const Product& product, int64_t threads) {
+  struct Work {
+    const Product& product;
+    const std::vector<Part> parts;
+    const Kernel kernel;
+  } const work{product, cut(product, threads), kernels(product.x_type)->kernel};
+  auto task = [](const void* context, int64_t i) {
+    const Work& work = *static_cast<const Work*>(context);
+    work.kernel(work.product, work.parts[i]);
+    fill_borders(work.product, work.parts[i]);
+  };
+  parallel(work.parts.size(), threads, task, &work);
 }
 
 using Indices = ffi::BufferR1<ffi::S32>;
@@ -171,7 +147,7 @@ ffi::Error block_sparse_conv(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
   p.scale = scale.element_count() ? scale.typed_data() : nullptr;
   p.bias = bias.element_count() ? bias.typed_data() : nullptr;
   if (const int64_t n = residual.element_count()) {
-    if (n != p.batch * p.width || residual.element_type() != y->element_type()) return refuse("the residual is not like y");
+    if (n != p.batch * p.width || !type_of(residual.element_type(), &p.residual_type)) return refuse("the residual is not like y");
     p.residual = residual.untyped_data();
   }
   p.residual_scale = o.residual_scale, p.residual_zero = o.residual_zero, p.y_zero = o.y_zero, p.relu = o.relu;
@@ -189,12 +165,159 @@ ffi::Error block_sparse_conv(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
   std::vector<int64_t> down(p.grid_r());
   for (int64_t i = 0; i < p.grid_r(); ++i) down[i] = i * p.b_r / across * line + i * p.b_r % across;
   p.down = down.data();
-  compute(p, pool);
+  compute(p, std::max<int64_t>(1, pool.num_threads()));
+  return ffi::Error::Success();
+}
+
+struct Pooling {
+  int64_t window_rows, window_columns, stride_down, stride_across, top, left;
+};
+
+float widened(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+// One line of the result; `greater(a, b)` is b unless a is larger, or no number.
+template <class Number, class Greater>
+void pool_line(const Number* x, Number* y, int64_t rows, int64_t columns, int64_t channels, int64_t width, int64_t line,
+               Number least, const Pooling& o, Greater greater) {
+  const int64_t first = line * o.stride_down - o.top;
+  for (int64_t j = 0; j < width; ++j, y += channels) {
+    std::fill_n(y, channels, least);
+    const int64_t begin = j * o.stride_across - o.left;
+    for (int64_t r = std::max<int64_t>(first, 0); r < std::min(first + o.window_rows, rows); ++r) {
+      for (int64_t c = std::max<int64_t>(begin, 0); c < std::min(begin + o.window_columns, columns); ++c) {
+        const Number* from = x + (r * columns + c) * channels;
+        for (int64_t k = 0; k < channels; ++k) y[k] = greater(from[k], y[k]);
+      }
+    }
+  }
+}
+
+// The largest of each window of images (images, rows, columns, channels); what is beyond their edges does not count.
+ffi::Error max_pool(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y, const Pooling& o) {
+  struct Work {
+    ffi::AnyBuffer x;
+    ffi::AnyBuffer y;
+    const Pooling& o;
+    Type type;
+  } const work{x, *y, o, Type::kFloat};
+  const auto in = x.dimensions(), out = y->dimensions();
+  if (in.size() != 4 || out.size() != 4 || in[0] != out[0] || in[3] != out[3] || x.element_type() != y->element_type() ||
+      !type_of(x.element_type(), const_cast<Type*>(&work.type)) || o.window_rows < 1 || o.window_columns < 1 ||
+      o.stride_down < 1 || o.stride_across < 1) {
+    return ffi::Error::InvalidArgument("max_pool: x and y do not go together");
+  }
+  auto task = [](const void* context, int64_t i) {
+    const Work& work = *static_cast<const Work*>(context);
+    const auto in = work.x.dimensions(), out = work.y.dimensions();
+    const int64_t image = i / out[1], line = i % out[1], from = image * in[1] * in[2] * in[3], to = i * out[2] * out[3];
+    auto run = [&](auto least, auto greater) {
+      using Number = decltype(least);
+      pool_line(static_cast<const Number*>(work.x.untyped_data()) + from, static_cast<Number*>(work.y.untyped_data()) + to,
+                in[1], in[2], in[3], out[2], line, least, work.o, greater);
+    };
+    if (work.type == Type::kByte) {
+      run(uint8_t{0}, [](uint8_t a, uint8_t b) { return a > b ? a : b; });
+    } else if (work.type == Type::kFloat) {
+      run(-std::numeric_limits<float>::infinity(), [](float a, float b) { return a <= b ? b : a; });
+    } else {
+      run(uint16_t{0xff80}, [](uint16_t a, uint16_t b) { return widened(a) <= widened(b) ? b : a; });
+    }
+  };
+  parallel(out[0] * out[1], std::max<int64_t>(1, pool.num_threads()), task, &work);
+  return ffi::Error::Success();
+}
+
+struct Rounding {
+  int64_t top, left;
+  float scale, zero;
+};
+
+uint16_t narrowed(float number) {  // to the nearest bfloat16, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  return number != number ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// Images in bfloat16 or bytes, round(x * scale) + zero, with borders and more channels, both zeros.
+ffi::Error round_images(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Result<ffi::AnyBuffer> y, const Rounding& o) {
+  struct Work {
+    const float* x;
+    void* y;
+    int64_t rows, columns, channels, out_rows, out_columns, out_channels;
+    bool half;
+    const Rounding& o;
+  };
+  const auto in = x.dimensions(), out = y->dimensions();
+  const bool half = y->element_type() == ffi::BF16;
+  if (out.size() != 4 || in[0] != out[0] || o.top < 0 || o.left < 0 || out[1] < in[1] + o.top ||
+      out[2] < in[2] + o.left || out[3] < in[3] || (!half && y->element_type() != ffi::U8)) {
+    return ffi::Error::InvalidArgument("round_images: x and y do not go together");
+  }
+  const Work work{x.typed_data(), y->untyped_data(), in[1], in[2], in[3], out[1], out[2], out[3], half, o};
+  auto task = [](const void* context, int64_t i) {
+    const Work& w = *static_cast<const Work*>(context);
+    const int64_t image = i / w.out_rows, row = i % w.out_rows - w.o.top;
+    const int64_t wide = w.out_columns * w.out_channels;
+    auto run = [&](auto* y, auto zero, auto round) {
+      y += i * wide;
+      std::fill_n(y, wide, zero);
+      if (row < 0 || row >= w.rows) return;
+      y += w.o.left * w.out_channels;
+      const float* x = w.x + (image * w.rows + row) * w.columns * w.channels;
+      if (w.channels == w.out_channels) {
+        for (int64_t k = 0; k < w.columns * w.channels; ++k) y[k] = round(x[k]);
+        return;
+      }
+      for (int64_t j = 0; j < w.columns; ++j, x += w.channels, y += w.out_channels) {
+        for (int64_t k = 0; k < w.channels; ++k) y[k] = round(x[k]);
+      }
+    };
+    if (w.half) return run(static_cast<uint16_t*>(w.y), uint16_t{0}, narrowed);
+    const float scale = w.o.scale, zero = w.o.zero;
+    run(static_cast<uint8_t*>(w.y), static_cast<uint8_t>(zero), [=](float number) {
+      number = number * scale + zero;
+      number = number > 0 ? number : 0;
+      number = number < 255 ? number : 255;
+      number += 0x1.8p23f;  // ties to even
+      uint32_t bits;
+      std::memcpy(&bits, &number, sizeof bits);
+      return static_cast<uint8_t>(bits);
+    });
+  };
+  parallel(out[0] * out[1], std::max<int64_t>(1, pool.num_threads()), task, &work);
   return ffi::Error::Success();
 }
 
 }  // namespace
 }  // namespace sa_plus_plus
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sa_plus_plus::Rounding, ffi::StructMember<int64_t>("top"),
+                                      ffi::StructMember<int64_t>("left"), ffi::StructMember<float>("scale"),
+                                      ffi::StructMember<float>("zero"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_round_images, sa_plus_plus::round_images,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR4<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attrs<sa_plus_plus::Rounding>());
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    sa_plus_plus::Pooling, ffi::StructMember<int64_t>("window_rows"), ffi::StructMember<int64_t>("window_columns"),
+    ffi::StructMember<int64_t>("stride_down"), ffi::StructMember<int64_t>("stride_across"),
+    ffi::StructMember<int64_t>("top"), ffi::StructMember<int64_t>("left"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_max_pool, sa_plus_plus::max_pool,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attrs<sa_plus_plus::Pooling>());
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     sa_plus_plus::Options, ffi::StructMember<int64_t>("window_rows"), ffi::StructMember<int64_t>("window_columns"),
@@ -223,3 +346,5 @@ extern "C" int sa_plus_plus_ffi_version() { return 1000 * XLA_FFI_API_MAJOR + XL
 extern "C" const char* sa_plus_plus_kernel(int type) {
   return sa_plus_plus::kernels(static_cast<sa_plus_plus::Type>(type))->name;
 }
+
+extern "C" void sa_plus_plus_set_threads(int64_t threads) { sa_plus_plus::set_threads(threads); }

@@ -19,14 +19,14 @@ struct Product {
   int64_t batch, height, width;  // x has `batch` rows of `height` numbers, y as many of `width`
   int64_t b_r, b_c;              // a block's rows and columns
   int64_t kept;                  // number of blocks
-  Type x_type, w_type, y_type;
+  Type x_type, w_type, y_type, residual_type;
   const void* x;
   const void* blocks;     // (kept, b_r / group, b_c, group)
   const int32_t* rows;    // (kept): in which grid row a block stands
   const int32_t* starts;  // (grid_c() + 1): the blocks of grid column j are numbers starts[j] to starts[j + 1]
   const float* scale;     // (width), or null
   const float* bias;      // (width), or null
-  const void* residual;   // (batch, width) in the type of y, or null
+  const void* residual;   // (batch, width) in any type, or null
   float residual_scale, residual_zero, y_zero;
   bool relu;
   void* y;
