@@ -1,27 +1,24 @@
 """Networks as ONNX graphs for inference, in full.
 
-ResNets and encoders are written in the operators that engines are made for: images of channels first, batch
-normalisation folded into the convolutions, layer normalisation and GELU as one operator each. Other networks are
-converted by jax2onnx, which is right for dense layers; it drops the padding of flax's `max_pool`.
+They are written in the operators that engines are made for: images of channels first, batch normalisation folded into
+the convolutions, layer normalisation and GELU as one operator each. (A converter, jax2onnx, drops the padding of flax's
+`max_pool`, and takes those apart.)
 """
 
-import contextlib
-import io
-import pathlib
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-import sa_plus_plus as sapp
-from experiments.models import resnet
+from experiments.models import ClickNet, LeNet300, ResNet
 from experiments.models.encoder import EPSILON, Encoder
 
 _OPSET, _IR = 20, 9  # the first opset with Gelu; an IR version that goes with it
+_LARGEST = 2**31 - 2**20  # bytes that protobuf can hold, and some for the nodes
 _NORM_EPSILON = 1e-5  # of the ResNets' batch normalisation
 
 
@@ -41,17 +38,13 @@ def graph(model: nn.Module, variables: Any, x: np.ndarray) -> Graph:
     """The graph of `model.apply(variables, x)` for inputs of the shape of `x`.
 
     Raises:
-      ImportError: without jax2onnx, where the network is not one of those written here.
-      ValueError: if jax2onnx cannot convert it.
+      ValueError: if no graph is written here for such a network, or it is too large for ONNX.
     """
-    if isinstance(model, resnet.ResNet):
-        return Graph(_resnet(model, variables, x), _channels_first)
-    if isinstance(model, Encoder):
-        return Graph(_encoder(model, variables["params"], x), np.ascontiguousarray)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # jax2onnx is talkative
-        path = pathlib.Path(folder, "model.onnx")
-        sapp.sparse.to_onnx(path, lambda x: model.apply(variables, x), x)
-        return Graph(onnx.load(path), np.ascontiguousarray)
+    for kind, (write, layout) in _WRITTEN.items():
+        if isinstance(model, kind):
+            return Graph(write(model, variables, layout(x)), layout)
+    known = ", ".join(kind.__name__ for kind in _WRITTEN)
+    raise ValueError(f"no ONNX graph of {type(model).__name__}, only of {known}")
 
 
 def _channels_first(x: np.ndarray) -> np.ndarray:
@@ -79,19 +72,20 @@ class _Writer:
         self._constants.append(numpy_helper.from_array(x, name))
         return name
 
-    def model(self, shape: tuple[int, ...], output: str, output_shape: tuple[int, ...]) -> onnx.ModelProto:
-        """The graph from `"x"` of this shape to `output`."""
-        ends = [
-            [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size)]
-            for name, size in (("x", shape), (output, output_shape))
-        ]
-        body = helper.make_graph(self._nodes, "network", *ends, self._constants)
+    def model(self, x: np.ndarray, output: str, *shape: int) -> onnx.ModelProto:
+        """The graph from `"x"`, of the shape and type of `x`, to `output`, float32 of `shape`."""
+        size = sum(len(constant.raw_data) for constant in self._constants)
+        if size >= _LARGEST:
+            raise ValueError(f"the weights take {size:,} bytes, and an ONNX file has at most {_LARGEST:,}")
+        first = helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+        last = helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, shape)
+        body = helper.make_graph(self._nodes, "network", [first], [last], self._constants)
         result = helper.make_model(body, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
         onnx.checker.check_model(result, full_check=True)
         return result
 
 
-def _resnet(model: resnet.ResNet, variables: Any, x: np.ndarray) -> onnx.ModelProto:
+def _resnet(model: ResNet, variables: Any, x: np.ndarray) -> onnx.ModelProto:
     write, params, stats = _Writer(), variables["params"], variables["batch_stats"]
 
     def convolution(x: str, where: tuple[str, ...], name: str, stride: int = 1) -> str:
@@ -99,12 +93,11 @@ def _resnet(model: resnet.ResNet, variables: Any, x: np.ndarray) -> onnx.ModelPr
         p, s = params, stats
         for part in where:
             p, s = p[part], s[part]
-        conv, norm = (f"conv_{name}", f"norm_{name}") if not name.isdigit() else (f"conv{name}", f"norm{name}")
-        kernel, bias = folded(p[conv]["kernel"], p[norm], s[norm])
+        kernel, bias = folded(p[f"conv{name}"]["kernel"], p[f"norm{name}"], s[f"norm{name}"])
         half = kernel.shape[-1] // 2
         return write("Conv", x, kernel, bias, kernel_shape=kernel.shape[2:], strides=[stride] * 2, pads=[half] * 4)
 
-    y = write("Relu", convolution("x", (), "stem", 1 if model.small_images else 2))
+    y = write("Relu", convolution("x", (), "_stem", 1 if model.small_images else 2))
     if not model.small_images:
         y = write("MaxPool", y, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     for i, blocks in enumerate(model.stages, 1):
@@ -116,11 +109,11 @@ def _resnet(model: resnet.ResNet, variables: Any, x: np.ndarray) -> onnx.ModelPr
                 branch = convolution(branch, where, str(n), each)
                 branch = write("Relu", branch) if n < len(strides) else branch
             if "conv_shortcut" in params[where[0]]:
-                y = convolution(y, where, "shortcut", stride)
+                y = convolution(y, where, "_shortcut", stride)
             y = write("Relu", write("Add", branch, y))
     y = write("Flatten", write("GlobalAveragePool", y))
     y = write("Gemm", y, *_dense(params["head"]))
-    return write.model(_channels_first(x).shape, y, (len(x), model.classes))
+    return write.model(x, y, len(x), model.classes)
 
 
 def folded(kernel: Any, norm: Any, stats: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -132,8 +125,8 @@ def folded(kernel: Any, norm: Any, stats: Any) -> tuple[np.ndarray, np.ndarray]:
     return (kernel * factor).transpose(3, 2, 0, 1).astype(np.float32), (shift - mean * factor).astype(np.float32)
 
 
-def _encoder(model: Encoder, params: Any, x: np.ndarray) -> onnx.ModelProto:
-    write, (batch, sequence, width) = _Writer(), x.shape
+def _encoder(model: Encoder, variables: Any, x: np.ndarray) -> onnx.ModelProto:
+    write, params, (batch, sequence, width) = _Writer(), variables["params"], x.shape
     head = width // model.heads
 
     def dense(x: str, layer: Any) -> str:
@@ -159,8 +152,38 @@ def _encoder(model: Encoder, params: Any, x: np.ndarray) -> onnx.ModelProto:
         y = normalised(y, dense(mixed, layer["out"]), layer["norm1"])
         y = normalised(y, dense(write("Gelu", dense(y, layer["up"])), layer["down"]), layer["norm2"])
     y = write("Gemm", write("Gather", y, np.array(0), axis=1), *_dense(params["head"]))
-    return write.model(x.shape, y, (batch, model.classes))
+    return write.model(x, y, batch, model.classes)
 
 
 def _dense(layer: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(layer["kernel"], np.float32), np.asarray(layer["bias"], np.float32)
+
+
+def _lenet(model: LeNet300, variables: Any, x: np.ndarray) -> onnx.ModelProto:
+    write, params = _Writer(), variables["params"]
+    layers = [params[f"Dense_{i}"] for i in range(len(params))]
+    return write.model(x, _perceptron(write, write("Flatten", "x"), layers), len(x), model.classes)
+
+
+def _click(model: ClickNet, variables: Any, x: np.ndarray) -> onnx.ModelProto:
+    write, params = _Writer(), variables["params"]
+    rows = write("Add", "x", np.asarray(model.rows(jnp.zeros(x.shape[1:], x.dtype))))
+    table = np.asarray(params["table"]["embedding"], np.float32)
+    y = write("Reshape", write("Gather", table, rows, axis=0), np.array([len(x), -1]))
+    layers = [params[f"hidden{i}"] for i in range(1, len(model.widths) + 1)]
+    return write.model(x, write("Reshape", _perceptron(write, y, [*layers, params["logit"]]), np.array([-1])), len(x))
+
+
+def _perceptron(write: _Writer, y: str, layers: Sequence[Any]) -> str:
+    """Dense layers with ReLU between them."""
+    for layer in layers[:-1]:
+        y = write("Relu", write("Gemm", y, *_dense(layer)))
+    return write("Gemm", y, *_dense(layers[-1]))
+
+
+_WRITTEN: dict[type[nn.Module], tuple[Callable[..., onnx.ModelProto], Callable[[np.ndarray], np.ndarray]]] = {
+    ResNet: (_resnet, _channels_first),
+    Encoder: (_encoder, np.ascontiguousarray),
+    LeNet300: (_lenet, np.ascontiguousarray),
+    ClickNet: (_click, np.ascontiguousarray),
+}

@@ -44,8 +44,7 @@ class _Layer(nn.Module):
         batch, sequence, width = x.shape
         # `nn.Dense` rather than flax's attention, so that each kernel is one matrix.
         q, k, v = (
-            nn.Dense(width, name=name)(x).reshape(batch, sequence, self.heads, -1)
-            for name in ("query", "key", "value")
+            nn.Dense(width, name=name)(x).reshape(batch, sequence, self.heads, -1) for name in ("query", "key", "value")
         )
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(width // self.heads))
         mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v).reshape(x.shape)
