@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
     for given, known in ((PRECISIONS, runtimes.PRECISIONS), (ENGINES, runtimes.ENGINES)):
         for name in given.value:
             registry.check(name, known, f"--{given.name}")
-    console, rows, missing = progress.console(), [], {}
+    console, rows = progress.console(), []
+    missing: dict[str, str] = {}
     model, shape = NETWORKS[NETWORK.value]
     for batch in map(int, BATCHES.value):
         x = np.random.default_rng(0).standard_normal((batch, *shape), np.float32)
@@ -80,35 +81,33 @@ def measure(model: nn.Module, x: np.ndarray) -> tuple[list[dict[str, Any]], dict
     )
     for name, call in dense.calls.items():
         _check(name, call(), want)
-    calls: Calls = {"jax float32": lambda: jax.block_until_ready(whole(variables, x))}
-    calls, missing = calls | dense.calls, dict(dense.missing)
-    for sparsity, block in itertools.product(map(float, SPARSITIES.value), map(int, BLOCKS.value)):
+    calls: Calls = {"jax float32": lambda: jax.block_until_ready(whole(variables, x)), **dense.calls}
+    missing = dict(dense.missing)
+    pairs = itertools.product(map(float, SPARSITIES.value), map(int, BLOCKS.value))
+    for sparsity, block in dict.fromkeys((s, b if s else 0) for s, b in pairs):
         pruned = random_blocks(variables, block, sparsity) if sparsity else variables
         want = whole(pruned, x)
         for precision in PRECISIONS.value:
             name = f"ours {precision} {sparsity:.0%}" + (f" blocks {block}" if sparsity else "")
-            call, reason = ours(model, pruned, x, precision)
-            if call:
-                _check(name, call(), want)
-                calls[name] = call
-            else:
-                missing[name] = reason
+            if precision != "float32" and "precision" not in inspect.signature(sapp.specialize).parameters:
+                missing[name] = "sapp.specialize has no precision"
+                continue
+            calls[name] = ours(model, pruned, x, precision)
+            _check(name, calls[name](), want)
     seconds = timing.alternate(calls, ROUNDS.value)
     return [row(name, seconds) for name in calls], missing
 
 
-def ours(model: nn.Module, variables: Any, x: np.ndarray, precision: str) -> tuple[Callable[[], Any] | None, str]:
-    """Our network in a precision, or why there is none."""
+def ours(model: nn.Module, variables: Any, x: np.ndarray, precision: str) -> Callable[[], Any]:
+    """Our network in a precision."""
 
     def apply(x: jax.Array) -> Any:
         return model.apply(variables, x)
 
-    options: dict[str, Any] = {"precision": precision, "calibration": [x]} if precision != "float32" else {}
-    if options and "precision" not in inspect.signature(sapp.specialize).parameters:
-        return None, "this version's sapp.specialize has no precision"
+    options: dict[str, Any] = {} if precision == "float32" else {"precision": precision, "calibration": [x]}
     example = jnp.asarray(x)
     fast = sapp.specialize(apply, example, **options)
-    return lambda: jax.block_until_ready(fast(example)), ""
+    return lambda: jax.block_until_ready(fast(example))
 
 
 def drawn(model: nn.Module, x: np.ndarray) -> dict[str, Any]:
