@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from matplotlib import pyplot as plt
 
 import sa_plus_plus as sapp
@@ -52,6 +52,7 @@ Calls = dict[str, Callable[[], Any]]
 
 def main(argv: list[str]) -> None:
     del argv
+    logging.set_verbosity(logging.WARNING)  # quantization tells of every tensor
     for given, known in ((PRECISIONS, runtimes.PRECISIONS), (ENGINES, runtimes.ENGINES)):
         for name in given.value:
             registry.check(name, known, f"--{given.name}")
@@ -157,11 +158,12 @@ def plot(rows: list[dict[str, Any]]) -> Any:
             color = f"C{runtimes.PRECISIONS.index(each['precision'])}"
             hatch = None if each["name"].startswith("ours") else "///"
             axis.barh(i, milliseconds, color=color, alpha=0.6, hatch=hatch)
-            label = f" {milliseconds:.3g} ms" + (f", {ratio['median']:.2f}×" if ratio else "")
+            digits = 1 if milliseconds < 100 else 0
+            label = f" {milliseconds:,.{digits}f} ms" + (f", {ratio['median']:.2f}×" if ratio else "")
             axis.text(milliseconds, i, label, va="center", fontsize="small")
         axis.set_yticks(range(len(mine)), [each["name"] for each in mine], fontsize="small")
         axis.invert_yaxis()
-        axis.margins(x=0.3)
+        axis.margins(x=0.4)
         axis.set(xlabel="ms, and times as fast as the fastest engine of the precision", title=f"batch {batch}")
     fig.suptitle(f"{NETWORK.value}, {runtimes.threads()} cores")
     return fig
