@@ -10,6 +10,8 @@ no data.
 `model` is the network as it was trained, zeros multiplied; `folded` has batch normalisation and ReLU folded into its
 layers; `sparse` moreover multiplies by blocks where that is faster. They take turns, and the results of the last two
 are compared with the model's. Images are noise, and ids are drawn from the whole vocabulary, each as likely.
+Dense inference engines on all cores, ONNX Runtime and OpenVINO, take turns with them in the precision that the network
+computes in. `pip install -e '.[engines]'` installs them; `--engines=` leaves them out.
 The output directory gets `serve.json`, what became of each layer in `layers.txt`, and `serve.png`.
 """
 
@@ -28,10 +30,11 @@ from matplotlib import pyplot as plt
 
 import sa_plus_plus as sapp
 from experiments import cli
+from experiments.engines import runtimes
 from experiments.outputs import progress, report
 from experiments.training import sharding
 from experiments.training.setup import Setup, blank, prepare, prepare_without_data
-from experiments.utils import files, timing
+from experiments.utils import files, registry, timing
 
 flags.declare_key_flag("config")  # for --help
 _WEIGHTS = flags.DEFINE_string("weights", "", "A pruned.safetensors of a run with this config.")
@@ -39,6 +42,7 @@ _BLOCKS = flags.DEFINE_list("blocks", ["8", "16", "32"], "Block sizes, where the
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.5", "0.8", "0.9", "0.95"], "Sparsities, where there are none.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Batch sizes.")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
+_ENGINES = flags.DEFINE_list("engines", list(runtimes.ENGINES), "Dense engines to compare with; empty for none.")
 _OUTPUT = flags.DEFINE_string("output", "runs/serve", "Directory for the results.")
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the largest output
 
@@ -51,7 +55,9 @@ def main(argv: list[str]) -> None:
     with cli.users_mistakes():
         batches = _numbers("batches", int, 1, 2**20)
         _in_range("rounds", _ROUNDS.value, 1, 2**20)
-        _tolerance(config)
+        _precision(config)
+        for engine in _ENGINES.value:
+            registry.check(engine, list(runtimes.ENGINES), "--engines")
         networks = list(_trained(config) if _WEIGHTS.value else _random(config))
         output = pathlib.Path(_OUTPUT.value)
         output.mkdir(parents=True, exist_ok=True)
@@ -73,33 +79,42 @@ def main(argv: list[str]) -> None:
 
 def measure(setup: Setup, variables: Any, batch: int) -> tuple[dict[str, Any], sapp.sparse.Network]:
     """Seconds of each contender for one batch, and how far its results are from the model's."""
-    model, x = setup.task.model, jnp.asarray(inputs(setup, batch))
+    model, x, precision = setup.task.model, jnp.asarray(inputs(setup, batch)), _precision(setup.config)
 
     def apply(x: jax.Array) -> Any:
         return model.apply(variables, x)
 
     whole = jax.jit(model.apply)
     folded, fast = sapp.specialize(apply, x, choose="none"), sapp.specialize(apply, x)
-    want = whole(variables, x)
-    errors = {"folded": difference(folded(x), want), "sparse": difference(fast(x), want)}
-    for name, error in errors.items():
-        if not error < _tolerance(setup.config):
-            raise RuntimeError(f"results of {name!r} are {error:.1e} of the largest output away from the model's")
-    contenders = {
+    dense = runtimes.contenders(model, variables, np.asarray(x), engines=_ENGINES.value, precisions=[precision])
+    contenders: dict[str, Callable[[], Any]] = {
         "model": lambda: jax.block_until_ready(whole(variables, x)),
         "folded": lambda: jax.block_until_ready(folded(x)),
         "sparse": lambda: jax.block_until_ready(fast(x)),
+        **dense.calls,
     }
+    want = contenders["model"]()
+    errors = {name: timing.difference(call(), want) for name, call in contenders.items()}
+    for name, error in errors.items():
+        if not error < _TOLERANCE[precision]:
+            raise RuntimeError(f"results of {name!r} are {error:.1e} of the largest output away from the model's")
     seconds = timing.alternate(contenders, _ROUNDS.value)
+    milliseconds = {name: round(1e3 * float(np.median(taken)), 4) for name, taken in seconds.items()}
+    engine = runtimes.fastest(seconds, precision)
     return {
         "batch": batch,
-        **{f"{name}_ms": round(1e3 * float(np.median(taken)), 4) for name, taken in seconds.items()},
+        **{f"{name}_ms": milliseconds[name] for name in ("model", "folded", "sparse")},
+        "engines_ms": {name: milliseconds[name] for name in dense.calls},
+        "engines_missing": dense.missing,
+        "fastest_engine": engine,
+        "engine_to_sparse": timing.spread(seconds[engine] / seconds["sparse"]) if engine else None,
         "model_to_sparse": timing.spread(seconds["model"] / seconds["sparse"]),
         "folded_to_sparse": timing.spread(seconds["folded"] / seconds["sparse"]),
         "sparse_layers": sum(choice.sparse for choice in fast.choices),
         "layers": len(fast.choices),
         "relative_error": errors["sparse"],
         "folded_error": errors["folded"],
+        "engine_errors": {name: errors[name] for name in dense.calls},
     }, fast
 
 
@@ -113,24 +128,12 @@ def inputs(setup: Setup, batch: int) -> np.ndarray:
     return (rng.random(shape) * 3).astype(np.float32)
 
 
-def difference(got: Any, want: Any) -> float:
-    """The largest difference, as a part of the largest output; as it is where all outputs are zero.
-
-    Raises:
-      RuntimeError: if the outputs to compare with are not finite.
-    """
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    if not np.isfinite(want).all():
-        raise RuntimeError("the model's own results are not finite, so there is nothing to compare with")
-    return float(np.abs(got - want).max() / (np.abs(want).max() or 1))
-
-
-def _tolerance(config: ml_collections.ConfigDict) -> float:
+def _precision(config: ml_collections.ConfigDict) -> str:
     dtype = config.model_options.get("dtype", "float32")
     if dtype not in _TOLERANCE:
         known = ", ".join(_TOLERANCE)
         raise ValueError(f"config.model_options.dtype must be one of {known} to compare results, got {dtype!r}")
-    return _TOLERANCE[dtype]
+    return dtype
 
 
 def _trained(config: ml_collections.ConfigDict) -> Iterator[Served]:
@@ -193,36 +196,47 @@ def _named(row: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     ratio = "{median:.2f} [{q25:.2f}, {q75:.2f}]"
+    engines = {f"{name.split()[0]} ms": f"{taken:.3f}" for name, taken in row["engines_ms"].items()}
+    engines |= {f"{name.split()[0]} ms": reason for name, reason in row["engines_missing"].items()}
+    compared = {"engine / sparse": ratio.format(**row["engine_to_sparse"])} if row["fastest_engine"] else {}
     return {
         "network": _named(row),
         "model ms": f"{row['model_ms']:.3f}",
         "folded ms": f"{row['folded_ms']:.3f}",
         "sparse ms": f"{row['sparse_ms']:.3f}",
+        **engines,
         "model / sparse": ratio.format(**row["model_to_sparse"]),
-        "folded / sparse": ratio.format(**row["folded_to_sparse"]),
+        **compared,
         "sparse layers": f"{row['sparse_layers']} of {row['layers']}",
         "error": f"{row['relative_error']:.0e}",
     }
 
 
 def plot(rows: list[dict[str, Any]], title: str) -> Any:
-    """Speed-up against sparsity, a panel for each batch size and a line for each block size."""
+    """Speed-up against sparsity, a panel for each batch size and a colour for each block size."""
     batches, blocks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("batch", "block"))
     fig, axes = plt.subplots(1, len(batches), figsize=(4.5 * len(batches), 4), layout="constrained", squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):
         for i, block in enumerate(blocks):
             mine = [row for row in rows if (row["batch"], row["block"]) == (batch, block)]
-            ratios = [row["model_to_sparse"] for row in mine]
-            middle = [ratio["median"] for ratio in ratios]
-            spread = np.abs([[r["median"] - r["q25"] for r in ratios], [r["q75"] - r["median"] for r in ratios]])
-            x = [100 * row["sparsity"] for row in mine]
-            axis.errorbar(x, middle, spread, marker="o", ms=3, lw=1, capsize=2, color=f"C{i}", label=f"blocks {block}")
+            _line(axis, mine, "model_to_sparse", color=f"C{i}", label=f"blocks {block}")
+            _line(axis, [row for row in mine if row["engine_to_sparse"]], "engine_to_sparse", color=f"C{i}", ls="--")
         axis.axhline(1, color="black", ls=":", lw=0.8)
         axis.set(xlabel="sparsity of the pruned kernels, %", title=f"batch {batch}", ylim=(0, None))
-    axes[0, 0].set_ylabel("times as fast as the model in full")
+    measured = any(row["engine_to_sparse"] for row in rows)
+    also = "\ndashed: as the fastest dense engine" if measured else ""
+    axes[0, 0].set_ylabel(f"times as fast as the model in full{also}")
     axes[0, -1].legend(fontsize="small")
     fig.suptitle(title)
     return fig
+
+
+def _line(axis: Any, rows: list[dict[str, Any]], key: str, **style: Any) -> None:
+    """Medians and quartiles of a ratio against sparsity."""
+    ratios = [row[key] for row in rows]
+    spread = np.array([[r["median"] - r["q25"], r["q75"] - r["median"]] for r in ratios]).reshape(-1, 2).T
+    x, middle = [100 * row["sparsity"] for row in rows], [ratio["median"] for ratio in ratios]
+    axis.errorbar(x, middle, spread, marker="o", ms=3, lw=1, capsize=2, **style)
 
 
 if __name__ == "__main__":

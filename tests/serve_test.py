@@ -13,7 +13,7 @@ from experiments.training.setup import prepare
 
 
 def serve(*flags, **options):
-    return commands.run("experiments.serve_bench", "--rounds=2", *flags, **options)
+    return commands.run("experiments.serve_bench", "--rounds=2", "--engines=", *flags, **options)
 
 
 def assert_sane(row):
@@ -66,10 +66,19 @@ def test_a_trained_network_with_batch_normalisation_serves_as_it_was_tested(tmp_
 
 def test_a_click_network_is_asked_for_all_of_its_vocabulary(tmp_path):
     small = ["--config=configs/planted.py", "--config.data.options.rows=3000", "--config.data.options.held_out=100"]
-    done = serve(*small, "--blocks=10", "--sparsities=0.9", "--batches=64", f"--output={tmp_path}")
+    done = serve(
+        *small,
+        "--engines=onnxruntime,openvino",
+        "--blocks=10",
+        "--sparsities=0.9",
+        "--batches=64",
+        f"--output={tmp_path}",
+    )
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "serve.json").read_text())["rows"]
     assert_sane(row)
+    assert {*row["engines_ms"], *row["engines_missing"]} == {"onnxruntime float32", "openvino float32"}
+    assert row["fastest_engine"] in {*row["engines_ms"], None}
     # In a process of its own, as in all of these tests: its flags have the names of other programs'.
     (tmp_path / "ids.py").write_text(_IDS)
     done = commands.run(tmp_path / "ids.py")
@@ -104,7 +113,8 @@ import sa_plus_plus as sapp
 from configs import mnist
 from experiments import serve_bench
 from experiments.training.setup import prepare_without_data
-flags.FLAGS(["x", "--rounds=1"])
+from experiments.utils import timing
+flags.FLAGS(["x", "--rounds=1", "--engines="])
 specialize, setup = sapp.specialize, prepare_without_data(mnist.get_config())
 params, _ = setup.task.init(jax.random.key(0))
 for wrong in ("folded", "sparse"):
@@ -119,9 +129,9 @@ row, _ = serve_bench.measure(setup, {"params": jax.tree.map(jnp.zeros_like, para
 assert row["relative_error"] == row["folded_error"] == 0
 with pytest.raises(RuntimeError, match="the model's own results are not finite"):
     serve_bench.measure(setup, {"params": jax.tree.map(lambda a: a + jnp.nan, params)}, 2)
-assert serve_bench.difference(np.ones(2), np.zeros(2)) == 1
-assert serve_bench.difference([4.0, 2.0], [4.0, 1.0]) == 0.25
-assert not serve_bench.difference([np.nan], [1.0]) < 1
+assert timing.difference(np.ones(2), np.zeros(2)) == 1
+assert timing.difference([4.0, 2.0], [4.0, 1.0]) == 0.25
+assert not timing.difference([np.nan], [1.0]) < 1
 """
 
 
@@ -139,6 +149,7 @@ assert not serve_bench.difference([np.nan], [1.0]) < 1
         ),
         ("--sparsities=1.5", "--sparsities must be in [0, 1), got 1.5"),
         ("--blocks=900", "nothing to prune"),
+        ("--engines=onnx", "--engines='onnx' is unknown; did you mean 'onnxruntime'?"),
     ],
 )
 def test_bad_requests_are_answered_in_a_sentence(tmp_path, flag, message):

@@ -1,0 +1,177 @@
+"""Whole networks: ours, pruned, against dense inference engines, in each precision.
+
+    pip install -e '.[engines]'
+    python -m benchmarks.serve_engines --network=resnet50 --batches=1,32 --blocks=16 --sparsities=0,0.8,0.9
+    python -m benchmarks.serve_engines --network=bert
+
+ONNX Runtime and OpenVINO serve the network in full, `sapp.specialize` serves it with random blocks zero, and all take
+turns, on all cores. ResNet-50 is for images of 224 pixels, `bert` an encoder of the size of BERT-base for sequences of
+128. Weights are random: how fast a network is does not depend on them. Each result is compared with that of the model
+with the same weights, in float32. A ratio is to the fastest engine of the same precision.
+"""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from matplotlib import pyplot as plt
+
+import sa_plus_plus as sapp
+from benchmarks import timing
+from experiments.engines import runtimes
+from experiments.models import ResNet50
+from experiments.models.encoder import Encoder
+from experiments.outputs import progress, report
+from experiments.utils import registry
+from experiments.utils.timing import difference
+
+NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {  # and the shape of an input
+    "resnet50": (ResNet50(classes=1000), (224, 224, 3)),
+    "bert": (Encoder(), (128, 768)),
+}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.5}  # of the largest output; more is a mistake, not rounding
+
+NETWORK = flags.DEFINE_enum("network", "resnet50", list(NETWORKS), "What is served.")
+BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Batch sizes.")
+BLOCKS = flags.DEFINE_list("blocks", ["16"], "Sides of a block.")
+SPARSITIES = flags.DEFINE_list("sparsities", ["0", "0.8", "0.9"], "Of our networks; 0 is the network in full.")
+PRECISIONS = flags.DEFINE_list("precisions", list(runtimes.PRECISIONS), "That are compared.")
+ENGINES = flags.DEFINE_list("engines", list(runtimes.ENGINES), "Dense inference engines.")
+ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
+SAVE = flags.DEFINE_bool("save", True, "Write benchmarks/results/serve_engines_<network>.json and .png.")
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.WARNING)  # quantization tells of every tensor
+    for given, known in ((PRECISIONS, runtimes.PRECISIONS), (ENGINES, runtimes.ENGINES)):
+        for name in given.value:
+            registry.check(name, known, f"--{given.name}")
+    console, rows = progress.console(), []
+    missing: dict[str, str] = {}
+    model, shape = NETWORKS[NETWORK.value]
+    for batch in map(int, BATCHES.value):
+        x = np.random.default_rng(0).standard_normal((batch, *shape), np.float32)
+        found, absent = measure(model, x)
+        rows += [{"batch": batch, **row} for row in found]
+        missing |= absent
+        cells = [_cells(row) for row in found] + [_cells({"name": n, "missing": why}) for n, why in absent.items()]
+        console.print(progress.table(f"{NETWORK.value}, batch {batch}", cells))
+    if SAVE.value:
+        content = {"network": NETWORK.value, "rows": rows, "missing": missing, "cores": runtimes.threads()}
+        path = timing.save(f"serve_engines_{NETWORK.value}", content)
+        report.save_figure(path.with_suffix(".png"), plot(rows))
+        console.print(f"Written: {path} and .png", highlight=False, soft_wrap=True)
+
+
+def measure(model: nn.Module, x: np.ndarray) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for each contender, and why others are missing, by name."""
+    variables, whole = drawn(model, x), jax.jit(model.apply)
+    want = whole(variables, x)
+    dense = runtimes.contenders(
+        model, variables, x, engines=ENGINES.value, precisions=PRECISIONS.value, calibration=[x]
+    )
+    for name, call in dense.calls.items():
+        _check(name, call(), want)
+    calls: Calls = {"jax float32": lambda: jax.block_until_ready(whole(variables, x)), **dense.calls}
+    missing = dict(dense.missing)
+    pairs = itertools.product(map(float, SPARSITIES.value), map(int, BLOCKS.value))
+    for sparsity, block in dict.fromkeys((s, b if s else 0) for s, b in pairs):
+        pruned = random_blocks(variables, block, sparsity) if sparsity else variables
+        want = whole(pruned, x)
+        for precision in PRECISIONS.value:
+            name = f"ours {precision} {sparsity:.0%}" + (f" blocks {block}" if sparsity else "")
+            if precision != "float32" and "precision" not in inspect.signature(sapp.specialize).parameters:
+                missing[name] = "sapp.specialize has no precision"
+                continue
+            calls[name] = ours(model, pruned, x, precision)
+            _check(name, calls[name](), want)
+    seconds = timing.alternate(calls, ROUNDS.value)
+    return [row(name, seconds) for name in calls], missing
+
+
+def ours(model: nn.Module, variables: Any, x: np.ndarray, precision: str) -> Callable[[], Any]:
+    """Our network in a precision."""
+
+    def apply(x: jax.Array) -> Any:
+        return model.apply(variables, x)
+
+    options: dict[str, Any] = {} if precision == "float32" else {"precision": precision, "calibration": [x]}
+    example = jnp.asarray(x)
+    fast = sapp.specialize(apply, example, **options)
+    return lambda: jax.block_until_ready(fast(example))
+
+
+def drawn(model: nn.Module, x: np.ndarray) -> dict[str, Any]:
+    """Random variables, with something everywhere, for batch normalisation may start with scales of zero."""
+    variables = dict(jax.jit(model.init)(jax.random.key(0), x[:1]))
+    noise = functools.partial(jax.tree.map, lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape))
+    return variables | {"params": noise(variables["params"])}
+
+
+def random_blocks(variables: Any, block: int, sparsity: float) -> dict[str, Any]:
+    """The variables with random blocks zero, in the kernels that would be pruned."""
+    sp = sapp.random(block=(block, block), sparsity=sparsity, phases=sapp.phases.random(1))
+    return variables | {"params": sp.finalize(*sp.init(variables["params"]))}
+
+
+def row(name: str, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Milliseconds of a contender, and how many times as fast as the fastest engine of its precision it is."""
+    precision = runtimes.precision(name)
+    best = runtimes.fastest(seconds, precision)
+    ratio = timing.spread(seconds[best] / seconds[name]) if best else None
+    return {"name": name, "precision": precision, "ms": timing.spread(1e3 * seconds[name]), "to_engine": ratio}
+
+
+def _check(name: str, got: Any, want: Any) -> None:
+    error, most = difference(got, want), TOLERANCE[runtimes.precision(name)]
+    if not error < most:
+        raise RuntimeError(f"results of {name!r} are {error:.1e} of the largest output away from the model's")
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    if "missing" in row:
+        return {"contender": row["name"], "ms": row["missing"], "times as fast as the engine": ""}
+    text = "{median:.2f} [{q25:.2f}, {q75:.2f}]"
+    ratio = text.format(**row["to_engine"]) if row["to_engine"] else "no engine"
+    return {"contender": row["name"], "ms": text.format(**row["ms"]), "times as fast as the engine": ratio}
+
+
+def plot(rows: list[dict[str, Any]]) -> Any:
+    """Milliseconds, a panel for each batch size and a colour for each precision; engines and JAX are hatched."""
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    height = 1 + 0.25 * len(rows) / len(batches)
+    fig, axes = plt.subplots(1, len(batches), figsize=(7 * len(batches), height), layout="constrained", squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        mine = sorted((row for row in rows if row["batch"] == batch), key=_order)
+        for i, each in enumerate(mine):
+            milliseconds, ratio = each["ms"]["median"], each["to_engine"]
+            color = f"C{runtimes.PRECISIONS.index(each['precision'])}"
+            hatch = None if each["name"].startswith("ours") else "///"
+            axis.barh(i, milliseconds, color=color, alpha=0.6, hatch=hatch)
+            digits = 1 if milliseconds < 100 else 0
+            label = f" {milliseconds:,.{digits}f} ms" + (f", {ratio['median']:.2f}×" if ratio else "")
+            axis.text(milliseconds, i, label, va="center", fontsize="small")
+        axis.set_yticks(range(len(mine)), [each["name"] for each in mine], fontsize="small")
+        axis.invert_yaxis()
+        axis.margins(x=0.4)
+        axis.set(xlabel="ms, and times as fast as the fastest engine of the precision", title=f"batch {batch}")
+    fig.suptitle(f"{NETWORK.value}, {runtimes.threads()} cores")
+    return fig
+
+
+def _order(row: dict[str, Any]) -> int:
+    return runtimes.PRECISIONS.index(row["precision"])
+
+
+if __name__ == "__main__":
+    app.run(main)
