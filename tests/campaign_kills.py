@@ -81,8 +81,9 @@ def main(kills: int, minutes: float, seed: int) -> int:
         else:
             shutil.rmtree(workdir)
         print(f"{places.total()} kills in {runs} runs, {len(failures)} failures", flush=True)
-    content = {"kills": places.total(), "runs": runs, "seed": seed, "struck": dict(places), "failures": failures}
-    print(timing.save("kill_campaign", content))
+        content = {"kills": places.total(), "runs": runs, "seed": seed, "struck": dict(places), "failures": failures}
+        result = timing.save("kill_campaign", content)  # each time, so that a campaign may be stopped itself
+    print(result)
     if not failures:
         shutil.rmtree(scratch)
     return bool(failures)

@@ -8,10 +8,12 @@ new interpreter nevertheless, by `real=True`.
 
 import atexit
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,12 +61,19 @@ class Command:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._wait(seconds)
         if self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGUSR1)  # a fork writes where each of its threads is
+            self._wait_a_little()
             self.kill()
             self._wait()
             raise TimeoutError(f"killed after {seconds} s: {self._texts()}")
         out, err = self._texts()
         self._output.cleanup()
         return types.SimpleNamespace(returncode=self._status(), stdout=out, stderr=err, output=out + err)
+
+    def _wait_a_little(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._wait(2)
 
     def _texts(self) -> list[str]:
         return [pathlib.Path(self._output.name, name).read_text() for name in ("stdout", "stderr")]
@@ -85,6 +94,7 @@ def _run(line: list[str], environment: dict[str, str], paths: list[str]) -> None
     for descriptor, path in enumerate(paths, start=1):
         with open(path, "wb") as file:
             os.dup2(file.fileno(), descriptor)
+    faulthandler.register(signal.SIGUSR1, sys.__stderr__, chain=False)
     os.environ.update(environment)
     sys.argv[:] = line
     try:

@@ -37,7 +37,9 @@ def arm(when):
         def on_start(step):
             hooks.on_start(step)
             if when.endswith("s"):
-                threading.Timer(float(when[:-1]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+                timer = threading.Timer(float(when[:-1]), os.kill, (os.getpid(), signal.SIGKILL))
+                timer.daemon = True  # a run that ends earlier does not wait for it
+                timer.start()
 
         return train(program, seeds, hooks._replace(on_step=on_step, on_start=on_start), checkpoints)
 
