@@ -32,7 +32,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=30, derandomize=bool(os.environ.get("CI")))
-hypothesis.settings.register_profile("campaign", deadline=None, max_examples=1000)
+hypothesis.settings.register_profile("campaign", deadline=None, max_examples=int(os.environ.get("EXAMPLES", "1000")))
 hypothesis.settings.load_profile("tests")
 
 

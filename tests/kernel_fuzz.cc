@@ -1,5 +1,7 @@
 // Random products through each kernel that this processor can run, against sums in double, with every buffer allocated
 // to its exact size: an address sanitizer then sees any access beyond one. Prints the number of products, or what failed.
+//
+//     fuzz PRODUCTS [SEED]
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -134,13 +136,14 @@ void one(const std::vector<Kernel>& kernels) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
   std::vector<Kernel> kernels{sa_plus_plus::kernel_baseline};
 #if defined(__x86_64__)
   if (sa_plus_plus::best_kernel() != sa_plus_plus::kernel_baseline) kernels.push_back(sa_plus_plus::kernel_avx2);
   if (sa_plus_plus::best_kernel() == sa_plus_plus::kernel_avx512) kernels.push_back(sa_plus_plus::kernel_avx512);
 #endif
-  const int products = 400;
+  const int products = argc > 1 ? std::atoi(argv[1]) : 0;
+  if (argc > 2) generator.seed(std::atoi(argv[2]));
   for (int i = 0; i < products; ++i) one(kernels);
   std::printf("%d products\n", products);
 }

@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 
 import sa_plus_plus as sapp
@@ -39,7 +40,7 @@ def convolutions(draw):
 
 
 @hypothesis.given(convolutions(), st.sampled_from(["xla", None]), st.booleans())
-@hypothesis.settings(max_examples=15)
+@problems.examples(15)
 def test_convolution_against_the_dense_one(drawn, implementation, relu):
     x, w, strides, padding, patch_bytes = drawn
     want = jax.lax.conv_general_dilated(x, w.todense(), strides, padding, dimension_numbers=NHWC)

@@ -4,6 +4,7 @@ import functools
 import re
 from typing import NamedTuple
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +98,11 @@ def digits():
     from experiments import tasks  # noqa: PLC0415
 
     return tasks.dataset_of(mnist.get_config().data)
+
+
+def examples(count):
+    """Settings of a hypothesis test: `count` examples where others have 30, and in proportion in a campaign."""
+    return hypothesis.settings(max_examples=max(1, count * hypothesis.settings.default.max_examples // 30))
 
 
 def without_addresses(value):

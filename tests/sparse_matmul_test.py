@@ -2,14 +2,13 @@
 
 import inspect
 import math
-import pathlib
-import shutil
 import subprocess
 import warnings
 
 import hypothesis
 import jax
 import jax.numpy as jnp
+import kernel_fuzz
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -20,7 +19,6 @@ import sa_plus_plus.sparse.xla as xla
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse import BlockSparse, Layout, block_sparse_matmul
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 IMPLEMENTATIONS = ["xla", pytest.param("native", marks=needs_native), "dense"]
 CASES = {  # rows, columns, block, batch, share of blocks kept
@@ -291,40 +289,10 @@ def test_the_kernel_refuses_wrong_buffers(change, wanted):
 
 def test_the_kernel_stays_within_its_memory(tmp_path):
     """Its source under the address and undefined-behaviour sanitizers, on random products, without XLA."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    instructions = {
-        "kernel_avx2": ["-mavx2", "-mfma"],
-        "kernel_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
-    }
-    source = ROOT / "sa_plus_plus/sparse/csrc"
-    x86 = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True).stdout.startswith("x86_64")
-    flags = ["-O0", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{source}"]
-    probe = tmp_path / "probe.cc"
-    probe.write_text("int main() {}")
-    if subprocess.run([compiler, *flags, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
-        pytest.skip(f"{compiler} has no sanitizers")
-    files = [file for file in source.glob("*.cc") if file.stem != "ffi"] + [ROOT / "tests/kernel_fuzz.cc"]
-    jobs = []
-    for file in files:
-        extra = instructions.get(file.stem, []) if x86 else []
-        command = [
-            compiler,
-            *flags,
-            *extra,
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-c",
-            file,
-            "-o",
-            tmp_path / f"{file.stem}.o",
-        ]
-        jobs.append(subprocess.Popen(command))
-    assert [job.wait() for job in jobs] == [0] * len(files)
-    objects = [tmp_path / f"{file.stem}.o" for file in files]
-    subprocess.run([compiler, *flags, *objects, "-o", tmp_path / "fuzz"], check=True)
-    run = subprocess.run([tmp_path / "fuzz"], capture_output=True, text=True)
+    try:
+        fuzzer = kernel_fuzz.build(tmp_path)
+    except LookupError as missing:
+        pytest.skip(str(missing))
+    run = subprocess.run([fuzzer, "400"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "400 products" in run.stdout
+    assert run.stdout == "400 products\n"
