@@ -11,7 +11,6 @@ with the same weights, in float32. A ratio is to the fastest engine of the same 
 """
 
 import functools
-import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -90,9 +89,6 @@ def measure(model: nn.Module, x: np.ndarray) -> tuple[list[dict[str, Any]], dict
         want = whole(pruned, x)
         for precision in PRECISIONS.value:
             name = f"ours {precision} {sparsity:.0%}" + (f" blocks {block}" if sparsity else "")
-            if precision != "float32" and "precision" not in inspect.signature(sapp.specialize).parameters:
-                missing[name] = "sapp.specialize has no precision"
-                continue
             calls[name] = ours(model, pruned, x, precision)
             _check(name, calls[name](), want)
     seconds = timing.alternate(calls, ROUNDS.value)

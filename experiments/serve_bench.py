@@ -161,11 +161,14 @@ def _random(config: ml_collections.ConfigDict) -> Iterator[Served]:
 
 
 def _drawn(setup: Setup) -> dict[str, Any]:
-    params, model_state = setup.task.init(jax.random.key(0))
-    # Something everywhere, for batch normalisation may start with scales of zero.
-    params = jax.tree.map(lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)
-    sp = setup.sparsifier
-    return {"params": sp.finalize(*sp.init(params)), **model_state}
+    @jax.jit
+    def drawn() -> dict[str, Any]:
+        params, model_state = setup.task.init(jax.random.key(0))
+        # Something everywhere, for batch normalisation may start with scales of zero.
+        params = jax.tree.map(lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)
+        return {"params": setup.sparsifier.finalize(*setup.sparsifier.init(params)), **model_state}
+
+    return drawn()
 
 
 def _numbers(name: str, kind: Callable[[str], Any], low: Any, high: Any) -> list[Any]:

@@ -9,6 +9,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 from hypothesis import strategies as st
 
@@ -145,7 +146,7 @@ def test_norm_of_a_spread_grid(case, dtype):
     np.testing.assert_allclose(norms, want, rtol=1e-5)
 
 
-@hypothesis.settings(max_examples=15)
+@problems.examples(15)
 @over_cases
 def test_gradient_of_the_norm_is_the_unit_block_and_zero_at_a_block_of_zeros(case, dtype):
     shape, block = case

@@ -13,6 +13,7 @@ import sys
 import threading
 from typing import Any, NamedTuple
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -594,7 +595,7 @@ def test_two_processes(tmp_path):
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = " ".join(["--xla_force_host_platform_device_count=2", *commands.QUICK_COMPILATION])
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(

@@ -9,6 +9,7 @@ new interpreter nevertheless, by `real=True`.
 import atexit
 import contextlib
 import faulthandler
+import importlib.metadata
 import multiprocessing
 import os
 import pathlib
@@ -21,6 +22,12 @@ import types
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRELOADED = ["experiments.cli", "experiments.outputs.hooks", "matplotlib.pyplot", "safetensors.numpy"]
+QUICK_COMPILATION = [  # XLA's, for the tests: their programs are small and run a few times, so compiling takes the time
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",  # one module of LLVM for each program
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.12 has no such flag
+    QUICK_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")  # the older emitters compile three times as fast
 _FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -85,7 +92,7 @@ def run(what: str | pathlib.Path, *arguments: object, **options: object) -> type
 
 
 def _environment(devices: int) -> dict[str, str]:
-    flags = ["--xla_backend_optimization_level=0", f"--xla_force_host_platform_device_count={devices}"]
+    flags = [*QUICK_COMPILATION, f"--xla_force_host_platform_device_count={devices}"]
     return {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
 
 

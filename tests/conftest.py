@@ -9,6 +9,8 @@ import pathlib
 import shutil
 import tempfile
 
+import commands
+
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp(
     prefix=f"compiled-{os.getpid()}-"
 )
@@ -16,11 +18,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"  # there is a worker for each core
 os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",  # programs here are small and run a few times: compiling takes the time
-    ]
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *commands.QUICK_COMPILATION]
 )
 os.environ["MPLBACKEND"] = "Agg"
 
@@ -34,7 +32,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=30, derandomize=bool(os.environ.get("CI")))
-hypothesis.settings.register_profile("campaign", deadline=None, max_examples=1000)
+hypothesis.settings.register_profile("campaign", deadline=None, max_examples=int(os.environ.get("EXAMPLES", "1000")))
 hypothesis.settings.load_profile("tests")
 
 

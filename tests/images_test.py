@@ -6,6 +6,7 @@ import tarfile
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import problems
 import pytest
 from data_test import FILES, needs
 from PIL import Image
@@ -36,7 +37,7 @@ def expected_part(height, width, box, size):
     return np.stack([*np.broadcast_arrays(x[None, :], y[:, None]), np.full((size, size), 128.0)], -1)
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
+@problems.examples(60)
 @hypothesis.given(
     height=st.integers(40, 700),
     width=st.integers(40, 700),

@@ -1,5 +1,7 @@
 // Random products through each kernel that this processor can run, against sums in double, with every buffer allocated
 // to its exact size: an address sanitizer then sees any access beyond one. Prints the number of products, or what failed.
+//
+//     fuzz PRODUCTS [SEED]
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,8 +12,9 @@
 
 #include "kernel.h"
 
-using sa_plus_plus::Kernel;
+using sa_plus_plus::Choice;
 using sa_plus_plus::Product;
+using sa_plus_plus::Type;
 
 namespace {
 
@@ -26,56 +29,93 @@ std::unique_ptr<T[]> exactly(const std::vector<T>& values) {  // a vector's memo
   return copy;
 }
 
-std::vector<float> numbers(int64_t n) {  // exact in bfloat16
-  std::vector<float> values(n);
-  for (float& value : values) value = static_cast<float>(between(-64, 64)) / 16;
+// Numbers that the type holds exactly, and so small that float holds their sums exactly.
+std::vector<double> numbers(int64_t n, Type type, bool with_sign = true) {
+  std::vector<double> values(n);
+  for (double& value : values) {
+    value = type == Type::kByte ? between(with_sign ? -127 : 0, with_sign ? 127 : 255) : between(-64, 64) / 16.0;
+  }
   return values;
 }
 
-std::vector<uint16_t> halves(const std::vector<float>& values) {
-  std::vector<uint16_t> result;
-  for (float value : values) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    result.push_back(bits >> 16);
-  }
-  return result;
+uint16_t half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
+
+float widened(uint16_t value) {
+  const uint32_t bits = uint32_t{value} << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+// The numbers as they are held in memory of exactly their size.
+std::unique_ptr<char[]> memory(const std::vector<double>& values, Type type) {
+  const int64_t size = sa_plus_plus::size_of(type);
+  auto bytes = std::make_unique<char[]>(values.size() * size);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const float number = values[i];
+    const uint16_t narrow = half(number);
+    const uint8_t byte = static_cast<int>(values[i]);  // of either sign
+    const void* from = type == Type::kFloat ? static_cast<const void*>(&number) : type == Type::kHalf ? &narrow
+                                                                                                      : static_cast<const void*>(&byte);
+    std::memcpy(bytes.get() + i * size, from, size);
+  }
+  return bytes;
+}
+
+std::vector<float> floats(const std::vector<double>& values) { return {values.begin(), values.end()}; }
 
 void fail(const char* what) {
   std::printf("%s\n", what);
   std::exit(1);
 }
 
-void one(const std::vector<Kernel>& kernels) {
+Type any_type() { return std::vector<Type>{Type::kFloat, Type::kHalf, Type::kByte}[between(0, 2)]; }
+
+// The result for a sum of products, as the type of y holds it.
+double finished(const Product& p, double sum, int64_t row, int64_t column, const std::vector<double>& residual) {
+  sum = sum * (p.scale ? p.scale[column] : 1) + (p.bias ? p.bias[column] : 0);
+  if (p.residual) sum += (residual[row * p.width + column] - p.residual_zero) * p.residual_scale;
+  if (p.relu && sum < 0) sum = 0;
+  if (p.y_type == Type::kByte) return std::min(std::max(std::nearbyint(sum + p.y_zero), 0.0), 255.0);
+  return p.y_type == Type::kHalf ? widened(half(static_cast<float>(sum))) : sum;
+}
+
+void one() {
   Product p{};
+  p.x_type = any_type(), p.y_type = any_type(), p.residual_type = any_type();
+  p.w_type = p.x_type == Type::kFloat && between(0, 1) ? Type::kHalf : p.x_type;
+  const int64_t group = p.group();
   p.batch = between(0, 3) ? between(0, 30) : between(30, 60);
-  p.b_r = between(1, between(0, 1) ? 8 : 70);
-  p.b_c = between(1, between(0, 1) ? 8 : 70);
-  p.height = between(1, 5 * p.b_r);
+  p.b_r = group * between(1, (between(0, 1) ? 8 : 70) / group);
+  p.b_c = p.grouped() ? sa_plus_plus::kWide * between(1, 3) : between(1, between(0, 1) ? 8 : 70);
+  p.height = p.grouped() ? p.b_r * between(1, 5) : between(1, 5 * p.b_r);
   p.width = between(1, 5 * p.b_c);
   p.run = std::max<int64_t>(1, p.batch), p.stride = p.height, p.runs = 1;
-  int64_t channels = p.height, window_columns = 1, line = 0, size = p.batch * p.height;
+  p.line = std::max<int64_t>(1, p.batch), p.lines = 1;
+  int64_t across = p.height, line = 0, size = p.batch * p.height;  // `across` numbers lie together
   if (between(0, 1)) {  // a convolution
-    const int64_t images = between(1, 2), window_rows = between(1, 3), down = between(1, 2), across = between(1, 2);
-    window_columns = between(1, 3);
-    p.b_r = between(1, 20);
-    channels = p.b_r * between(1, 3);
+    const int64_t images = between(1, 2), window_rows = between(1, 3), window_columns = between(1, 3);
+    const int64_t down = between(1, 2), right = between(1, 2);
+    p.b_r = group * between(1, 20 / group);
+    const int64_t channels = p.b_r * between(1, 3);
     p.runs = between(1, 4), p.run = between(1, 16);
+    across = window_columns * channels;
     const int64_t high = (p.runs - 1) * down + window_rows;
-    line = ((p.run - 1) * across + window_columns) * channels;
-    p.height = window_rows * window_columns * channels;
+    line = ((p.run - 1) * right + window_columns) * channels;
+    p.height = window_rows * across;
     p.batch = images * p.runs * p.run;
-    p.stride = across * channels, p.run_stride = down * line, p.runs_stride = high * line;
+    p.stride = right * channels, p.run_stride = down * line, p.runs_stride = high * line;
     size = images * high * line;
+    p.line = p.run, p.lines = p.runs;
+    if (between(0, 1)) p.top = between(0, 2), p.bottom = between(0, 2), p.left = between(0, 2), p.right = between(0, 2);
   }
+  auto offset = [&](int64_t k) { return k / across * line + k % across; };  // of number k of a row
   std::vector<int64_t> offsets;
-  auto offset = [&](int64_t k) {  // of number k of a row
-    const int64_t place = k / channels;
-    return place / window_columns * line + place % window_columns * channels + k % channels;
-  };
   for (int64_t i = 0; i < p.grid_r(); ++i) offsets.push_back(offset(i * p.b_r));
-  p.half = between(0, 1);
   p.relu = between(0, 1);
   const double density = std::vector<double>{0, 0.1, 0.5, 1}[between(0, 3)];
   std::vector<int32_t> rows, starts{0};
@@ -86,39 +126,66 @@ void one(const std::vector<Kernel>& kernels) {
     starts.push_back(rows.size());
   }
   p.kept = rows.size();
-  const auto x = numbers(size), w = numbers(p.kept * p.b_r * p.b_c), bias = numbers(p.width);
-  const auto x_memory = exactly(x), w_memory = exactly(w), bias_memory = exactly(bias);
-  const auto half_memory = exactly(halves(w));
+  const auto x = numbers(size, p.x_type, false), w = numbers(p.kept * p.b_r * p.b_c, p.w_type);
+  const auto residual = numbers(p.batch * p.width, p.residual_type, false);
+  auto grouped = w;  // `group` rows of each column together
+  for (int64_t i = 0; i < static_cast<int64_t>(w.size()); ++i) {
+    const int64_t block = i / (p.b_r * p.b_c), row = i / p.b_c % p.b_r, column = i % p.b_c;
+    grouped[block * p.b_r * p.b_c + (row / group * p.b_c + column) * group + row % group] = w[i];
+  }
+  auto scale = floats(numbers(p.width, Type::kFloat)), bias = floats(numbers(p.width, Type::kFloat));
+  for (float& number : scale) number = std::ldexp(1.0f, between(-10, 0));
+  const auto x_memory = memory(x, p.x_type), w_memory = memory(grouped, p.w_type);
+  const auto residual_memory = memory(residual, p.residual_type);
+  const auto scale_memory = exactly(scale), bias_memory = exactly(bias);
   const auto rows_memory = exactly(rows), starts_memory = exactly(starts);
   const auto offsets_memory = exactly(offsets);
   p.down = offsets_memory.get();
   p.x = x_memory.get();
-  p.blocks = p.half ? static_cast<const void*>(half_memory.get()) : w_memory.get();
+  p.blocks = w_memory.get();
   p.rows = rows_memory.get();
   p.starts = starts_memory.get();
+  p.scale = between(0, 1) ? scale_memory.get() : nullptr;
   p.bias = between(0, 1) ? bias_memory.get() : nullptr;
-  if (complaint(p)) fail("a good product was refused");
+  p.residual = between(0, 1) ? residual_memory.get() : nullptr;
+  p.residual_scale = std::ldexp(1.0, between(-6, 0)), p.residual_zero = between(0, 128), p.y_zero = between(0, 128);
+  if (const char* why = complaint(p)) fail(why);
 
-  for (Kernel kernel : kernels) {
-    const auto y_memory = exactly(std::vector<float>(p.batch * p.width, NAN));
+  const int64_t places = (p.batch + p.line * p.lines - 1) / (p.line * p.lines) * p.y_image();
+  const int64_t bytes = sa_plus_plus::size_of(p.y_type);
+  for (const Choice* choice = sa_plus_plus::kernels(p.x_type); choice->kernel; ++choice) {
+    const auto y_memory = exactly(std::vector<char>(places * bytes, 0x7f));
     p.y = y_memory.get();
-    const int64_t row = between(0, p.batch), column = between(0, p.grid_c());
-    kernel(p, {0, row, 0, column});
-    kernel(p, {0, row, column, p.grid_c()});
-    kernel(p, {row, p.batch, 0, p.grid_c()});
+    const int64_t column = between(0, p.grid_c());
+    for (int64_t top = 0, bottom; top < p.batch; top = bottom) {
+      bottom = std::min(p.batch, top + between(1, sa_plus_plus::kMostRows));
+      choice->kernel(p, {top, bottom, 0, column});
+      choice->kernel(p, {top, bottom, column, p.grid_c()});
+    }
+    int64_t untouched = places * bytes;
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t c = 0; c < p.width; ++c) {
-        double sum = p.bias ? bias[c] : 0;
+        double sum = 0;
         for (int64_t at = starts[c / p.b_c]; at < starts[c / p.b_c + 1]; ++at) {
           for (int64_t k = 0; k < p.b_r && rows[at] * p.b_r + k < p.height; ++k) {
-            const int64_t from = p.row(b) - p.x + offset(rows[at] * p.b_r + k);
-            sum += double{x[from]} * w[(at * p.b_r + k) * p.b_c + c % p.b_c];
+            sum += x[p.row(b) + offset(rows[at] * p.b_r + k)] * w[(at * p.b_r + k) * p.b_c + c % p.b_c];
           }
         }
-        if (p.relu && sum < 0) sum = 0;
-        if (!(std::abs(p.y[b * p.width + c] - sum) < 1e-3)) fail("a wrong number");
+        const char* at = y_memory.get() + (p.y_row(b) + c) * bytes;
+        double got;
+        if (p.y_type == Type::kByte) got = static_cast<uint8_t>(*at);
+        if (p.y_type == Type::kHalf) got = widened(*reinterpret_cast<const uint16_t*>(at));
+        if (p.y_type == Type::kFloat) got = *reinterpret_cast<const float*>(at);
+        const double want = finished(p, sum, b, c, residual);
+        if (!(std::abs(got - want) <= 1e-6 * std::abs(want))) {
+          std::printf("%s: %.9g, not %.9g\n", choice->name, got, want);
+          fail("a wrong number");
+        }
+        untouched -= bytes;
       }
     }
+    for (int64_t i = 0; i < places * bytes; ++i) untouched -= y_memory[i] == 0x7f;
+    if (untouched > 0) fail("a border was written to");
   }
 
   if (p.kept == 0) return;  // now with indices that are wrong somewhere
@@ -134,13 +201,9 @@ void one(const std::vector<Kernel>& kernels) {
 
 }  // namespace
 
-int main() {
-  std::vector<Kernel> kernels{sa_plus_plus::kernel_baseline};
-#if defined(__x86_64__)
-  if (sa_plus_plus::best_kernel() != sa_plus_plus::kernel_baseline) kernels.push_back(sa_plus_plus::kernel_avx2);
-  if (sa_plus_plus::best_kernel() == sa_plus_plus::kernel_avx512) kernels.push_back(sa_plus_plus::kernel_avx512);
-#endif
-  const int products = 400;
-  for (int i = 0; i < products; ++i) one(kernels);
+int main(int argc, char** argv) {
+  const int products = argc > 1 ? std::atoi(argv[1]) : 0;
+  if (argc > 2) generator.seed(std::atoi(argv[2]));
+  for (int i = 0; i < products; ++i) one();
   std::printf("%d products\n", products);
 }

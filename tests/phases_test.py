@@ -159,7 +159,7 @@ def test_fraction_follows_the_curve(schedule):
 
 
 @named
-@hypothesis.settings(max_examples=5)
+@problems.examples(5)
 @hypothesis.given(total=st.integers(100, 1_000_000), seed=st.integers(0, 99))
 def test_fraction_of_named_schedules(name, recipe, total, seed):
     schedule = getattr(phases, name)(total, recipe=recipe)

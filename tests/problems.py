@@ -4,6 +4,7 @@ import functools
 import re
 from typing import NamedTuple
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ STEPS = 60
 NAMES = tuple(sapp.ALGORITHMS)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def network(seed=0, dtype=jnp.float32):
     """A convolution and a ragged matrix with more than 100 blocks of 2 x 2, a small matrix, and biases."""
     keys = jax.random.split(jax.random.key(seed), 3)
@@ -24,11 +26,11 @@ def network(seed=0, dtype=jnp.float32):
     return tree
 
 
+@functools.cache
 def batch(step, dtype=jnp.float32):
     """Inputs `(8, 36)` and targets `(8, 8)`, another batch each step."""
-    key = jax.random.fold_in(jax.random.key(99), step)
-    x = jax.random.normal(key, (8, 36))
-    return x.astype(dtype), jnp.sin(3 * x[:, :8]).astype(dtype)
+    x = np.random.default_rng(step).standard_normal((8, 36), np.float32)
+    return jnp.asarray(x, dtype), jnp.asarray(np.sin(3 * x[:, :8]), dtype)
 
 
 def loss(params, data):
@@ -96,6 +98,11 @@ def digits():
     from experiments import tasks  # noqa: PLC0415
 
     return tasks.dataset_of(mnist.get_config().data)
+
+
+def examples(count):
+    """Settings of a hypothesis test: `count` examples where others have 30, and in proportion in a campaign."""
+    return hypothesis.settings(max_examples=max(1, count * hypothesis.settings.default.max_examples // 30))
 
 
 def without_addresses(value):

@@ -1,5 +1,6 @@
 """ResNets against a NumPy implementation with the same weights; their published sizes and costs."""
 
+import functools
 import math
 
 import jax
@@ -103,12 +104,12 @@ def test_forward_pass(make, stages, bottleneck, small_images, size, training):
 def test_bfloat16_computes_in_bfloat16_on_float32_parameters():
     x = jnp.ones((2, 32, 32, 3))
     model = models.ResNet20(classes=10, dtype="bfloat16")
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    logits, state = model.apply(variables, x, capture_intermediates=True)
+    logits, state = jax.jit(functools.partial(model.apply, capture_intermediates=True))(variables, x)
     assert state["intermediates"]["stage2_block1"]["__call__"][0].dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
-    exact = models.ResNet20(classes=10).apply(variables, x)
+    exact = jax.jit(models.ResNet20(classes=10).apply)(variables, x)
     np.testing.assert_allclose(logits, exact, atol=0.05 * np.abs(exact).max())
 
 
@@ -144,7 +145,7 @@ def test_statistics_are_those_of_the_global_batch():
     model = models.ResNet20(classes=10)
     x = np.random.default_rng(0).normal(size=(16, 32, 32, 3)).astype(np.float32)
     x[:8] += 3
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
 
     @jax.jit
     def run(variables, x):

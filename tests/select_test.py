@@ -8,6 +8,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -195,7 +196,7 @@ def test_global_ties_go_to_the_earlier_layer_and_a_layer_may_lose_all():
     assert masks["m"].all()
 
 
-@hypothesis.settings(max_examples=300)
+@problems.examples(300)
 @hypothesis.given(digits=st.integers(1, 9), data=st.data(), blocks=st.integers(1, 10**7))
 def test_kept_blocks_is_exact_for_decimal_sparsities(digits, data, blocks):
     """The float nearest to a decimal number of up to 9 digits is read as that number."""

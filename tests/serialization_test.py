@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 import safetensors.numpy
 
@@ -32,7 +33,7 @@ def kernels(draw, dtypes=("float32", "bfloat16", "float16")):
 
 
 @hypothesis.given(kernels())
-@hypothesis.settings(max_examples=20)
+@problems.examples(20)
 def test_a_kernel_comes_back_bit_by_bit(drawn):
     dense, block, mask = drawn
     w = BlockSparse.fromdense(dense, block)
@@ -47,7 +48,7 @@ def test_a_kernel_comes_back_bit_by_bit(drawn):
 
 
 @hypothesis.given(kernels(dtypes=("float32",)))
-@hypothesis.settings(max_examples=15)
+@problems.examples(15)
 def test_transposed_layout_and_bsr(drawn):
     dense, block, mask = drawn
     w = BlockSparse.fromdense(dense, block, mask)

@@ -2,14 +2,13 @@
 
 import inspect
 import math
-import pathlib
-import shutil
 import subprocess
 import warnings
 
 import hypothesis
 import jax
 import jax.numpy as jnp
+import kernel_fuzz
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -20,7 +19,6 @@ import sa_plus_plus.sparse.xla as xla
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse import BlockSparse, Layout, block_sparse_matmul
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 IMPLEMENTATIONS = ["xla", pytest.param("native", marks=needs_native), "dense"]
 CASES = {  # rows, columns, block, batch, share of blocks kept
@@ -191,12 +189,12 @@ def test_rows_on_several_devices():
 
 def test_a_program_for_another_platform_has_no_kernel_of_this_one():
     x, w, *_ = problem(*CASES["square"])
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call(native.MATMUL)]
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(native.CONV)]
     for platform, has in (("cpu", native.missing() is None), ("cuda", False), ("tpu", False)):
         exported = jax.export.export(jax.jit(block_sparse_matmul), platforms=[platform], disabled_checks=unchecked)(
             x, w
         )
-        assert (native.MATMUL in exported.mlir_module()) == has
+        assert (native.CONV in exported.mlir_module()) == has
 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.5, 1.0])
@@ -274,57 +272,38 @@ def test_a_kernel_for_a_newer_interface_is_not_registered(monkeypatch):
         ({"starts": [0, 1, 3]}, "number of blocks"),
         ({"starts": [0, 2]}, "not those of the blocks"),
         ({"bias": np.zeros(3, np.float32)}, "bias"),
-        ({"out": (4, 16)}, "leading dimensions"),
+        ({"out": (1, 1, 4, 16)}, "does not fit the images"),
+        ({"out": (1, 3, 16)}, "four dimensions"),
         ({"blocks": np.zeros((2, 8, 8), np.int32)}, "float32"),
+        ({"blocks": np.zeros((2, 8, 8, 1), np.float32)}, "number of dimensions"),
+        ({"blocks": np.zeros((2, 8, 8), np.int8)}, "types of x and blocks differ"),
+        ({"residual": np.zeros((1, 1, 3, 15), np.float32)}, "residual"),
+        ({"window_rows": 2}, "does not fit the images"),
+        ({"stride_down": 0}, "does not fit the images"),
+        ({"top": -1}, "does not fit the images"),
     ],
 )
 def test_the_kernel_refuses_wrong_buffers(change, wanted):
-    call = {"rows": [0, 1], "starts": [0, 1, 2], "bias": np.zeros(0, np.float32), "out": (3, 16)}
-    call = {"blocks": np.ones((2, 8, 8), np.float32), **call, **change}
+    call = {"rows": [0, 1], "starts": [0, 1, 2], "bias": np.zeros(0, np.float32), "out": (1, 1, 3, 16)}
+    call |= {"blocks": np.ones((2, 8, 8), np.float32), "residual": np.zeros(0, np.float32), **change}
     rows, starts = (np.array(call[name], np.int32) for name in ("rows", "starts"))
-    kernel = jax.ffi.ffi_call(native.MATMUL, jax.ShapeDtypeStruct(call["out"], jnp.float32))
+    kernel = jax.ffi.ffi_call(native.CONV, jax.ShapeDtypeStruct(call["out"], jnp.float32))
+    integers = dict.fromkeys(("window_rows", "window_columns", "stride_down", "stride_across"), 1)
+    integers |= dict.fromkeys(("top", "bottom", "left", "right"), 0)
+    options = {name: np.int64(change.get(name, n)) for name, n in integers.items()}
+    options |= dict.fromkeys(("residual_scale", "residual_zero", "y_zero"), np.float32(0)) | {"relu": False}
+    none = np.zeros(0, np.float32)
     with pytest.raises((ValueError, RuntimeError), match=wanted):
-        jax.block_until_ready(
-            kernel(np.ones((3, 24), np.float32), call["blocks"], rows, starts, call["bias"], relu=False)
-        )
+        x = np.ones((1, 1, 3, 24), np.float32)
+        jax.block_until_ready(kernel(x, call["blocks"], rows, starts, none, call["bias"], call["residual"], **options))
 
 
 def test_the_kernel_stays_within_its_memory(tmp_path):
     """Its source under the address and undefined-behaviour sanitizers, on random products, without XLA."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    instructions = {
-        "kernel_avx2": ["-mavx2", "-mfma"],
-        "kernel_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
-    }
-    source = ROOT / "sa_plus_plus/sparse/csrc"
-    x86 = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True).stdout.startswith("x86_64")
-    flags = ["-O0", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{source}"]
-    probe = tmp_path / "probe.cc"
-    probe.write_text("int main() {}")
-    if subprocess.run([compiler, *flags, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
-        pytest.skip(f"{compiler} has no sanitizers")
-    files = [file for file in source.glob("*.cc") if file.stem != "ffi"] + [ROOT / "tests/kernel_fuzz.cc"]
-    jobs = []
-    for file in files:
-        extra = instructions.get(file.stem, []) if x86 else []
-        command = [
-            compiler,
-            *flags,
-            *extra,
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-c",
-            file,
-            "-o",
-            tmp_path / f"{file.stem}.o",
-        ]
-        jobs.append(subprocess.Popen(command))
-    assert [job.wait() for job in jobs] == [0] * len(files)
-    objects = [tmp_path / f"{file.stem}.o" for file in files]
-    subprocess.run([compiler, *flags, *objects, "-o", tmp_path / "fuzz"], check=True)
-    run = subprocess.run([tmp_path / "fuzz"], capture_output=True, text=True)
+    try:
+        fuzzer = kernel_fuzz.build(tmp_path)
+    except LookupError as missing:
+        pytest.skip(str(missing))
+    run = subprocess.run([fuzzer, "400"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "400 products" in run.stdout
+    assert run.stdout == "400 products\n"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import problems
 import pytest
 
 import sa_plus_plus as sapp
@@ -35,7 +36,7 @@ def there_and_back(tree, ids, path):
 
 
 @hypothesis.given(SHAPES, st.integers(0, 100))
-@hypothesis.settings(max_examples=10)
+@problems.examples(10)
 def test_taken_rows_are_the_distinct_ones(shape, seed):
     length, lookups = shape
     rng = np.random.default_rng(seed)
@@ -68,7 +69,7 @@ def both_ways(tree, ids):
 
 
 @hypothesis.given(SHAPES, st.integers(0, 100))
-@hypothesis.settings(max_examples=10)
+@problems.examples(10)
 def test_lookups_outside_the_table_give_what_they_give_in_all_of_it(shape, seed):
     length, lookups = shape
     rng = np.random.default_rng(seed)

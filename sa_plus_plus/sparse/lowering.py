@@ -156,7 +156,9 @@ def packed_float(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
     """
     line = kernel.shape[1] * kernel.shape[2]
     if block is None:
-        return BlockSparse.fromdense(kernel, (line, DENSE_COLUMNS), np.ones((kernel.shape[0], -(-kernel.shape[3] // DENSE_COLUMNS)), bool))
+        return BlockSparse.fromdense(
+            kernel, (line, DENSE_COLUMNS), np.ones((kernel.shape[0], -(-kernel.shape[3] // DENSE_COLUMNS)), bool)
+        )
     if kernel.shape[0] > 1 and line % block[0]:  # a block may not reach into the next line of the window
         block = (math.gcd(line, block[0]), block[1])
     return BlockSparse.fromdense(kernel, block)
@@ -273,7 +275,12 @@ def _wanted(
 
 def _border(value: Variable, users: Sequence[Any], types: Mapping[int, np.dtype], numbers: Mapping[int, int]) -> Border:
     """The padding of the one convolution that takes a value."""
-    if len(users) != 1 or not isinstance(users[0], Linear) or numbers[id(users[0])] not in types or len(value.shape) != 4:
+    if (
+        len(users) != 1
+        or not isinstance(users[0], Linear)
+        or numbers[id(users[0])] not in types
+        or len(value.shape) != 4
+    ):
         return NO_BORDER
     (user,) = users
     window = window_of(user.layer)

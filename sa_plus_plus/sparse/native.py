@@ -162,9 +162,7 @@ def max_pool(
       strides: down and across.
       padding: `((top, bottom), (left, right))`.
     """
-    sizes = [
-        (n + sum(pads) - k) // s + 1 for n, pads, k, s in zip(x.shape[1:3], padding, window, strides, strict=True)
-    ]
+    sizes = [(n + sum(pads) - k) // s + 1 for n, pads, k, s in zip(x.shape[1:3], padding, window, strides, strict=True)]
     out = jax.ShapeDtypeStruct((x.shape[0], *sizes, x.shape[3]), x.dtype)
     options = {"window_rows": window[0], "window_columns": window[1], "stride_down": strides[0]}
     options |= {"stride_across": strides[1], "top": padding[0][0], "left": padding[1][0]}

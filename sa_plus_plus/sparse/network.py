@@ -426,7 +426,11 @@ def _computed(program: Program, weights: Sequence[Any], inputs: Any) -> Values:
             rest = iter(given)
             kept = lowering.keeps_type(step) and values.form(step.outputs[0]) if step.outputs else None
             arguments = [
-                values.get(v, kept or None) if isinstance(v, Variable) else jnp.asarray(v.full) if _small(v) else next(rest)
+                values.get(v, kept or None)
+                if isinstance(v, Variable)
+                else jnp.asarray(v.full)
+                if _small(v)
+                else next(rest)
                 for v in step.inputs
             ]
             fast = lowering.pooled(step, arguments[0]) if program.compiles and arguments else None
@@ -463,7 +467,9 @@ def _ranges(traced: Traced[Call | Linear], batches: Sequence[Any]) -> dict[Varia
     """Smallest and largest of each value that layers take or return, over the calibration data."""
     program, weights = _plain(traced)
     layers = [step.layer for step in traced.steps if isinstance(step, Linear)]
-    wanted = list(dict.fromkeys(v for layer in layers for v in (layer.x, layer.output, layer.residual) if v is not None))
+    wanted = list(
+        dict.fromkeys(v for layer in layers for v in (layer.x, layer.output, layer.residual) if v is not None)
+    )
 
     @jax.jit
     def ends(weights: Any, *inputs: Any) -> Any:
@@ -475,7 +481,10 @@ def _ranges(traced: Traced[Call | Linear], batches: Sequence[Any]) -> dict[Varia
     if not np.isfinite(seen).all():
         layer = next(layer for layer, v in zip(layers, seen.sum((0, 2)), strict=False) if not np.isfinite(v))
         raise ValueError(f"the network's values on the calibration data are not finite, at {_described(layer)}")
-    return {v: (float(low), float(high)) for v, low, high in zip(wanted, seen[:, :, 0].min(0), seen[:, :, 1].max(0), strict=True)}
+    return {
+        v: (float(low), float(high))
+        for v, low, high in zip(wanted, seen[:, :, 0].min(0), seen[:, :, 1].max(0), strict=True)
+    }
 
 
 def _errors(
@@ -519,7 +528,16 @@ def _cells(choice: Choice) -> tuple[str, ...]:
     kept = "-" if np.isnan(choice.density) else f"{choice.density:.1%}"
     error = "-" if np.isnan(choice.error) else f"{choice.error:.2g}"
     return (
-        choice.layer, kernel, rows, block, kept, *times, choice.runs, choice.precision, error, choice.note,
+        choice.layer,
+        kernel,
+        rows,
+        block,
+        kept,
+        *times,
+        choice.runs,
+        choice.precision,
+        error,
+        choice.note,
     )
 
 

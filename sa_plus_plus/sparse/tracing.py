@@ -234,7 +234,10 @@ class _Recorder:
         if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (x.dtype, kernel.value.dtype, out.aval.dtype)):
             return None
         over_x, over_kernel = contracted if x is left else contracted[::-1]
-        rest_x, rest_kernel = ([i for i in range(len(v.shape)) if i not in over] for v, over in zip((x, kernel), (over_x, over_kernel), strict=True))
+        rest_x, rest_kernel = (
+            [i for i in range(len(v.shape)) if i not in over]
+            for v, over in zip((x, kernel), (over_x, over_kernel), strict=True)
+        )
         columns = tuple(kernel.shape[i] for i in rest_kernel)
         matrix = jnp.transpose(kernel.full, (*over_kernel, *rest_kernel))
         matrix = matrix.reshape(int(np.prod([kernel.shape[i] for i in over_kernel])), -1)
