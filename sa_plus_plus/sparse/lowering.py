@@ -24,7 +24,7 @@ Border = tuple[tuple[int, int], tuple[int, int]]
 NO_BORDER: Border = ((0, 0), (0, 0))
 FLOAT32, BFLOAT16, UINT8 = np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.uint8)
 REGISTER_BYTES = 64  # of a block's column that matrix registers take at once
-DENSE_COLUMNS = 32  # of the blocks in which a float32 kernel is packed that is not pruned
+DENSE_ROWS, DENSE_COLUMNS = 128, 32  # at most, of the blocks in which a float32 kernel is packed that is not pruned
 _SHAPES_ONLY = ("reshape", "squeeze", "transpose", "slice", "reduce_window_max")  # whatever type they are given
 
 
@@ -148,7 +148,7 @@ def window_of(layer: Layer) -> Window | str:
 
 
 def packed_float(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
-    """A float32 kernel by its blocks; one that is not pruned in strips of all the rows that lie together in memory.
+    """A float32 kernel by its blocks; one that is not pruned in large ones.
 
     Args:
       kernel: `(k_h, k_w, channels, outputs)`.
@@ -156,9 +156,10 @@ def packed_float(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
     """
     line = kernel.shape[1] * kernel.shape[2]
     if block is None:
-        return BlockSparse.fromdense(
-            kernel, (line, DENSE_COLUMNS), np.ones((kernel.shape[0], -(-kernel.shape[3] // DENSE_COLUMNS)), bool)
-        )
+        rows = max(n for n in range(1, min(line, DENSE_ROWS) + 1) if line % n == 0)
+        block = (rows, DENSE_COLUMNS)
+        grid = blk.grid_shape(kernel.shape, block)
+        return BlockSparse.fromdense(kernel, block, np.ones(grid, bool))
     if kernel.shape[0] > 1 and line % block[0]:  # a block may not reach into the next line of the window
         block = (math.gcd(line, block[0]), block[1])
     return BlockSparse.fromdense(kernel, block)
