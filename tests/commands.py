@@ -28,6 +28,7 @@ QUICK_COMPILATION = [  # XLA's, for the tests: their programs are small and run 
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.12 has no such flag
     QUICK_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")  # the older emitters compile three times as fast
+SECONDS = 300  # that a command may take
 _FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -63,17 +64,17 @@ class Command:
     def running(self) -> bool:
         return self._status() is None
 
-    def finish(self, seconds: float = 300) -> types.SimpleNamespace:
+    def finish(self) -> types.SimpleNamespace:
         """What it left when it ended: `returncode` (minus the signal that killed it), `stdout`, `stderr`, `output`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._wait(seconds)
+            self._wait(SECONDS)
         if self.running():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGUSR1)  # a fork writes where each of its threads is
             self._wait_a_little()
             self.kill()
             self._wait()
-            raise TimeoutError(f"killed after {seconds} s: {self._texts()}")
+            raise TimeoutError(f"killed after {SECONDS} s: {self._texts()}")
         out, err = self._texts()
         self._output.cleanup()
         return types.SimpleNamespace(returncode=self._status(), stdout=out, stderr=err, output=out + err)
