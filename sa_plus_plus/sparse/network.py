@@ -170,9 +170,9 @@ def specialize(
     """
     if choose not in ("measured", "all", "none"):
         raise ValueError(f"choose must be measured, all or none, got {choose!r}")
-    chosen(implementation, np.dtype(np.float32))  # refuses an unknown one
     compiles = implementation in (None, "native") and native.missing() is None and jax.default_backend() == "cpu"
     _check_precision(precision, calibration, implementation, compiles)
+    chosen(implementation, np.dtype(np.float32))  # refuses an unknown one
     sides = [(b, b) for b in BLOCKS] if block is None else [blk.as_block(block)]
     traced = trace(fn, *examples)
     batches = None if calibration is None else _batches(traced, calibration)

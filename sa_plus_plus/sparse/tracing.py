@@ -103,7 +103,7 @@ class Layer(NamedTuple):
         else:
             (y,) = self.call.run(x, kernel)
         if bias is not None:
-            y = y + jnp.reshape(bias, self.columns)
+            y = y + jnp.reshape(bias, (1,) * (y.ndim - len(self.columns)) + self.columns)
         if residual is not None:
             y = y + residual
         return jax.nn.relu(y) if self.relu else y
