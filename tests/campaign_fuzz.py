@@ -21,9 +21,9 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import kernel_fuzz
+import kernel_fuzz  # noqa: E402
 
-from benchmarks import timing
+from benchmarks import timing  # noqa: E402
 
 KERNEL, PRODUCTS, ROUNDS = "kernel_fuzz.cc", 10_000, 20
 HYPOTHESIS = re.compile("^(import|from) hypothesis", re.MULTILINE)

@@ -32,6 +32,7 @@ LIBRARY = (
     "sparse.matmul",
     "sparse.convolution",
     "sparse.tracing",
+    "sparse.lowering",
     "sparse.network",
     "sparse",
     "convex.lambert",

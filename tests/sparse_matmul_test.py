@@ -293,8 +293,8 @@ def test_the_kernel_refuses_wrong_buffers(change, wanted):
     options = {name: np.int64(change.get(name, n)) for name, n in integers.items()}
     options |= dict.fromkeys(("residual_scale", "residual_zero", "y_zero"), np.float32(0)) | {"relu": False}
     none = np.zeros(0, np.float32)
+    x = np.ones((1, 1, 3, 24), np.float32)
     with pytest.raises((ValueError, RuntimeError), match=wanted):
-        x = np.ones((1, 1, 3, 24), np.float32)
         jax.block_until_ready(kernel(x, call["blocks"], rows, starts, none, call["bias"], call["residual"], **options))
 
 

@@ -119,8 +119,9 @@ def window_of(layer: Layer) -> Window | str:
     """The layer as a convolution of images, or why it cannot run in the compiled kernel."""
     if layer.call is None:
         rows, (inputs, outputs) = layer.rows, layer.kernel.shape
-        images = layer.x.shape if len(layer.x.shape) == len(layer.output.shape) == 4 else (1, 1, rows, inputs)
-        return Window(images, (1, 1, inputs, outputs), (1, 1), NO_BORDER)
+        alike = len(layer.x.shape) == len(layer.output.shape) == 4
+        image: Any = layer.x.shape if alike else (1, 1, rows, inputs)
+        return Window(image, (1, 1, inputs, outputs), (1, 1), NO_BORDER)
     options, n = layer.call.options, len(layer.kernel.shape) - 2
     if n not in (1, 2):
         return f"a convolution over {n} axes"
@@ -140,10 +141,10 @@ def window_of(layer: Layer) -> Window | str:
         return "a convolution with negative padding"
     if n == 1:
         strides, padding = (1, *strides), ((0, 0), *padding)
-    images, kernel = layer.x.shape, layer.kernel.shape
+    shape, kernel_shape = layer.x.shape, layer.kernel.shape
     if n == 1:
-        images, kernel = (images[0], 1, *images[1:]), (1, *kernel)
-    return Window(images, kernel, strides, padding)  # type: ignore[arg-type]
+        shape, kernel_shape = (shape[0], 1, *shape[1:]), (1, *kernel_shape)
+    return Window(shape, kernel_shape, strides, padding)  # type: ignore[arg-type]
 
 
 def packed_float(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
@@ -192,9 +193,9 @@ def consumers(program: Traced[Any]) -> dict[Variable, list[Any]]:
     for step in program.steps:
         for value in _inputs(step):
             users.setdefault(value, []).append(step)
-    for value in program.outputs:
-        if isinstance(value, Variable):
-            users.setdefault(value, []).append(None)
+    for result in program.outputs:
+        if isinstance(result, Variable):
+            users.setdefault(result, []).append(None)
     return users
 
 

@@ -132,13 +132,13 @@ def specialize(
         fast = sapp.specialize(lambda x: model.apply(variables, x), example)
         y = fast(x)
 
-    The function is traced with its weights as constants. What depends on them alone is computed now; scales and shifts
-    of channels after a dense layer or convolution in float32 or float64, batch normalisation among them, the addition of
-    another value of its shape, and ReLU are folded into it. On CPUs, where the package's kernel was compiled, layers run
-    there where that is faster than as they were traced: those of which blocks are zero by the other blocks, the rest in
-    full. Elsewhere pruned layers are multiplied by their blocks where that is faster. `print(fast)` shows what became
-    of each. Results are the network's up to rounding, for finite inputs. It is for inference: custom derivatives are
-    lost.
+    The function is traced with its weights as constants. What depends on them alone is computed now. Into each dense
+    layer or convolution in float32 or float64 are folded: scales and shifts of channels, such as those of batch
+    normalisation, the addition of another value of the same shape, and ReLU. On CPUs layers run in the package's
+    compiled kernel where that is faster than as they were traced: pruned ones by the blocks that are not zero, the
+    rest in full. On other platforms pruned layers are multiplied by their blocks where that is faster. `print(fast)`
+    shows what became of each layer. Results are the network's up to rounding, for finite inputs. It is for inference:
+    custom derivatives are lost.
 
     Layers are products of a value and a constant, whichever axes are contracted, and convolutions of channels that come
     last, wherever the function or what it calls does them, but not within loops and branches (`scan`, `while`, `cond`).
@@ -286,9 +286,11 @@ def _assembled(
     """The network without its weights, so that no kernel is kept in full beside its blocks, and these."""
     types = {i: kernel.dtype for i, kernel in enumerate(kernels) if isinstance(kernel, lowering.Packed)}
     forms = lowering.forms_of(traced, types, ranges)
-    steps, weights = [], []
+    steps: list[Any] = []
+    weights: list[Any] = []
     for step, kernel in zip(traced.steps, kernels, strict=True):
         if isinstance(kernel, lowering.Packed):
+            assert isinstance(step, Linear)
             compiled, needs = lowering.assembled(step, kernel, forms, ranges)
             steps.append(compiled)
             weights.append(needs)
@@ -500,8 +502,10 @@ def _errors(
         pairs = [(want.get(v).astype(jnp.float32), got.get(v).astype(jnp.float32)) for v in outputs]
         return jnp.stack([jnp.stack([jnp.sum((a - b) ** 2), jnp.sum(a**2)]) for a, b in pairs])
 
-    total = sum(np.asarray(squares(full, weights, *batch), np.float64) for batch in batches)
-    off, size = np.moveaxis(total, -1, 0) if outputs else (np.zeros(0), np.zeros(0))
+    if not outputs:
+        return {}
+    each = [np.asarray(squares(full, weights, *batch), np.float64) for batch in batches]
+    off, size = np.moveaxis(np.sum(each, 0), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return {v: float(np.sqrt(a / b)) for v, a, b in zip(outputs, off, size, strict=True)}
 
