@@ -40,12 +40,15 @@ class Command:
       arguments: of its command line.
       devices: how many CPU devices it sees.
       real: whether a new interpreter runs it.
+      long: whether it computes for so long that XLA had better optimise its programs.
     """
 
-    def __init__(self, what: str | pathlib.Path, *arguments: object, devices: int = 1, real: bool = False):
+    def __init__(
+        self, what: str | pathlib.Path, *arguments: object, devices: int = 1, real: bool = False, long: bool = False
+    ):
         self._output = tempfile.TemporaryDirectory()
         paths = [f"{self._output.name}/{name}" for name in ("stdout", "stderr")]
-        line, environment = [*map(str, (what, *arguments))], _environment(devices)
+        line, environment = [*map(str, (what, *arguments))], _environment(devices, long)
         if real:
             start = [] if line[0].endswith(".py") else ["-m"]
             with open(paths[0], "wb") as out, open(paths[1], "wb") as err:
@@ -92,8 +95,8 @@ def run(what: str | pathlib.Path, *arguments: object, **options: object) -> type
     return Command(what, *arguments, **options).finish()
 
 
-def _environment(devices: int) -> dict[str, str]:
-    flags = [*QUICK_COMPILATION, f"--xla_force_host_platform_device_count={devices}"]
+def _environment(devices: int, long: bool) -> dict[str, str]:
+    flags = [*([] if long else QUICK_COMPILATION), f"--xla_force_host_platform_device_count={devices}"]
     return {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
 
 
