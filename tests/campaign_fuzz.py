@@ -20,9 +20,9 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import kernel_fuzz  # noqa: E402
+import kernel_fuzz
 
-from benchmarks import timing  # noqa: E402
+from benchmarks import timing
 
 ROOT = kernel_fuzz.ROOT
 KERNEL, PRODUCTS, ROUNDS = "kernel_fuzz.cc", 10_000, 20
