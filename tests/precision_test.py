@@ -8,7 +8,7 @@ import pytest
 import sa_plus_plus as sapp
 import sa_plus_plus.sparse.native as native
 from experiments import models
-from sa_plus_plus.sparse import lowering
+from sa_plus_plus.sparse import lowering, windows
 
 pytestmark = [
     pytest.mark.skipif(native.missing() is not None, reason=str(native.missing())),
@@ -50,7 +50,7 @@ def test_a_residual_network(residual, precision, most):
     # Values stay narrow between the layers: nothing is converted but the input and the result.
     layers = [step for step in fast._program.traced.steps if isinstance(step, lowering.Compiled)]
     assert [step.y.dtype for step in layers[:-2]] == [layers[1].x.dtype] * (len(layers) - 2)
-    assert sum(step.y.border != lowering.NO_BORDER for step in layers) >= 2  # padded by the layer before
+    assert sum(step.y.border != windows.NO_BORDER for step in layers) >= 2  # padded by the layer before
 
 
 def test_signed_activations_and_wide_outputs():

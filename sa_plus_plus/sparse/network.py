@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import sa_plus_plus.sparse.lowering as lowering
@@ -14,14 +13,15 @@ import sa_plus_plus.sparse.native as native
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.checks import occupied
 from sa_plus_plus.sparse.array import BlockSparse
-from sa_plus_plus.sparse.convolution import block_sparse_conv
-from sa_plus_plus.sparse.lowering import BFLOAT16, FLOAT32, UINT8, Compiled, Form
-from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul, chosen
-from sa_plus_plus.sparse.tracing import Call, Constant, Layer, Linear, Traced, Variable, trace
+from sa_plus_plus.sparse.calibration import batches_of, errors_of, ranges_of, shape_and_type, shapes
+from sa_plus_plus.sparse.forms import BFLOAT16, FLOAT32, UINT8
+from sa_plus_plus.sparse.matmul import Implementation, chosen
+from sa_plus_plus.sparse.program import Program, assembled, by_blocks, described, run
+from sa_plus_plus.sparse.tracing import Call, Linear, Traced, Variable, trace
+from sa_plus_plus.sparse.windows import window_of
 
 BLOCKS = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are looked for
 Precision = Literal["float32", "bfloat16", "int8"]
-_INLINE = 1024  # numbers of a constant that are compiled into the program rather than handed to it
 _ROUNDS, _ROUND_SECONDS = 5, 0.01  # of measuring
 _NAMES = {FLOAT32: "float32", BFLOAT16: "bfloat16", UINT8: "int8"}
 
@@ -71,11 +71,11 @@ class Network:
       fn: `fn(weights, *inputs)`, pure: to be jitted with others, or exported.
     """
 
-    def __init__(self, program: "Program", weights: Sequence[Any], choices: Sequence[Choice]):
+    def __init__(self, program: Program, weights: Sequence[Any], choices: Sequence[Choice]):
         self._program = program
         self.choices = tuple(choices)
         self.weights = weights
-        self.fn = functools.partial(_run, program)
+        self.fn = functools.partial(run, program)
         # Flat, so that a call does not take the weights' tree apart again.
         self._arrays, structure = jax.tree.flatten(self.weights)
         self._jitted = jax.jit(lambda arrays, *inputs: self.fn(jax.tree.unflatten(structure, arrays), *inputs))
@@ -85,11 +85,11 @@ class Network:
         leaves, tree = jax.tree.flatten(inputs)
         if tree != traced.input_tree:
             raise ValueError(f"this network was made for arguments like {traced.input_tree}, got {tree}")
-        got = [(x.shape, x.dtype) if isinstance(x, jax.Array) else _shape_and_type(x) for x in leaves]
+        got = [(x.shape, x.dtype) if isinstance(x, jax.Array) else shape_and_type(x) for x in leaves]
         want = [(v.shape, v.dtype) for v in traced.inputs]
         if got != want:
             raise ValueError(
-                f"this network was made for {_shapes(want)}, got {_shapes(got)}: make another for these, "
+                f"this network was made for {shapes(want)}, got {shapes(got)}: make another for these, "
                 "or pad them to that shape"
             )
         return self._jitted(self._arrays, *inputs)
@@ -100,22 +100,6 @@ class Network:
         widths = [max(len(row[i]) for row in table) for i in used]
         lines = ["  ".join(row[i].ljust(w) for i, w in zip(used, widths, strict=True)).rstrip() for row in table]
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-class Program(NamedTuple):
-    """A network without its weights.
-
-    Attributes:
-      traced: its steps: calls, layers that run as they were traced or in another implementation, and compiled ones.
-      forms: how each value is held that is not held as it was traced.
-      implementation: of sparse layers that are not compiled.
-      compiles: whether any layer is, so that it runs on a CPU for which the package's kernel was compiled.
-    """
-
-    traced: Traced[Call | Layer | Compiled]
-    forms: dict[Variable, Form]
-    implementation: Implementation | None
-    compiles: bool
 
 
 def specialize(
@@ -175,8 +159,8 @@ def specialize(
     chosen(implementation, np.dtype(np.float32))  # refuses an unknown one
     sides = [(b, b) for b in BLOCKS] if block is None else [blk.as_block(block)]
     traced = trace(fn, *examples)
-    batches = None if calibration is None else _batches(traced, calibration)
-    ranges = _ranges(traced, batches) if batches and precision == "int8" else {}
+    batches = None if calibration is None else batches_of(traced, calibration)
+    ranges = ranges_of(traced, batches) if batches and precision == "int8" else {}
     types = _types(traced, precision) if compiles and choose != "none" else {}
     measured: dict[Any, tuple[float, float]] = {}
     forms: list[Any] = []
@@ -188,9 +172,9 @@ def specialize(
             form, choice = None, None
         forms.append(form)
         choices.append(choice)
-    program, weights = _assembled(traced, forms, ranges, implementation)
+    program, weights = assembled(traced, forms, ranges, implementation)
     if batches:
-        errors = _errors(traced, program, weights, batches)
+        errors = errors_of(traced, program, weights, batches)
         pairs = zip(choices, traced.steps, strict=True)
         choices = [
             choice._replace(error=errors[step.layer.output]) if choice and isinstance(step, Linear) else None
@@ -220,7 +204,7 @@ def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[i
     for i in layers:
         layer = traced.steps[i].layer  # type: ignore[union-attr]
         dtype = np.dtype(layer.kernel.dtype)
-        if isinstance(lowering.window_of(layer), str) or not dtype == layer.x.dtype == layer.output.dtype:
+        if isinstance(window_of(layer), str) or not dtype == layer.x.dtype == layer.output.dtype:
             continue
         if dtype == BFLOAT16:
             types[i] = BFLOAT16
@@ -240,10 +224,10 @@ def _decide(
     measured: dict[Any, tuple[float, float]],
 ) -> tuple[lowering.Packed | BlockSparse | None, Choice]:
     """A layer's kernel as it is to run, None as it was traced; and the reasons."""
-    layer, window = step.layer, lowering.window_of(step.layer)
+    layer, window = step.layer, window_of(step.layer)
     kernel = np.asarray(step.kernel)
     block, density = _pruned_in(kernel, sides)
-    about = (_described(layer), kernel.shape, layer.rows, block, density)
+    about = (described(layer), kernel.shape, layer.rows, block, density)
     choice = Choice(*about, precision=np.dtype(layer.kernel.dtype).name)
     form: lowering.Packed | BlockSparse | None = None
     if isinstance(window, str):
@@ -280,45 +264,6 @@ def _pruned_in(kernel: np.ndarray, sides: list[blk.Block]) -> tuple[blk.Block | 
     return next((block, share) for block, share in shares.items() if share <= 1.1 * least)
 
 
-def _assembled(
-    traced: Traced[Call | Linear], kernels: Sequence[Any], ranges: Any, implementation: Implementation | None
-) -> tuple[Program, list[Any]]:
-    """The network without its weights, so that no kernel is kept in full beside its blocks, and these."""
-    types = {i: kernel.dtype for i, kernel in enumerate(kernels) if isinstance(kernel, lowering.Packed)}
-    forms = lowering.forms_of(traced, types, ranges)
-    steps: list[Any] = []
-    weights: list[Any] = []
-    for step, kernel in zip(traced.steps, kernels, strict=True):
-        if isinstance(kernel, lowering.Packed):
-            assert isinstance(step, Linear)
-            compiled, needs = lowering.assembled(step, kernel, forms, ranges)
-            steps.append(compiled)
-            weights.append(needs)
-        else:
-            steps.append(_without_weights(step))
-            weights.append(_needs(step, kernel))
-    program = Traced(traced.inputs, steps, traced.outputs, traced.input_tree, traced.tree)
-    return Program(program, forms, implementation, bool(types)), weights
-
-
-def _sparse(layer: Layer, x: Any, w: BlockSparse, bias: Any, residual: Any, implementation: Any) -> Any:
-    """A layer by its blocks in an implementation other than the compiled kernel's."""
-    relu = layer.relu and residual is None
-    if layer.call is not None:
-        strides, padding = layer.call.options["window_strides"], layer.call.options["padding"]
-        y = block_sparse_conv(
-            x, w, strides=strides, padding=padding, bias=bias, relu=relu, implementation=implementation
-        )
-    else:
-        x = x.reshape(layer.rows, w.shape[0])
-        y = block_sparse_matmul(x, w, bias=bias, relu=relu, implementation=implementation)
-        y = y.reshape(layer.output.shape)
-    if residual is not None:
-        y = y + residual
-        y = jax.nn.relu(y) if layer.relu else y
-    return y
-
-
 def _measure(step: Linear, form: Any, implementation: Implementation | None) -> tuple[float, float]:
     """Seconds of the layer as it was traced and in the form given, measured in turn."""
     layer = step.layer
@@ -330,7 +275,7 @@ def _measure(step: Linear, form: Any, implementation: Implementation | None) -> 
         (held, added), compiled, weights = lowering.alone(step, form, x, residual)
         contenders.append((jax.jit(compiled.run), (held, added, *weights)))
     else:
-        run = functools.partial(_sparse, layer, implementation=implementation)
+        run = functools.partial(by_blocks, layer, implementation=implementation)
         contenders.append((jax.jit(run), (x, form, step.bias, residual)))
     calls = [functools.partial(run, *arguments) for run, arguments in contenders]
     seconds: list[list[float]] = [[], []]
@@ -354,169 +299,6 @@ def _timed(call: Callable[[], Any], repeats: int) -> float:
     for _ in range(repeats):
         jax.block_until_ready(call())
     return (time.perf_counter() - started) / repeats
-
-
-def _needs(step: Call | Linear, form: BlockSparse | None) -> Any:
-    """The arrays that a step takes besides its variables."""
-    if isinstance(step, Linear):
-        return (step.kernel if form is None else form, step.bias)
-    return [value.full for value in step.inputs if isinstance(value, Constant) and not _small(value)]
-
-
-def _without_weights(step: Call | Linear) -> Call | Layer:
-    """What is to be done with the arrays of `_needs`."""
-    if isinstance(step, Linear):
-        return step.layer
-    values = (v if isinstance(v, Variable) or _small(v) else Constant(None, v.shape) for v in step.inputs)
-    return step._replace(inputs=tuple(values))
-
-
-def _shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
-    """Of what is not an array of JAX's: as it will be when it is made one."""
-    return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
-
-
-def _small(constant: Constant) -> bool:
-    return int(np.prod(constant.shape)) <= _INLINE
-
-
-class Values:
-    """What has been computed so far, each value as it is held and in the forms that were asked for."""
-
-    def __init__(self, forms: dict[Variable, Form]):
-        self.forms = forms
-        self.held: dict[tuple[Variable, Form], Any] = {}
-
-    def form(self, value: Variable) -> Form:
-        return self.forms.get(value, Form(np.dtype(value.dtype)))
-
-    def put(self, value: Variable, array: Any) -> None:
-        self.held[value, self.form(value)] = array
-
-    def get(self, value: Variable, form: Form | None = None) -> Any:
-        """In the form asked for, as it was traced by default."""
-        want, have = form or Form(np.dtype(value.dtype)), self.form(value)
-        if (value, want) not in self.held:
-            self.held[value, want] = lowering.converted(self.held[value, have], have, want)
-        return self.held[value, want]
-
-
-def _run(program: Program, weights: Sequence[Any], *inputs: Any) -> Any:
-    traced = program.traced
-    values = _computed(program, weights, inputs)
-    results = [values.get(v) if isinstance(v, Variable) else v.full for v in traced.outputs]
-    return jax.tree.unflatten(traced.tree, results)
-
-
-def _computed(program: Program, weights: Sequence[Any], inputs: Any) -> Values:
-    values = Values(program.forms)
-    for variable, leaf in zip(program.traced.inputs, jax.tree.leaves(inputs), strict=True):
-        values.put(variable, leaf)
-    for step, given in zip(program.traced.steps, weights, strict=True):
-        if isinstance(step, Compiled):
-            residual = None if step.residual is None else values.get(step.layer.residual, step.residual)  # type: ignore[arg-type]
-            values.put(step.layer.output, step.run(values.get(step.layer.x, step.x), residual, *given))
-        elif isinstance(step, Layer):
-            kernel, bias = given
-            x, residual = values.get(step.x), None if step.residual is None else values.get(step.residual)
-            if isinstance(kernel, BlockSparse):
-                y = _sparse(step, x, kernel, bias, residual, program.implementation)
-            else:
-                y = step.dense(x, kernel, bias, residual)
-            values.put(step.output, y)
-        else:
-            rest = iter(given)
-            kept = lowering.keeps_type(step) and values.form(step.outputs[0]) if step.outputs else None
-            arguments = [
-                values.get(v, kept or None)
-                if isinstance(v, Variable)
-                else jnp.asarray(v.full)
-                if _small(v)
-                else next(rest)
-                for v in step.inputs
-            ]
-            fast = lowering.pooled(step, arguments[0]) if program.compiles and arguments else None
-            for variable, result in zip(step.outputs, step.run(*arguments) if fast is None else [fast], strict=True):
-                values.put(variable, result)
-    return values
-
-
-def _batches(traced: Traced[Any], calibration: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """The batches as tuples of arguments, checked."""
-    batches = []
-    for number, batch in enumerate(calibration):
-        batch = batch if isinstance(batch, tuple) else (batch,)
-        leaves, tree = jax.tree.flatten(batch)
-        got, want = [_shape_and_type(x) for x in leaves], [(v.shape, v.dtype) for v in traced.inputs]
-        if tree != traced.input_tree or got != want:
-            raise ValueError(
-                f"calibration batch {number} is {_shapes(got)}, but the network is made for {_shapes(want)}: give "
-                "batches of the examples' shapes"
-            )
-        if not all(np.isfinite(np.asarray(x, np.float64)).all() for x in leaves):
-            raise ValueError(f"calibration batch {number} has values that are not finite")
-        batches.append(batch)
-    if not batches:
-        raise ValueError("calibration has no batches: give some of typical inputs")
-    return batches
-
-
-def _plain(traced: Traced[Call | Linear]) -> tuple[Program, list[Any]]:
-    return _assembled(traced, [None] * len(traced.steps), {}, None)
-
-
-def _ranges(traced: Traced[Call | Linear], batches: Sequence[Any]) -> dict[Variable, tuple[float, float]]:
-    """Smallest and largest of each value that layers take or return, over the calibration data."""
-    program, weights = _plain(traced)
-    layers = [step.layer for step in traced.steps if isinstance(step, Linear)]
-    wanted = list(
-        dict.fromkeys(v for layer in layers for v in (layer.x, layer.output, layer.residual) if v is not None)
-    )
-
-    @jax.jit
-    def ends(weights: Any, *inputs: Any) -> Any:
-        values = _computed(program, weights, inputs)
-        arrays = [values.get(v).astype(jnp.float32) for v in wanted]
-        return jnp.stack([jnp.stack([a.min(), a.max()]) for a in arrays])
-
-    seen = np.stack([np.asarray(ends(weights, *batch)) for batch in batches])
-    if not np.isfinite(seen).all():
-        layer = next(layer for layer, v in zip(layers, seen.sum((0, 2)), strict=False) if not np.isfinite(v))
-        raise ValueError(f"the network's values on the calibration data are not finite, at {_described(layer)}")
-    return {
-        v: (float(low), float(high))
-        for v, low, high in zip(wanted, seen[:, :, 0].min(0), seen[:, :, 1].max(0), strict=True)
-    }
-
-
-def _errors(
-    traced: Traced[Call | Linear], program: Program, weights: Any, batches: Sequence[Any]
-) -> dict[Variable, float]:
-    """How far each layer's result is from that in full precision, relative, over the calibration data."""
-    plain, full = _plain(traced)
-    outputs = [step.layer.output for step in traced.steps if isinstance(step, Linear)]
-
-    @jax.jit
-    def squares(full: Any, weights: Any, *inputs: Any) -> Any:
-        want, got = _computed(plain, full, inputs), _computed(program, weights, inputs)
-        pairs = [(want.get(v).astype(jnp.float32), got.get(v).astype(jnp.float32)) for v in outputs]
-        return jnp.stack([jnp.stack([jnp.sum((a - b) ** 2), jnp.sum(a**2)]) for a, b in pairs])
-
-    if not outputs:
-        return {}
-    each = [np.asarray(squares(full, weights, *batch), np.float64) for batch in batches]
-    off, size = np.moveaxis(np.sum(each, 0), -1, 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return {v: float(np.sqrt(a / b)) for v, a, b in zip(outputs, off, size, strict=True)}
-
-
-def _described(layer: Layer) -> str:
-    if layer.call is None:
-        return "dense"
-    options = layer.call.options
-    window = "×".join(str(n) for n in layer.kernel.shape[:-2])
-    strides = "×".join(map(str, options["window_strides"]))
-    return f"convolution {window}" + (f", strides {strides}" if set(options["window_strides"]) != {1} else "")
 
 
 _HEAD = ("layer", "kernel", "rows", "block", "kept", "traced µs", "compiled µs", "runs", "precision", "error", "note")
@@ -543,7 +325,3 @@ def _cells(choice: Choice) -> tuple[str, ...]:
         error,
         choice.note,
     )
-
-
-def _shapes(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> str:
-    return ", ".join(f"{np.dtype(dtype).name}{list(shape)}" for shape, dtype in shapes)
