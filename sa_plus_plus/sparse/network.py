@@ -17,7 +17,8 @@ from sa_plus_plus.sparse.calibration import batches_of, errors_of, ranges_of, sh
 from sa_plus_plus.sparse.forms import BFLOAT16, FLOAT32, UINT8
 from sa_plus_plus.sparse.matmul import Implementation, chosen
 from sa_plus_plus.sparse.program import Program, assembled, by_blocks, described, run
-from sa_plus_plus.sparse.tracing import Call, Linear, Traced, Variable, trace
+from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable
+from sa_plus_plus.sparse.tracing import trace
 from sa_plus_plus.sparse.windows import window_of
 
 BLOCKS = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are looked for

@@ -1,0 +1,113 @@
+"""Scales, shifts, residuals and ReLU after a layer as parts of it."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus.sparse.steps import Call, Constant, Linear, Value, Variable
+
+
+def folded(calls: list[Call | Linear], outputs: list[Value]) -> list[Call | Linear]:
+    """Products with kernels as `Linear`, with all that may be folded into them; nothing whose result nobody uses."""
+    uses: dict[Value, int] = {}
+    needed = {value for value in outputs if isinstance(value, Variable)}
+    live = []
+    for call in reversed(calls):
+        results = (call.layer.output,) if isinstance(call, Linear) else call.outputs
+        if results and needed.isdisjoint(results) and not _calls_back(call):
+            continue
+        inputs = [v for v in ((call.layer.x,) if isinstance(call, Linear) else call.inputs) if isinstance(v, Variable)]
+        needed.update(inputs)
+        live.append(call)
+        for value in inputs:
+            uses[value] = uses.get(value, 0) + 1
+    for value in needed.intersection(v for v in outputs if isinstance(v, Variable)):
+        uses[value] = uses.get(value, 0) + 1
+    steps: list[Call | Linear | None] = []
+    open_ends: dict[Value, int] = {}  # by result: where in `steps` products are that nobody else sees
+    for call in reversed(live):
+        if isinstance(call, Linear):
+            open_ends[call.layer.output] = len(steps)
+            steps.append(call)
+            continue
+        steps.append(call)
+        for at, value in enumerate(call.inputs):
+            if isinstance(value, Constant) or value not in open_ends or uses[value] > 1:
+                continue
+            place = open_ends[value]
+            before = steps[place]
+            assert isinstance(before, Linear)
+            if together := _folded_into(before, call, at):
+                # It takes the place of what was folded: a residual may come later than the product.
+                steps[place], steps[-1] = None, together
+                if not together.layer.relu:
+                    open_ends[together.layer.output] = len(steps) - 1
+                break
+    return [step for step in steps if step is not None]
+
+
+def _calls_back(call: Call | Linear) -> bool:
+    return isinstance(call, Call) and "callback" in call.primitive.name
+
+
+def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:
+    """A product together with an operation on its result, if that changes no more than the rounding of its last digit.
+
+    So nothing is folded across a change of type, where a network may mean to round, nor into types of few digits.
+    """
+    if len(call.outputs) != 1 or len(call.inputs) != 2:
+        return None
+    (output,), (other,) = call.outputs, call.inputs[:at] + call.inputs[at + 1 :]
+    layer, name = linear.layer, call.primitive.name
+    if (output.shape, output.dtype) != (layer.output.shape, layer.output.dtype):
+        return None
+    wide = output.dtype in (np.float32, np.float64) and layer.kernel.dtype == output.dtype
+    if isinstance(other, Variable):
+        alike = (other.shape, other.dtype) == (output.shape, output.dtype) and other != layer.output
+        if not wide or name not in ("add", "add_any") or not alike or layer.residual is not None:
+            return None
+        return linear._replace(layer=layer._replace(residual=other, output=output))
+    value = np.asarray(other.value)
+    if name == "max" and value.size == 1 and not value.any():
+        return linear._replace(layer=layer._replace(relu=True, output=output))
+    value = value.reshape((1,) * (len(output.shape) - value.ndim) + value.shape)
+    lead = len(output.shape) - len(layer.columns)
+    if not wide or any(n != 1 for n in value.shape[:lead]) or layer.residual is not None:
+        return None
+    value = np.broadcast_to(value.reshape(value.shape[lead:]).astype(np.float64), layer.columns).reshape(-1)
+    return _affine(linear, name, at, value, output)
+
+
+def _affine(linear: Linear, name: str, at: int, c: np.ndarray, output: Variable) -> Linear | None:
+    """`y + c`, `y - c`, `c - y`, `y * c` or `y / c`, with a `c` for each column."""
+    scale, shift = linear.scale, linear.shift
+    if name in ("add", "add_any", "sub"):
+        by = -1 if name == "sub" and at == 1 else 1  # c - y
+        shift = (0 if shift is None else by * shift) + (-c if name == "sub" and at == 0 else c)
+        if by == -1:
+            scale = -(np.ones_like(c) if scale is None else scale)
+    elif name == "mul" or (name == "div" and at == 0):
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            factor = c if name == "mul" else 1 / c
+            scale = factor if scale is None else scale * factor
+            shift = None if shift is None else shift * factor
+    else:
+        return None
+    if not _holds(linear.original, scale) or not _holds(np.ones(1, output.dtype), shift):
+        return None
+    return Linear(linear.layer._replace(output=output), linear.original, scale, shift)
+
+
+def _holds(original: Any, factor: np.ndarray | None) -> bool:
+    """Whether the type of an array can hold its product with a factor, neither overflowing nor losing digits."""
+    if factor is None:
+        return True
+    limits = jnp.finfo(original.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sizes = np.abs(np.asarray(original, np.float64) * factor)
+    return bool(np.isfinite(factor).all() and (sizes <= float(limits.max)).all() and _no_denormals(sizes, limits))
+
+
+def _no_denormals(sizes: np.ndarray, limits: Any) -> bool:
+    return not ((sizes > 0) & (sizes < float(limits.tiny))).any()

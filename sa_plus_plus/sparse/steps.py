@@ -1,0 +1,144 @@
+"""What a traced network consists of: values, operations, and layers with and without their weights."""
+
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Variable(NamedTuple):
+    """A value that depends on the inputs."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Constant(NamedTuple):
+    """A value that does not.
+
+    Attributes:
+      value: of the same rank as `shape`, with 1 for axes along which it is constant.
+      shape: what it stands for.
+    """
+
+    value: Any
+    shape: tuple[int, ...]
+
+    @property
+    def full(self) -> jax.Array:
+        return jnp.broadcast_to(self.value, self.shape)
+
+
+Value = Variable | Constant
+
+
+class Call(NamedTuple):
+    """Any operation as JAX traced it."""
+
+    primitive: Any
+    options: dict[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Variable, ...]
+
+    def run(self, *inputs: Any) -> Any:
+        results = self.primitive.bind(*inputs, **self.primitive.get_bind_params(self.options))
+        return results if self.primitive.multiple_results else [results]
+
+
+class Layer(NamedTuple):
+    """A product with a kernel, without its weights: `relu?(x @ kernel + bias + residual)`.
+
+    Attributes:
+      call: the convolution as JAX traced it, of `x` and a kernel; None for a product of matrices.
+      x: what is multiplied: images, or `(..., K)` with the contracted axes last.
+      kernel: shape and dtype of the kernel: `(K, N)` of a product, otherwise the convolution's, outputs last.
+      output: the result, after all of the above.
+      columns: the last axes of the output, over which the `N` columns go.
+      relu: whether `max(., 0)` follows.
+      residual: what is added before that, of the output's shape, or None.
+      precision: of a product, as `jax.lax.dot_general` takes it.
+    """
+
+    call: Call | None
+    x: Variable
+    kernel: jax.ShapeDtypeStruct
+    output: Variable
+    columns: tuple[int, ...]
+    relu: bool = False
+    residual: Variable | None = None
+    precision: Any = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows the matrix that the kernel stands for is multiplied with."""
+        return int(np.prod(self.output.shape)) // self.kernel.shape[-1]
+
+    def dense(self, x: Any, kernel: Any, bias: Any, residual: Any = None) -> Any:
+        """Run it as it was traced."""
+        if self.call is None:
+            y = jax.lax.dot_general(
+                x.reshape(self.rows, self.kernel.shape[0]),
+                kernel,
+                (((1,), (0,)), ((), ())),
+                precision=self.precision,
+                preferred_element_type=self.output.dtype,
+            ).reshape(self.output.shape)
+        else:
+            (y,) = self.call.run(x, kernel)
+        if bias is not None:
+            y = y + jnp.reshape(bias, (1,) * (y.ndim - len(self.columns)) + self.columns)
+        if residual is not None:
+            y = y + residual
+        return jax.nn.relu(y) if self.relu else y
+
+
+class Linear(NamedTuple):
+    """A layer with its weights: `relu?(x @ (scale * original) + shift + residual)`.
+
+    Attributes:
+      layer: what it does.
+      original: the kernel as it was.
+      scale: `(N,)` float64, or None: what to multiply it by.
+      shift: `(N,)` float64, or None.
+    """
+
+    layer: Layer
+    original: Any
+    scale: np.ndarray | None = None
+    shift: np.ndarray | None = None
+
+    @property
+    def kernel(self) -> Any:
+        """The kernel, scaled, in its type."""
+        if self.scale is None:
+            return self.original
+        return jnp.asarray((np.asarray(self.original, np.float64) * self.scale).astype(self.original.dtype))
+
+    @property
+    def bias(self) -> jax.Array | None:
+        """The shift in the kernel's type."""
+        return None if self.shift is None else jnp.asarray(self.shift, self.original.dtype)
+
+
+Step = TypeVar("Step")
+
+
+class Traced(NamedTuple, Generic[Step]):
+    """A traced network.
+
+    Attributes:
+      inputs: its arguments' leaves.
+      steps: in the order in which they can be run.
+      outputs: its results' leaves.
+      input_tree: the structure of its arguments.
+      tree: that of its result.
+    """
+
+    inputs: Sequence[Variable]
+    steps: Sequence[Step]
+    outputs: Sequence[Value]
+    input_tree: Any
+    tree: Any
