@@ -40,6 +40,7 @@ LIBRARY = (
     "sparse.lowering",
     "sparse.program",
     "sparse.calibration",
+    "serve",
     "sparse.network",
     "sparse",
     "convex.lambert",
