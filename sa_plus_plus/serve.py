@@ -55,11 +55,11 @@ class Loaded:
         self._calls = [jax.jit(program.call) for program in exported]
         trees = [jax.tree.unflatten(program.in_tree, program.in_avals)[0] for program in exported]
         self._inputs = [arguments[1:] for arguments in trees]
-        self._input_tree = jax.tree.structure(self._inputs[0])
+        self._input_tree: Any = jax.tree.structure(self._inputs[0])
         outputs = [program.out_avals for program in exported]
         self.batches = _batch_sizes([jax.tree.leaves(tree) for tree in self._inputs]) if len(exported) > 1 else ()
         self._cuts = all(
-            y.shape[:1] == (n,) for n, several in zip(self.batches, outputs, strict=bool(self.batches)) for y in several
+            y.shape[:1] == (n,) for n, several in zip(self.batches, outputs, strict=False) for y in several
         )
 
     def __call__(self, *inputs: Any) -> Any:
