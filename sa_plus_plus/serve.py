@@ -73,7 +73,7 @@ class Loaded:
             have the batch as its leading axis.
         """
         leaves, tree = jax.tree.flatten(inputs)
-        if tree != self._input_tree:  # type: ignore[operator]
+        if tree != self._input_tree:
             raise ValueError(f"this network was made for arguments like {self._input_tree}, got {tree}")
         leaves = [x if isinstance(x, jax.Array) else np.asarray(x, jax.numpy.result_type(x)) for x in leaves]
         got = _kinds(leaves)
