@@ -18,13 +18,13 @@ import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import kernel_fuzz
 
 from benchmarks import timing
 
+ROOT = kernel_fuzz.ROOT
 KERNEL, PRODUCTS, ROUNDS = "kernel_fuzz.cc", 10_000, 20
 HYPOTHESIS = re.compile("^(import|from) hypothesis", re.MULTILINE)
 STATISTICS = re.compile(r"^(tests/\S+::.*):$|(\d+) passing, (\d+) failing", re.MULTILINE)

@@ -3,6 +3,7 @@
 import json
 import runpy
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from data_test import FILES, ROOT, needs
 from sklearn.metrics import log_loss, roc_auc_score
 
-from configs import criteo_sample
 from configs import planted as planted_config
 from experiments import main, models
 from experiments.data.criteo.columns import Options
@@ -153,12 +153,16 @@ def test_real_rows_from_the_log_to_the_validation_loss(tmp_path):
         train=0.8, validation=0.19, test=0.01, order="chronological", minimum_count=20, numeric_minimum_count=20
     )
     prepare_log(SAMPLE, tmp_path / "rows", options)
-    config = criteo_sample.get_config()
-    config.data.local, config.dense_twin = str(tmp_path / "rows"), False
-    config.eval_batch_size, config.eval_every, config.checkpoint_every = 512, 1000, 1000
+    both = [
+        "--config=configs/criteo_sample.py",
+        f"--config.data.local={tmp_path / 'rows'}",
+        "--config.dense_twin=False",
+    ]
+    both += ["--config.eval_batch_size=512", "--config.eval_every=1000", "--config.checkpoint_every=1000"]
     for name, least in (("dense", 0.725), ("sequential_attention", 0.65)):
-        config.sparsifier.name = name
-        main.run(prepare(config), tmp_path / name, progress.console())
+        own = [f"--config.sparsifier.name={name}", f"--workdir={tmp_path / name}"]
+        done = commands.run("experiments.main", *both, *own, long=True)
+        assert done.returncode == 0, done.output
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert result["metric"] > least
         assert result["loss"] < 0.51

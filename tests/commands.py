@@ -28,6 +28,7 @@ QUICK_COMPILATION = [  # XLA's, for the tests: their programs are small and run 
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.12 has no such flag
     QUICK_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")  # the older emitters compile three times as fast
+SECONDS = 300  # that a command may take
 _FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -39,12 +40,15 @@ class Command:
       arguments: of its command line.
       devices: how many CPU devices it sees.
       real: whether a new interpreter runs it.
+      long: whether it computes for so long that XLA had better optimise its programs.
     """
 
-    def __init__(self, what: str | pathlib.Path, *arguments: object, devices: int = 1, real: bool = False):
+    def __init__(
+        self, what: str | pathlib.Path, *arguments: object, devices: int = 1, real: bool = False, long: bool = False
+    ):
         self._output = tempfile.TemporaryDirectory()
         paths = [f"{self._output.name}/{name}" for name in ("stdout", "stderr")]
-        line, environment = [*map(str, (what, *arguments))], _environment(devices)
+        line, environment = [*map(str, (what, *arguments))], _environment(devices, long)
         if real:
             start = [] if line[0].endswith(".py") else ["-m"]
             with open(paths[0], "wb") as out, open(paths[1], "wb") as err:
@@ -63,17 +67,17 @@ class Command:
     def running(self) -> bool:
         return self._status() is None
 
-    def finish(self, seconds: float = 300) -> types.SimpleNamespace:
+    def finish(self) -> types.SimpleNamespace:
         """What it left when it ended: `returncode` (minus the signal that killed it), `stdout`, `stderr`, `output`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._wait(seconds)
+            self._wait(SECONDS)
         if self.running():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGUSR1)  # a fork writes where each of its threads is
             self._wait_a_little()
             self.kill()
             self._wait()
-            raise TimeoutError(f"killed after {seconds} s: {self._texts()}")
+            raise TimeoutError(f"killed after {SECONDS} s: {self._texts()}")
         out, err = self._texts()
         self._output.cleanup()
         return types.SimpleNamespace(returncode=self._status(), stdout=out, stderr=err, output=out + err)
@@ -91,8 +95,8 @@ def run(what: str | pathlib.Path, *arguments: object, **options: object) -> type
     return Command(what, *arguments, **options).finish()
 
 
-def _environment(devices: int) -> dict[str, str]:
-    flags = [*QUICK_COMPILATION, f"--xla_force_host_platform_device_count={devices}"]
+def _environment(devices: int, long: bool) -> dict[str, str]:
+    flags = [*([] if long else QUICK_COMPILATION), f"--xla_force_host_platform_device_count={devices}"]
     return {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
 
 

@@ -89,7 +89,7 @@ def test_donated_state_is_reused(name, dtype):
 def test_vmap_over_seeds(name, dtype):
     sp, step = problems.algorithm(name)
     singles = [problems.start(sp, problems.network(seed, dtype)) for seed in range(3)]
-    together = jax.vmap(functools.partial(problems.start, sp))(
+    together = jax.jit(jax.vmap(functools.partial(problems.start, sp)))(
         jax.tree.map(lambda *x: jnp.stack(x), *(problems.network(seed, dtype) for seed in range(3)))
     )
     vmapped = jax.jit(jax.vmap(functools.partial(problems.step, sp), in_axes=(0, None)))

@@ -1,5 +1,6 @@
 """Data sets against independent readings, and batches: who sees which example when, and going on from a checkpoint."""
 
+import functools
 import gzip
 import io
 import itertools
@@ -345,9 +346,17 @@ def test_cifar10_tar_that_is_not(tmp_path):
         catalog.cifar10_tar(str(tmp_path / "f.tar.xz"))
 
 
+@functools.cache
+def published(module):
+    """A config on the published files, and the data set that it reads, which takes many seconds for CIFAR-10."""
+    config = module.get_config()
+    config.data.local = str({"fashion_mnist": CLOTHES, "cifar10": CIFAR10}[config.name])
+    return config, tasks.dataset_of(config.data)
+
+
 @needs(CIFAR10)
 def test_published_cifar10():
-    dataset = catalog.cifar10_tar(str(CIFAR10))
+    _, dataset = published(cifar10)
     assert np.bincount(dataset.train.arrays["label"]).tolist() == [5000] * 10
     assert np.bincount(dataset.test.arrays["label"]).tolist() == [1000] * 10
     means = dataset.train.arrays["image"].mean((0, 1, 2)) / 255  # published, but the file's images are lossy
@@ -545,9 +554,8 @@ def test_configs_ask_tfds_and_say_what_else_could_be_done(module, tmp_path):
     "module", [pytest.param(fashion_mnist, marks=needs(CLOTHES)), pytest.param(cifar10, marks=needs(CIFAR10))]
 )
 def test_configs_fit_their_data(module):
-    config = module.get_config()
-    config.data.local = str({"fashion_mnist": CLOTHES, "cifar10": CIFAR10}[config.name])
-    assert any(not layer.skip_reason for layer in prepare(config).plan.leaves)
+    config, dataset = published(module)
+    assert any(not layer.skip_reason for layer in prepare(config, dataset=dataset).plan.leaves)
 
 
 @pytest.mark.usefixtures("standard_promotion")

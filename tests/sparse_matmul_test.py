@@ -1,5 +1,6 @@
 """Products with block-sparse kernels: all implementations against NumPy, exactly; gradients, batching, errors."""
 
+import functools
 import inspect
 import math
 import subprocess
@@ -57,6 +58,18 @@ def expected(x, matrix, bias=None, relu=False):
     return jnp.asarray((np.maximum(y, 0) if relu else y).astype(np.float32), x.dtype)
 
 
+product = jax.jit(block_sparse_matmul, static_argnames=("relu", "implementation"))  # one program for each shape
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def with_gradients(x, w, bias, g, implementation):
+    """`relu(x w + bias)` and the gradients of `g` times it."""
+    y, pull = jax.vjp(
+        lambda x, w, b: block_sparse_matmul(x, w, bias=b, relu=True, implementation=implementation), x, w, bias
+    )
+    return y, *pull(g)
+
+
 def same(left, right):
     assert left.dtype == right.dtype
     np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
@@ -67,13 +80,10 @@ def same(left, right):
 @pytest.mark.parametrize("name", CASES)
 def test_product_and_gradients_are_exact(name, dtype, implementation):
     x, w, matrix, bias = problem(*CASES[name], dtype=dtype)
-    same(block_sparse_matmul(x, w, implementation=implementation), expected(x, matrix))
+    same(product(x, w, implementation=implementation), expected(x, matrix))
     g = jnp.asarray(eighths(np.random.default_rng(1), (len(x), matrix.shape[1])), dtype)
-    y, pull = jax.vjp(
-        lambda x, w, b: block_sparse_matmul(x, w, bias=b, relu=True, implementation=implementation), x, w, bias
-    )
+    y, dx, dw, db = with_gradients(x, w, bias, g, implementation)
     same(y, expected(x, matrix, bias, relu=True))
-    dx, dw, db = pull(g)
     g = np.asarray(g, np.float64) * (np.asarray(y, np.float64) > 0)
     same(dx, expected(jnp.asarray(g, dtype), matrix.T))
     full = BlockSparse.fromdense(
@@ -87,12 +97,12 @@ def test_product_and_gradients_are_exact(name, dtype, implementation):
 @pytest.mark.parametrize("name", ["ragged", "many rows", "wide blocks", "none kept", "convolution"])
 def test_pallas_kernel_by_its_interpreter(name, dtype):
     x, w, matrix, bias = problem(*CASES[name], dtype=dtype)
-    same(block_sparse_matmul(x, w, implementation="pallas"), expected(x, matrix))
-    same(block_sparse_matmul(x, w, bias=bias, relu=True, implementation="pallas"), expected(x, matrix, bias, relu=True))
-    (dx,) = jax.vjp(lambda x: block_sparse_matmul(x, w, implementation="pallas"), x)[1](
-        jnp.ones((len(x), w.shape[-1]), dtype)
-    )
-    same(dx, expected(jnp.ones((len(x), w.shape[-1]), dtype), matrix.T))
+    same(product(x, w, implementation="pallas"), expected(x, matrix))
+    same(product(x, w, bias=bias, relu=True, implementation="pallas"), expected(x, matrix, bias, relu=True))
+    ones = jnp.ones((len(x), w.shape[-1]), dtype)
+    gradient = jax.jit(lambda x, g: jax.vjp(lambda x: block_sparse_matmul(x, w, implementation="pallas"), x)[1](g)[0])
+    dx = gradient(x, ones)
+    same(dx, expected(ones, matrix.T))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -100,12 +110,12 @@ def test_pallas_kernel_lowers_for_a_gpu(dtype):
     """Down to Triton's language, which takes no GPU; that it runs there takes one."""
     x, w, _, bias = problem(*CASES["ragged"], dtype=dtype)
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    product = jax.jit(lambda x, w: block_sparse_matmul(x, w, bias=bias, relu=True, implementation="pallas"))
+    lowered = jax.jit(lambda x, w: block_sparse_matmul(x, w, bias=bias, relu=True, implementation="pallas"))
     device = {}
     if "platform" in inspect.signature(jax.sharding.AbstractDevice).parameters:  # newer versions ask which GPU
         device = {"abstract_device": jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")}
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("one",), **device)):
-        program = jax.export.export(product, platforms=["cuda"], disabled_checks=unchecked)(x, w).mlir_module()
+        program = jax.export.export(lowered, platforms=["cuda"], disabled_checks=unchecked)(x, w).mlir_module()
     assert "block_sparse_matmul" in program and "triton" in program  # noqa: PT018
 
 
@@ -128,7 +138,7 @@ def test_any_shape(sides, block, lead, density, dtype, epilogue, seed):
     x = x.reshape(*lead, sides[0])
     implementations = ["xla", None] if native.missing() or dtype == jnp.float16 else ["xla", "native"]
     for implementation in implementations:
-        same(block_sparse_matmul(x, w, bias=bias, relu=relu, implementation=implementation), wanted)
+        same(product(x, w, bias=bias, relu=relu, implementation=implementation), wanted)
 
 
 def test_float64():
@@ -293,8 +303,8 @@ def test_the_kernel_refuses_wrong_buffers(change, wanted):
     options = {name: np.int64(change.get(name, n)) for name, n in integers.items()}
     options |= dict.fromkeys(("residual_scale", "residual_zero", "y_zero"), np.float32(0)) | {"relu": False}
     none = np.zeros(0, np.float32)
+    x = np.ones((1, 1, 3, 24), np.float32)
     with pytest.raises((ValueError, RuntimeError), match=wanted):
-        x = np.ones((1, 1, 3, 24), np.float32)
         jax.block_until_ready(kernel(x, call["blocks"], rows, starts, none, call["bias"], call["residual"], **options))
 
 

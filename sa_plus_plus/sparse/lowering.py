@@ -1,15 +1,9 @@
-"""How the layers of a traced network run in the compiled kernel, and how their results are held between them.
-
-Each layer's kernel is packed for a number type: float32, bfloat16 or int8. A result is held in the type that all its
-users take it in: a layer that feeds others in int8 rounds to uint8 as it stores, and leaves borders of zeros for the
-next convolution's padding.
-"""
+"""Layers as the compiled kernel runs them: kernels packed for a number type, float32, bfloat16 or int8."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -18,46 +12,12 @@ import sa_plus_plus.sparse.native as native
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.checks import occupied
 from sa_plus_plus.sparse.array import BlockSparse, Layout
-from sa_plus_plus.sparse.tracing import Call, Layer, Linear, Traced, Variable
+from sa_plus_plus.sparse.forms import BFLOAT16, FLOAT32, UINT8, Form, converted, quantised
+from sa_plus_plus.sparse.tracing import Call, Layer, Linear, Variable
+from sa_plus_plus.sparse.windows import NO_BORDER, Window
 
-Border = tuple[tuple[int, int], tuple[int, int]]
-NO_BORDER: Border = ((0, 0), (0, 0))
-FLOAT32, BFLOAT16, UINT8 = np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.uint8)
 REGISTER_BYTES = 64  # of a block's column that matrix registers take at once
-DENSE_COLUMNS = 32  # of the blocks in which a float32 kernel is packed that is not pruned
-_SHAPES_ONLY = ("reshape", "squeeze", "transpose", "slice", "reduce_window_max")  # whatever type they are given
-
-
-class Form(NamedTuple):
-    """How a value is held.
-
-    Attributes:
-      dtype: uint8 stands for `(held - zero) * factor`.
-      border: zeros around each image.
-      channels: of an image, where these are more than it has, the rest zeros.
-    """
-
-    dtype: np.dtype
-    factor: float = 1.0
-    zero: int = 0
-    border: Border = NO_BORDER
-    channels: int | None = None
-
-
-class Window(NamedTuple):
-    """A layer as a convolution of images `(batch, height, width, channels)`; a product is one of a single line.
-
-    Attributes:
-      image: the shape of `x`.
-      kernel: `(k_h, k_w, channels, outputs)`.
-      strides: down and across.
-      padding: of `x`.
-    """
-
-    image: tuple[int, int, int, int]
-    kernel: tuple[int, int, int, int]
-    strides: tuple[int, int]
-    padding: Border
+DENSE_ROWS, DENSE_COLUMNS = 128, 32  # at most, of the blocks in which a float32 kernel is packed that is not pruned
 
 
 class Compiled(NamedTuple):
@@ -116,39 +76,8 @@ def pooled(call: Call, x: Any) -> Any | None:
     return native.max_pool(x, window[1:3], strides[1:3], padding[1:3])
 
 
-def window_of(layer: Layer) -> Window | str:
-    """The layer as a convolution of images, or why it cannot run in the compiled kernel."""
-    if layer.call is None:
-        rows, (inputs, outputs) = layer.rows, layer.kernel.shape
-        images = layer.x.shape if len(layer.x.shape) == len(layer.output.shape) == 4 else (1, 1, rows, inputs)
-        return Window(images, (1, 1, inputs, outputs), (1, 1), NO_BORDER)
-    options, n = layer.call.options, len(layer.kernel.shape) - 2
-    if n not in (1, 2):
-        return f"a convolution over {n} axes"
-    if options["feature_group_count"] != 1:
-        return "a grouped convolution"
-    if any(d != 1 for d in options["lhs_dilation"]):
-        return "a transposed convolution"
-    if any(d != 1 for d in options["rhs_dilation"]):
-        return "a dilated convolution"
-    numbers = options["dimension_numbers"]
-    last = n + 1
-    images, kernel = (0, last, *range(1, last)), (last, last - 1, *range(last - 1))
-    if (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) != (images, kernel, images):
-        return "a convolution whose axes are in another order than batch, positions, channels"
-    strides, padding = tuple(options["window_strides"]), tuple(map(tuple, options["padding"]))
-    if any(p < 0 for pair in padding for p in pair):
-        return "a convolution with negative padding"
-    if n == 1:
-        strides, padding = (1, *strides), ((0, 0), *padding)
-    images, kernel = layer.x.shape, layer.kernel.shape
-    if n == 1:
-        images, kernel = (images[0], 1, *images[1:]), (1, *kernel)
-    return Window(images, kernel, strides, padding)  # type: ignore[arg-type]
-
-
 def packed_float(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
-    """A float32 kernel by its blocks; one that is not pruned in strips of all the rows that lie together in memory.
+    """A float32 kernel by its blocks; one that is not pruned in large ones.
 
     Args:
       kernel: `(k_h, k_w, channels, outputs)`.
@@ -156,9 +85,10 @@ def packed_float(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
     """
     line = kernel.shape[1] * kernel.shape[2]
     if block is None:
-        return BlockSparse.fromdense(
-            kernel, (line, DENSE_COLUMNS), np.ones((kernel.shape[0], -(-kernel.shape[3] // DENSE_COLUMNS)), bool)
-        )
+        rows = max(n for n in range(1, min(line, DENSE_ROWS) + 1) if line % n == 0)
+        block = (rows, DENSE_COLUMNS)
+        grid = blk.grid_shape(kernel.shape, block)
+        return BlockSparse.fromdense(kernel, block, np.ones(grid, bool))
     if kernel.shape[0] > 1 and line % block[0]:  # a block may not reach into the next line of the window
         block = (math.gcd(line, block[0]), block[1])
     return BlockSparse.fromdense(kernel, block)
@@ -184,116 +114,6 @@ def packed_narrow(kernel: np.ndarray, dtype: np.dtype) -> BlockSparse:
             best = cost, rows
     assert best is not None
     return BlockSparse.fromdense(kernel, (best[1], native.WIDE))
-
-
-def consumers(program: Traced[Any]) -> dict[Variable, list[Any]]:
-    """Which steps take a value, and None for the program's result."""
-    users: dict[Variable, list[Any]] = {}
-    for step in program.steps:
-        for value in _inputs(step):
-            users.setdefault(value, []).append(step)
-    for value in program.outputs:
-        if isinstance(value, Variable):
-            users.setdefault(value, []).append(None)
-    return users
-
-
-def _inputs(step: Call | Linear) -> list[Variable]:
-    if isinstance(step, Linear):
-        return [v for v in (step.layer.x, step.layer.residual) if v is not None]
-    return [v for v in step.inputs if isinstance(v, Variable)]
-
-
-def keeps_type(step: Any) -> bool:
-    """Whether a step moves or compares numbers only, so that it may be given them as they are held."""
-    return isinstance(step, Call) and step.primitive.name in _SHAPES_ONLY
-
-
-def forms_of(
-    program: Traced[Call | Linear], types: Mapping[int, np.dtype], ranges: Mapping[Variable, tuple[float, float]]
-) -> dict[Variable, Form]:
-    """How each value is held that is not held as it was traced.
-
-    Args:
-      program: its steps.
-      types: by the number of a step that runs in the compiled kernel: in which type it takes `x`.
-      ranges: smallest and largest of each value that a step takes in uint8.
-    """
-    users, made_by = consumers(program), {}
-    numbers = {id(step): i for i, step in enumerate(program.steps)}
-    wanted: dict[Variable, np.dtype | None] = {}
-    for step in reversed(program.steps):
-        for value in [step.layer.output] if isinstance(step, Linear) else list(step.outputs):
-            made_by[value] = step
-            wanted[value] = _wanted(value, users.get(value, []), types, numbers, wanted)
-    forms: dict[Variable, Form] = {}
-    for step in program.steps:
-        if isinstance(step, Call):
-            if keeps_type(step):
-                (value,), (output,) = _inputs(step), step.outputs
-                if wanted[output] is not None and value in forms and forms[value].dtype == wanted[output]:
-                    forms[output] = forms[value]
-            continue
-        output = step.layer.output
-        if numbers[id(step)] not in types:
-            continue
-        dtype = wanted[output]
-        if dtype == UINT8:
-            forms[output] = quantised(*ranges[output])
-        elif dtype is not None:
-            forms[output] = Form(dtype)
-        users_here = users.get(output, [])
-        border = _border(output, users_here, types, numbers)
-        if border != NO_BORDER:
-            forms[output] = forms.get(output, Form(np.dtype(output.dtype)))._replace(border=border)
-    return forms
-
-
-def _wanted(
-    value: Variable,
-    users: Sequence[Any],
-    types: Mapping[int, np.dtype],
-    numbers: Mapping[int, int],
-    wanted: Mapping[Variable, np.dtype | None],
-) -> np.dtype | None:
-    """The one narrow type in which all users take a value, or None."""
-    kinds: set[Any] = set()
-    preferred: np.dtype | None = None
-    for step in users:
-        if isinstance(step, Linear) and numbers[id(step)] in types:
-            if step.layer.x == value:
-                kinds.add(types[numbers[id(step)]])
-            elif step.layer.residual == value:  # which it takes in any type
-                preferred = wanted[step.layer.output] or types[numbers[id(step)]]
-        elif keeps_type(step):
-            kinds.add(wanted[step.outputs[0]])
-        else:
-            return None
-    narrow = kinds.pop() if len(kinds) == 1 else preferred if not kinds else None
-    return narrow if narrow in (BFLOAT16, UINT8) else None
-
-
-def _border(value: Variable, users: Sequence[Any], types: Mapping[int, np.dtype], numbers: Mapping[int, int]) -> Border:
-    """The padding of the one convolution that takes a value."""
-    if (
-        len(users) != 1
-        or not isinstance(users[0], Linear)
-        or numbers[id(users[0])] not in types
-        or len(value.shape) != 4
-    ):
-        return NO_BORDER
-    (user,) = users
-    window = window_of(user.layer)
-    if user.layer.x != value or user.layer.residual == value or isinstance(window, str) or user.layer.call is None:
-        return NO_BORDER
-    return window.padding
-
-
-def quantised(low: float, high: float) -> Form:
-    """uint8 for values from `low` to `high`: one scale for a tensor, zero exact."""
-    if low >= 0:
-        return Form(UINT8, max(high, 1e-30) / 255, 0)
-    return Form(UINT8, max(high / 127, -low / 128, 1e-30), 128)
 
 
 class Packed(NamedTuple):
@@ -397,36 +217,3 @@ def rounded(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     largest = np.abs(wide).max(tuple(range(kernel.ndim - 1)))
     scales = np.where(largest > 0, largest / 127, 1.0)
     return np.rint(wide / scales).clip(-127, 127).astype(np.int8), scales.astype(np.float32)
-
-
-def converted(held: Any, have: Form, want: Form) -> Any:
-    """A value in another form.
-
-    Args:
-      held: the array.
-      have: its form.
-      want: that asked for.
-    """
-    if have == want:
-        return held
-    if have == Form(FLOAT32) and want.dtype in (BFLOAT16, UINT8) and native.missing() is None:
-        image = held if held.ndim == 4 else held.reshape(1, 1, -1, held.shape[-1] if held.ndim else 1)
-        rounded = native.round_images(image, want.dtype, want.factor, want.zero, want.border, want.channels)
-        return rounded if held.ndim == 4 else rounded.reshape(held.shape)
-    if have.border != NO_BORDER and have.border != want.border:
-        (top, _), (left, _) = have.border
-        rows, columns = (n - sum(pair) for n, pair in zip(held.shape[1:3], have.border, strict=True))
-        held = held[:, top : top + rows, left : left + columns]
-        have = have._replace(border=NO_BORDER)
-    if have[:3] != want[:3]:
-        if have.dtype == UINT8:
-            held = (held.astype(np.float32) - have.zero) * np.float32(have.factor)
-        if want.dtype == UINT8:
-            held = jnp.clip(jnp.round(held.astype(np.float32) * np.float32(1 / want.factor)) + want.zero, 0, 255)
-        held = held.astype(want.dtype)
-    if have.border != want.border or have.channels != want.channels:
-        around = want.border if have.border != want.border else NO_BORDER
-        more = 0 if want.channels is None or have.channels == want.channels else want.channels - held.shape[3]
-        pads = ((0, 0, 0), *((low, high, 0) for low, high in around), (0, more, 0))
-        held = lax.pad(held, jnp.asarray(want.zero, held.dtype), pads)
-    return held

@@ -111,10 +111,10 @@ def conv(
 
     Args:
       x: `(batch, height, width, channels)`, float32, bfloat16 or uint8.
-      blocks: `(kept, b_r, b_c)` float32 or bfloat16 for `x` in float32; otherwise as `grouped` returns them, bfloat16 or
-        int8.
-      layout: where the blocks of the kernel `(k_h, k_w, channels, outputs)` or `(channels, outputs)` stand. `b_r` divides
-        `k_w * channels` where `k_h > 1`.
+      blocks: `(kept, b_r, b_c)` float32 or bfloat16 for `x` in float32; otherwise bfloat16 or int8, as `grouped`
+        returns them.
+      layout: where the blocks of the kernel `(k_h, k_w, channels, outputs)` or `(channels, outputs)` stand; `b_r`
+        divides `k_w * channels` where `k_h > 1`.
       strides: down and across.
       scale: `(outputs,)` float32.
       bias: `(outputs,)` float32.
@@ -191,8 +191,9 @@ def round_images(
     sizes = [n + sum(pads) for n, pads in zip(x.shape[1:3], border, strict=True)]
     out = jax.ShapeDtypeStruct((x.shape[0], *sizes, channels or x.shape[3]), dtype)
     options = {"top": np.int64(border[0][0]), "left": np.int64(border[1][0])}
-    scale, zero = (np.float32(1 / factor), np.float32(zero)) if dtype == np.uint8 else (np.float32(1), np.float32(0))
-    return jax.ffi.ffi_call(ROUND, out, vmap_method="sequential")(x, **options, scale=scale, zero=zero)
+    units = (1 / factor, zero) if dtype == np.uint8 else (1, 0)
+    scale, shift = map(np.float32, units)
+    return jax.ffi.ffi_call(ROUND, out, vmap_method="sequential")(x, **options, scale=scale, zero=shift)
 
 
 def grouped(blocks: np.ndarray) -> np.ndarray:

@@ -2,39 +2,42 @@
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import sa_plus_plus.sparse.lowering as lowering
 import sa_plus_plus.sparse.native as native
 from sa_plus_plus import blocks as blk
-from sa_plus_plus.checks import occupied
+from sa_plus_plus.planning import Plan
 from sa_plus_plus.sparse.array import BlockSparse
-from sa_plus_plus.sparse.convolution import block_sparse_conv
-from sa_plus_plus.sparse.lowering import BFLOAT16, FLOAT32, UINT8, Compiled, Form
-from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul, chosen
-from sa_plus_plus.sparse.tracing import Call, Constant, Layer, Linear, Traced, Variable, trace
+from sa_plus_plus.sparse.calibration import batches_of, errors_of, ranges_of, shape_and_type, shapes
+from sa_plus_plus.sparse.forms import BFLOAT16, FLOAT32, UINT8
+from sa_plus_plus.sparse.matmul import Implementation, chosen
+from sa_plus_plus.sparse.overlooked import overlooked, weights_among
+from sa_plus_plus.sparse.patterns import planned_blocks, pruned_in
+from sa_plus_plus.sparse.program import Program, assembled, by_blocks, described, run
+from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable
+from sa_plus_plus.sparse.tracing import trace
+from sa_plus_plus.sparse.windows import window_of
 
-BLOCKS = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are looked for
 Precision = Literal["float32", "bfloat16", "int8"]
-_INLINE = 1024  # numbers of a constant that are compiled into the program rather than handed to it
 _ROUNDS, _ROUND_SECONDS = 5, 0.01  # of measuring
 _NAMES = {FLOAT32: "float32", BFLOAT16: "bfloat16", UINT8: "int8"}
 
 
 class Choice(NamedTuple):
-    """What became of one dense layer or convolution.
+    """What became of one product or convolution with a constant kernel.
 
     Attributes:
       layer: what it is.
       kernel: the kernel's shape; of a product `(contracted, outputs)`.
-      rows: how many rows of activations its matrix is multiplied with.
+      rows: how many rows of activations its matrix is multiplied with; 0 where it is no layer.
       block: in which blocks it is pruned; None where it is not.
-      density: share of those blocks that are not zero.
+      density: share of those blocks that are not zero; NaN of a kernel that was not looked at.
       traced_seconds: time it takes as it was traced, NaN where it was not measured.
       compiled_seconds: time it takes in the compiled kernel, or by its blocks in another implementation.
       runs: which the network does: `"sparse"`, by its blocks; `"dense"`, in full in the compiled kernel; `"traced"`.
@@ -66,16 +69,16 @@ class Network:
     """A network for inputs of one shape; call it like the function that it was made from.
 
     Attributes:
-      choices: one for each dense layer and convolution, in order.
+      choices: one for each dense layer, convolution, and other operation with a constant kernel, in order.
       weights: what `fn` takes first.
       fn: `fn(weights, *inputs)`, pure: to be jitted with others, or exported.
     """
 
-    def __init__(self, program: "Program", weights: Sequence[Any], choices: Sequence[Choice]):
+    def __init__(self, program: Program, weights: Sequence[Any], choices: Sequence[Choice]):
         self._program = program
         self.choices = tuple(choices)
         self.weights = weights
-        self.fn = functools.partial(_run, program)
+        self.fn = functools.partial(run, program)
         # Flat, so that a call does not take the weights' tree apart again.
         self._arrays, structure = jax.tree.flatten(self.weights)
         self._jitted = jax.jit(lambda arrays, *inputs: self.fn(jax.tree.unflatten(structure, arrays), *inputs))
@@ -85,11 +88,11 @@ class Network:
         leaves, tree = jax.tree.flatten(inputs)
         if tree != traced.input_tree:
             raise ValueError(f"this network was made for arguments like {traced.input_tree}, got {tree}")
-        got = [(x.shape, x.dtype) if isinstance(x, jax.Array) else _shape_and_type(x) for x in leaves]
+        got = [(x.shape, x.dtype) if isinstance(x, jax.Array) else shape_and_type(x) for x in leaves]
         want = [(v.shape, v.dtype) for v in traced.inputs]
         if got != want:
             raise ValueError(
-                f"this network was made for {_shapes(want)}, got {_shapes(got)}: make another for these, "
+                f"this network was made for {shapes(want)}, got {shapes(got)}: make another for these, "
                 "or pad them to that shape"
             )
         return self._jitted(self._arrays, *inputs)
@@ -102,26 +105,11 @@ class Network:
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-class Program(NamedTuple):
-    """A network without its weights.
-
-    Attributes:
-      traced: its steps: calls, layers that run as they were traced or in another implementation, and compiled ones.
-      forms: how each value is held that is not held as it was traced.
-      implementation: of sparse layers that are not compiled.
-      compiles: whether any layer is, so that it runs on a CPU for which the package's kernel was compiled.
-    """
-
-    traced: Traced[Call | Layer | Compiled]
-    forms: dict[Variable, Form]
-    implementation: Implementation | None
-    compiles: bool
-
-
 def specialize(
     fn: Callable[..., Any],
     *examples: Any,
     block: int | Sequence[int] | None = None,
+    plan: Plan | None = None,
     choose: Literal["measured", "all", "none"] = "measured",
     implementation: Implementation | None = None,
     precision: Precision | None = None,
@@ -132,16 +120,19 @@ def specialize(
         fast = sapp.specialize(lambda x: model.apply(variables, x), example)
         y = fast(x)
 
-    The function is traced with its weights as constants. What depends on them alone is computed now; scales and shifts
-    of channels after a dense layer or convolution in float32 or float64, batch normalisation among them, the addition of
-    another value of its shape, and ReLU are folded into it. On CPUs, where the package's kernel was compiled, layers run
-    there where that is faster than as they were traced: those of which blocks are zero by the other blocks, the rest in
-    full. Elsewhere pruned layers are multiplied by their blocks where that is faster. `print(fast)` shows what became
-    of each. Results are the network's up to rounding, for finite inputs. It is for inference: custom derivatives are
-    lost.
+    The function is traced with its weights as constants. What depends on them alone is computed now. Into each dense
+    layer or convolution in float32 or float64 are folded: scales and shifts of channels, such as those of batch
+    normalisation, the addition of another value of the same shape, and ReLU. On CPUs layers run in the package's
+    compiled kernel where that is faster than as they were traced: pruned ones by the blocks that are not zero, the
+    rest in full. On other platforms pruned layers are multiplied by their blocks where that is faster. `print(fast)`
+    shows what became of each layer. Results are the network's up to rounding, for finite inputs. It is for inference:
+    custom derivatives are lost.
 
-    Layers are products of a value and a constant, whichever axes are contracted, and convolutions of channels that come
-    last, wherever the function or what it calls does them, but not within loops and branches (`scan`, `while`, `cond`).
+    Layers are products of a value and a constant, whichever axes are contracted, and convolutions over one or two axes,
+    whichever order the axes have, wherever the function or what it calls does them. A batched product with up to 64
+    constant kernels, as of experts, is a layer for each; a `scan` of up to 128 steps over constant kernels is unrolled.
+    Not layers are products within `while`, `cond` and other loops; convolutions with groups, dilation or transposition
+    run as they were traced. The table lists them with the reason.
 
     In `"int8"`, the kernels of layers are rounded to 8 bits with a scale for each output, and what layers take with a
     scale for each tensor, from the largest and smallest value seen in the calibration data. Sums are exact, in 32 bits.
@@ -151,7 +142,11 @@ def specialize(
     Args:
       fn: jittable, the weights closed over, dropout off and averages running: the network as it serves.
       examples: inputs, or their shapes and dtypes. The result takes inputs of these shapes alone.
-      block: `(b_r, b_c)` in which kernels were pruned, or one integer for a square; by default found out.
+      block: `(b_r, b_c)` in which kernels were pruned, or one integer for a square; by default found out from where
+        zeros begin and end.
+      plan: `sp.plan(params)`, to take blocks from instead. A traced kernel has no path, so it is matched by the size of
+        its matrix, or of its transpose if it is 2-D; of several such blocks the one counts of which the fewest are not
+        zero. Kernels that match none are treated as without a plan.
       choose: `"measured"`: both forms of each layer are timed on this machine, some seconds for a large network.
         `"all"`: every layer in the compiled kernel, or every pruned layer by its blocks, without timing. `"none"`:
         folding alone.
@@ -164,39 +159,79 @@ def specialize(
 
     Raises:
       TypeError: under `jax.jit`, where weights have no values to look at.
-      ValueError: for an unknown option, int8 without calibration data, or calibration data that are empty, of other
-        shapes or not finite.
+      ValueError: for an unknown option, a plan that matches no kernel, int8 without calibration data, or calibration
+        data that are empty, of other shapes or not finite.
       RuntimeError: if the precision asked for needs the compiled kernel and there is none.
+
+    Warns:
+      UserWarning: if there are no layers, because the weights are among the arguments or because there are no kernels.
     """
     if choose not in ("measured", "all", "none"):
         raise ValueError(f"choose must be measured, all or none, got {choose!r}")
-    chosen(implementation, np.dtype(np.float32))  # refuses an unknown one
     compiles = implementation in (None, "native") and native.missing() is None and jax.default_backend() == "cpu"
     _check_precision(precision, calibration, implementation, compiles)
-    sides = [(b, b) for b in BLOCKS] if block is None else [blk.as_block(block)]
+    chosen(implementation, np.dtype(np.float32))  # refuses an unknown one
+    if block is not None and plan is not None:
+        raise ValueError(f"give block or plan, not both: got block={block!r}")
+    sides = [] if block is None else [blk.as_block(block)]
     traced = trace(fn, *examples)
-    batches = None if calibration is None else _batches(traced, calibration)
-    ranges = _ranges(traced, batches) if batches and precision == "int8" else {}
+    batches = None if calibration is None else batches_of(traced, calibration)
+    ranges = ranges_of(traced, batches) if batches and precision == "int8" else {}
     types = _types(traced, precision) if compiles and choose != "none" else {}
     measured: dict[Any, tuple[float, float]] = {}
     forms: list[Any] = []
-    choices: list[Choice | None] = []
+    choices: list[list[Choice]] = []
+    planned = _planned(traced, plan)
     for i, step in enumerate(traced.steps):
         if isinstance(step, Linear):
-            form, choice = _decide(step, sides, choose, implementation, types.get(i), measured)
+            form, choice = _decide(step, sides or planned.get(i, []), choose, implementation, types.get(i), measured)
+            forms.append(form)
+            choices.append([choice])
         else:
-            form, choice = None, None
-        forms.append(form)
-        choices.append(choice)
-    program, weights = _assembled(traced, forms, ranges, implementation)
+            forms.append(None)
+            choices.append([_left_out(*product) for product in overlooked(step)])
+    if not any(isinstance(step, Linear) for step in traced.steps):
+        _warn(traced, any(choices))
+    program, weights = assembled(traced, forms, ranges, implementation)
     if batches:
-        errors = _errors(traced, program, weights, batches)
-        pairs = zip(choices, traced.steps, strict=True)
-        choices = [
-            choice._replace(error=errors[step.layer.output]) if choice and isinstance(step, Linear) else None
-            for choice, step in pairs
-        ]
-    return Network(program, weights, [choice for choice in choices if choice])
+        errors = errors_of(traced, program, weights, batches)
+        for step, row in zip(traced.steps, choices, strict=True):
+            if isinstance(step, Linear):
+                row[:] = [choice._replace(error=errors[step.layer.output]) for choice in row]
+    return Network(program, weights, [choice for row in choices for choice in row])
+
+
+def _planned(traced: Traced[Call | Linear], plan: Plan | None) -> dict[int, list[blk.Block]]:
+    """By the number of a layer: the blocks of the plan's kernels of its size."""
+    if plan is None:
+        return {}
+    layers = {i: step.layer.kernel.shape for i, step in enumerate(traced.steps) if isinstance(step, Linear)}
+    planned = {i: blocks for i, shape in layers.items() if (blocks := planned_blocks(plan, shape))}
+    if not planned:
+        pruned = ", ".join(f"{path} {layer.shape}" for path, layer in plan.pruned.items())
+        raise ValueError(
+            f"the plan matches no kernel of this network: it prunes {pruned}, but the network has kernels of shapes "
+            f"{', '.join(map(str, layers.values())) or 'none'}; give the plan of these parameters, or block="
+        )
+    return planned
+
+
+def _left_out(operation: str, kernel: tuple[int, ...], note: str) -> Choice:
+    return Choice(operation, kernel, 0, None, float("nan"), note=note)
+
+
+def _warn(traced: Traced[Call | Linear], listed: bool) -> None:
+    """Say that there are no layers, if nothing else does, and what to do if weights are among the arguments."""
+    if weights_among(traced):
+        text = (
+            "specialize found no layers, for the kernels are among the arguments: close over the weights, "
+            "`specialize(lambda x: f(weights, x), x)`"
+        )
+    elif not listed:
+        text = "specialize found no products with constant kernels: the network runs as it was traced"
+    else:
+        return
+    warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _check_precision(precision: Any, calibration: Any, implementation: Any, compiles: bool) -> None:
@@ -220,7 +255,7 @@ def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[i
     for i in layers:
         layer = traced.steps[i].layer  # type: ignore[union-attr]
         dtype = np.dtype(layer.kernel.dtype)
-        if isinstance(lowering.window_of(layer), str) or not dtype == layer.x.dtype == layer.output.dtype:
+        if isinstance(window_of(layer), str) or not dtype == layer.x.dtype == layer.output.dtype:
             continue
         if dtype == BFLOAT16:
             types[i] = BFLOAT16
@@ -233,24 +268,28 @@ def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[i
 
 def _decide(
     step: Linear,
-    sides: list[blk.Block],
+    sides: Sequence[blk.Block],
     choose: str,
     implementation: Implementation | None,
     dtype: np.dtype | None,
     measured: dict[Any, tuple[float, float]],
 ) -> tuple[lowering.Packed | BlockSparse | None, Choice]:
     """A layer's kernel as it is to run, None as it was traced; and the reasons."""
-    layer, window = step.layer, lowering.window_of(step.layer)
+    layer, window = step.layer, window_of(step.layer)
     kernel = np.asarray(step.kernel)
-    block, density = _pruned_in(kernel, sides)
-    about = (_described(layer), kernel.shape, layer.rows, block, density)
+    block, density = pruned_in(kernel, sides)
+    about = (described(layer), kernel.shape, layer.rows, block, density)
     choice = Choice(*about, precision=np.dtype(layer.kernel.dtype).name)
     form: lowering.Packed | BlockSparse | None = None
     if isinstance(window, str):
         return None, choice._replace(note=window)
     if dtype is not None:
         form = lowering.packed(step, window, dtype, block)
-    elif block is not None and layer.x.dtype == layer.kernel.dtype == layer.output.dtype and len(window.kernel) == 4:
+    elif len(types := {np.dtype(a.dtype).name for a in (layer.x, layer.kernel, layer.output)}) > 1:
+        choice = choice._replace(note=f"of more than one type: {', '.join(sorted(types))}")
+    elif kernel.ndim == 3:
+        choice = choice._replace(note="a convolution over one axis, for which there is only the compiled kernel")
+    elif block is not None:
         form = BlockSparse.fromdense(kernel, block)
     if choose == "none" or form is None:
         return None, choice
@@ -266,57 +305,6 @@ def _decide(
     return (form, choice._replace(runs=runs, precision=precision)) if fast < slow else (None, choice)
 
 
-def _pruned_in(kernel: np.ndarray, sides: list[blk.Block]) -> tuple[blk.Block | None, float]:
-    """The largest block of which about as few are not zero as of any other, and their share; None if none is zero."""
-    rows, cols = blk.matrix_shape(kernel.shape)
-    nonzero = kernel != 0
-    shares = {}
-    for b_r, b_c in sides:
-        if b_r <= rows or b_c <= cols:  # else it is the whole kernel
-            shares[b_r, b_c] = float(occupied(nonzero, (b_r, b_c)).mean())
-    least = min(shares.values(), default=1.0)
-    if least == 1:
-        return None, 1.0
-    return next((block, share) for block, share in shares.items() if share <= 1.1 * least)
-
-
-def _assembled(
-    traced: Traced[Call | Linear], kernels: Sequence[Any], ranges: Any, implementation: Implementation | None
-) -> tuple[Program, list[Any]]:
-    """The network without its weights, so that no kernel is kept in full beside its blocks, and these."""
-    types = {i: kernel.dtype for i, kernel in enumerate(kernels) if isinstance(kernel, lowering.Packed)}
-    forms = lowering.forms_of(traced, types, ranges)
-    steps, weights = [], []
-    for step, kernel in zip(traced.steps, kernels, strict=True):
-        if isinstance(kernel, lowering.Packed):
-            compiled, needs = lowering.assembled(step, kernel, forms, ranges)
-            steps.append(compiled)
-            weights.append(needs)
-        else:
-            steps.append(_without_weights(step))
-            weights.append(_needs(step, kernel))
-    program = Traced(traced.inputs, steps, traced.outputs, traced.input_tree, traced.tree)
-    return Program(program, forms, implementation, bool(types)), weights
-
-
-def _sparse(layer: Layer, x: Any, w: BlockSparse, bias: Any, residual: Any, implementation: Any) -> Any:
-    """A layer by its blocks in an implementation other than the compiled kernel's."""
-    relu = layer.relu and residual is None
-    if layer.call is not None:
-        strides, padding = layer.call.options["window_strides"], layer.call.options["padding"]
-        y = block_sparse_conv(
-            x, w, strides=strides, padding=padding, bias=bias, relu=relu, implementation=implementation
-        )
-    else:
-        x = x.reshape(layer.rows, w.shape[0])
-        y = block_sparse_matmul(x, w, bias=bias, relu=relu, implementation=implementation)
-        y = y.reshape(layer.output.shape)
-    if residual is not None:
-        y = y + residual
-        y = jax.nn.relu(y) if layer.relu else y
-    return y
-
-
 def _measure(step: Linear, form: Any, implementation: Implementation | None) -> tuple[float, float]:
     """Seconds of the layer as it was traced and in the form given, measured in turn."""
     layer = step.layer
@@ -328,7 +316,7 @@ def _measure(step: Linear, form: Any, implementation: Implementation | None) -> 
         (held, added), compiled, weights = lowering.alone(step, form, x, residual)
         contenders.append((jax.jit(compiled.run), (held, added, *weights)))
     else:
-        run = functools.partial(_sparse, layer, implementation=implementation)
+        run = functools.partial(by_blocks, layer, implementation=implementation)
         contenders.append((jax.jit(run), (x, form, step.bias, residual)))
     calls = [functools.partial(run, *arguments) for run, arguments in contenders]
     seconds: list[list[float]] = [[], []]
@@ -354,167 +342,6 @@ def _timed(call: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def _needs(step: Call | Linear, form: BlockSparse | None) -> Any:
-    """The arrays that a step takes besides its variables."""
-    if isinstance(step, Linear):
-        return (step.kernel if form is None else form, step.bias)
-    return [value.full for value in step.inputs if isinstance(value, Constant) and not _small(value)]
-
-
-def _without_weights(step: Call | Linear) -> Call | Layer:
-    """What is to be done with the arrays of `_needs`."""
-    if isinstance(step, Linear):
-        return step.layer
-    values = (v if isinstance(v, Variable) or _small(v) else Constant(None, v.shape) for v in step.inputs)
-    return step._replace(inputs=tuple(values))
-
-
-def _shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
-    """Of what is not an array of JAX's: as it will be when it is made one."""
-    return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
-
-
-def _small(constant: Constant) -> bool:
-    return int(np.prod(constant.shape)) <= _INLINE
-
-
-class Values:
-    """What has been computed so far, each value as it is held and in the forms that were asked for."""
-
-    def __init__(self, forms: dict[Variable, Form]):
-        self.forms = forms
-        self.held: dict[tuple[Variable, Form], Any] = {}
-
-    def form(self, value: Variable) -> Form:
-        return self.forms.get(value, Form(np.dtype(value.dtype)))
-
-    def put(self, value: Variable, array: Any) -> None:
-        self.held[value, self.form(value)] = array
-
-    def get(self, value: Variable, form: Form | None = None) -> Any:
-        """In the form asked for, as it was traced by default."""
-        want, have = form or Form(np.dtype(value.dtype)), self.form(value)
-        if (value, want) not in self.held:
-            self.held[value, want] = lowering.converted(self.held[value, have], have, want)
-        return self.held[value, want]
-
-
-def _run(program: Program, weights: Sequence[Any], *inputs: Any) -> Any:
-    traced = program.traced
-    values = _computed(program, weights, inputs)
-    results = [values.get(v) if isinstance(v, Variable) else v.full for v in traced.outputs]
-    return jax.tree.unflatten(traced.tree, results)
-
-
-def _computed(program: Program, weights: Sequence[Any], inputs: Any) -> Values:
-    values = Values(program.forms)
-    for variable, leaf in zip(program.traced.inputs, jax.tree.leaves(inputs), strict=True):
-        values.put(variable, leaf)
-    for step, given in zip(program.traced.steps, weights, strict=True):
-        if isinstance(step, Compiled):
-            residual = None if step.residual is None else values.get(step.layer.residual, step.residual)  # type: ignore[arg-type]
-            values.put(step.layer.output, step.run(values.get(step.layer.x, step.x), residual, *given))
-        elif isinstance(step, Layer):
-            kernel, bias = given
-            x, residual = values.get(step.x), None if step.residual is None else values.get(step.residual)
-            if isinstance(kernel, BlockSparse):
-                y = _sparse(step, x, kernel, bias, residual, program.implementation)
-            else:
-                y = step.dense(x, kernel, bias, residual)
-            values.put(step.output, y)
-        else:
-            rest = iter(given)
-            kept = lowering.keeps_type(step) and values.form(step.outputs[0]) if step.outputs else None
-            arguments = [
-                values.get(v, kept or None)
-                if isinstance(v, Variable)
-                else jnp.asarray(v.full)
-                if _small(v)
-                else next(rest)
-                for v in step.inputs
-            ]
-            fast = lowering.pooled(step, arguments[0]) if program.compiles and arguments else None
-            for variable, result in zip(step.outputs, step.run(*arguments) if fast is None else [fast], strict=True):
-                values.put(variable, result)
-    return values
-
-
-def _batches(traced: Traced[Any], calibration: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """The batches as tuples of arguments, checked."""
-    batches = []
-    for number, batch in enumerate(calibration):
-        batch = batch if isinstance(batch, tuple) else (batch,)
-        leaves, tree = jax.tree.flatten(batch)
-        got, want = [_shape_and_type(x) for x in leaves], [(v.shape, v.dtype) for v in traced.inputs]
-        if tree != traced.input_tree or got != want:
-            raise ValueError(
-                f"calibration batch {number} is {_shapes(got)}, but the network is made for {_shapes(want)}: give "
-                "batches of the examples' shapes"
-            )
-        if not all(np.isfinite(np.asarray(x, np.float64)).all() for x in leaves):
-            raise ValueError(f"calibration batch {number} has values that are not finite")
-        batches.append(batch)
-    if not batches:
-        raise ValueError("calibration has no batches: give some of typical inputs")
-    return batches
-
-
-def _plain(traced: Traced[Call | Linear]) -> tuple[Program, list[Any]]:
-    return _assembled(traced, [None] * len(traced.steps), {}, None)
-
-
-def _ranges(traced: Traced[Call | Linear], batches: Sequence[Any]) -> dict[Variable, tuple[float, float]]:
-    """Smallest and largest of each value that layers take or return, over the calibration data."""
-    program, weights = _plain(traced)
-    layers = [step.layer for step in traced.steps if isinstance(step, Linear)]
-    wanted = list(
-        dict.fromkeys(v for layer in layers for v in (layer.x, layer.output, layer.residual) if v is not None)
-    )
-
-    @jax.jit
-    def ends(weights: Any, *inputs: Any) -> Any:
-        values = _computed(program, weights, inputs)
-        arrays = [values.get(v).astype(jnp.float32) for v in wanted]
-        return jnp.stack([jnp.stack([a.min(), a.max()]) for a in arrays])
-
-    seen = np.stack([np.asarray(ends(weights, *batch)) for batch in batches])
-    if not np.isfinite(seen).all():
-        layer = next(layer for layer, v in zip(layers, seen.sum((0, 2)), strict=False) if not np.isfinite(v))
-        raise ValueError(f"the network's values on the calibration data are not finite, at {_described(layer)}")
-    return {
-        v: (float(low), float(high))
-        for v, low, high in zip(wanted, seen[:, :, 0].min(0), seen[:, :, 1].max(0), strict=True)
-    }
-
-
-def _errors(
-    traced: Traced[Call | Linear], program: Program, weights: Any, batches: Sequence[Any]
-) -> dict[Variable, float]:
-    """How far each layer's result is from that in full precision, relative, over the calibration data."""
-    plain, full = _plain(traced)
-    outputs = [step.layer.output for step in traced.steps if isinstance(step, Linear)]
-
-    @jax.jit
-    def squares(full: Any, weights: Any, *inputs: Any) -> Any:
-        want, got = _computed(plain, full, inputs), _computed(program, weights, inputs)
-        pairs = [(want.get(v).astype(jnp.float32), got.get(v).astype(jnp.float32)) for v in outputs]
-        return jnp.stack([jnp.stack([jnp.sum((a - b) ** 2), jnp.sum(a**2)]) for a, b in pairs])
-
-    total = sum(np.asarray(squares(full, weights, *batch), np.float64) for batch in batches)
-    off, size = np.moveaxis(total, -1, 0) if outputs else (np.zeros(0), np.zeros(0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return {v: float(np.sqrt(a / b)) for v, a, b in zip(outputs, off, size, strict=True)}
-
-
-def _described(layer: Layer) -> str:
-    if layer.call is None:
-        return "dense"
-    options = layer.call.options
-    window = "×".join(str(n) for n in layer.kernel.shape[:-2])
-    strides = "×".join(map(str, options["window_strides"]))
-    return f"convolution {window}" + (f", strides {strides}" if set(options["window_strides"]) != {1} else "")
-
-
 _HEAD = ("layer", "kernel", "rows", "block", "kept", "traced µs", "compiled µs", "runs", "precision", "error", "note")
 
 
@@ -524,7 +351,7 @@ def _cells(choice: Choice) -> tuple[str, ...]:
         "-" if np.isnan(seconds) else f"{1e6 * seconds:,.0f}"
         for seconds in (choice.traced_seconds, choice.compiled_seconds)
     ]
-    kernel, rows = "×".join(map(str, choice.kernel)), f"{choice.rows:,}"
+    kernel, rows = "×".join(map(str, choice.kernel)), f"{choice.rows:,}" if choice.rows else "-"
     kept = "-" if np.isnan(choice.density) else f"{choice.density:.1%}"
     error = "-" if np.isnan(choice.error) else f"{choice.error:.2g}"
     return (
@@ -539,7 +366,3 @@ def _cells(choice: Choice) -> tuple[str, ...]:
         error,
         choice.note,
     )
-
-
-def _shapes(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> str:
-    return ", ".join(f"{np.dtype(dtype).name}{list(shape)}" for shape, dtype in shapes)

@@ -15,14 +15,13 @@ namespace ffi = xla::ffi;
 namespace sa_plus_plus {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 48;                  // of x: few enough to stay in the second-level cache
 constexpr int64_t kWorthAThread = int64_t{1} << 15;  // operations; some microseconds
 
 // Bands of rows, and in each as many groups of columns as give every thread something to do to the end.
 std::vector<Part> cut(const Product& p, int64_t threads) {
   // Some runs, or pieces of one, about as many rows in each; if possible a whole number of bands for each thread, so that
   // a layer's threads read what they wrote themselves in the layer before.
-  const int64_t most = p.grouped() ? kMostRows : kRowsAtOnce;
+  const int64_t most = kMostRows;
   std::vector<std::pair<int64_t, int64_t>> bands;
   auto divide = [&](int64_t top, int64_t bottom, int64_t unit, int64_t most, int64_t multiple) {
     const int64_t units = (bottom - top + unit - 1) / unit, each = std::max<int64_t>(1, most / unit);

@@ -1,0 +1,91 @@
+"""What calibration data say of a network: the range of each value, and what low precision costs."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus.sparse.program import Program, assembled, computed, described
+from sa_plus_plus.sparse.tracing import Call, Linear, Traced, Variable
+
+
+def batches_of(traced: Traced[Any], calibration: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """The batches as tuples of arguments, checked."""
+    batches = []
+    for number, batch in enumerate(calibration):
+        batch = batch if isinstance(batch, tuple) else (batch,)
+        leaves, tree = jax.tree.flatten(batch)
+        got, want = [shape_and_type(x) for x in leaves], [(v.shape, v.dtype) for v in traced.inputs]
+        if tree != traced.input_tree or got != want:
+            raise ValueError(
+                f"calibration batch {number} is {shapes(got)}, but the network is made for {shapes(want)}: give "
+                "batches of the examples' shapes"
+            )
+        if not all(np.isfinite(np.asarray(x, np.float64)).all() for x in leaves):
+            raise ValueError(f"calibration batch {number} has values that are not finite")
+        batches.append(batch)
+    if not batches:
+        raise ValueError("calibration has no batches: give some of typical inputs")
+    return batches
+
+
+def ranges_of(traced: Traced[Call | Linear], batches: Sequence[Any]) -> dict[Variable, tuple[float, float]]:
+    """Smallest and largest of each value that layers take or return, over the calibration data."""
+    program, weights = _plain(traced)
+    layers = [step.layer for step in traced.steps if isinstance(step, Linear)]
+    wanted = list(
+        dict.fromkeys(v for layer in layers for v in (layer.x, layer.output, layer.residual) if v is not None)
+    )
+
+    @jax.jit
+    def ends(weights: Any, *inputs: Any) -> Any:
+        values = computed(program, weights, inputs)
+        arrays = [values.get(v).astype(jnp.float32) for v in wanted]
+        return jnp.stack([jnp.stack([a.min(), a.max()]) for a in arrays])
+
+    seen = np.stack([np.asarray(ends(weights, *batch)) for batch in batches])
+    if not np.isfinite(seen).all():
+        bad = wanted[int(np.argmin(np.isfinite(seen).all((0, 2))))]
+        layer = next(layer for layer in layers if bad in (layer.x, layer.output, layer.residual))
+        raise ValueError(f"the network's values on the calibration data are not finite, at {described(layer)}")
+    return {
+        v: (float(low), float(high))
+        for v, low, high in zip(wanted, seen[:, :, 0].min(0), seen[:, :, 1].max(0), strict=True)
+    }
+
+
+def errors_of(
+    traced: Traced[Call | Linear], program: Program, weights: Any, batches: Sequence[Any]
+) -> dict[Variable, float]:
+    """How far each layer's result is from that in full precision, relative, over the calibration data."""
+    plain, full = _plain(traced)
+    outputs = [step.layer.output for step in traced.steps if isinstance(step, Linear)]
+
+    @jax.jit
+    def squares(full: Any, weights: Any, *inputs: Any) -> Any:
+        want, got = computed(plain, full, inputs), computed(program, weights, inputs)
+        pairs = [(want.get(v).astype(jnp.float32), got.get(v).astype(jnp.float32)) for v in outputs]
+        return jnp.stack([jnp.stack([jnp.sum((a - b) ** 2), jnp.sum(a**2)]) for a, b in pairs])
+
+    if not outputs:
+        return {}
+    each = [np.asarray(squares(full, weights, *batch), np.float64) for batch in batches]
+    off, size = np.moveaxis(np.sum(each, 0), -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {v: float(np.sqrt(a / b)) for v, a, b in zip(outputs, off, size, strict=True)}
+
+
+def _plain(traced: Traced[Call | Linear]) -> tuple[Program, list[Any]]:
+    return assembled(traced, [None] * len(traced.steps), {}, None)
+
+
+def shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
+    """Of what is not an array of JAX's: as it will be when it is made one."""
+    return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+
+
+def shapes(values: Sequence[tuple[tuple[int, ...], Any]]) -> str:
+    """Shapes and dtypes, for errors."""
+    return ", ".join(f"{np.dtype(dtype).name}{list(shape)}" for shape, dtype in values)

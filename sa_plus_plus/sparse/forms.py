@@ -1,0 +1,178 @@
+"""How values are held between the layers of a network.
+
+A value is held in the type that all its users take it in: a layer that feeds others in int8 rounds to uint8 as it
+stores, and leaves borders of zeros for the next convolution's padding.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import sa_plus_plus.sparse.native as native
+from sa_plus_plus.sparse.tracing import Call, Linear, Traced, Variable
+from sa_plus_plus.sparse.windows import NO_BORDER, Border, window_of
+
+FLOAT32, BFLOAT16, UINT8 = np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.uint8)
+_SHAPES_ONLY = ("reshape", "squeeze", "transpose", "slice", "reduce_window_max")  # whatever type they are given
+
+
+class Form(NamedTuple):
+    """How a value is held.
+
+    Attributes:
+      dtype: uint8 stands for `(held - zero) * factor`.
+      border: zeros around each image.
+      channels: of an image, where these are more than it has, the rest zeros.
+    """
+
+    dtype: np.dtype
+    factor: float = 1.0
+    zero: int = 0
+    border: Border = NO_BORDER
+    channels: int | None = None
+
+
+def quantised(low: float, high: float) -> Form:
+    """uint8 for values from `low` to `high`: one scale for a tensor, zero exact."""
+    if low >= 0:
+        return Form(UINT8, max(high, 1e-30) / 255, 0)
+    return Form(UINT8, max(high / 127, -low / 128, 1e-30), 128)
+
+
+def converted(held: Any, have: Form, want: Form) -> Any:
+    """A value in another form.
+
+    Args:
+      held: the array.
+      have: its form.
+      want: that asked for.
+    """
+    if have == want:
+        return held
+    if have == Form(FLOAT32) and want.dtype in (BFLOAT16, UINT8) and native.missing() is None:
+        image = held if held.ndim == 4 else held.reshape(1, 1, -1, held.shape[-1] if held.ndim else 1)
+        rounded = native.round_images(image, want.dtype, want.factor, want.zero, want.border, want.channels)
+        return rounded if held.ndim == 4 else rounded.reshape(held.shape)
+    if have.border != NO_BORDER and have.border != want.border:
+        (top, _), (left, _) = have.border
+        rows, columns = (n - sum(pair) for n, pair in zip(held.shape[1:3], have.border, strict=True))
+        held = held[:, top : top + rows, left : left + columns]
+        have = have._replace(border=NO_BORDER)
+    if have[:3] != want[:3]:
+        if have.dtype == UINT8:
+            held = (held.astype(np.float32) - have.zero) * np.float32(have.factor)
+        if want.dtype == UINT8:
+            held = jnp.clip(jnp.round(held.astype(np.float32) * np.float32(1 / want.factor)) + want.zero, 0, 255)
+        held = held.astype(want.dtype)
+    if have.border != want.border or have.channels != want.channels:
+        around = want.border if have.border != want.border else NO_BORDER
+        more = 0 if want.channels is None or have.channels == want.channels else want.channels - held.shape[3]
+        pads = ((0, 0, 0), *((low, high, 0) for low, high in around), (0, more, 0))
+        held = lax.pad(held, jnp.asarray(want.zero, held.dtype), pads)
+    return held
+
+
+def consumers(program: Traced[Any]) -> dict[Variable, list[Any]]:
+    """Which steps take a value, and None for the program's result."""
+    users: dict[Variable, list[Any]] = {}
+    for step in program.steps:
+        for value in _inputs(step):
+            users.setdefault(value, []).append(step)
+    for result in program.outputs:
+        if isinstance(result, Variable):
+            users.setdefault(result, []).append(None)
+    return users
+
+
+def _inputs(step: Call | Linear) -> list[Variable]:
+    if isinstance(step, Linear):
+        return [v for v in (step.layer.x, step.layer.residual) if v is not None]
+    return [v for v in step.inputs if isinstance(v, Variable)]
+
+
+def keeps_type(step: Any) -> bool:
+    """Whether a step moves or compares numbers only, so that it may be given them as they are held."""
+    return isinstance(step, Call) and step.primitive.name in _SHAPES_ONLY
+
+
+def forms_of(
+    program: Traced[Call | Linear], types: Mapping[int, np.dtype], ranges: Mapping[Variable, tuple[float, float]]
+) -> dict[Variable, Form]:
+    """How each value is held that is not held as it was traced.
+
+    Args:
+      program: its steps.
+      types: by the number of a step that runs in the compiled kernel: in which type it takes `x`.
+      ranges: smallest and largest of each value that a step takes in uint8.
+    """
+    users, made_by = consumers(program), {}
+    numbers = {id(step): i for i, step in enumerate(program.steps)}
+    wanted: dict[Variable, np.dtype | None] = {}
+    for step in reversed(program.steps):
+        for value in [step.layer.output] if isinstance(step, Linear) else list(step.outputs):
+            made_by[value] = step
+            wanted[value] = _wanted(value, users.get(value, []), types, numbers, wanted)
+    forms: dict[Variable, Form] = {}
+    for step in program.steps:
+        if isinstance(step, Call):
+            if keeps_type(step):
+                (value,), (output,) = _inputs(step), step.outputs
+                if wanted[output] is not None and value in forms and forms[value].dtype == wanted[output]:
+                    forms[output] = forms[value]
+            continue
+        output = step.layer.output
+        if numbers[id(step)] not in types:
+            continue
+        dtype = wanted[output]
+        if dtype == UINT8:
+            forms[output] = quantised(*ranges[output])
+        elif dtype is not None:
+            forms[output] = Form(dtype)
+        users_here = users.get(output, [])
+        border = _border(output, users_here, types, numbers)
+        if border != NO_BORDER:
+            forms[output] = forms.get(output, Form(np.dtype(output.dtype)))._replace(border=border)
+    return forms
+
+
+def _wanted(
+    value: Variable,
+    users: Sequence[Any],
+    types: Mapping[int, np.dtype],
+    numbers: Mapping[int, int],
+    wanted: Mapping[Variable, np.dtype | None],
+) -> np.dtype | None:
+    """The one narrow type in which all users take a value, or None."""
+    kinds: set[Any] = set()
+    preferred: np.dtype | None = None
+    for step in users:
+        if isinstance(step, Linear) and numbers[id(step)] in types:
+            if step.layer.x == value:
+                kinds.add(types[numbers[id(step)]])
+            elif step.layer.residual == value:  # which it takes in any type
+                preferred = wanted[step.layer.output] or types[numbers[id(step)]]
+        elif keeps_type(step):
+            kinds.add(wanted[step.outputs[0]])
+        else:
+            return None
+    narrow = kinds.pop() if len(kinds) == 1 else preferred if not kinds else None
+    return narrow if narrow in (BFLOAT16, UINT8) else None
+
+
+def _border(value: Variable, users: Sequence[Any], types: Mapping[int, np.dtype], numbers: Mapping[int, int]) -> Border:
+    """The padding of the one convolution that takes a value."""
+    if (
+        len(users) != 1
+        or not isinstance(users[0], Linear)
+        or numbers[id(users[0])] not in types
+        or len(value.shape) != 4
+    ):
+        return NO_BORDER
+    (user,) = users
+    window = window_of(user.layer)
+    if user.layer.x != value or user.layer.residual == value or isinstance(window, str) or user.layer.call is None:
+        return NO_BORDER
+    return window.padding

@@ -1,0 +1,121 @@
+"""Whole networks in bfloat16 and int8."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sa_plus_plus as sapp
+import sa_plus_plus.sparse.native as native
+from experiments import models
+from sa_plus_plus.sparse import lowering, windows
+
+pytestmark = [
+    pytest.mark.skipif(native.missing() is not None, reason=str(native.missing())),
+    pytest.mark.usefixtures("standard_promotion"),
+]
+RNG = np.random.default_rng(0)
+PHOTOGRAPHS = RNG.normal(size=(2, 24, 24, 3)).astype(np.float32)
+
+
+def kernel(*shape, block=8, density=0.4):
+    grid = sapp.blocks.grid_shape(shape, (block, block))
+    mask = np.kron(RNG.random(grid) < density, np.ones((block, block)))
+    rows, columns = sapp.blocks.matrix_shape(shape)
+    return jnp.asarray(mask[:rows, :columns].reshape(shape) * RNG.normal(size=shape) / np.sqrt(rows), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def residual():
+    """A residual network with values as after training."""
+    model = models.ResNet(10, stages=(1, 1), bottleneck=True)
+    variables = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0), PHOTOGRAPHS))
+    variables = jax.tree.map(lambda a: a + (0.1 * np.abs(RNG.normal(size=a.shape))).astype(a.dtype), variables)
+    return lambda x: model.apply(variables, x)
+
+
+@pytest.mark.parametrize(("precision", "most"), [("bfloat16", 0.02), ("int8", 0.05)])
+def test_a_residual_network(residual, precision, most):
+    want = np.asarray(jax.jit(residual)(PHOTOGRAPHS))
+    fast = sapp.specialize(residual, PHOTOGRAPHS, choose="all", precision=precision, calibration=[PHOTOGRAPHS])
+    got = fast(PHOTOGRAPHS)
+    assert got.dtype == want.dtype
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert 0 < error < most
+    np.testing.assert_allclose(fast.choices[-1].error, error, rtol=1e-3)  # what the table says of the last layer
+    inner = [choice.precision for choice in fast.choices[1:-1]]
+    assert inner == [precision] * len(inner)
+    assert {fast.choices[0].precision, fast.choices[-1].precision} <= {"bfloat16", "float32"}
+    assert precision in str(fast)
+    # Values stay narrow between the layers: nothing is converted but the input and the result.
+    layers = [step for step in fast._program.traced.steps if isinstance(step, lowering.Compiled)]
+    assert [step.y.dtype for step in layers[:-2]] == [layers[1].x.dtype] * (len(layers) - 2)
+    assert sum(step.y.border != windows.NO_BORDER for step in layers) >= 2  # padded by the layer before
+
+
+def test_signed_activations_and_wide_outputs():
+    """int8 inputs below zero, kernels narrower than their blocks, shapes that are not a multiple of any register."""
+    first, second, third = kernel(20, 36), kernel(36, 21), kernel(21, 9)
+    bias = jnp.asarray(RNG.normal(size=36), jnp.float32)
+
+    def network(x):
+        return jnp.tanh((x @ first + bias) @ second) @ third
+
+    x = RNG.normal(size=(5, 20)).astype(np.float32)
+    fast = sapp.specialize(network, x, choose="all", precision="int8", calibration=[x, 2 * x])
+    want = network(jnp.asarray(x))
+    assert [choice.precision for choice in fast.choices][1] == "int8"
+    assert np.linalg.norm(fast(x) - want) < 0.03 * np.linalg.norm(want)
+
+
+def test_other_batches_set_the_scale():
+    """Values beyond those of the calibration data are clamped to them."""
+    w = jnp.eye(16)
+
+    def network(x):
+        y = jax.nn.relu(x @ w)
+        return jax.nn.relu(y @ w) @ w
+
+    x = np.full((1, 16), 2.0, np.float32)
+    fast = sapp.specialize(network, x, choose="all", precision="int8", calibration=[x, np.ones((1, 16), np.float32)])
+    np.testing.assert_allclose(fast(x), 2, rtol=0.01)
+    np.testing.assert_allclose(fast(3 * x), 2, rtol=0.01)
+
+
+def test_images_of_one_axis():
+    w, then = kernel(3, 8, 24), kernel(24, 8)
+
+    def network(x):
+        y = jax.lax.conv_general_dilated(x, w, (2,), ((1, 1),), dimension_numbers=("NWC", "WIO", "NWC"))
+        return jax.nn.relu(y) @ then
+
+    x = RNG.normal(size=(2, 11, 8)).astype(np.float32)
+    for precision, most in ((None, 1e-5), ("bfloat16", 0.02), ("int8", 0.02)):
+        fast = sapp.specialize(network, x, choose="all", precision=precision, calibration=[x])
+        want = network(x)
+        assert np.linalg.norm(fast(x) - want) < most * np.linalg.norm(want)
+        assert all(choice.runs != "traced" for choice in fast.choices)
+
+
+def test_bad_requests(monkeypatch):
+    w = kernel(16, 16)
+    x = np.ones((2, 16), np.float32)
+
+    def request(**options):
+        sapp.specialize(lambda x: x @ w, x, **options)
+
+    for error, message, options in [
+        (ValueError, "precision must be one of float32, bfloat16, int8 or None, got 'int4'", {"precision": "int4"}),
+        (ValueError, "int8 needs calibration data to choose the scale", {"precision": "int8"}),
+        (ValueError, "calibration has no batches", {"precision": "int8", "calibration": []}),
+        (ValueError, r"calibration batch 1 is float32\[3, 16\]", {"calibration": [x, np.ones((3, 16), np.float32)]}),
+        (ValueError, "batch 0 has values that are not finite", {"calibration": [x * np.nan]}),
+        (RuntimeError, "needs the compiled kernel", {"precision": "bfloat16", "implementation": "xla"}),
+    ]:
+        with pytest.raises(error, match=message):
+            request(**options)
+    with pytest.raises(ValueError, match="not finite, at dense"):
+        sapp.specialize(lambda x: (x / 0) @ w, x, precision="int8", calibration=[x])
+    monkeypatch.setattr(native, "missing", lambda: "no compiler was found")
+    with pytest.raises(RuntimeError, match="no compiler was found"):
+        request(precision="bfloat16")
