@@ -36,8 +36,8 @@ def check(fn, x, layers, **options):
 def test_attention():
     x = normal(2, 5, 16)
     model = nn.MultiHeadDotProductAttention(num_heads=4)
-    variables = model.init(jax.random.key(0), x)
-    other = nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, rngs=nnx.Rngs(0))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    other = nnx.jit(lambda: nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, rngs=nnx.Rngs(0)))()
     for fn in (lambda x: model.apply(variables, x), other):
         assert names(check(fn, x, [(16, 16)] * 4)).count("dot_general") == 2
 
@@ -124,7 +124,10 @@ def test_a_scan_over_constant_kernels_is_unrolled(reverse):
         return lax.scan(layer, x, (kernels, biases), reverse=reverse)
 
     check(stack, normal(5, 16), [(16, 16)] * 3)
-    recurrent = lambda x: lax.scan(lambda h, u: (jnp.tanh(u @ W.T @ W + h), h), x[0], x, reverse=reverse)
+
+    def recurrent(x):
+        return lax.scan(lambda h, u: (jnp.tanh(u @ W.T @ W + h), h), x[0], x, reverse=reverse)
+
     check(recurrent, normal(3, 5, 16), [(16, 24), (24, 16)] * 3)
 
 
@@ -140,7 +143,7 @@ LEFT_OUT = {
 def test_what_is_no_layer_is_listed_with_the_reason(note):
     x = normal(5, 16)
     fast = sapp.specialize(LEFT_OUT[note], x, choose="all")
-    np.testing.assert_array_equal(fast(x), LEFT_OUT[note](x))
+    np.testing.assert_allclose(fast(x), LEFT_OUT[note](x), rtol=1e-4, atol=1e-5)
     assert {c.note for c in fast.choices} == {note}
     assert [c.kernel for c in fast.choices] == ([(16, 3)] if "int8" in note else [(16, 24), (24, 16)])
     assert note in str(fast)
@@ -173,12 +176,8 @@ def pruned(draw):
 def test_blocks_are_found(drawn):
     kernel, (b_r, b_c) = drawn
     found, density = patterns.pruned_in(kernel)
-    share = np.mean(
-        [
-            [kernel[i : i + b_r, j : j + b_c].any() for j in range(0, kernel.shape[1], b_c)]
-            for i in range(0, len(kernel), b_r)
-        ]
-    )
+    corners = [(i, j) for i in range(0, kernel.shape[0], b_r) for j in range(0, kernel.shape[1], b_c)]
+    share = np.mean([kernel[i : i + b_r, j : j + b_c].any() for i, j in corners])
     assert density <= 1.1 * share * 1.3 + 1e-9  # larger blocks count ragged edges in other proportion
     assert found is not None
     down, across = kernel.shape[0], kernel.shape[1]
