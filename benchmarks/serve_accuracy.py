@@ -20,12 +20,13 @@ from benchmarks import timing
 from experiments import cli
 from experiments.training import sharding
 from experiments.training.setup import prepare
+from sa_plus_plus.sparse.network import Precision
 
 flags.declare_key_flag("config")
 _WEIGHTS = flags.DEFINE_string("weights", None, "A pruned.safetensors of a run with this config.", required=True)
 _CALIBRATION = flags.DEFINE_integer("calibration", 500, "Training images that scales are chosen on.")
 _BATCH = flags.DEFINE_integer("batch", 100, "Images at once.")
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 
 
 def main(argv: list[str]) -> None:

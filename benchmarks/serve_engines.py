@@ -103,7 +103,7 @@ def ours(model: nn.Module, variables: Any, x: np.ndarray, precision: str) -> Cal
 
     options: dict[str, Any] = {} if precision == "float32" else {"precision": precision, "calibration": [x]}
     example = jnp.asarray(x)
-    fast = sapp.specialize(apply, example, **options)
+    fast = sapp.specialize(apply, example, choose="all", **options)
     return lambda: jax.block_until_ready(fast(example))
 
 

@@ -1,6 +1,6 @@
 """Block-wise pruning of neural networks in JAX: SequentialAttention++ and its rivals."""
 
-from sa_plus_plus import blocks, convex, metrics, phases, select, sparse
+from sa_plus_plus import blocks, convex, metrics, phases, select, serve, sparse
 from sa_plus_plus.algorithms import (
     acdc,
     attention_weights,
@@ -72,6 +72,7 @@ __all__ = [
     "save",
     "select",
     "sequential_attention",
+    "serve",
     "sparse",
     "sparsify",
     "specialize",

@@ -40,7 +40,11 @@ LIBRARY = (
     "sparse.lowering",
     "sparse.program",
     "sparse.calibration",
+<<<<<<< HEAD
     "sparse.patterns",
+=======
+    "serve",
+>>>>>>> main
     "sparse.network",
     "sparse",
     "convex.lambert",

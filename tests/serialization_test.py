@@ -210,7 +210,7 @@ def hostile(path, change, change_about=lambda about: about):
     about = {
         "format": serialization.FORMAT,
         "kernels": {"k": kernel_about},
-        "sha256": {name: serialization._digest(tensor) for name, tensor in tensors.items()},
+        "sha256": {name: serialization.digest(tensor) for name, tensor in tensors.items()},
     }
     text = change_about(about)
     text = text if isinstance(text, str) else json.dumps(text)

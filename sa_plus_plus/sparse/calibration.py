@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus.sparse.program import Program, assembled, computed, described
-from sa_plus_plus.sparse.tracing import Call, Linear, Traced, Variable
+from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable
 
 
 def batches_of(traced: Traced[Any], calibration: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 import sa_plus_plus.sparse.native as native
-from sa_plus_plus.sparse.tracing import Call, Linear, Traced, Variable
+from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable
 from sa_plus_plus.sparse.windows import NO_BORDER, Border, window_of
 
 FLOAT32, BFLOAT16, UINT8 = np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.uint8)

@@ -13,7 +13,7 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus.checks import occupied
 from sa_plus_plus.sparse.array import BlockSparse, Layout
 from sa_plus_plus.sparse.forms import BFLOAT16, FLOAT32, UINT8, Form, converted, quantised
-from sa_plus_plus.sparse.tracing import Call, Layer, Linear, Variable
+from sa_plus_plus.sparse.steps import Call, Layer, Linear, Variable
 from sa_plus_plus.sparse.windows import NO_BORDER, Window
 
 REGISTER_BYTES = 64  # of a block's column that matrix registers take at once

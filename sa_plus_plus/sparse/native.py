@@ -54,6 +54,14 @@ def instructions(dtype: Any) -> str:
     return _INSTRUCTIONS[np.dtype(dtype).name]
 
 
+def set_threads(count: int) -> None:
+    """How many threads the kernel may use; 0: as many as XLA has."""
+    if why := missing():
+        raise RuntimeError(f"there is no compiled kernel: {why}")
+    built = sorted(pathlib.Path(__file__).parent.glob("_native.*"))[-1]
+    ctypes.CDLL(str(built)).sa_plus_plus_set_threads(ctypes.c_int64(count))  # the one that is loaded already
+
+
 def _ffi_version() -> int:
     """`1000 * major + minor` of the interface for foreign functions that the installed jaxlib has."""
     header = (pathlib.Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()

@@ -1,6 +1,7 @@
 """A whole network made fast: every layer in the compiled kernel where that is faster, pruned ones by their blocks."""
 
 import functools
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 
+import sa_plus_plus.serve as serve
 import sa_plus_plus.sparse.lowering as lowering
 import sa_plus_plus.sparse.native as native
 from sa_plus_plus import blocks as blk
@@ -96,6 +98,41 @@ class Network:
                 "or pad them to that shape"
             )
         return self._jitted(self._arrays, *inputs)
+
+    @property
+    def examples(self) -> tuple[Any, ...]:
+        """Shapes and dtypes of its arguments."""
+        traced = self._program.traced
+        return jax.tree.unflatten(traced.input_tree, [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in traced.inputs])
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write it to one file, which `sapp.serve.load` reads without the model's code: `sapp.serve.save(path, self)`.
+
+            >>> import os, tempfile, jax.numpy as jnp, sa_plus_plus as sapp
+            >>> network = sapp.specialize(lambda x: 2 * x, jnp.ones(3))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     size = network.save(os.path.join(folder, "network"))
+            ...     print(sapp.serve.load(os.path.join(folder, "network"))(jnp.ones(3)))
+            [2. 2. 2.]
+
+        Args:
+          path: of the file.
+
+        Returns:
+          The file's bytes.
+
+        Raises:
+          ValueError: if arguments or results are pytrees that `jax.export` cannot write.
+          ImportError: without `safetensors` or `flatbuffers`.
+        """
+        return serve.save(path, self)
+
+    def __reduce__(self) -> Any:
+        """Pickled it is the file that `save` writes; what comes back is a `sapp.serve.Loaded`."""
+        return serve.loads, (serve.dumps(self),)
+
+    def __deepcopy__(self, memo: Any) -> "Network":
+        return Network(self._program, jax.tree.map(lambda a: a, self.weights), self.choices)
 
     def __str__(self) -> str:
         table = [_HEAD, *(_cells(choice) for choice in self.choices)]

@@ -26,7 +26,7 @@ def narrowed(dtype: np.dtype) -> bool:
 
 def as_jax(array: np.ndarray) -> Any:
     """The values as a JAX array; as they are where JAX would narrow them."""
-    return array if narrowed(array.dtype) else jnp.asarray(array)
+    return array if narrowed(array.dtype) else jax.device_put(array)  # jnp.asarray compiles a copy for each shape
 
 
 def _check_size(shape: tuple[int, ...], block: blk.Block, kept: int, weights: int) -> None:

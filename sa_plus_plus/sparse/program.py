@@ -13,7 +13,7 @@ from sa_plus_plus.sparse.convolution import block_sparse_conv
 from sa_plus_plus.sparse.forms import Form, converted, forms_of, keeps_type
 from sa_plus_plus.sparse.lowering import Compiled
 from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul
-from sa_plus_plus.sparse.tracing import Call, Constant, Layer, Linear, Traced, Variable
+from sa_plus_plus.sparse.steps import Call, Constant, Layer, Linear, Traced, Variable
 
 _INLINE = 1024  # numbers of a constant that are compiled into the program rather than handed to it
 

@@ -123,7 +123,7 @@ def save(
     about = {
         "format": ESCAPED if any("~" in name for name in tensors) else FORMAT,
         "kernels": kernels,
-        "sha256": {name: _digest(tensor) for name, tensor in tensors.items()},
+        "sha256": {name: digest(tensor) for name, tensor in tensors.items()},
     }
     text = json.dumps(about)
     texts = {**(metadata or {}), _KEY: text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -251,12 +251,12 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if not isinstance(about.get(part), dict):
             raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata has no mapping {part!r}")
     for name in sorted({*tensors, *about["sha256"]}):
-        if name not in tensors or _digest(tensors[name]) != about["sha256"].get(name):
+        if name not in tensors or digest(tensors[name]) != about["sha256"].get(name):
             raise ValueError(f"{path}: tensor {name!r} is damaged: it does not have the checksum in the metadata")
     return tensors, about
 
 
-def _digest(tensor: np.ndarray) -> str:
+def digest(tensor: np.ndarray) -> str:
     """SHA-256 of a tensor's type, shape and bytes."""
     head = f"{tensor.dtype.name} {tensor.shape} ".encode()
     return hashlib.sha256(head + tensor.tobytes()).hexdigest()

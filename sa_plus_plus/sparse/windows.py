@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from sa_plus_plus.sparse.tracing import Layer
+from sa_plus_plus.sparse.steps import Layer
 
 Border = tuple[tuple[int, int], tuple[int, int]]
 NO_BORDER: Border = ((0, 0), (0, 0))

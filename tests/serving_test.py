@@ -1,0 +1,228 @@
+"""Networks as files: other processes, batch sizes, threads and pickles have the same results bit for bit."""
+
+import concurrent.futures
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sa_plus_plus as sapp
+from sa_plus_plus import serve
+from sa_plus_plus.sparse import native
+
+needs_kernel = pytest.mark.skipif(native.missing() is not None, reason="there is no compiled kernel")
+RNG = np.random.default_rng(0)
+KERNELS = [
+    jnp.asarray(np.kron(RNG.random((4, 4)) < 0.4, np.ones((16, 16))) * RNG.normal(size=(64, 64)) / 5, jnp.float32)
+    for _ in range(3)
+]
+
+
+def model(x):
+    first, second, last = KERNELS
+    y = jax.nn.relu(x @ first)
+    return {"y": jax.nn.relu(y @ second) @ last, "hidden": y}
+
+
+def inputs(batch):
+    return np.random.default_rng(batch).normal(size=(batch, 64)).astype(np.float32)
+
+
+def made(batch, precision="float32"):
+    options = {"precision": "int8", "calibration": [jnp.asarray(inputs(batch))]} if precision == "int8" else {}
+    return sapp.specialize(model, jnp.asarray(inputs(batch)), choose="all", **options)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {
+        (batch, precision): made(batch, precision) for batch, precision in ((2, "float32"), (5, "float32"), (2, "int8"))
+    }
+
+
+def same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+READER = """
+import sys, numpy as np, sa_plus_plus as sapp
+for path in sys.argv[1:]:
+    y = sapp.serve.load(path)(np.load(path + ".npy"))
+    np.savez(path + ".npz", **y)
+"""
+
+
+@needs_kernel
+def test_another_process_has_the_same_results(networks, tmp_path):
+    paths = {}
+    for precision in ("float32", "int8"):
+        network = networks[2, precision]
+        paths[precision] = str(tmp_path / precision)
+        assert network.save(paths[precision]) == (tmp_path / precision).stat().st_size
+        np.save(paths[precision] + ".npy", inputs(2))
+        assert str(serve.load(paths[precision])) == str(network)
+    subprocess.run([sys.executable, "-c", READER, *paths.values()], check=True, timeout=300)
+    for precision, path in paths.items():
+        same(dict(np.load(path + ".npz")), networks[2, precision](inputs(2)))
+
+
+@needs_kernel
+def test_any_batch_from_two(networks, tmp_path):
+    path = tmp_path / "both"
+    size = serve.save(path, [networks[5, "float32"], networks[2, "float32"]])
+    alone = networks[2, "float32"].save(tmp_path / "alone")
+    assert size < 1.7 * alone  # weights once
+    fast = serve.load(path)
+    assert fast.batches == (2, 5)
+    for batch in (0, 1, 2, 3, 5, 11):
+        want = model(inputs(batch))
+        got = fast(inputs(batch))
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), got, want)
+        assert {type(y) for y in jax.tree.leaves(got)} == {type(jnp.ones(1))}
+    with pytest.raises(ValueError, match=r"in batches of any size, .*got float32\[3, 63\]"):
+        fast(inputs(3)[:, 1:])
+    one = serve.load(tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"made for float32\[2, 64\]; got float32\[3, 64\]"):
+        one(inputs(3))
+    with pytest.raises(ValueError, match="made for arguments like"):
+        one(inputs(2), inputs(2))
+
+
+def saved(fn, *examples):
+    return [sapp.specialize(fn, *arguments, choose="none") for arguments in examples]
+
+
+@pytest.mark.parametrize(
+    ("networks", "message"),
+    [
+        (lambda: [], "there is no network"),
+        (
+            lambda: saved(jnp.sin, (jnp.ones((2, 3)),), (jnp.ones((2, 3)),)),
+            "two networks have the same batch size: 2, 2",
+        ),
+        (lambda: saved(jnp.sin, (jnp.ones((2, 3)),), (jnp.ones((4, 5)),)), "differ in more than the batch"),
+        (lambda: saved(jnp.sin, (jnp.ones(()),), (jnp.ones((4,)),)), "need the batch as their leading axis"),
+        (
+            lambda: saved(lambda x, y: x.sum() + y, *((jnp.ones((n, 3)), jnp.ones(7)) for n in (1, 2))),
+            "need the batch as their leading axis",
+        ),
+        (
+            lambda: [*saved(jnp.sin, (jnp.ones(3),)), *saved(lambda x, y: x + y, (jnp.ones(2), jnp.ones(2)))],
+            "take different arguments",
+        ),
+    ],
+)
+def test_networks_that_cannot_be_one_file(networks, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        serve.save(tmp_path / "file", networks())
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_without_a_batch_take_the_saved_sizes_alone(tmp_path):
+    serve.save(tmp_path / "sums", saved(lambda x: x.sum(0), (jnp.ones((2, 3)),), (jnp.ones((4, 3)),)))
+    fast = serve.load(tmp_path / "sums")
+    np.testing.assert_array_equal(fast(np.ones((4, 3), np.float32)), [4, 4, 4])
+    with pytest.raises(ValueError, match="only the batches that were saved can be run: 2, 4, not 3"):
+        fast(np.ones((3, 3), np.float32))
+
+
+def changed(path, **about):
+    """The file with something else said of it, and checksums that agree."""
+    tree = sapp.load(path)
+    said = json.loads(bytes(np.asarray(tree["about"]))) | about
+    sapp.save(path, tree | {"about": np.frombuffer(json.dumps(said).encode(), np.uint8)})
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"format": 99}, "format 99, this version reads up to 1"),
+        ({"platforms": ["tpu"]}, "is for tpu, JAX runs on cpu"),
+        ({"calling_convention": 1}, "in version 1 of its format for programs"),
+        ({"kind": "something"}, "holds parameters, not a network"),
+    ],
+)
+def test_files_that_cannot_be_read_here(about, message, tmp_path):
+    [network] = saved(jnp.sin, (jnp.ones(3),))
+    network.save(tmp_path / "file")
+    changed(tmp_path / "file", **about)
+    with pytest.raises(ValueError, match=message):
+        serve.load(tmp_path / "file")
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / "file"
+    w = jnp.asarray(RNG.normal(size=(64, 64)), jnp.float32)
+    [network] = saved(lambda x: x @ w, (jnp.ones((1, 64)),))
+    network.save(path)
+    content = path.read_bytes()
+    for place in (20, len(content) // 2, len(content) - 3):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ValueError, match="damaged"):
+            serve.load(path)
+    path.write_bytes(content[:-7])
+    with pytest.raises(ValueError, match="damaged"):
+        serve.load(path)
+    sapp.save(path, {"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="holds parameters, not a network"):
+        serve.load(path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        serve.load(tmp_path / "none")
+
+
+@needs_kernel
+def test_without_the_compiled_kernel(networks, tmp_path, monkeypatch):
+    networks[2, "float32"].save(tmp_path / "file")
+    monkeypatch.setattr(native, "missing", lambda: "it was not compiled")
+    with pytest.raises(
+        RuntimeError, match="needs the compiled kernel for CPUs, and there is none: it was not compiled"
+    ):
+        serve.load(tmp_path / "file")
+    with pytest.raises(RuntimeError, match="no compiled kernel"):
+        serve.set_threads(1)
+
+
+@needs_kernel
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_python_threads_have_the_same_results(precision, networks):
+    fast = pickle.loads(pickle.dumps(networks[2, precision]))
+    xs = [inputs(2) + i for i in range(10)]
+    wants = [jax.device_get(networks[2, precision](x)) for x in xs]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for i, got in enumerate(pool.map(lambda i: jax.device_get(fast(xs[i % 10])), range(1000))):
+            same(got, wants[i % 10])
+
+
+@needs_kernel
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_results_do_not_depend_on_the_number_of_threads(precision, networks):
+    want = networks[2, precision](inputs(2))
+    try:
+        for threads in (1, 2, 3):
+            serve.set_threads(threads)
+            same(networks[2, precision](inputs(2)), want)
+    finally:
+        serve.set_threads(0)
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="must be an integer, 0 for as many"):
+            serve.set_threads(wrong)
+
+
+@needs_kernel
+def test_copies(networks):
+    network = networks[2, "int8"]
+    want = network(inputs(2))
+    copied = copy.deepcopy(network)
+    assert isinstance(copied, sapp.sparse.Network)
+    assert copied.choices == network.choices
+    again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(network))))
+    assert str(again) == str(network)
+    same(copied(inputs(2)), want)
+    same(again(inputs(2)), want)
