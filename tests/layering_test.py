@@ -40,11 +40,8 @@ LIBRARY = (
     "sparse.lowering",
     "sparse.program",
     "sparse.calibration",
-<<<<<<< HEAD
     "sparse.patterns",
-=======
     "serve",
->>>>>>> main
     "sparse.network",
     "sparse",
     "convex.lambert",

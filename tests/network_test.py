@@ -247,6 +247,7 @@ DTYPES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:specialize found no products")
 @pytest.mark.parametrize("name", list(DTYPES))
 @pytest.mark.usefixtures("standard_promotion")
 def test_nothing_is_folded_that_would_change_more_than_rounding(name):

@@ -109,7 +109,7 @@ class Network:
         """Write it to one file, which `sapp.serve.load` reads without the model's code: `sapp.serve.save(path, self)`.
 
             >>> import os, tempfile, jax.numpy as jnp, sa_plus_plus as sapp
-            >>> network = sapp.specialize(lambda x: 2 * x, jnp.ones(3))
+            >>> network = sapp.specialize(lambda x: x @ (2 * jnp.eye(3)), jnp.ones(3))
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     size = network.save(os.path.join(folder, "network"))
             ...     print(sapp.serve.load(os.path.join(folder, "network"))(jnp.ones(3)))
