@@ -90,5 +90,8 @@ def occupied(kernel: np.ndarray, block: blk.Block) -> np.ndarray:
       Boolean `(grid_r, grid_c)`.
     """
     (rows, cols), (b_r, b_c) = blk.matrix_shape(kernel.shape), block
-    down = np.logical_or.reduceat(kernel.reshape(rows, cols).astype(bool, copy=False), np.arange(0, rows, b_r), axis=0)
-    return np.logical_or.reduceat(down, np.arange(0, cols, b_c), axis=1)
+    found = kernel.reshape(rows, cols).astype(bool, copy=False)
+    for axis, side, length in ((0, b_r, rows), (1, b_c, cols)):
+        if side > 1:
+            found = np.logical_or.reduceat(found, np.arange(0, length, side), axis=axis)
+    return found

@@ -40,6 +40,7 @@ LIBRARY = (
     "sparse.lowering",
     "sparse.program",
     "sparse.calibration",
+    "sparse.patterns",
     "serve",
     "sparse.network",
     "sparse",

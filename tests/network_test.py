@@ -135,10 +135,8 @@ def test_networks_give_the_same_results(name):
         assert not set(others) & {"rsqrt", "mul", "sub", "dot_general", "conv_general_dilated"}
         assert len([o for o in others if o not in ("reshape", "pad", "slice", "squeeze")]) <= most_others
         assert str(fast).count("\n") == layers + 1
-    assert {c.block for c in fast.choices if c.block} <= {
-        (block, block),
-        *((b, b) for b in network.BLOCKS if b < block),
-    }
+    for side in (side for c in fast.choices if c.block for side in c.block):
+        assert side % block == 0 or block % side == 0
 
 
 def everything(weights):
@@ -249,6 +247,7 @@ DTYPES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:specialize found no products")
 @pytest.mark.parametrize("name", list(DTYPES))
 @pytest.mark.usefixtures("standard_promotion")
 def test_nothing_is_folded_that_would_change_more_than_rounding(name):

@@ -16,6 +16,7 @@ import sa_plus_plus as sapp
 from sa_plus_plus import serve
 from sa_plus_plus.sparse import native
 
+pytestmark = pytest.mark.filterwarnings("ignore:specialize found no products")  # of functions without kernels
 needs_kernel = pytest.mark.skipif(native.missing() is not None, reason="there is no compiled kernel")
 RNG = np.random.default_rng(0)
 KERNELS = [

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from sa_plus_plus import blocks as blk
 
@@ -224,3 +226,24 @@ class BlockSparse:
 
     def __repr__(self) -> str:
         return f"BlockSparse({self.layout!r}, {getattr(self.blocks, 'dtype', self.blocks)})"
+
+
+def _layout_bytes(meta: tuple[Layout]) -> bytes:
+    (layout,) = meta
+    return json.dumps(
+        [layout.shape, layout.block, layout.indices.tolist(), layout.indptr.tolist()], separators=(",", ":")
+    ).encode()
+
+
+def _layout_of(text: bytes | bytearray) -> tuple[Layout]:
+    shape, block, indices, indptr = json.loads(bytes(text))
+    return (Layout(tuple(shape), tuple(block), np.array(indices, np.int32), np.array(indptr, np.int32)),)
+
+
+# So that functions of kernels can be exported and saved.
+export.register_pytree_node_serialization(
+    BlockSparse,
+    serialized_name="sa_plus_plus.BlockSparse",
+    serialize_auxdata=_layout_bytes,
+    deserialize_auxdata=_layout_of,
+)

@@ -62,7 +62,7 @@ def block_sparse_conv(
         padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     x = _padded(x, padding)
     rows, columns = output_size(x.shape[1:3], window, strides)
-    if min(rows, columns) < 1 or not x.shape[0]:
+    if min(rows, columns) < 1 or (isinstance(x.shape[0], int) and not x.shape[0]):
         return jnp.zeros((x.shape[0], max(rows, 0), max(columns, 0), w.shape[3]), x.dtype)
     in_place = window != (1, 1) and (window[1] * w.shape[2]) % w.layout.block[0] == 0
     if in_place and platform_choice in ("auto", "native"):
@@ -167,7 +167,7 @@ def _by_patches(
     def convolve(x: jax.Array) -> jax.Array:
         return block_sparse_matmul(patches(x, window, strides), w, bias=bias, relu=relu, implementation=implementation)
 
-    if window == (1, 1):
+    if window == (1, 1) or not isinstance(x.shape[0], int):  # a symbol of `jax.export` cannot be cut into tiles
         return convolve(x)
     images, high = _tile(x.shape[0], rows, columns * int(np.prod(w.shape[:3])) * x.dtype.itemsize)
     bands = -(-rows // high)

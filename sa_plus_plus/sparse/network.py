@@ -3,6 +3,7 @@
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -13,31 +14,32 @@ import sa_plus_plus.serve as serve
 import sa_plus_plus.sparse.lowering as lowering
 import sa_plus_plus.sparse.native as native
 from sa_plus_plus import blocks as blk
-from sa_plus_plus.checks import occupied
+from sa_plus_plus.planning import Plan
 from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.calibration import batches_of, errors_of, ranges_of, shape_and_type, shapes
 from sa_plus_plus.sparse.forms import BFLOAT16, FLOAT32, UINT8
 from sa_plus_plus.sparse.matmul import Implementation, chosen
+from sa_plus_plus.sparse.overlooked import overlooked, weights_among
+from sa_plus_plus.sparse.patterns import planned_blocks, pruned_in
 from sa_plus_plus.sparse.program import Program, assembled, by_blocks, described, run
 from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable
 from sa_plus_plus.sparse.tracing import trace
 from sa_plus_plus.sparse.windows import window_of
 
-BLOCKS = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are looked for
 Precision = Literal["float32", "bfloat16", "int8"]
 _ROUNDS, _ROUND_SECONDS = 5, 0.01  # of measuring
 _NAMES = {FLOAT32: "float32", BFLOAT16: "bfloat16", UINT8: "int8"}
 
 
 class Choice(NamedTuple):
-    """What became of one dense layer or convolution.
+    """What became of one product or convolution with a constant kernel.
 
     Attributes:
       layer: what it is.
       kernel: the kernel's shape; of a product `(contracted, outputs)`.
-      rows: how many rows of activations its matrix is multiplied with.
+      rows: how many rows of activations its matrix is multiplied with; 0 where it is no layer.
       block: in which blocks it is pruned; None where it is not.
-      density: share of those blocks that are not zero.
+      density: share of those blocks that are not zero; NaN of a kernel that was not looked at.
       traced_seconds: time it takes as it was traced, NaN where it was not measured.
       compiled_seconds: time it takes in the compiled kernel, or by its blocks in another implementation.
       runs: which the network does: `"sparse"`, by its blocks; `"dense"`, in full in the compiled kernel; `"traced"`.
@@ -69,7 +71,7 @@ class Network:
     """A network for inputs of one shape; call it like the function that it was made from.
 
     Attributes:
-      choices: one for each dense layer and convolution, in order.
+      choices: one for each dense layer, convolution, and other operation with a constant kernel, in order.
       weights: what `fn` takes first.
       fn: `fn(weights, *inputs)`, pure: to be jitted with others, or exported.
     """
@@ -107,7 +109,7 @@ class Network:
         """Write it to one file, which `sapp.serve.load` reads without the model's code: `sapp.serve.save(path, self)`.
 
             >>> import os, tempfile, jax.numpy as jnp, sa_plus_plus as sapp
-            >>> network = sapp.specialize(lambda x: 2 * x, jnp.ones(3))
+            >>> network = sapp.specialize(lambda x: x @ (2 * jnp.eye(3)), jnp.ones(3))
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     size = network.save(os.path.join(folder, "network"))
             ...     print(sapp.serve.load(os.path.join(folder, "network"))(jnp.ones(3)))
@@ -144,6 +146,7 @@ def specialize(
     fn: Callable[..., Any],
     *examples: Any,
     block: int | Sequence[int] | None = None,
+    plan: Plan | None = None,
     choose: Literal["measured", "all", "none"] = "measured",
     implementation: Implementation | None = None,
     precision: Precision | None = None,
@@ -162,8 +165,11 @@ def specialize(
     shows what became of each layer. Results are the network's up to rounding, for finite inputs. It is for inference:
     custom derivatives are lost.
 
-    Layers are products of a value and a constant, whichever axes are contracted, and convolutions of channels that come
-    last, wherever the function or what it calls does them, but not within loops and branches (`scan`, `while`, `cond`).
+    Layers are products of a value and a constant, whichever axes are contracted, and convolutions over one or two axes,
+    whichever order the axes have, wherever the function or what it calls does them. A batched product with up to 64
+    constant kernels, as of experts, is a layer for each; a `scan` of up to 128 steps over constant kernels is unrolled.
+    Not layers are products within `while`, `cond` and other loops; convolutions with groups, dilation or transposition
+    run as they were traced. The table lists them with the reason.
 
     In `"int8"`, the kernels of layers are rounded to 8 bits with a scale for each output, and what layers take with a
     scale for each tensor, from the largest and smallest value seen in the calibration data. Sums are exact, in 32 bits.
@@ -173,7 +179,11 @@ def specialize(
     Args:
       fn: jittable, the weights closed over, dropout off and averages running: the network as it serves.
       examples: inputs, or their shapes and dtypes. The result takes inputs of these shapes alone.
-      block: `(b_r, b_c)` in which kernels were pruned, or one integer for a square; by default found out.
+      block: `(b_r, b_c)` in which kernels were pruned, or one integer for a square; by default found out from where
+        zeros begin and end.
+      plan: `sp.plan(params)`, to take blocks from instead. A traced kernel has no path, so it is matched by the size of
+        its matrix, or of its transpose if it is 2-D; of several such blocks the one counts of which the fewest are not
+        zero. Kernels that match none are treated as without a plan.
       choose: `"measured"`: both forms of each layer are timed on this machine, some seconds for a large network.
         `"all"`: every layer in the compiled kernel, or every pruned layer by its blocks, without timing. `"none"`:
         folding alone.
@@ -186,39 +196,79 @@ def specialize(
 
     Raises:
       TypeError: under `jax.jit`, where weights have no values to look at.
-      ValueError: for an unknown option, int8 without calibration data, or calibration data that are empty, of other
-        shapes or not finite.
+      ValueError: for an unknown option, a plan that matches no kernel, int8 without calibration data, or calibration
+        data that are empty, of other shapes or not finite.
       RuntimeError: if the precision asked for needs the compiled kernel and there is none.
+
+    Warns:
+      UserWarning: if there are no layers, because the weights are among the arguments or because there are no kernels.
     """
     if choose not in ("measured", "all", "none"):
         raise ValueError(f"choose must be measured, all or none, got {choose!r}")
     compiles = implementation in (None, "native") and native.missing() is None and jax.default_backend() == "cpu"
     _check_precision(precision, calibration, implementation, compiles)
     chosen(implementation, np.dtype(np.float32))  # refuses an unknown one
-    sides = [(b, b) for b in BLOCKS] if block is None else [blk.as_block(block)]
+    if block is not None and plan is not None:
+        raise ValueError(f"give block or plan, not both: got block={block!r}")
+    sides = [] if block is None else [blk.as_block(block)]
     traced = trace(fn, *examples)
     batches = None if calibration is None else batches_of(traced, calibration)
     ranges = ranges_of(traced, batches) if batches and precision == "int8" else {}
     types = _types(traced, precision) if compiles and choose != "none" else {}
     measured: dict[Any, tuple[float, float]] = {}
     forms: list[Any] = []
-    choices: list[Choice | None] = []
+    choices: list[list[Choice]] = []
+    planned = _planned(traced, plan)
     for i, step in enumerate(traced.steps):
         if isinstance(step, Linear):
-            form, choice = _decide(step, sides, choose, implementation, types.get(i), measured)
+            form, choice = _decide(step, sides or planned.get(i, []), choose, implementation, types.get(i), measured)
+            forms.append(form)
+            choices.append([choice])
         else:
-            form, choice = None, None
-        forms.append(form)
-        choices.append(choice)
+            forms.append(None)
+            choices.append([_left_out(*product) for product in overlooked(step)])
+    if not any(isinstance(step, Linear) for step in traced.steps):
+        _warn(traced, any(choices))
     program, weights = assembled(traced, forms, ranges, implementation)
     if batches:
         errors = errors_of(traced, program, weights, batches)
-        pairs = zip(choices, traced.steps, strict=True)
-        choices = [
-            choice._replace(error=errors[step.layer.output]) if choice and isinstance(step, Linear) else None
-            for choice, step in pairs
-        ]
-    return Network(program, weights, [choice for choice in choices if choice])
+        for step, row in zip(traced.steps, choices, strict=True):
+            if isinstance(step, Linear):
+                row[:] = [choice._replace(error=errors[step.layer.output]) for choice in row]
+    return Network(program, weights, [choice for row in choices for choice in row])
+
+
+def _planned(traced: Traced[Call | Linear], plan: Plan | None) -> dict[int, list[blk.Block]]:
+    """By the number of a layer: the blocks of the plan's kernels of its size."""
+    if plan is None:
+        return {}
+    layers = {i: step.layer.kernel.shape for i, step in enumerate(traced.steps) if isinstance(step, Linear)}
+    planned = {i: blocks for i, shape in layers.items() if (blocks := planned_blocks(plan, shape))}
+    if not planned:
+        pruned = ", ".join(f"{path} {layer.shape}" for path, layer in plan.pruned.items())
+        raise ValueError(
+            f"the plan matches no kernel of this network: it prunes {pruned}, but the network has kernels of shapes "
+            f"{', '.join(map(str, layers.values())) or 'none'}; give the plan of these parameters, or block="
+        )
+    return planned
+
+
+def _left_out(operation: str, kernel: tuple[int, ...], note: str) -> Choice:
+    return Choice(operation, kernel, 0, None, float("nan"), note=note)
+
+
+def _warn(traced: Traced[Call | Linear], listed: bool) -> None:
+    """Say that there are no layers, if nothing else does, and what to do if weights are among the arguments."""
+    if weights_among(traced):
+        text = (
+            "specialize found no layers, for the kernels are among the arguments: close over the weights, "
+            "`specialize(lambda x: f(weights, x), x)`"
+        )
+    elif not listed:
+        text = "specialize found no products with constant kernels: the network runs as it was traced"
+    else:
+        return
+    warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _check_precision(precision: Any, calibration: Any, implementation: Any, compiles: bool) -> None:
@@ -255,7 +305,7 @@ def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[i
 
 def _decide(
     step: Linear,
-    sides: list[blk.Block],
+    sides: Sequence[blk.Block],
     choose: str,
     implementation: Implementation | None,
     dtype: np.dtype | None,
@@ -264,7 +314,7 @@ def _decide(
     """A layer's kernel as it is to run, None as it was traced; and the reasons."""
     layer, window = step.layer, window_of(step.layer)
     kernel = np.asarray(step.kernel)
-    block, density = _pruned_in(kernel, sides)
+    block, density = pruned_in(kernel, sides)
     about = (described(layer), kernel.shape, layer.rows, block, density)
     choice = Choice(*about, precision=np.dtype(layer.kernel.dtype).name)
     form: lowering.Packed | BlockSparse | None = None
@@ -272,7 +322,11 @@ def _decide(
         return None, choice._replace(note=window)
     if dtype is not None:
         form = lowering.packed(step, window, dtype, block)
-    elif block is not None and layer.x.dtype == layer.kernel.dtype == layer.output.dtype and len(window.kernel) == 4:
+    elif len(types := {np.dtype(a.dtype).name for a in (layer.x, layer.kernel, layer.output)}) > 1:
+        choice = choice._replace(note=f"of more than one type: {', '.join(sorted(types))}")
+    elif kernel.ndim == 3:
+        choice = choice._replace(note="a convolution over one axis, for which there is only the compiled kernel")
+    elif block is not None:
         form = BlockSparse.fromdense(kernel, block)
     if choose == "none" or form is None:
         return None, choice
@@ -286,20 +340,6 @@ def _decide(
     slow, fast = measured[key]
     choice = choice._replace(traced_seconds=slow, compiled_seconds=fast)
     return (form, choice._replace(runs=runs, precision=precision)) if fast < slow else (None, choice)
-
-
-def _pruned_in(kernel: np.ndarray, sides: list[blk.Block]) -> tuple[blk.Block | None, float]:
-    """The largest block of which about as few are not zero as of any other, and their share; None if none is zero."""
-    rows, cols = blk.matrix_shape(kernel.shape)
-    nonzero = kernel != 0
-    shares = {}
-    for b_r, b_c in sides:
-        if b_r <= rows or b_c <= cols:  # else it is the whole kernel
-            shares[b_r, b_c] = float(occupied(nonzero, (b_r, b_c)).mean())
-    least = min(shares.values(), default=1.0)
-    if least == 1:
-        return None, 1.0
-    return next((block, share) for block, share in shares.items() if share <= 1.1 * least)
 
 
 def _measure(step: Linear, form: Any, implementation: Implementation | None) -> tuple[float, float]:
@@ -348,7 +388,7 @@ def _cells(choice: Choice) -> tuple[str, ...]:
         "-" if np.isnan(seconds) else f"{1e6 * seconds:,.0f}"
         for seconds in (choice.traced_seconds, choice.compiled_seconds)
     ]
-    kernel, rows = "×".join(map(str, choice.kernel)), f"{choice.rows:,}"
+    kernel, rows = "×".join(map(str, choice.kernel)), f"{choice.rows:,}" if choice.rows else "-"
     kept = "-" if np.isnan(choice.density) else f"{choice.density:.1%}"
     error = "-" if np.isnan(choice.error) else f"{choice.error:.2g}"
     return (

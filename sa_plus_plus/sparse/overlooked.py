@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from sa_plus_plus.sparse.steps import Call, Constant, Variable
+from sa_plus_plus.sparse.steps import Call, Constant, Linear, Traced, Variable
 
 MOST_STEPS = 128  # of a loop that is unrolled
 MOST_EXPERTS = 64  # kernels in one batched product that are layers each
@@ -63,6 +63,19 @@ def _loop(call: Call) -> str:
         return f"within {name}"
     length = call.options["length"]
     return f"within scan, {length} steps" if length > MOST_STEPS else "within scan, too large to be unrolled"
+
+
+def weights_among(traced: Traced[Call | Linear]) -> bool:
+    """Whether a product or convolution takes its kernel, the second operand, from the network's arguments."""
+    arguments = {v for v in traced.inputs if len(v.shape) > 1 and jnp.issubdtype(v.dtype, jnp.floating)}
+    for step in traced.steps:
+        if not isinstance(step, Call) or not all(isinstance(v, Variable) for v in step.inputs):
+            continue
+        if step.primitive.name in ("transpose", "convert_element_type", "reshape") and step.inputs[0] in arguments:
+            arguments.update(step.outputs)
+        elif step.primitive.name in _PRODUCTS and step.inputs[0] != step.inputs[1] and step.inputs[1] in arguments:
+            return True
+    return False
 
 
 def unrolls(eqn: Any, values: Sequence[Any]) -> bool:

@@ -144,10 +144,13 @@ def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
       layout: where the blocks of `w` stand.
     """
     batch, (_, width) = x.shape[0], blk.matrix_shape(layout.shape)
-    if not batch or not layout.nse:
+    known = isinstance(batch, int)  # and not a symbol of `jax.export`
+    if not layout.nse or (known and not batch):
         return jnp.zeros((batch, width), sum_type(x))
     x = _in_blocks(x, layout.block[0])
-    if batch < FEW:
+    if not known:
+        y = _by_columns(_dots, layout, x, [_weights(blocks, group) for group in groups(layout)])
+    elif batch < FEW:
         y = _by_blocks(x, blocks, layout)
     else:
         weights = [_weights(blocks, group) for group in groups(layout)]
@@ -157,7 +160,7 @@ def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
             cpu=functools.partial(_tiled, _sums, TILE, layout),
             default=functools.partial(_tiled, _dots, LARGE_TILE, layout),
         )
-    return y.reshape(batch, -1)[:, :width]
+    return y.reshape(batch, y.shape[1] * y.shape[2])[:, :width]
 
 
 def epilogue(y: jax.Array, bias: jax.Array | None, relu: bool) -> jax.Array:
