@@ -4,6 +4,7 @@ A new algorithm is a constructor under `@algorithm(schedule)`: it is then in `AL
 `tests/contract_test.py`, and known to the experiments by its name.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -31,7 +32,7 @@ from sa_plus_plus.sparsifier import Params, PruneState, Sparsifier, State, Train
 
 def block_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
     """The score of `magnitude` and others: the Frobenius norm of each block."""
-    return blk.frobenius(weights, layer.block)
+    return blk.frobenius(weights, layer.block, layer.view)
 
 
 @algorithm(schedules.dense)
@@ -70,7 +71,7 @@ def dense(*, phases: Phases) -> Sparsifier:
 
 @algorithm(schedules.magnitude)
 def magnitude(
-    *, block: int | Sequence[int], sparsity: float, phases: Phases, **options: Unpack[PruningOptions]
+    *, block: int | Sequence[int | None], sparsity: float, phases: Phases, **options: Unpack[PruningOptions]
 ) -> Sparsifier:
     """One-shot magnitude pruning: the blocks of largest Frobenius norm when the dense phase ends, then fine-tuning.
 
@@ -89,7 +90,7 @@ def magnitude(
 @algorithm(schedules.acdc)
 def acdc(
     *,
-    block: int | Sequence[int],
+    block: int | Sequence[int | None],
     sparsity: float,
     phases: Phases,
     form: str = "pruning",
@@ -117,7 +118,7 @@ def acdc(
 @algorithm(schedules.powerpropagation)
 def powerpropagation(
     *,
-    block: int | Sequence[int],
+    block: int | Sequence[int | None],
     sparsity: float,
     phases: Phases,
     alpha: float = 2.0,
@@ -143,7 +144,7 @@ def powerpropagation(
 
     def norm_to(weights: jax.Array, power: float, layer: LeafPlan) -> jax.Array:
         """`||W||_F^power` of each block; 0, with gradient 0, for a block of zeros."""
-        squares = blk.sum_of_squares(weights, layer.block)
+        squares = blk.sum_of_squares(weights, layer.block, layer.view)
         zero = squares == 0
         return jnp.where(zero, 0, jnp.where(zero, 1, squares) ** (power / 2))
 
@@ -163,7 +164,7 @@ def powerpropagation(
 @algorithm(schedules.sequential_attention)
 def sequential_attention(
     *,
-    block: int | Sequence[int],
+    block: int | Sequence[int | None],
     sparsity: float,
     phases: Phases,
     clip: str | tuple[float, float] | None = "density",
@@ -228,7 +229,7 @@ def sequential_attention(
         # log A, less a constant of the layer where layers do not compete: small logits keep all their digits.
         if options.get("scope") != "global":
             return logits
-        return jnp.log(layer.blocks) + jax.nn.log_softmax(logits, (0, 1))
+        return jnp.log(math.prod(layer.grid)) + jax.nn.log_softmax(logits, (-2, -1))
 
     return compose(
         Parametrisation(weights, scale, has_logits=True),
@@ -245,14 +246,18 @@ def sequential_attention(
 
 
 def attention_weights(logits: jax.Array) -> jax.Array:
-    """`A = N * softmax(logits)` over all `N` blocks of a layer, of the shape of `logits`; mean 1 (Algorithm 1)."""
-    return logits.size * jax.nn.softmax(logits, axis=(0, 1))
+    """`A = N * softmax(logits)` over the `N` blocks of a layer; mean 1 (Algorithm 1).
+
+    Args:
+      logits: `(*stack, grid_r, grid_c)`; stacked layers have a softmax each.
+    """
+    return math.prod(logits.shape[-2:]) * jax.nn.softmax(logits, axis=(-2, -1))
 
 
 @algorithm(schedules.gradual_magnitude, control=True)
 def gradual_magnitude(
     *,
-    block: int | Sequence[int],
+    block: int | Sequence[int | None],
     sparsity: float,
     phases: Phases,
     mask_every: int = 1,
@@ -279,7 +284,7 @@ def gradual_magnitude(
 @algorithm(schedules.random, control=True)
 def random(
     *,
-    block: int | Sequence[int],
+    block: int | Sequence[int | None],
     sparsity: float,
     phases: Phases,
     seed: int | jax.Array = 0,
@@ -299,6 +304,6 @@ def random(
     """
 
     def score(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
-        return jax.random.uniform(key, layer.grid, jnp.float32)
+        return jax.random.uniform(key, layer.full_grid, jnp.float32)
 
     return compose(IDENTITY, score, phases, block=block, sparsity=sparsity, seed=seed, **options)

@@ -1,8 +1,9 @@
 """A kernel as a grid of blocks.
 
 A kernel of shape `(d1, ..., dr, c_out)` is read as a matrix of `rows = d1 * ... * dr` by `cols = c_out`
-(paper, section 4) and cut into tiles of `(b_r, b_c)`. Tiles on the far edges may be partial; they are
-completed with zeros wherever a full tile is needed. Everything here is pure, differentiable and jittable.
+(paper, section 4), or as its view says (`views.View`), and cut into tiles of `(b_r, b_c)`. Tiles on the far edges may be
+partial; they are completed with zeros wherever a full tile is needed. A stack of matrices is cut one by one: its grids
+have the batch axes in front. Everything here is pure, differentiable and jittable.
 """
 
 import math
@@ -13,113 +14,171 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sa_plus_plus import views
+from sa_plus_plus.views import View
+
 Block = tuple[int, int]
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a kernel's matrix: all axes but the last, and the last.
+def view_of(shape: Sequence[int], view: View | None) -> View:
+    """`view`, or that of all axes but the last as rows, which takes 2 to 5 dimensions."""
+    if view is not None:
+        return view
+    if not 2 <= len(shape) <= 5:
+        raise ValueError(f"a kernel has 2 to 5 dimensions, got shape {tuple(shape)}")
+    return views.default(len(shape))
+
+
+def matrix_shape(shape: Sequence[int], view: View | None = None) -> tuple[int, int]:
+    """Rows and columns of a kernel's matrix: all axes but the last, and the last, unless its view says otherwise.
 
     >>> matrix_shape((3, 3, 64, 128))
     (576, 128)
     """
-    if not 2 <= len(shape) <= 5:
-        raise ValueError(f"a kernel has 2 to 5 dimensions, got shape {tuple(shape)}")
-    return math.prod(shape[:-1]), shape[-1]
+    return view_of(shape, view).matrix(shape)
 
 
-def as_block(block: int | Sequence[int]) -> Block:
-    """`(b_r, b_c)` from a pair or from one integer for a square block.
+def matrices(kernel: Array, view: View | None = None) -> Array:
+    """A kernel as `(*stack, rows, cols)`; no data moves where the view has its axes in order.
+
+    >>> matrices(np.zeros((6, 512, 8, 64)), View((0,), (1,), (2, 3))).shape
+    (6, 512, 512)
+    """
+    view = view_of(kernel.shape, view)
+    ordered = kernel if view.in_order else kernel.transpose(view.order)
+    return ordered.reshape(*view.stack(kernel.shape), *view.matrix(kernel.shape))
+
+
+def from_matrices(matrices: Array, shape: Sequence[int], view: View | None = None) -> Array:
+    """Inverse of `matrices`: a kernel of `shape`."""
+    view = view_of(shape, view)
+    ordered = matrices.reshape([shape[axis] for axis in view.order])
+    return ordered if view.in_order else ordered.transpose(np.argsort(view.order))
+
+
+def as_block(block: int | Sequence[int | None], matrix: tuple[int, int] | None = None) -> Block:
+    """`(b_r, b_c)` from a pair or from one integer for a square.
+
+    Args:
+      block: positive integers; None in a pair stands for the whole side of the matrix.
+      matrix: its rows and columns; without them there is no whole side.
 
     Raises:
       ValueError: if a side is not a positive integer or there are not two of them.
+
+    >>> as_block((1, None), (784, 300))
+    (1, 300)
     """
     sides = tuple(block) if isinstance(block, Sequence | np.ndarray) else (block, block)
-    whole = all(isinstance(b, int | np.integer) and not isinstance(b, bool) and b > 0 for b in sides)
-    if len(sides) != 2 or not whole:
-        raise ValueError(f"block must be a positive integer or a pair of them, got {block!r}")
-    return int(sides[0]), int(sides[1])
+    checked_sides(block)
+    if matrix is None and None in sides:
+        raise ValueError(f"block {block!r} has a side of None, the whole side of a matrix, but there is no matrix here")
+    b_r, b_c = (m if b is None else int(b) for b, m in zip(sides, matrix or (0, 0), strict=True))
+    return b_r, b_c
 
 
-def grid_shape(shape: Sequence[int], block: Block) -> tuple[int, int]:
-    """Number of blocks down and across: `(ceil(rows / b_r), ceil(cols / b_c))`.
+def checked_sides(block: int | Sequence[int | None]) -> None:
+    """Refuse what is no block of any matrix."""
+    pair = isinstance(block, Sequence | np.ndarray)
+    sides = tuple(block) if pair else (block, block)  # type: ignore[arg-type]
+
+    def whole(side: Any) -> bool:
+        return isinstance(side, int | np.integer) and not isinstance(side, bool) and side > 0
+
+    if len(sides) != 2 or not all(whole(side) or (pair and side is None) for side in sides):
+        raise ValueError(
+            f"block must be a positive integer or a pair of them, None in a pair for the whole side, got {block!r}"
+        )
+
+
+def grid_shape(shape: Sequence[int], block: Block, view: View | None = None) -> tuple[int, int]:
+    """Number of blocks down and across each matrix: `(ceil(rows / b_r), ceil(cols / b_c))`.
 
     >>> grid_shape((390, 400), (20, 20))
     (20, 20)
     """
-    (rows, cols), (b_r, b_c) = matrix_shape(shape), block
+    (rows, cols), (b_r, b_c) = matrix_shape(shape, view), block
     return -(-rows // b_r), -(-cols // b_c)
 
 
-def block_sizes(shape: Sequence[int], block: Block) -> np.ndarray:
-    """How many real weights each block of the grid holds: fewer than `b_r * b_c` on a ragged edge."""
+def block_sizes(shape: Sequence[int], block: Block, view: View | None = None) -> np.ndarray:
+    """How many real weights each block of a matrix's grid holds: fewer than `b_r * b_c` on a ragged edge."""
     sides = []
-    for length, b, n in zip(matrix_shape(shape), block, grid_shape(shape, block), strict=True):
+    for length, b, n in zip(matrix_shape(shape, view), block, grid_shape(shape, block, view), strict=True):
         sides.append(np.minimum(b, length - b * np.arange(n)))
     return np.outer(*sides)
 
 
-def to_blocks(kernel: Array, block: Block) -> Array:
+def to_blocks(kernel: Array, block: Block, view: View | None = None) -> Array:
     """Cut a kernel into its blocks.
 
     Args:
-      kernel: 2 to 5 dimensions, any dtype. Of a NumPy array the result is one too, and nothing is compiled.
+      kernel: any dtype. Of a NumPy array the result is one too, and nothing is compiled.
       block: `(b_r, b_c)`.
+      view: how it is read as matrices; by default as one, all axes but the last its rows.
 
     Returns:
-      Array `(grid_r, b_r, grid_c, b_c)`: entry `[i, :, j, :]` is block `(i, j)`, zero beyond the kernel's edge.
-      The axes stay in the kernel's own memory order, so an even split moves no data.
+      Array `(*stack, grid_r, b_r, grid_c, b_c)`: entry `[..., i, :, j, :]` is block `(i, j)`, zero beyond the kernel's
+      edge. The axes stay in the kernel's own memory order, so an even split moves no data.
     """
-    (rows, cols), (b_r, b_c) = matrix_shape(kernel.shape), block
-    g_r, g_c = grid_shape(kernel.shape, block)
-    matrix = kernel.reshape(rows, cols)
+    (rows, cols), (b_r, b_c) = matrix_shape(kernel.shape, view), block
+    g_r, g_c = grid_shape(kernel.shape, block, view)
+    matrix = matrices(kernel, view)
+    stack = matrix.shape[:-2]
     if (g_r * b_r, g_c * b_c) != (rows, cols):
         pad: Any = np.pad if isinstance(kernel, np.ndarray) else jnp.pad
-        matrix = pad(matrix, ((0, g_r * b_r - rows), (0, g_c * b_c - cols)))
-    return matrix.reshape(g_r, b_r, g_c, b_c)
+        matrix = pad(matrix, (*((0, 0) for _ in stack), (0, g_r * b_r - rows), (0, g_c * b_c - cols)))
+    return matrix.reshape(*stack, g_r, b_r, g_c, b_c)
 
 
-def from_blocks(blocks: jax.Array, shape: Sequence[int]) -> jax.Array:
+def from_blocks(blocks: jax.Array, shape: Sequence[int], view: View | None = None) -> jax.Array:
     """Inverse of `to_blocks`: put blocks together to a kernel of `shape`, dropping the padding.
 
     Args:
-      blocks: `(grid_r, b_r, grid_c, b_c)`.
+      blocks: `(*stack, grid_r, b_r, grid_c, b_c)`.
       shape: the kernel's shape.
+      view: as in `to_blocks`.
 
     Raises:
       ValueError: if the blocks do not tile a kernel of that shape.
     """
-    g_r, b_r, g_c, b_c = blocks.shape
-    if grid_shape(shape, (b_r, b_c)) != (g_r, g_c):
+    *stack, g_r, b_r, g_c, b_c = blocks.shape
+    if (own := full_grid(shape, (b_r, b_c), view)) != (*stack, g_r, g_c):
         raise ValueError(
             f"blocks of shape {blocks.shape} do not tile a kernel of shape {tuple(shape)}: "
-            f"expected a grid of {grid_shape(shape, (b_r, b_c))}, got {(g_r, g_c)}"
+            f"expected a grid of {own}, got {(*stack, g_r, g_c)}"
         )
-    rows, cols = matrix_shape(shape)
-    return blocks.reshape(g_r * b_r, g_c * b_c)[:rows, :cols].reshape(shape)
+    rows, cols = matrix_shape(shape, view)
+    return from_matrices(blocks.reshape(*stack, g_r * b_r, g_c * b_c)[..., :rows, :cols], shape, view)
 
 
-def spread(grid: jax.Array, shape: Sequence[int], block: Block) -> jax.Array:
+def full_grid(shape: Sequence[int], block: Block, view: View | None = None) -> tuple[int, ...]:
+    """`(*stack, grid_r, grid_c)`: a number for each block of a kernel."""
+    return *view_of(shape, view).stack(shape), *grid_shape(shape, block, view)
+
+
+def spread(grid: jax.Array, shape: Sequence[int], block: Block, view: View | None = None) -> jax.Array:
     """Repeat each entry of a grid over its block: the array of the kernel's `shape` that is constant on blocks.
 
     Args:
-      grid: `(grid_r, grid_c)`, any dtype.
+      grid: `(*stack, grid_r, grid_c)`, any dtype.
       shape: the kernel's shape.
       block: `(b_r, b_c)`.
+      view: as in `to_blocks`.
 
     Raises:
       ValueError: if the grid is not that of the shape.
     """
-    if grid.shape != grid_shape(shape, block):
+    if grid.shape != (own := full_grid(shape, block, view)):
         raise ValueError(
-            f"a kernel of shape {tuple(shape)} in blocks of {block} has a grid of {grid_shape(shape, block)}, "
-            f"got one of {grid.shape}"
+            f"a kernel of shape {tuple(shape)} in blocks of {block} has a grid of {own}, got one of {grid.shape}"
         )
-    (rows, cols), (g_r, g_c) = matrix_shape(shape), grid.shape
+    (rows, cols), (*stack, g_r, g_c) = matrix_shape(shape, view), grid.shape
     # Across first, then down: the second, large step copies whole rows, and its gradient adds up whole rows.
-    strips = jnp.broadcast_to(grid[:, :, None], (g_r, g_c, block[1])).reshape(g_r, -1)[:, :cols]
-    matrix = jnp.broadcast_to(strips[:, None, :], (g_r, block[0], cols)).reshape(-1, cols)[:rows]
-    return matrix.reshape(shape)
+    strips = jnp.broadcast_to(grid[..., None], (*stack, g_r, g_c, block[1])).reshape(*stack, g_r, -1)[..., :cols]
+    tall = jnp.broadcast_to(strips[..., :, None, :], (*stack, g_r, block[0], cols))
+    return from_matrices(tall.reshape(*stack, -1, cols)[..., :rows, :], shape, view)
 
 
 def widened(x: jax.Array) -> jax.Array:
@@ -127,22 +186,23 @@ def widened(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def sum_of_squares(kernel: jax.Array, block: Block) -> jax.Array:
-    """Squared Frobenius norm of each block, `(grid_r, grid_c)`, accumulated in at least float32."""
-    blocks = widened(to_blocks(kernel, block))
-    return jnp.sum(jnp.sum(jnp.square(blocks), axis=1), axis=-1)  # down first: adds up whole rows
+def sum_of_squares(kernel: jax.Array, block: Block, view: View | None = None) -> jax.Array:
+    """Squared Frobenius norm of each block, `(*stack, grid_r, grid_c)`, accumulated in at least float32."""
+    blocks = widened(to_blocks(kernel, block, view))
+    return jnp.sum(jnp.sum(jnp.square(blocks), axis=-3), axis=-1)  # down first: adds up whole rows
 
 
-def frobenius(kernel: jax.Array, block: Block) -> jax.Array:
+def frobenius(kernel: jax.Array, block: Block, view: View | None = None) -> jax.Array:
     """Frobenius norm of each block: `sqrt(sum of squares)`, with gradient 0 (not NaN) at a block of zeros.
 
     Args:
-      kernel: 2 to 5 dimensions.
+      kernel: of which the blocks are.
       block: `(b_r, b_c)`.
+      view: as in `to_blocks`.
 
     Returns:
-      `(grid_r, grid_c)` in at least float32.
+      `(*stack, grid_r, grid_c)` in at least float32.
     """
-    squares = sum_of_squares(kernel, block)
+    squares = sum_of_squares(kernel, block, view)
     zero = squares == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))

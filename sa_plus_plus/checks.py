@@ -7,6 +7,7 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.planning import Plan, path_string
+from sa_plus_plus.views import View
 
 
 def check_pruned(params: Any, plan: Plan) -> None:
@@ -48,7 +49,7 @@ def unpruned(params: Any, plan: Plan) -> list[str]:
             raise TypeError(
                 "which blocks are zero is told by the weights' values: call this outside jit, vmap and grad"
             )
-        kept, n = int(occupied(np.asarray(kernel), layer.block).sum()), layer.blocks
+        kept, n = int(occupied(np.asarray(kernel), layer.block, layer.view).sum()), layer.blocks
         surplus += kept - layer.kept
         if kept > layer.kept:
             sentence = (
@@ -79,19 +80,20 @@ def planned_kernels(params: Any, plan: Plan) -> dict[str, Any]:
     return {path: leaves[path] for path in plan.pruned}
 
 
-def occupied(kernel: np.ndarray, block: blk.Block) -> np.ndarray:
+def occupied(kernel: np.ndarray, block: blk.Block, view: View | None = None) -> np.ndarray:
     """Which blocks hold anything but zeros.
 
     Args:
-      kernel: 2 to 5 dimensions, of numbers or of booleans that say which are not zero.
+      kernel: of numbers or of booleans that say which are not zero.
       block: `(b_r, b_c)`.
+      view: how it is read as matrices; by default as one, all axes but the last its rows.
 
     Returns:
-      Boolean `(grid_r, grid_c)`.
+      Boolean `(*stack, grid_r, grid_c)`.
     """
-    (rows, cols), (b_r, b_c) = blk.matrix_shape(kernel.shape), block
-    found = kernel.reshape(rows, cols).astype(bool, copy=False)
-    for axis, side, length in ((0, b_r, rows), (1, b_c, cols)):
+    (rows, cols), (b_r, b_c) = blk.matrix_shape(kernel.shape, view), block
+    found = blk.matrices(kernel.astype(bool, copy=False), view)
+    for axis, side, length in ((-2, b_r, rows), (-1, b_c, cols)):
         if side > 1:
             found = np.logical_or.reduceat(found, np.arange(0, length, side), axis=axis)
     return found

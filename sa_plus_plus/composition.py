@@ -8,6 +8,7 @@ algorithms themselves.
 
 import dataclasses
 import functools
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -21,9 +22,9 @@ from jax import lax
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning, select
-from sa_plus_plus.masking import adopted, differs, keep, times, zero_masked
+from sa_plus_plus.masking import adopted, differs, keep, spread, times, zero_masked
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
-from sa_plus_plus.planning import LeafPlan, Overrides, Plan, map_layers
+from sa_plus_plus.planning import LeafPlan, Overrides, Plan, Views, map_layers
 from sa_plus_plus.sharding import automatic
 from sa_plus_plus.sparsifier import Masks, Params, PruneState, Sparsifier, State, Trainable
 
@@ -47,7 +48,7 @@ class Parametrisation(NamedTuple):
 
 IDENTITY = Parametrisation(lambda kernel, logits, layer: kernel, lambda weights, logits, layer: None)
 
-# score(weights, logits, layer, key) -> (grid_r, grid_c): the higher, the more a block deserves to stay. `logits` is
+# score(weights, logits, layer, key) -> layer.full_grid, (*stack, grid_r, grid_c): the higher, the more a block deserves to stay. `logits` is
 # None without logits, `key` (the layer's own) without a seed.
 Score = Callable[[jax.Array, Any, LeafPlan, Any], jax.Array]
 
@@ -60,11 +61,13 @@ class PlanOptions(TypedDict, total=False):
       where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings, biases, scales, low-rank
         factors, depthwise kernels and batch statistics.
       overrides: other `block`, `sparsity` or `min_blocks` by path or pattern.
+      views: how leaves are read as matrices, by path or pattern: `{"*/query/kernel": "d (h k)"}`.
     """
 
     min_blocks: int
     where: Callable[[str], bool]
     overrides: Overrides | None
+    views: Views | None
 
 
 class PruningOptions(PlanOptions, total=False):
@@ -83,7 +86,7 @@ def compose(
     score: Score,
     phases: Phases,
     *,
-    block: int | Sequence[int],
+    block: int | Sequence[int | None],
     sparsity: float,
     mask_every: int = 1,
     monotone: bool = True,
@@ -182,9 +185,9 @@ class _Algorithm:
             return w if layer is None else self.parametrisation.weights(w, None, layer)
 
         has_logits = self.parametrisation.has_logits
-        logits = {path: jnp.zeros(layer.grid, jnp.float32) for path, layer in layers.items() if has_logits}
+        logits = {path: jnp.zeros(layer.full_grid, jnp.float32) for path, layer in layers.items() if has_logits}
         trainable = Trainable(map_layers(own, params, layers), logits)
-        masks = {path: jnp.ones(layer.grid, bool) for path, layer in layers.items()}
+        masks = {path: jnp.ones(layer.full_grid, bool) for path, layer in layers.items()}
         prune = PruneState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), masks, key)
         if self.phases.phases[0].kind == SPARSE:
             prune = prune._replace(masks=self._chosen(trainable, prune, prune.step, layers))
@@ -219,14 +222,14 @@ class _Algorithm:
             scale = self.parametrisation.scale(weights, logits, layer)
             unmasked = weights if scale is None else times(weights, scale, layer)
             takes_part = prune.masks[layer.path] if scale is None else prune.masks[layer.path] & (scale > 0)
-            moved = differs(given, unmasked) & blk.spread(takes_part, layer.shape, layer.block)
+            moved = differs(given, unmasked) & spread(takes_part, layer)
 
             def changed() -> jax.Array:
                 wanted = jnp.where(moved, given.astype(weights.dtype), unmasked)
                 new = self.parametrisation.weights(wanted, logits, layer)
                 if not self.parametrisation.by_norm:
                     return jnp.where(moved, new, weights)
-                whole = jnp.any(blk.to_blocks(moved, layer.block), (1, 3))  # its norm is part of each weight
+                whole = jnp.any(blk.to_blocks(moved, layer.block, layer.view), (-3, -1))  # its norm is part of each weight
                 return keep(new, whole, layer, otherwise=weights)
 
             # Norms take several passes over the weights, and a loop seldom changes any.
@@ -305,9 +308,10 @@ def check_phases(phases: Any) -> None:
 
 
 def _blocks_due(layer: LeafPlan, phases: Phases, step: jax.Array) -> jax.Array:
-    """`floor((1 - sparsity(t)) * N)`, and exactly the planned number where the target is due."""
-    dropped = jnp.ceil(layer.sparsity * phases.fraction(step) * layer.blocks).astype(jnp.int32)
-    return jnp.where(phases.reached(step), layer.kept, jnp.maximum(layer.blocks - dropped, layer.kept))
+    """`floor((1 - sparsity(t)) * N)` of each matrix, and exactly the planned number where the target is due."""
+    blocks, kept = math.prod(layer.grid), layer.kept_each
+    dropped = jnp.ceil(layer.sparsity * phases.fraction(step) * blocks).astype(jnp.int32)
+    return jnp.where(phases.reached(step), kept, jnp.maximum(blocks - dropped, kept))
 
 
 def _kernels(trainable: Trainable, layers: dict[str, LeafPlan]) -> list[tuple[str, jax.Array]]:

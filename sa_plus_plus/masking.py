@@ -12,15 +12,20 @@ from sa_plus_plus.sharding import automatic
 from sa_plus_plus.sparsifier import Masks, Params
 
 
+def spread(grid: jax.Array, layer: LeafPlan) -> jax.Array:
+    """Each number of a layer's grid repeated over its block: an array of the layer's shape."""
+    return blk.spread(grid, layer.shape, layer.block, layer.view)
+
+
 def times(weights: jax.Array, grid: jax.Array, layer: LeafPlan) -> jax.Array:
     """`weights * spread(grid)`, multiplied in at least float32 and returned in the weights' type."""
     wide = blk.widened(weights)
-    return (wide * blk.spread(grid.astype(wide.dtype), layer.shape, layer.block)).astype(weights.dtype)
+    return (wide * spread(grid.astype(wide.dtype), layer)).astype(weights.dtype)
 
 
 def keep(weights: jax.Array, mask: jax.Array, layer: LeafPlan, otherwise: jax.Array | int = 0) -> jax.Array:
     """The weights of blocks where the mask is true, `otherwise` in the others."""
-    return jnp.where(blk.spread(mask, layer.shape, layer.block), weights, otherwise)
+    return jnp.where(spread(mask, layer), weights, otherwise)
 
 
 def zero_masked(params: Params, masks: Masks, layers: Mapping[str, LeafPlan]) -> Params:

@@ -1,5 +1,6 @@
 """What the masks and attention weights are doing: pure functions, cheap enough for every step."""
 
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from sa_plus_plus.sparsifier import Masks, Trainable
 
 
 def _zero_weights(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
-    sizes = {path: blk.block_sizes(layer.shape, layer.block).astype("float32") for path, layer in plan.pruned.items()}
+    layers = plan.pruned.items()
+    sizes = {path: blk.block_sizes(la.shape, la.block, la.view).astype("float32") for path, la in layers}
     return {path: jnp.sum(jnp.where(masks[path], 0, sizes[path])) for path in sizes}
 
 
@@ -58,14 +60,15 @@ def attention(trainable: Trainable) -> dict[str, dict[str, jax.Array]]:
 
     Returns:
       By path: `entropy` of `A / N` over its maximum `log N`, so in [0, 1]: 1 where all blocks weigh the same, near 0
-      where a single one has all the weight; `min` and `max` of `A`, before clipping.
+      where a single one has all the weight, the mean over stacked layers; `min` and `max` of `A`, before clipping.
     """
     result: dict[str, dict[str, Any]] = {}
     for path, logits in trainable.logits.items():
         weights = attention_weights(logits)
-        entropy = -jnp.sum(jax.nn.softmax(logits, (0, 1)) * jax.nn.log_softmax(logits, (0, 1)))
+        share, log_share = jax.nn.softmax(logits, (-2, -1)), jax.nn.log_softmax(logits, (-2, -1))
+        entropy = -jnp.mean(jnp.sum(share * log_share, (-2, -1)))
         result[path] = {
-            "entropy": entropy / jnp.log(max(logits.size, 2)),
+            "entropy": entropy / jnp.log(max(math.prod(logits.shape[-2:]), 2)),
             "min": jnp.min(weights),
             "max": jnp.max(weights),
         }

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import select
+from sa_plus_plus import select, views
+from sa_plus_plus.views import View
 
 _NUMBERS = (int, float, Fraction, np.generic, np.ndarray, jax.Array)
 MIN_BLOCKS = 100  # C.1: layers with fewer blocks stay dense
 
 Overrides = Mapping[str, Mapping[str, Any]]
+Views = Mapping[str, views.Viewable]
 
 
 class LeafPlan(NamedTuple):
@@ -29,10 +31,12 @@ class LeafPlan(NamedTuple):
       path: keys from the root, joined by `/`.
       shape: shape of the leaf.
       block: `(b_r, b_c)`.
-      grid: blocks down and across; `(0, 0)` where the leaf is not a kernel.
-      kept: number of blocks that stay; all of them where the layer is not pruned.
+      grid: blocks down and across each matrix; `(0, 0)` where the leaf is not a kernel.
+      kept: number of blocks that stay, as many of each matrix; all of them where the layer is not pruned.
       sparsity: target share of the blocks removed, in [0, 1).
       skip_reason: empty for a pruned layer, else the reason why it stays dense.
+      view: how the leaf is read as matrices; None for all axes but the last as rows.
+      assumed: whether that is a guess: the leaf could as well be meant otherwise.
     """
 
     path: str
@@ -42,10 +46,28 @@ class LeafPlan(NamedTuple):
     kept: int
     sparsity: float
     skip_reason: str
+    view: View | None = None
+    assumed: bool = False
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sides of the batch axes: how many matrices the leaf holds; empty for one."""
+        return self.view.stack(self.shape) if self.view else ()
+
+    @property
+    def full_grid(self) -> tuple[int, ...]:
+        """`(*stack, grid_r, grid_c)`: the shape of masks, logits and scores."""
+        return *self.stack, *self.grid
+
+    @property
+    def kept_each(self) -> int:
+        """Number of blocks that stay in each matrix."""
+        return self.kept // math.prod(self.stack)
 
     @property
     def blocks(self) -> int:
-        return math.prod(self.grid)
+        """Number of blocks in all matrices."""
+        return math.prod(self.full_grid)
 
     @property
     def weights(self) -> int:
@@ -85,10 +107,11 @@ class Plan(NamedTuple):
         return zero / max(self.kernel_weights, 1)
 
     def __str__(self) -> str:
-        head = ("path", "shape", "block", "grid", "blocks", "kept", "pruned")
+        head = ("path", "shape", "read as", "block", "grid", "blocks", "kept", "pruned")
         rows = [head, *(_row(layer) for layer in self.leaves)]
+        used = [i for i in range(len(head)) if i != 2 or any(layer.view or layer.assumed for layer in self.leaves)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = ["  ".join(row[i].ljust(widths[i]) for i in used).rstrip() for row in rows]
         lines.insert(1, "-" * max(map(len, lines)))
         total = f"{len(self.pruned)} of {len(self.leaves)} leaves pruned; {self.sparsity:.2%} of "
         return "\n".join([*lines, total + f"{self.kernel_weights:,} kernel weights removed"])
@@ -96,10 +119,11 @@ class Plan(NamedTuple):
 
 def _row(layer: LeafPlan) -> tuple[str, ...]:
     if not layer.is_kernel:
-        return (layer.path, _by(layer.shape), "-", "-", "-", "-", f"no: {layer.skip_reason}")
+        return (layer.path, _by(layer.shape), "-", "-", "-", "-", "-", f"no: {layer.skip_reason}")
     fate = f"no: {layer.skip_reason}" if layer.skip_reason else f"{layer.sparsity:.1%}"
-    kept = f"{layer.kept:,}"
-    return (layer.path, _by(layer.shape), _by(layer.block), _by(layer.grid), f"{layer.blocks:,}", kept, fate)
+    read = blk.view_of(layer.shape, layer.view).describe(layer.shape) + (", assumed" if layer.assumed else "")
+    grid = " × ".join([*map(str, layer.stack), _by(layer.grid)])
+    return (layer.path, _by(layer.shape), read, _by(layer.block), grid, f"{layer.blocks:,}", f"{layer.kept:,}", fate)
 
 
 def _by(sides: Sequence[int]) -> str:
@@ -148,35 +172,42 @@ def map_layers(fn: Callable[..., Any], params: Any, layers: Mapping[str, LeafPla
 def plan(
     params: Any,
     *,
-    block: int | Sequence[int],
+    block: int | Sequence[int | None],
     sparsity: float,
     min_blocks: int = MIN_BLOCKS,
     where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
+    views: Views | None = None,
 ) -> Plan:
     """Decide which leaves of a parameter tree are pruned (paper, C.1).
 
-    A leaf is pruned when it is a kernel of 2 to 5 dimensions, `where(path)` holds, and its grid has at least
-    `min_blocks` blocks, those on its edges counted however little of them there is.
-    `k = floor((1 - sparsity) * blocks)` blocks of it are kept.
+    A leaf is read as one matrix, or as several where its layers are stacked, each pruned on its own. It is pruned when
+    it is a kernel of 2 to 6 dimensions, `where(path)` holds, and a matrix's grid has at least `min_blocks` blocks,
+    those on its edges counted however little of them there is. `k = floor((1 - sparsity) * blocks)` blocks of each
+    matrix are kept.
 
     Args:
       params: tree of arrays, or of anything with `shape` and `dtype` (`jax.eval_shape` will do).
-      block: `(b_r, b_c)` over the kernel's matrix, or one integer for a square.
+      block: `(b_r, b_c)` over the kernel's matrix, or one integer for a square. None in a pair is the whole side:
+        `(1, None)` are rows (inputs), `(None, 1)` columns (neurons, channels, filters).
       sparsity: share of the blocks to remove, in [0, 1).
-      min_blocks: kernels with fewer blocks stay dense.
+      min_blocks: kernels with fewer blocks in a matrix stay dense.
       where: predicate on the path of a leaf, `Dense_0/kernel`. By default `named_as_kernel` decides, and depthwise
         kernels `(height, width, 1, channels)` stay dense, which first layers for grey images cannot be told from.
       overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...)` to
         use there. The first pattern that matches counts.
+      views: by path or pattern, how leaves are read as matrices: `"d (h k)"`, `"[l] i o"`, `"o i -> i o"` (see
+        `views.as_view`). By default `views.guess` decides by names and by biases; `print(plan)` shows how, and where
+        that is an assumption.
 
     Raises:
       ValueError: if an option is out of range, a pattern or the predicate matches nothing, or nothing that is pruned,
-        nothing is left to prune, a layer would keep no block, or two leaves have the same path.
+        nothing is left to prune, a layer would keep no block, two leaves have the same path, or a view does not fit.
       TypeError: if a layer to be pruned is not floating point, or `where` is not callable.
     """
-    defaults, checked = check_options(block, sparsity, min_blocks, where, overrides)
-    leaves = [(path_string(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    defaults, checked = check_options(block, sparsity, min_blocks, where, overrides, views)
+    keyed = jax.tree_util.tree_leaves_with_path(params)
+    leaves = [(path_string(path), leaf) for path, leaf in keyed]
     if not leaves:
         raise ValueError(f"the parameter tree has no leaves: {params!r:.80}")
     if doubled := [path for path, n in collections.Counter(path for path, _ in leaves).items() if n > 1]:
@@ -184,10 +215,14 @@ def plan(
     for pattern in checked:
         if not any(_matches(path, pattern) for path, _ in leaves):
             raise ValueError(f"override {pattern!r} matches no leaf{_nearest(pattern, leaves)}")
+    for pattern in views or {}:
+        if not any(_matches(path, pattern) for path, _ in leaves):
+            raise ValueError(f"the view of {pattern!r} matches no leaf{_nearest(pattern, leaves)}")
+    read = _read(params, views or {})
     layers = []
     for path, leaf in leaves:
         own = next((o for pattern, o in checked.items() if _matches(path, pattern)), {})
-        layers.append(_layer(path, leaf, **(defaults | own), where=where))
+        layers.append(_layer(path, leaf, **(defaults | own), where=where, read=read.get(path)))
     for pattern in checked:
         matched = [layer for layer in layers if _matches(layer.path, pattern)]
         if all(layer.skip_reason for layer in matched):
@@ -207,22 +242,26 @@ def plan(
 
 
 def check_options(
-    block: int | Sequence[int],
+    block: int | Sequence[int | None],
     sparsity: float,
     min_blocks: int = MIN_BLOCKS,
     where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
+    views: Views | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Refuse bad options of `plan`; return those for all leaves, and those of the overrides by pattern."""
     if not callable(where):
         raise TypeError(f"where must be a predicate on the path of a leaf, such as lambda path: ..., got {where!r}")
+    blk.checked_sides(block)
     defaults = {
-        "block": blk.as_block(block),
+        "block": block,
         "sparsity": _checked_sparsity(sparsity, "sparsity"),
         "min_blocks": _checked_min_blocks(min_blocks, "min_blocks"),
     }
     if overrides is not None and not isinstance(overrides, Mapping):
         raise ValueError(f'overrides must be a mapping such as {{"*/kernel": {{"sparsity": 0.5}}}}, got {overrides!r}')
+    if views is not None and not isinstance(views, Mapping):
+        raise ValueError(f'views must be a mapping such as {{"*/query/kernel": "d (h k)"}}, got {views!r}')
     return defaults, {pattern: _checked_override(pattern, o) for pattern, o in (overrides or {}).items()}
 
 
@@ -230,47 +269,83 @@ def stays_dense(path: str, leaf: Any, skip_reason: str) -> LeafPlan:
     """A leaf that no algorithm touches: a kernel counts as one block."""
     shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
-        return LeafPlan(path, shape, (1, 1), (0, 0), 0, 0.0, f"not a kernel ({len(shape)}-D)")
+        return _no_kernel(path, shape, f"not a kernel ({len(shape)}-D)")
     if other := _other_name(path):
-        return LeafPlan(path, shape, (1, 1), (0, 0), 0, 0.0, other)
+        return _no_kernel(path, shape, other)
     return LeafPlan(path, shape, blk.matrix_shape(shape), (1, 1), 1, 0.0, skip_reason)
+
+
+def _no_kernel(path: str, shape: tuple[int, ...], reason: str) -> LeafPlan:
+    return LeafPlan(path, shape, (1, 1), (0, 0), 0, 0.0, reason)
+
+
+class _Reading(NamedTuple):
+    """How a leaf is read: by a view that is given, or by a guess."""
+
+    view: View
+    given: bool
+    sure: bool
+
+
+def _read(params: Any, given: Views) -> dict[str, _Reading]:
+    """How each leaf of two or more axes is read, by path."""
+    leaves = {path_string(keys): (keys, leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, (_, leaf) in leaves.items()}
+    tree, readings = views.Tree(shapes), {}
+    for path, (keys, _) in leaves.items():
+        shape = shapes[path]
+        own = [view for pattern, view in given.items() if _matches(path, pattern)]
+        if own:
+            try:
+                readings[path] = _Reading(views.as_view(own[0], len(shape)), given=True, sure=True)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{path}, of shape {shape}: {error}") from error
+        elif len(shape) > 1:
+            attribute = [key.name for key in keys if isinstance(key, jax.tree_util.GetAttrKey)][-1:]
+            outputs_first = attribute == ["weight"] and path.endswith("weight")
+            readings[path] = _Reading(*views.guess(path, shape, tree, outputs_first), given=False)
+    return readings
 
 
 def _layer(
     path: str,
     leaf: Any,
-    block: blk.Block,
+    block: int | Sequence[int | None],
     sparsity: float,
     min_blocks: int,
     where: Callable[[str], bool],
+    read: _Reading | None,
 ) -> LeafPlan:
     shape = tuple(getattr(leaf, "shape", ()))
-    if not 2 <= len(shape) <= 5 or 0 in shape:
-        return stays_dense(path, leaf, "")
+    if read is None or 0 in shape or not (2 <= len(shape) <= 5 + len(read.view.batch) or read.given):
+        return _no_kernel(path, shape, f"not a kernel ({len(shape)}-D)")
     if not where(path) and (other := _other_name(path)):
-        return LeafPlan(path, shape, (1, 1), (0, 0), 0, 0.0, other)
-    grid = blk.grid_shape(shape, block)
-    n = math.prod(grid)
+        return _no_kernel(path, shape, other)
+    view, sides = read.view, blk.as_block(block, read.view.matrix(shape))
+    grid = blk.grid_shape(shape, sides, view)
+    each = math.prod(grid)
+    layer = LeafPlan(path, shape, sides, grid, each * math.prod(view.stack(shape)), 0.0, "")
+    if view != views.default(len(shape)):
+        layer = layer._replace(view=view)
+    square = sides[0] == sides[1] and len(shape) == 2
+    layer = layer._replace(assumed=not read.sure and not square)
+    inputs = math.prod(shape[axis] for axis in view.rows[-1:])  # of a convolution
     if not where(path):
-        skip_reason = "excluded by `where`"
-    elif where is named_as_kernel and len(shape) > 3 and shape[-2] == 1:
-        skip_reason = "depthwise kernel, or of one input channel"
-    elif n < min_blocks:
-        skip_reason = f"fewer than {min_blocks} blocks"
-    else:
-        skip_reason = ""
-    if skip_reason:
-        return LeafPlan(path, shape, block, grid, n, 0.0, skip_reason)
+        return layer._replace(skip_reason="excluded by `where`")
+    if where is named_as_kernel and len(view.rows) > 2 and len(view.cols) == 1 and inputs == 1:
+        return layer._replace(skip_reason="depthwise kernel, or of one input channel")
+    if each < min_blocks:
+        return layer._replace(skip_reason=f"fewer than {min_blocks} blocks")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"{path} has dtype {leaf.dtype}: only floating-point kernels can be pruned, see `where`")
-    kept = select.kept_blocks(n, sparsity)
+    kept = select.kept_blocks(each, sparsity)
     if kept == 0:
-        digits = 10 ** len(str(n))
+        digits = 10 ** len(str(each))
         raise ValueError(
-            f"sparsity {sparsity} leaves no block of the {n} in {path}: "
-            f"lower it to at most {(n - 1) * digits // n / digits} there (see `overrides`) or use smaller blocks"
+            f"sparsity {sparsity} leaves no block of the {each} in {path}: "
+            f"lower it to at most {(each - 1) * digits // each / digits} there (see `overrides`) or use smaller blocks"
         )
-    return LeafPlan(path, shape, block, grid, kept, sparsity, "")
+    return layer._replace(kept=kept * math.prod(layer.stack), sparsity=sparsity)
 
 
 def _checked_sparsity(sparsity: float, name: str) -> float:
@@ -288,7 +363,8 @@ def _checked_override(pattern: str, override: Any) -> dict[str, Any]:
         raise ValueError(f"override {pattern!r} may set `block`, `sparsity` and `min_blocks`, got {sorted(unknown)}")
     checked: dict[str, Any] = {}
     if "block" in override:
-        checked["block"] = blk.as_block(override["block"])
+        blk.checked_sides(override["block"])
+        checked["block"] = override["block"]
     if "sparsity" in override:
         checked["sparsity"] = _checked_sparsity(override["sparsity"], f"sparsity of override {pattern!r}")
     if "min_blocks" in override:

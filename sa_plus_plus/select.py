@@ -76,21 +76,36 @@ def top_k(scores: jax.Array, k: jax.Array | int, among: jax.Array | None = None)
 def top_k_per_layer(
     scores: Mapping[str, jax.Array], k: Mapping[str, jax.Array | int], among: Mapping[str, jax.Array] | None = None
 ) -> dict[str, jax.Array]:
-    """`top_k` of every layer on its own: `k[path]` blocks of `scores[path]`."""
-    return {path: top_k(s, k[path], None if among is None else among[path]) for path, s in scores.items()}
+    """`top_k` of every matrix on its own.
+
+    Args:
+      scores: `(*stack, grid_r, grid_c)` by path: of one matrix, or of a stack of them.
+      k: how many blocks of each matrix, by path.
+      among: as in `top_k`, by path.
+    """
+
+    def chosen(path: str) -> jax.Array:
+        score, candidates = scores[path], None if among is None else among[path]
+        if score.ndim <= 2:
+            return top_k(score, k[path], candidates)
+        flat = [None if a is None else a.reshape(-1, *a.shape[-2:]) for a in (score, candidates)]
+        return jax.vmap(lambda s, a: top_k(s, k[path], a))(*flat).reshape(score.shape)
+
+    return {path: chosen(path) for path in scores}
 
 
 def top_k_global(
     scores: Mapping[str, jax.Array], k: Mapping[str, jax.Array | int], among: Mapping[str, jax.Array] | None = None
 ) -> dict[str, jax.Array]:
-    """`top_k` of all layers together: `sum(k.values())` blocks wherever they are; ties go to the earlier layer.
+    """`top_k` of all matrices together: as many blocks as `top_k_per_layer`; ties go to the earlier layer.
 
     A layer may lose all its blocks: the paper (C.1) argues for `top_k_per_layer`.
     """
     paths = list(scores)
     flat = jnp.concatenate([scores[p].ravel() for p in paths])
     flat_among = None if among is None else jnp.concatenate([among[p].ravel() for p in paths])
-    mask = top_k(flat, sum(jnp.asarray(k[p], jnp.int32) for p in paths), flat_among)
+    total = sum(math.prod(scores[p].shape[:-2]) * jnp.asarray(k[p], jnp.int32) for p in paths)
+    mask = top_k(flat, total, flat_among)
     masks, start = {}, 0
     for p in paths:
         masks[p] = mask[start : start + scores[p].size].reshape(scores[p].shape)

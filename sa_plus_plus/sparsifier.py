@@ -17,7 +17,7 @@ class Trainable(NamedTuple):
 
     Attributes:
       params: same tree as the model's, holding the weights as the algorithm parametrises them.
-      logits: one `(grid_r, grid_c)` float32 array a pruned layer, by path; empty unless the algorithm has logits.
+      logits: one `(*stack, grid_r, grid_c)` float32 array a pruned layer, by path; empty unless the algorithm has logits.
     """
 
     params: Params
@@ -31,7 +31,7 @@ class PruneState(NamedTuple):
       step: int32 scalar, gradient steps done so far.
       phase: int32 scalar, index of the phase that the next gradient step belongs to: where it differs from that of the
         step before, optimizers start afresh.
-      masks: one boolean `(grid_r, grid_c)` array a pruned layer, by path: true where a block takes part.
+      masks: one boolean `(*stack, grid_r, grid_c)` array a pruned layer, by path: true where a block takes part.
       key: data of a random key, uint32; None for algorithms that leave nothing to chance.
     """
 

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 from jax import export
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus.views import View, Viewable, as_view, default
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,10 +26,12 @@ class Layout:
     equals.
 
     Attributes:
-      shape: the kernel's shape, 2 to 5 dimensions.
+      shape: the kernel's shape.
       block: `(b_r, b_c)` over the kernel's matrix.
       indices: int32 `(nse,)`.
       indptr: int32 `(grid_c + 1,)`.
+      view: how the kernel is read as matrices; None for one, all axes but the last its rows. Several matrices stand
+        side by side in the grid, each with columns of blocks of its own.
 
     Raises:
       ValueError: if an index is out of range, out of order or doubled.
@@ -36,6 +41,7 @@ class Layout:
     block: blk.Block
     indices: np.ndarray
     indptr: np.ndarray
+    view: View | None = None
 
     def __post_init__(self) -> None:
         set_field = functools.partial(object.__setattr__, self)  # the class is frozen for all others
@@ -68,8 +74,19 @@ class Layout:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Blocks down and across."""
-        return blk.grid_shape(self.shape, self.block)
+        """Blocks down and across, those of several matrices side by side."""
+        grid_r, grid_c = blk.grid_shape(self.shape, self.block, self.view)
+        return grid_r, grid_c * self.matrices
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of each matrix."""
+        return blk.matrix_shape(self.shape, self.view)
+
+    @property
+    def matrices(self) -> int:
+        """How many there are."""
+        return math.prod(self.view.stack(self.shape)) if self.view else 1
 
     @property
     def nse(self) -> int:
@@ -97,9 +114,10 @@ class Layout:
     @functools.cached_property
     def real(self) -> np.ndarray:
         """True where an entry of a kept block is a weight and not padding beyond an edge, `(nse, b_r, b_c)`."""
-        (height, width), (b_r, b_c) = blk.matrix_shape(self.shape), self.block
+        (height, width), (b_r, b_c) = self.matrix, self.block
+        columns = self.columns % (self.grid[1] // self.matrices)
         down = self.indices[:, None] * b_r + np.arange(b_r) < height
-        across = self.columns[:, None] * b_c + np.arange(b_c) < width
+        across = columns[:, None] * b_c + np.arange(b_c) < width
         return down[:, :, None] & across[:, None, :]
 
     @functools.cached_property
@@ -107,12 +125,13 @@ class Layout:
         """The layout of the transposed matrix, and the order in which it has this one's blocks."""
         order = np.lexsort((self.columns, self.indices))
         indptr = np.concatenate([[0], np.cumsum(np.bincount(self.indices, minlength=self.grid[0]))])
-        shape = blk.matrix_shape(self.shape)[::-1]
-        return Layout(shape, self.block[::-1], self.columns[order], indptr), order
+        if self.matrices > 1:
+            raise ValueError(f"a stack of {self.matrices} matrices has no transpose")
+        return Layout(self.matrix[::-1], self.block[::-1], self.columns[order], indptr), order
 
     @functools.cached_property
     def _key(self) -> tuple[object, ...]:
-        return self.shape, self.block, self.indices.tobytes(), self.indptr.tobytes()
+        return self.shape, self.block, self.view, self.indices.tobytes(), self.indptr.tobytes()
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -124,10 +143,23 @@ class Layout:
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Layout) and self._key == other._key)
 
+    def kernel(self, tiles: Any) -> Any:
+        """A kernel of this layout from all its blocks, `(grid_r, grid_c, b_r, b_c)`."""
+        (grid_r, grid_c), stack = self.grid, self.view.stack(self.shape) if self.view else ()
+        apart = tiles.reshape(grid_r, self.matrices, grid_c // self.matrices, *self.block)
+        blocks = apart.transpose(1, 0, 3, 2, 4)  # (matrices, grid_r, b_r, grid_c, b_c)
+        return blk.from_blocks(blocks.reshape(*stack, *blocks.shape[1:]), self.shape, self.view)
+
     def __repr__(self) -> str:
         (grid_r, grid_c), (b_r, b_c) = self.grid, self.block
         by = "×".join(map(str, self.shape))
         return f"Layout({by} in {b_r}×{b_c}: {self.nse:,} of {grid_r * grid_c:,} blocks, {self.density:.1%})"
+
+
+def _side_by_side(blocks: np.ndarray, axes: int = 2) -> np.ndarray:
+    """`(*stack, grid_r, grid_c, ...)` as `(grid_r, matrices * grid_c, ...)`; `axes` from `grid_r` on."""
+    apart = blocks.reshape(-1, *blocks.shape[blocks.ndim - axes :]).swapaxes(0, 1)
+    return apart.reshape(apart.shape[0], -1, *apart.shape[3:])
 
 
 def _checked_ints(values: np.ndarray, name: str) -> np.ndarray:
@@ -159,14 +191,19 @@ class BlockSparse:
 
     @classmethod
     def fromdense(
-        cls, kernel: jax.Array | np.ndarray, block: int | Sequence[int], mask: np.ndarray | None = None
+        cls,
+        kernel: jax.Array | np.ndarray,
+        block: int | Sequence[int | None],
+        mask: np.ndarray | None = None,
+        view: Viewable | None = None,
     ) -> "BlockSparse":
         """Keep the blocks of a kernel that hold anything but zeros.
 
         Args:
-          kernel: 2 to 5 dimensions, any dtype; concrete values, not a tracer.
+          kernel: any dtype; concrete values, not a tracer.
           block: `(b_r, b_c)` over the kernel's matrix, or one integer for a square.
-          mask: boolean `(grid_r, grid_c)`, to say instead which blocks are kept.
+          mask: boolean `(*stack, grid_r, grid_c)`, to say instead which blocks are kept.
+          view: how it is read as matrices, such as `"d (h k)"`; by default as one, all axes but the last its rows.
 
         Raises:
           TypeError: under `jax.jit`, where there are no values to look at.
@@ -174,22 +211,24 @@ class BlockSparse:
         """
         if isinstance(kernel, jax.core.Tracer):
             raise TypeError("BlockSparse.fromdense looks at the weights, so call it outside jit, vmap and grad")
-        block = blk.as_block(block)
-        grid = blk.grid_shape(kernel.shape, block)
-        tiles = blk.to_blocks(np.asarray(kernel), block).swapaxes(1, 2)
-        keep = (tiles != 0).any((2, 3)) if mask is None else np.asarray(mask, bool)
-        if keep.shape != grid:
-            raise ValueError(f"mask must have the shape {grid} of the kernel's grid, got {keep.shape}")
+        read = None if view is None else as_view(view, kernel.ndim)
+        sides = blk.as_block(block, blk.matrix_shape(kernel.shape, read))
+        tiles = blk.to_blocks(np.asarray(kernel), sides, read).swapaxes(-3, -2)  # (*stack, grid_r, grid_c, b_r, b_c)
+        keep = (tiles != 0).any((-2, -1)) if mask is None else np.asarray(mask, bool)
+        if keep.shape != tiles.shape[:-2]:
+            raise ValueError(f"mask must have the shape {tiles.shape[:-2]} of the kernel's grid, got {keep.shape}")
+        keep, tiles = _side_by_side(keep), _side_by_side(tiles, 4)
         columns, indices = np.nonzero(keep.T)
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=grid[1]))])
-        return cls(jnp.asarray(tiles[indices, columns]), Layout(kernel.shape, block, indices, indptr))
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=keep.shape[1]))])
+        view = None if read == default(kernel.ndim) else read
+        return cls(jnp.asarray(tiles[indices, columns]), Layout(kernel.shape, sides, indices, indptr, view))
 
     def todense(self) -> jax.Array:
         """The kernel in full, exactly, zeros where no block is kept; differentiable and jittable."""
         (grid_r, grid_c), (b_r, b_c) = self.layout.grid, self.layout.block
         tiles = jnp.zeros((grid_r, grid_c, b_r, b_c), self.dtype)
         tiles = tiles.at[self.layout.indices, self.layout.columns].set(self.blocks)
-        return blk.from_blocks(tiles.swapaxes(1, 2), self.shape)
+        return self.layout.kernel(tiles)
 
     @property
     def indices(self) -> np.ndarray:
@@ -230,14 +269,14 @@ class BlockSparse:
 
 def _layout_bytes(meta: tuple[Layout]) -> bytes:
     (layout,) = meta
-    return json.dumps(
-        [layout.shape, layout.block, layout.indices.tolist(), layout.indptr.tolist()], separators=(",", ":")
-    ).encode()
+    arrays = layout.indices.tolist(), layout.indptr.tolist()
+    return json.dumps([layout.shape, layout.block, *arrays, layout.view], separators=(",", ":")).encode()
 
 
 def _layout_of(text: bytes | bytearray) -> tuple[Layout]:
-    shape, block, indices, indptr = json.loads(bytes(text))
-    return (Layout(tuple(shape), tuple(block), np.array(indices, np.int32), np.array(indptr, np.int32)),)
+    shape, block, indices, indptr, *rest = json.loads(bytes(text))
+    view = View(*map(tuple, rest[0])) if rest and rest[0] else None
+    return (Layout(tuple(shape), tuple(block), np.array(indices, np.int32), np.array(indptr, np.int32), view),)
 
 
 # So that functions of kernels can be exported and saved.

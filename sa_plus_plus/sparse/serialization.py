@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sa_plus_plus import blocks as blk
 from sa_plus_plus.checks import unpruned
 from sa_plus_plus.files import write_atomically
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers, path_string
@@ -20,6 +19,7 @@ from sa_plus_plus.sparse.packing import PARTS, STORABLE, STORAGE, as_jax, narrow
 
 FORMAT = "block-sparse 1"
 ESCAPED = "block-sparse 2"  # the same with keys escaped; written only where a key has `~` or `/`
+VIEWED = "block-sparse 3"  # that with views of kernels; written only where a kernel has one
 _NAMED = 3  # layers in a warning
 _KEY = "sa_plus_plus"  # of the JSON text in the file's metadata
 
@@ -63,7 +63,7 @@ def export(params: Any, plan: Plan) -> Any:
         )
 
     def one(layer: LeafPlan | None, leaf: Any) -> Any:
-        return leaf if layer is None else BlockSparse.fromdense(leaf, layer.block)
+        return leaf if layer is None else BlockSparse.fromdense(leaf, layer.block, view=layer.view)
 
     return map_layers(one, params, plan.pruned)
 
@@ -115,13 +115,15 @@ def save(
                 "storage": storage,
                 "relative_error": errors[name],
             }
+            if leaf.layout.view:
+                kernels[name]["view"] = leaf.layout.view
             dense_bytes += int(np.prod(leaf.shape)) * leaf.dtype.itemsize
         else:
             values = np.asarray(leaf, order="C")
             tensors[name] = values.astype(values.dtype.newbyteorder("="), copy=False)  # as it will be read
             dense_bytes += tensors[name].nbytes
     about = {
-        "format": ESCAPED if any("~" in name for name in tensors) else FORMAT,
+        "format": _format(tensors, kernels),
         "kernels": kernels,
         "sha256": {name: digest(tensor) for name, tensor in tensors.items()},
     }
@@ -130,6 +132,13 @@ def save(
     content = _safetensors().numpy.save(tensors, metadata=texts)
     write_atomically(pathlib.Path(path), lambda file: file.write(content))
     return Saved(len(content), dense_bytes, errors)
+
+
+def _format(tensors: Mapping[str, Any], kernels: Mapping[str, Mapping[str, Any]]) -> str:
+    """The oldest format that holds these."""
+    if any("view" in kernel for kernel in kernels.values()):
+        return VIEWED
+    return ESCAPED if any("~" in name for name in tensors) else FORMAT
 
 
 def load(path: str | os.PathLike[str], like: Any = None) -> Any:
@@ -218,7 +227,7 @@ def _in_full(w: BlockSparse) -> Any:
         return w.todense()
     tiles: Any = np.zeros((*w.layout.grid, *w.layout.block), w.dtype)
     tiles[w.layout.indices, w.layout.columns] = w.blocks
-    return blk.from_blocks(tiles.swapaxes(1, 2), w.shape)
+    return w.layout.kernel(tiles)
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -245,8 +254,9 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata is not JSON: {error}") from error
     if not isinstance(about, dict) or "format" not in about:
         raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata names no format")
-    if about["format"] not in (FORMAT, ESCAPED):
-        raise ValueError(f"{path} has the format {about['format']!r}; this version reads {FORMAT!r} and {ESCAPED!r}")
+    if about["format"] not in (FORMAT, ESCAPED, VIEWED):
+        known = ", ".join(map(repr, (FORMAT, ESCAPED, VIEWED)))
+        raise ValueError(f"{path} has the format {about['format']!r}; this version reads {known}")
     for part in ("kernels", "sha256"):
         if not isinstance(about.get(part), dict):
             raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata has no mapping {part!r}")
