@@ -7,8 +7,8 @@
 ONNX Runtime and OpenVINO serve the network in full, `sapp.specialize` serves it with random blocks zero, and all take
 turns, on all cores. Of ours, larger batches go through whole or in microbatches, whichever is faster in a first trial;
 engines take them whole. ResNet-50 is for images of 224 pixels, `bert` an encoder of the size of BERT-base for
-sequences of 128. Weights are random: how fast a network is does not depend on them. Each result is compared with that of the model
-with the same weights, in float32. A ratio is to the fastest engine of the same precision.
+sequences of 128. Weights are random: how fast a network is does not depend on them. Each result is compared with that
+of the model with the same weights, in float32. A ratio is to the fastest engine of the same precision.
 """
 
 import functools
