@@ -3,7 +3,8 @@
     python -m benchmarks.train_step [--rounds=15] [--workloads=mlp_256,mlp_8192,cnn_32]
 
 Each algorithm runs in a dense phase, where the network is trained whole, and in a sparsification phase with a new
-selection at every step (the most expensive the algorithm can be), where it has one.
+selection at every step (the most expensive the algorithm can be), where it has one. SequentialAttention++ also runs as
+one line, `sparsify`, in the bare loop.
 """
 
 import functools
@@ -90,6 +91,19 @@ def pruned_step(loss: Callable, params: Any, sp: sapp.Sparsifier) -> tuple[Calla
     return step, (trainable, prune, tx.init(trainable))
 
 
+def one_line_step(loss: Callable, params: Any, sp: sapp.Sparsifier) -> tuple[Callable, Any]:
+    """The bare step with `sparsify` around its optimizer: it holds the effective weights beside the trained ones."""
+    tx = sapp.sparsify(optimizer(), sp)
+
+    def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        params, opt_state = state
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    return step, (params, tx.init(params))
+
+
 def contenders(loss: Callable, params: Any) -> dict[str, tuple[Callable, Any]]:
     """By name: step and first state."""
     result = {"bare optax": bare_step(loss, params)}
@@ -100,6 +114,8 @@ def contenders(loss: Callable, params: Any) -> dict[str, tuple[Callable, Any]]:
             phases = sapp.phases.custom(2 * LONG, [(kind, LONG), ("sparse", LONG)])
             sp = getattr(sapp, name)(block=BLOCK, sparsity=SPARSITY, phases=phases)
             result[f"{name}, {kind}"] = pruned_step(loss, params, sp)
+            if name == "sequential_attention":
+                result[f"{name}, {kind}, one line"] = one_line_step(loss, params, sp)
     return result
 
 

@@ -1,7 +1,9 @@
 """Convolutions by blocks, and whole networks made fast: the same results as in full."""
 
 import gc
+import re
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -295,6 +297,41 @@ def test_an_empty_batch():
     assert fast(jnp.ones((0, 16))).shape == (0, 16)
     mapped = jax.vmap(lambda x: sapp.block_sparse_matmul(x, BlockSparse.fromdense(w, 4)))
     assert mapped(jnp.ones((0, 3, 16))).shape == (0, 3, 16)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_microbatches_give_what_the_whole_batch_gives(precision):
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 4, 16)).astype(np.float32))
+    head = jnp.asarray(rng.normal(size=(16, 5)).astype(np.float32))
+
+    def fn(inputs):
+        y = jax.nn.relu(jax.lax.conv_general_dilated(inputs["a"], kernel, (1, 1), "SAME", dimension_numbers=NHWC))
+        return {"head": y.mean((1, 2)) @ head + inputs["b"][:, None], "same": inputs["b"]}
+
+    x = {"a": rng.normal(size=(6, 5, 5, 4)).astype(np.float32), "b": rng.normal(size=6).astype(np.float32)}
+    options = {"choose": "all", "precision": precision, "calibration": [x]}
+    if sapp.sparse.native.missing():
+        options = {}
+    whole = sapp.specialize(fn, x, **options)
+    cut = sapp.specialize(fn, x, microbatch=2, **options)
+    chex.assert_trees_all_close(cut(x), whole(x), rtol=1e-6, atol=1e-6)
+    assert cut.examples == whole.examples
+    assert [choice.rows for choice in cut.choices] == [choice.rows // 3 for choice in whole.choices]
+    chex.assert_trees_all_close(sapp.serve.loads(sapp.serve.dumps(cut))(x), whole(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fn", "microbatch", "message"),
+    [
+        (lambda x: x @ jnp.eye(3), 4, "must divide the batch, the first axis of every input; got float32[6, 3]"),
+        (lambda x: x @ jnp.eye(3), 0, "must be a positive integer, got 0"),
+        (lambda x: (x @ jnp.eye(3)).sum(), 2, "every output needs the batch as its first axis, got ()"),
+    ],
+)
+def test_microbatches_that_do_not_fit(fn, microbatch, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sapp.specialize(fn, jnp.ones((6, 3)), microbatch=microbatch)
 
 
 def test_several_devices_by_shard_map():

@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -45,6 +46,14 @@ def networks():
     return {
         (batch, precision): made(batch, precision) for batch, precision in ((2, "float32"), (5, "float32"), (2, "int8"))
     }
+
+
+LARGE = 256  # rows, enough that the kernel shares each layer out to threads
+
+
+@pytest.fixture(scope="module")
+def large():
+    return {precision: made(LARGE, precision) for precision in ("float32", "int8")}
 
 
 def same(got, want):
@@ -192,10 +201,10 @@ def test_without_the_compiled_kernel(networks, tmp_path, monkeypatch):
 
 @needs_kernel
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_python_threads_have_the_same_results(precision, networks):
-    fast = pickle.loads(pickle.dumps(networks[2, precision]))
-    xs = [inputs(2) + i for i in range(10)]
-    wants = [jax.device_get(networks[2, precision](x)) for x in xs]
+def test_python_threads_have_the_same_results(precision, large):
+    fast = pickle.loads(pickle.dumps(large[precision]))
+    xs = [inputs(LARGE) + i for i in range(10)]
+    wants = [jax.device_get(large[precision](x)) for x in xs]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for i, got in enumerate(pool.map(lambda i: jax.device_get(fast(xs[i % 10])), range(1000))):
             same(got, wants[i % 10])
@@ -203,17 +212,40 @@ def test_python_threads_have_the_same_results(precision, networks):
 
 @needs_kernel
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_results_do_not_depend_on_the_number_of_threads(precision, networks):
-    want = networks[2, precision](inputs(2))
+def test_results_do_not_depend_on_the_number_of_threads(precision, large):
+    want = large[precision](inputs(LARGE))
     try:
         for threads in (1, 2, 3):
             serve.set_threads(threads)
-            same(networks[2, precision](inputs(2)), want)
+            same(large[precision](inputs(LARGE)), want)
     finally:
         serve.set_threads(0)
     for wrong in (-1, 1.5, True):
         with pytest.raises(ValueError, match="must be an integer, 0 for as many"):
             serve.set_threads(wrong)
+
+
+THREADS = """
+import pathlib, time, jax, jax.numpy as jnp, sa_plus_plus as sapp
+network = sapp.specialize(lambda x: x @ jnp.eye(256), jnp.ones((256, 256)), choose="all")
+for threads in (1, 0):
+    sapp.serve.set_threads(threads)
+    for _ in range(20):  # a thread takes a while to begin
+        jax.block_until_ready(network(jnp.ones((256, 256))))
+        time.sleep(0.01)
+    names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    print(names.count("sa_plus_plus"))
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+def test_one_thread_starts_no_other():
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # which ask for devices
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert [int(line) for line in done.stdout.split()] == [0, len(os.sched_getaffinity(0)) - 1]
 
 
 @needs_kernel

@@ -11,13 +11,14 @@ from sa_plus_plus.sparse.program import Program, assembled, computed, described
 from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable
 
 
-def batches_of(traced: Traced[Any], calibration: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """The batches as tuples of arguments, checked."""
-    batches = []
+def batches_of(traced: Traced[Any], calibration: Iterable[Any], pieces: int = 1) -> list[tuple[Any, ...]]:
+    """The batches as tuples of arguments, checked, and each cut into so many pieces, of which `traced` takes one."""
+    batches: list[tuple[Any, ...]] = []
+    want = [(batch_of(v.shape, pieces), v.dtype) for v in traced.inputs]
     for number, batch in enumerate(calibration):
         batch = batch if isinstance(batch, tuple) else (batch,)
         leaves, tree = jax.tree.flatten(batch)
-        got, want = [shape_and_type(x) for x in leaves], [(v.shape, v.dtype) for v in traced.inputs]
+        got = [shape_and_type(x) for x in leaves]
         if tree != traced.input_tree or got != want:
             raise ValueError(
                 f"calibration batch {number} is {shapes(got)}, but the network is made for {shapes(want)}: give "
@@ -25,7 +26,7 @@ def batches_of(traced: Traced[Any], calibration: Iterable[Any]) -> list[tuple[An
             )
         if not all(np.isfinite(np.asarray(x, np.float64)).all() for x in leaves):
             raise ValueError(f"calibration batch {number} has values that are not finite")
-        batches.append(batch)
+        batches += [jax.tree.unflatten(tree, piece) for piece in zip(*(_cut(x, pieces) for x in leaves), strict=True)]
     if not batches:
         raise ValueError("calibration has no batches: give some of typical inputs")
     return batches
@@ -79,6 +80,15 @@ def errors_of(
 
 def _plain(traced: Traced[Call | Linear]) -> tuple[Program, list[Any]]:
     return assembled(traced, [None] * len(traced.steps), {}, None)
+
+
+def batch_of(shape: tuple[int, ...], pieces: int) -> tuple[int, ...]:
+    """The shape of so many pieces together, along their first axis."""
+    return shape if pieces == 1 else (pieces * shape[0], *shape[1:])
+
+
+def _cut(x: Any, pieces: int) -> Sequence[Any]:
+    return [x] if pieces == 1 else np.split(np.asarray(x), pieces)
 
 
 def shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:

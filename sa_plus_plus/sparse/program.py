@@ -26,12 +26,14 @@ class Program(NamedTuple):
       forms: how each value is held that is not held as it was traced.
       implementation: of sparse layers that are not compiled.
       compiles: whether any layer is, so that it runs on a CPU for which the package's kernel was compiled.
+      pieces: into how many a batch is cut, each of which goes through the whole network before the next.
     """
 
     traced: Traced[Call | Layer | Compiled]
     forms: dict[Variable, Form]
     implementation: Implementation | None
     compiles: bool
+    pieces: int = 1
 
 
 def assembled(
@@ -96,6 +98,14 @@ class Values:
 
 
 def run(program: Program, weights: Sequence[Any], *inputs: Any) -> Any:
+    if program.pieces == 1:
+        return _run_once(program, weights, inputs)
+    pieces = jax.tree.map(lambda x: jnp.reshape(x, (program.pieces, -1, *x.shape[1:])), inputs)
+    results = jax.lax.map(lambda piece: _run_once(program, weights, piece), pieces)
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), results)
+
+
+def _run_once(program: Program, weights: Sequence[Any], inputs: Any) -> Any:
     traced = program.traced
     values = computed(program, weights, inputs)
     results = [values.get(v) if isinstance(v, Variable) else v.full for v in traced.outputs]

@@ -7,6 +7,10 @@
 #include <mutex>
 #include <thread>
 
+#if defined(__linux__)
+#include <pthread.h>
+#endif
+
 namespace sa_plus_plus {
 namespace {
 
@@ -68,6 +72,9 @@ class Pool {
 
  private:
   void help(int64_t number) {
+#if defined(__linux__)
+    pthread_setname_np(pthread_self(), "sa_plus_plus");  // as `top -H` shows it
+#endif
     for (uint64_t seen = 0;;) {
       seen = after(seen);
       ++busy_;  // before the job is looked at: its owner clears that and then waits for those who are busy
