@@ -124,6 +124,7 @@ def sparsifier() -> ConfigDict:
     config.min_blocks = 100
     config.scope = "layer"  # or "global"
     config.only = ""  # pattern of the kernels to prune; "" for all
+    config.views = ConfigDict()  # how leaves are read as matrices: {"*/query/kernel": "d (h k)"}
     config.overrides = ConfigDict()  # by path or pattern: {"*/Dense_0/kernel": {"block": (4, 4), "sparsity": 0.5}}
     config.recipe = "imagenet"  # whose schedule: "imagenet" or "criteo" (paper, section 4.2)
     config.sparsification = True  # False: SequentialAttention++ on ACDC's schedule (D.1)

@@ -1,6 +1,6 @@
 """Block-wise pruning of neural networks in JAX: SequentialAttention++ and its rivals."""
 
-from sa_plus_plus import blocks, convex, metrics, phases, select, serve, sparse
+from sa_plus_plus import blocks, convex, metrics, phases, select, serve, sparse, views
 from sa_plus_plus.algorithms import (
     acdc,
     attention_weights,
@@ -17,6 +17,7 @@ from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, 
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
 from sa_plus_plus.registry import ALGORITHMS, Algorithm, algorithm
+from sa_plus_plus.shrinking import Shrunk, shrink
 from sa_plus_plus.sparse import (
     BlockSparse,
     block_sparse_conv,
@@ -29,6 +30,7 @@ from sa_plus_plus.sparse import (
 )
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import ResetState, SparsifyState, reset_on, sparsify
+from sa_plus_plus.views import View
 
 __version__ = "0.1.0"
 
@@ -44,9 +46,11 @@ __all__ = [
     "PruneState",
     "PruningOptions",
     "ResetState",
+    "Shrunk",
     "Sparsifier",
     "SparsifyState",
     "Trainable",
+    "View",
     "acdc",
     "algorithm",
     "attention_weights",
@@ -73,8 +77,10 @@ __all__ = [
     "select",
     "sequential_attention",
     "serve",
+    "shrink",
     "sparse",
     "sparsify",
     "specialize",
     "todense",
+    "views",
 ]

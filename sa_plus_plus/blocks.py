@@ -1,12 +1,11 @@
 """A kernel as a grid of blocks.
 
 A kernel of shape `(d1, ..., dr, c_out)` is read as a matrix of `rows = d1 * ... * dr` by `cols = c_out`
-(paper, section 4), or as its view says (`views.View`), and cut into tiles of `(b_r, b_c)`. Tiles on the far edges may be
-partial; they are completed with zeros wherever a full tile is needed. A stack of matrices is cut one by one: its grids
-have the batch axes in front. Everything here is pure, differentiable and jittable.
+(paper, section 4), or as its view says (`views.View`), and cut into tiles of `(b_r, b_c)`. Tiles on the far edges may
+be partial; they are completed with zeros wherever a full tile is needed. A stack of matrices is cut one by one: its
+grids have the batch axes in front. Everything here is pure, differentiable and jittable.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 

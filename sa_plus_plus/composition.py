@@ -48,8 +48,8 @@ class Parametrisation(NamedTuple):
 
 IDENTITY = Parametrisation(lambda kernel, logits, layer: kernel, lambda weights, logits, layer: None)
 
-# score(weights, logits, layer, key) -> layer.full_grid, (*stack, grid_r, grid_c): the higher, the more a block deserves to stay. `logits` is
-# None without logits, `key` (the layer's own) without a seed.
+# score(weights, logits, layer, key) -> a number a block, of the shape `layer.full_grid`: the higher, the more a block
+# deserves to stay. `logits` is None without logits, `key` (the layer's own) without a seed.
 Score = Callable[[jax.Array, Any, LeafPlan, Any], jax.Array]
 
 
@@ -229,7 +229,9 @@ class _Algorithm:
                 new = self.parametrisation.weights(wanted, logits, layer)
                 if not self.parametrisation.by_norm:
                     return jnp.where(moved, new, weights)
-                whole = jnp.any(blk.to_blocks(moved, layer.block, layer.view), (-3, -1))  # its norm is part of each weight
+                whole = jnp.any(
+                    blk.to_blocks(moved, layer.block, layer.view), (-3, -1)
+                )  # its norm is part of each weight
                 return keep(new, whole, layer, otherwise=weights)
 
             # Norms take several passes over the weights, and a loop seldom changes any.

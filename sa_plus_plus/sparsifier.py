@@ -17,7 +17,8 @@ class Trainable(NamedTuple):
 
     Attributes:
       params: same tree as the model's, holding the weights as the algorithm parametrises them.
-      logits: one `(*stack, grid_r, grid_c)` float32 array a pruned layer, by path; empty unless the algorithm has logits.
+      logits: one `(*stack, grid_r, grid_c)` float32 array a pruned layer, by path; empty unless the algorithm has
+        logits.
     """
 
     params: Params

@@ -236,9 +236,10 @@ def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> G
         return Guess(default(len(shape)), True)
     if bias:
         own = len(bias) < len(shape) and bias == shape[-len(bias) :]
-        stacked = len(bias) > 1 and bias[0] == shape[0] and bias[1:] == shape[1 - len(bias) :]
-        outputs = len(bias) if own else len(bias) - 1 if stacked else 1
-        return Guess(_stacked(_outputs_last(len(shape) - (stacked and not own), outputs), stacked and not own), own != stacked)
+        layers = len(bias) > 1 and bias == (shape[0], *shape[1 - len(bias) :])
+        stacked = layers and not own
+        outputs = len(bias) - stacked if own or layers else 1
+        return Guess(_stacked(_outputs_last(len(shape) - stacked, outputs), stacked), own != layers)
     stacked = tree.stacked(path, shape[0])
     inner = len(shape) - stacked
     if inner == 3 and parent in _PROJECTIONS:

@@ -9,6 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIBRARY = (
     "files",
+    "views",
     "blocks",
     "select",
     "phases",
@@ -22,6 +23,7 @@ LIBRARY = (
     "transforms",
     "metrics",
     "checks",
+    "shrinking",
     "sparse.array",
     "sparse.packing",
     "sparse.serialization",

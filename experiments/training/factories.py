@@ -36,7 +36,9 @@ def sparsifier(
     if len(config.block) != 2:
         raise ValueError(f"config.sparsifier.block needs both sides, such as (8, 8); got {config.block}")
     options: dict[str, Any] = {key: config[key] for key in ("block", "sparsity", "min_blocks", "scope")}
-    options |= {"overrides": config.overrides.to_dict()} | {key: _value(text) for key, text in config[name].items()}
+    options |= {key: config[key].to_dict() for key in ("overrides", "views")} | {
+        key: _value(text) for key, text in config[name].items()
+    }
     if config.only:
         options["where"] = functools.partial(_matches, config.only)
     known = options_of(make)

@@ -48,6 +48,8 @@ def block_sparse_conv(
     Raises:
       ValueError: if shapes or types do not fit.
     """
+    if w.layout.view is not None:
+        raise ValueError(f"a convolution's kernel is (height, width, channels, outputs), but w has a view: {w.layout}")
     if x.ndim != 4 or w.ndim != 4 or x.shape[3] != w.shape[2]:
         raise ValueError(
             "a convolution takes images (batch, height, width, channels) and a kernel (k_h, k_w, channels, outputs), "

@@ -31,7 +31,7 @@ def block_sparse_matmul(
 
     Args:
       x: `(..., rows)`, any leading dimensions, none or an empty one among them.
-      w: a kernel whose matrix (`blocks.matrix_shape`) is `(rows, cols)`, of the same type as `x`.
+      w: a kernel that is read as one matrix, `(rows, cols)`, of the same type as `x`.
       bias: `(cols,)`, added before rounding.
       relu: then `max(., 0)`, whose derivative at 0 is 0.
       implementation: `"native"`: the compiled kernel for CPUs, float32 and bfloat16. `"pallas"`: the kernel for GPUs,
@@ -50,7 +50,9 @@ def block_sparse_matmul(
     >>> block_sparse_matmul(jnp.arange(6.0), BlockSparse.fromdense(kernel, 2)).tolist()
     [1.0, 1.0, 5.0, 5.0, 9.0, 9.0]
     """
-    rows, cols = blk.matrix_shape(w.shape)
+    if w.layout.matrices > 1:
+        raise ValueError(f"w is a stack of {w.layout.matrices} matrices, {w.layout}: multiply by one of them")
+    rows, cols = w.layout.matrix
     if x.ndim < 1 or x.shape[-1] != rows:
         raise ValueError(
             f"x must be (..., {rows}) to be multiplied by a kernel of shape {w.shape}, a matrix of {rows} by {cols}; "

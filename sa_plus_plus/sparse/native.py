@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import Layout
 
 CONV, MAX_POOL, ROUND = TARGETS = (
@@ -99,7 +98,7 @@ def matmul(x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layo
       layout: where the blocks of `w` stand.
       relu: `max(., 0)` of the result.
     """
-    matrix = Layout(blk.matrix_shape(layout.shape), layout.block, layout.indices, layout.indptr)
+    matrix = Layout(layout.matrix, layout.block, layout.indices, layout.indptr)
     image = x.astype(jnp.float32)[None, None]
     return conv(image, blocks, matrix, bias=bias, epilogue=Epilogue(relu=relu))[0, 0]
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import BlockSparse, Layout
+from sa_plus_plus.views import View, as_view
 
 STORAGE = ("exact", "bfloat16", "int8")
 STORABLE = (  # dtypes that come back from a safetensors file as they were
@@ -29,12 +30,13 @@ def as_jax(array: np.ndarray) -> Any:
     return array if narrowed(array.dtype) else jax.device_put(array)  # jnp.asarray compiles a copy for each shape
 
 
-def _check_size(shape: tuple[int, ...], block: blk.Block, kept: int, weights: int) -> None:
+def _check_size(shape: tuple[int, ...], block: blk.Block, kept: int, weights: int, view: View | None = None) -> None:
     """Refuse kernels that would take far more memory than their weights: a small file could ask for any amount.
 
     The same for writing and reading, so that whatever was saved can be loaded.
     """
-    grid_r, grid_c = blk.grid_shape(shape, block)
+    *stack, grid_r, each = blk.full_grid(shape, block, view)
+    grid_c = each * math.prod(stack)
     if math.prod(shape) > 2**40 or grid_r * grid_c >= 2**31 or grid_c > 2**24:
         raise ValueError(
             f"its shape {shape} in blocks of {block} is too large: at most 2**40 weights, 2**31 - 1 blocks and "
@@ -61,7 +63,7 @@ def packed(w: BlockSparse, storage: str, name: str) -> tuple[dict[str, np.ndarra
     """
     blocks, layout = np.asarray(w.blocks), w.layout
     try:
-        _check_size(layout.shape, layout.block, layout.nse, int(layout.real.sum()))
+        _check_size(layout.shape, layout.block, layout.nse, int(layout.real.sum()), layout.view)
     except ValueError as error:
         raise ValueError(f"kernel {name!r} cannot be stored: {error}") from error
     parts = {"index": layout.columns * np.int32(layout.grid[0]) + layout.indices}
@@ -101,11 +103,18 @@ def _widened(blocks: np.ndarray, scales: np.ndarray | None, dtype: np.dtype) -> 
     return (blocks if scales is None else blocks * scales[:, None, None]).astype(dtype)
 
 
+def _view(axes: Any, ndim: int) -> View:
+    lists = isinstance(axes, list) and len(axes) == 3 and all(isinstance(role, list) for role in axes)
+    if not lists or not all(type(axis) is int for role in axes for axis in role):
+        raise ValueError(f"its view is {axes!r}, not three lists of axes")
+    return as_view(View(*map(tuple, axes)), ndim)
+
+
 def unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> BlockSparse:
     """The kernel that `packed` took apart.
 
     Args:
-      about: its `shape`, `block`, `storage` and `dtype`.
+      about: its `shape`, `block`, `storage` and `dtype`, and its `view` if it has one.
       parts: what `packed` returned first.
 
     Raises:
@@ -119,21 +128,23 @@ def unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Block
     if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
         raise ValueError(f"its shape is {shape!r}, not a list of positive integers")
     shape = tuple(shape)
+    view = _view(about["view"], len(shape)) if "view" in about else None
     if storage not in STORAGE:
         raise ValueError(f"its storage is {storage!r}; this version reads {', '.join(STORAGE)}")
     if dtype not in STORABLE:
         raise ValueError(f"its dtype is {dtype!r}; this version reads {', '.join(STORABLE)}")
     if index.ndim != 1 or index.dtype != np.int32:
         raise ValueError(f"its index is {index.dtype} of shape {index.shape}, not a list of int32")
-    _check_size(shape, block, index.size, blocks.size)  # before anything is allocated for it
-    grid_r, grid_c = blk.grid_shape(shape, block)
+    _check_size(shape, block, index.size, blocks.size, view)  # before anything is allocated for it
+    *stack, grid_r, each = blk.full_grid(shape, block, view)
+    grid_c = each * math.prod(stack)
     columns, rows = np.divmod(index, grid_r)
     if index.size and not 0 <= index.min() <= index.max() < grid_r * grid_c:
         raise ValueError(f"its index runs from {index.min()} to {index.max()}, beyond a grid of {grid_r}×{grid_c}")
     if (np.diff(index) <= 0).any():
         raise ValueError("its index does not rise")
     indptr = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=grid_c))])
-    layout = Layout(shape, block, rows, indptr)
+    layout = Layout(shape, block, rows, indptr, view)
     if blocks.shape != (layout.real.sum(),):
         raise ValueError(f"it has {blocks.size} weights where its {layout.nse} blocks take {layout.real.sum()}")
     if storage == "int8" and (scales is None or scales.shape != (layout.nse,) or scales.dtype != np.float32):

@@ -9,7 +9,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 import sa_plus_plus.sparse.xla as xla
-from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import Layout
 
 LEAST = 16  # a side of what the tensor cores multiply
@@ -87,7 +86,7 @@ def matmul(
       relu: `max(., 0)` of the result.
       interpret: by Pallas's interpreter, on any platform, slowly.
     """
-    batch, (height, width), (b_r, b_c) = x.shape[0], blk.matrix_shape(layout.shape), layout.block
+    batch, (height, width), (b_r, b_c) = x.shape[0], layout.matrix, layout.block
     if not batch or not layout.nse:
         return xla.epilogue(xla.matmul(x, blocks, layout), bias, relu).astype(x.dtype)
     sides = tall, _, wide = _side(batch, TALL), _side(b_r, DEEP), _side(b_c, WIDE)

@@ -38,7 +38,7 @@ def pruned_in(kernel: np.ndarray, candidates: Sequence[blk.Block] = ()) -> tuple
 def planned_blocks(plan: Plan, shape: Sequence[int]) -> list[blk.Block]:
     """The blocks of a plan's pruned kernels whose matrix has the size of this kernel's.
 
-    A kernel that is multiplied from the left is traced as its transpose, so transposed 2-D kernels count too.
+    A kernel that is multiplied from the left is traced as its transpose, so transposed matrices count too.
 
     Args:
       plan: `sp.plan(params)`.
@@ -46,10 +46,10 @@ def planned_blocks(plan: Plan, shape: Sequence[int]) -> list[blk.Block]:
     """
     matrix, found = blk.matrix_shape(shape), []
     for layer in plan.pruned.values():
-        own = blk.matrix_shape(layer.shape)
+        own = blk.matrix_shape(layer.shape, layer.view)
         if own == matrix:
             found.append(layer.block)
-        if len(layer.shape) == len(shape) == 2 and own == matrix[::-1]:
+        if len(shape) == 2 and own == matrix[::-1]:
             found.append(layer.block[::-1])
     return list(dict.fromkeys(found))
 

@@ -143,7 +143,7 @@ def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
       blocks: `(kept, b_r, b_c)`.
       layout: where the blocks of `w` stand.
     """
-    batch, (_, width) = x.shape[0], blk.matrix_shape(layout.shape)
+    batch, (_, width) = x.shape[0], layout.matrix
     known = isinstance(batch, int)  # and not a symbol of `jax.export`
     if not layout.nse or (known and not batch):
         return jnp.zeros((batch, width), sum_type(x))
