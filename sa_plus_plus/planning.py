@@ -149,6 +149,7 @@ def named_as_kernel(path: str) -> bool:
 
 
 _EMBEDDING = re.compile(r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?")
+_OUTPUTS_FIRST = ("weight", "weight_ih", "weight_hh")  # attributes of Equinox's modules
 _COLLECTIONS = ("batch_stats", "cache", "intermediates")  # of variables that are not trained
 
 
@@ -161,7 +162,7 @@ def _other_name(path: str) -> str:
         return f"not trained: {above[0]}"
     if any(key.startswith("lora_") for key in (*above, name)):
         return "low-rank factor"
-    return name if name in ("bias", "scale") else ""
+    return name if name in ("bias", "scale", "offset", "gamma", "beta") else ""
 
 
 def map_layers(fn: Callable[..., Any], params: Any, layers: Mapping[str, LeafPlan], *rest: Any) -> Any:
@@ -282,9 +283,13 @@ def _no_kernel(path: str, shape: tuple[int, ...], reason: str) -> LeafPlan:
 class _Reading(NamedTuple):
     """How a leaf is read: by a view that is given, or by a guess."""
 
-    view: View
+    view: View | None  # None where it holds no matrix
     given: bool
     sure: bool
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.view.batch if self.view else ()
 
 
 def _read(params: Any, given: Views) -> dict[str, _Reading]:
@@ -302,8 +307,10 @@ def _read(params: Any, given: Views) -> dict[str, _Reading]:
                 raise type(error)(f"{path}, of shape {shape}: {error}") from error
         elif len(shape) > 1:
             attribute = [key.name for key in keys if isinstance(key, jax.tree_util.GetAttrKey)][-1:]
-            outputs_first = attribute == ["weight"] and path.endswith("weight")
-            readings[path] = _Reading(*views.guess(path, shape, tree, outputs_first), given=False)
+            name = path.rpartition("/")[2]  # in Equinox's modules an attribute, whatever the tree around them is
+            outputs_first = attribute == [name] and name in _OUTPUTS_FIRST
+            view, sure = views.guess(path, shape, tree, outputs_first)
+            readings[path] = _Reading(view, given=False, sure=sure)
     return readings
 
 
@@ -317,10 +324,12 @@ def _layer(
     read: _Reading | None,
 ) -> LeafPlan:
     shape = tuple(getattr(leaf, "shape", ()))
-    if read is None or 0 in shape or not (2 <= len(shape) <= 5 + len(read.view.batch) or read.given):
+    if read is None or 0 in shape or not (2 <= len(shape) <= 5 + len(read.batch) or read.given):
         return _no_kernel(path, shape, f"not a kernel ({len(shape)}-D)")
     if not where(path) and (other := _other_name(path)):
         return _no_kernel(path, shape, other)
+    if read.view is None:
+        return _no_kernel(path, shape, "not a kernel (one weight for each channel)")
     view, sides = read.view, blk.as_block(block, read.view.matrix(shape))
     grid = blk.grid_shape(shape, sides, view)
     each = math.prod(grid)
@@ -332,7 +341,8 @@ def _layer(
     inputs = math.prod(shape[axis] for axis in view.rows[-1:])  # of a convolution
     if not where(path):
         return layer._replace(skip_reason="excluded by `where`")
-    if where is named_as_kernel and len(view.rows) > 2 and len(view.cols) == 1 and inputs == 1:
+    depthwise = any("depthwise" in key for key in path.lower().split("/")[-2:])  # as Keras names these
+    if where is named_as_kernel and len(view.rows) > 2 and len(view.cols) == 1 and (inputs == 1 or depthwise):
         return layer._replace(skip_reason="depthwise kernel, or of one input channel")
     if each < min_blocks:
         return layer._replace(skip_reason=f"fewer than {min_blocks} blocks")

@@ -153,7 +153,7 @@ def sparsify(
             raise ValueError(_NEEDS_PARAMS.format("sparsify"))
         trainable = sp.adopt(state.trainable, state.prune, params)
         effective, pull_back = jax.vjp(lambda trainable: sp.apply(trainable, state.prune), trainable)
-        (grads,) = pull_back(jax.tree.map(_cotangent, grads, effective))
+        (grads,) = pull_back(jax.tree.map(_cotangent, grads, effective, is_leaf=_is_none))
         grads = jax.tree.map(_gradient, grads, trainable)
         updates, inner = tx.update(grads, state.inner, trainable, phase=state.prune.phase, **extra)
         trainable, prune = sp.update(trainable, state.prune, updates)
@@ -192,8 +192,19 @@ def _never_resets(state: optax.OptState) -> bool:
     return not resets and any(jnp.ndim(leaf) > 0 for leaf in leaves)
 
 
-def _cotangent(gradient: Any, output: jax.Array) -> Any:
-    """A loop's gradient in the type of what it is taken of; none for integers."""
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _cotangent(gradient: Any, output: Any) -> Any:
+    """A loop's gradient in the type of what it is taken of; none for integers.
+
+    Equinox has None for the gradient of an integer, and for what is no array.
+    """
+    if output is None:
+        return None
+    if gradient is None:
+        gradient = jnp.zeros_like(output)
     if jnp.issubdtype(output.dtype, jnp.inexact):
         return jnp.asarray(gradient).astype(output.dtype)
     return np.zeros(output.shape, jax.dtypes.float0)

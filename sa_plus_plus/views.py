@@ -5,9 +5,10 @@ view says otherwise: attention kernels have several output axes, Equinox's weigh
 stacked by `nn.scan` or `vmap` are as many matrices as there are layers.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -159,17 +160,18 @@ class Guess(NamedTuple):
     """How a leaf is read if nobody says.
 
     Attributes:
-      view: how.
+      view: how; None where it holds a vector, or one for each of several layers, and no matrix.
       sure: False where the leaf could as well be meant otherwise.
     """
 
-    view: View
+    view: View | None
     sure: bool
 
 
 _PROJECTIONS = ("query", "key", "value", "q", "k", "v")  # of attention: one axis in, heads and their width out
 _OUTPUTS = ("out", "attention_output", "output", "o")  # of attention: heads and their width in, one axis out
-_BIASES, _MARKS = ("bias", "b"), ("bias", "b", "scale", "offset")  # leaves of one axis, if layers are not stacked
+_BIASES = ("bias", "b")
+_MARKS = (*_BIASES, "scale", "offset", "gamma", "beta")  # leaves of one axis, if layers are not stacked
 
 Shape = tuple[int, ...]
 
@@ -183,39 +185,62 @@ class Tree:
 
     def __init__(self, shapes: Mapping[str, Shape]):
         self.shapes = shapes
-        self._stacks: dict[str, int] = {}  # by module: how many layers all its leaves begin with; 0: they do not
-        self._marked: set[str] = set()  # modules that have a bias or a scale
+        self._leading: dict[str, Shape] = {}  # by module: the axes that all its leaves begin with, but for their last
+        marked, deep = set(), set()  # modules that have a bias or a scale; those with a leaf of three axes and more
         for path, shape in shapes.items():
-            *modules, name = path.split("/")
-            first = shape[0] if len(shape) > 1 else 0
-            for depth in range(1, len(modules) + 1):
-                module = "/".join(modules[:depth])
-                self._stacks[module] = first if self._stacks.get(module, first) == first else 0
-                if name in _MARKS:
-                    self._marked.add(module)
+            mark = path.rpartition("/")[2] in _MARKS
+            leading = (_vector(shape) if mark else shape)[:-1]
+            for module in _modules(path):
+                self._leading[module] = _common(self._leading.get(module, leading), leading)
+                marked |= {module} if mark else set()
+                deep |= {module} if len(shape) > 2 and not mark else set()
+        self._telling = marked & deep
 
-    def bias(self, module: str) -> Shape | None:
-        """The shape of a module's bias."""
-        found = [self.shapes.get(f"{module}/{name}" if module else name) for name in _BIASES]
-        return next((shape for shape in found if shape), None)
+    def bias(self, path: str) -> Shape | None:
+        """The shape of the bias beside a leaf."""
+        module, _, own = path.rpartition("/")
+        beside = [f"{module}/{name}" if module else name for name in _BIASES if name != own]
+        return next((self.shapes[other] for other in beside if self.shapes.get(other)), None)
 
-    def stacked(self, path: str, layers: int) -> bool:
-        """Whether the nearest module around a leaf that has a bias or scale is a stack of so many layers."""
-        module = path
-        while "/" in module:
-            module = module.rpartition("/")[0]
-            if module in self._marked:
-                return self._stacks[module] == layers
-        return False
+    def stack(self, path: str) -> Shape:
+        """Sides of the axes that number layers, by the nearest module around a leaf that tells them.
+
+        That is one with a bias or scale and with a kernel that may be stacked. Layers are stacked if all its leaves
+        begin with the same axes.
+        """
+        return next((self._leading[module] for module in _modules(path) if module in self._telling), ())
+
+
+def _modules(path: str) -> Iterator[str]:
+    """All modules around a leaf, the nearest first; the last is the whole tree.
+
+    >>> list(_modules("encoder/dense/kernel"))
+    ['encoder/dense', 'encoder', '']
+    """
+    while path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
+def _common(a: Shape, b: Shape) -> Shape:
+    """What two shapes begin with."""
+    return tuple(x for x, _ in itertools.takewhile(lambda sides: sides[0] == sides[1], zip(a, b, strict=False)))
+
+
+def _vector(shape: Shape) -> Shape:
+    """A shape without the axes of length 1 at its end, which Equinox gives biases for each axis of an image."""
+    while shape[-1:] == (1,):
+        shape = shape[:-1]
+    return shape
 
 
 def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> Guess:
     """How a leaf is read, by its name, its bias and what stands beside it.
 
-    The outputs are the last axis, or as many as the bias has. A bias that begins with the leaf's first axis too belongs
+    The outputs are the last axis, or as many as the bias has. A bias that begins with the leaf's first axes too belongs
     to stacked layers, as `nn.scan`, `nnx.vmap` and `eqx.filter_vmap` make them; without a bias, layers are stacked if
-    all leaves of the nearest module with a bias or a scale begin with the same axis. Three axes under the names that
-    flax and Keras give to attention projections are `d (h k)`.
+    all leaves of the nearest module with a bias or a scale begin with the same axes. Three axes under the names that
+    flax and Keras give to attention projections are `d (h k)`. A leaf of its bias's shape is a norm's scale.
 
     Args:
       path: of the leaf, keys joined by `/`.
@@ -225,43 +250,49 @@ def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> G
 
     Returns:
       The view; not sure for three axes without any such sign, which may be a convolution over one axis, attention's
-      heads or stacked layers, and where a bias fits in two ways.
+      heads or stacked layers, and where a bias fits in two ways or in none.
     """
-    module = path.rpartition("/")[0]
-    bias = tree.bias(module)
-    if outputs_first:
-        return _outputs_first(path, shape, bias, tree)
-    parent = module.rpartition("/")[2]
-    if len(shape) < 3:
-        return Guess(default(len(shape)), True)
+    bias, stack = tree.bias(path), len(tree.stack(path))
+    if bias == shape or len(shape) < 2 + stack:
+        return Guess(None, True)
+    if len(shape) == 2:
+        return Guess(View((), (1,), (0,)) if outputs_first else default(2), True)
     if bias:
-        own = len(bias) < len(shape) and bias == shape[-len(bias) :]
-        layers = len(bias) > 1 and bias == (shape[0], *shape[1 - len(bias) :])
-        stacked = layers and not own
-        outputs = len(bias) - stacked if own or layers else 1
-        return Guess(_stacked(_outputs_last(len(shape) - stacked, outputs), stacked), own != layers)
-    stacked = tree.stacked(path, shape[0])
-    inner = len(shape) - stacked
-    if inner == 3 and parent in _PROJECTIONS:
-        return Guess(_stacked(_outputs_last(3, 2), stacked), True)
-    return Guess(_stacked(default(inner), stacked), inner != 3 or parent in _OUTPUTS)
-
-
-def _outputs_first(path: str, shape: Shape, bias: Shape | None, tree: Tree) -> Guess:
-    if bias:  # of a convolution: one axis of length 1 for each axis of its images
-        stacked = len(shape) > 2 and len(bias) > 1 and bias[:2] == shape[:2] and shape[1] > 1
+        stacks = list((_stacks_outputs_first if outputs_first else _stacks_outputs_last)(shape, bias))
+        stack, sure = (stacks or [0])[0], len(stacks) == 1
+        outputs = len(bias) - stack if stacks else 1
     else:
-        stacked = len(shape) > 2 and tree.stacked(path, shape[0])
-    inner = len(shape) - stacked
-    return Guess(_stacked(View((), (*range(2, inner), 1), (0,)), stacked), True)
+        inner = len(shape) - stack
+        parent = path.split("/")[-2:][0]
+        outputs = 2 if inner == 3 and parent in _PROJECTIONS else 1
+        sure = inner != 3 or (not outputs_first and parent in (*_PROJECTIONS, *_OUTPUTS))
+    inner = len(shape) - stack
+    return Guess(_stacked(_outputs_first(inner) if outputs_first else _outputs_last(inner, outputs), stack), sure)
+
+
+def _stacks_outputs_last(shape: Shape, bias: Shape) -> Iterator[int]:
+    """How many first axes may number layers, if the bias has these and then the leaf's last."""
+    for stack in range(len(bias) if len(bias) < len(shape) else 0):
+        if bias == shape[:stack] + shape[len(shape) - len(bias) + stack :]:
+            yield stack
+
+
+def _stacks_outputs_first(shape: Shape, bias: Shape) -> Iterator[int]:
+    """The same, if the bias has these, then the outputs, then an axis of length 1 for each axis of an image."""
+    for stack in range(min(len(bias), len(shape) - 1)):
+        if bias[: stack + 1] == shape[: stack + 1] and set(bias[stack + 1 :]) <= {1}:
+            yield stack
 
 
 def _outputs_last(ndim: int, outputs: int) -> View:
     return View((), tuple(range(ndim - outputs)), tuple(range(ndim - outputs, ndim)))
 
 
-def _stacked(view: View, stacked: bool) -> View:
-    """The view of one layer, or that of a stack of such layers, whose first axis numbers them."""
-    if not stacked:
-        return view
-    return View((0,), *(tuple(axis + 1 for axis in axes) for axes in (view.rows, view.cols)))
+def _outputs_first(ndim: int) -> View:
+    """Of a convolution the rows are read as in a kernel with its outputs last: by the image's axes, then the inputs."""
+    return View((), (*range(2, ndim), 1), (0,))
+
+
+def _stacked(view: View, stack: int) -> View:
+    """The view of one layer, or that of a stack of such layers, whose first axes number them."""
+    return View(tuple(range(stack)), *(tuple(axis + stack for axis in axes) for axes in (view.rows, view.cols)))

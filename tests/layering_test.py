@@ -58,12 +58,15 @@ LIBRARY = (
     "convex.greedy",
     "convex.constants",
     "convex",
+    "contrib.keras",
+    "contrib",
     "__init__",
 )
 OPTIONAL = {  # imported where they are used, with an error that says what to install
     "phases": {"matplotlib"},
     "sparse.serialization": {"safetensors"},
     "sparse.interop": {"scipy", "jax2onnx", "onnxruntime"},
+    "contrib.keras": {"keras"},
 }
 EXPERIMENTS = (
     "utils",

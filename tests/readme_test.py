@@ -1,4 +1,4 @@
-"""The README's Python snippets run, in order, in one namespace."""
+"""The README's Python snippets run, in order, in one namespace; those of other pages in one for each section."""
 
 import pathlib
 import re
@@ -9,12 +9,17 @@ import pytest
 import sa_plus_plus as sapp
 
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+FRAMEWORKS = (README.parent / "docs" / "frameworks.md").read_text()
+
+
+def snippets_of(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
 
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_snippets_run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # one of them writes a file
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    snippets = snippets_of(README.read_text())
     assert len(snippets) >= 3
     losses, namespace = {}, {"__name__": "readme"}
     try:
@@ -28,3 +33,18 @@ def test_snippets_run(monkeypatch, tmp_path):
     assert str(namespace["sp"].plan(namespace["params"])) in README.read_text()
     assert losses["one line"] < 0.25 * np.square(np.sin(namespace["x"][:, :16]).sum(-1)).mean()  # of the output 0
     assert losses["explicit"] == pytest.approx(losses["one line"], rel=0.1)  # rounding apart; contract_test.py is exact
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("section", re.findall(r"^## (.*)$", FRAMEWORKS, flags=re.M))
+def test_each_framework_on_its_page(section, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    snippets = snippets_of(FRAMEWORKS.partition(f"## {section}\n")[2].partition("\n## ")[0])
+    for package in re.findall(r"^(?:import|from) (\w+)", snippets[0], flags=re.M):
+        pytest.importorskip(package)
+    namespace = {"__name__": "page"}
+    for snippet in snippets:
+        exec(compile(snippet, f"docs/frameworks.md, {section}", "exec"), namespace)
+    assert list(tmp_path.iterdir())  # a file was written
+    assert namespace["fast"].choices

@@ -262,6 +262,98 @@ def test_flax_convolutions():
     assert plan_of(nn.DenseGeneral((2, 6)), series)["kernel"].grid == (2, 6)
 
 
+def read(shapes, attributes, kernels):
+    """`{path: (view, assumed)}` of the kernels among leaves, where `kernels` says whether there are any.
+
+    Leaves are entries of a dict, or attributes of a module as Equinox has them.
+    """
+    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    if not kernels:  # a plan without any is refused
+        leaves["other"] = jax.ShapeDtypeStruct((40, 40), jnp.float32)
+    plan = sapp.plan(Attributes(leaves) if attributes else leaves, block=1, sparsity=0.5, min_blocks=1)
+    found = [layer for layer in plan.leaves if layer.is_kernel and layer.path != "other"]
+    return {layer.path: (layer.view or views.default(len(layer.shape)), layer.assumed) for layer in found}
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Attributes(dict):
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey(path), leaf) for path, leaf in self.items()], tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, keys, leaves):
+        return cls(zip(keys, leaves, strict=True))
+
+
+def one(rows, cols, batch=()):
+    return View(batch, rows, cols)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "want"),
+    [
+        # Keras, and flax without a bias.
+        ({"a/query/kernel": (24, 4, 6), "a/query/bias": (4, 6)}, {"a/query/kernel": (one((0,), (1, 2)), False)}),
+        ({"a/attention_output/kernel": (4, 6, 24)}, {"a/attention_output/kernel": (one((0, 1), (2,)), False)}),
+        ({"norm/gamma": (5, 24), "norm/beta": (5, 24)}, {}),  # over two axes
+        # Stacked twice, as ensembles of stacked layers are: by the bias, and by the scale beside.
+        ({"l/kernel": (2, 3, 24, 36), "l/bias": (2, 3, 36)}, {"l/kernel": (one((2,), (3,), (0, 1)), False)}),
+        (
+            {"l/norm/scale": (2, 3, 24), "l/query/kernel": (2, 3, 24, 4, 9)},
+            {"l/query/kernel": (one((2,), (3, 4), (0, 1)), False)},
+        ),
+        # Haiku's stacks: a bias, an offset and a vector of the user's for each layer.
+        (
+            {"l/w": (3, 24, 36), "l/b": (3, 36), "l/norm/offset": (3, 24), "l/gate": (3, 24)},
+            {"l/w": (one((1,), (2,), (0,)), False)},
+        ),
+        # The whole tree is a stack.
+        ({"w": (3, 24, 36), "scale": (3, 24)}, {"w": (one((1,), (2,), (0,)), False)}),
+        # No stack, though all leaves begin with the same axis.
+        ({"l/w": (24, 36), "l/b": (24, 1)}, {"l/w": (one((0,), (1,)), False), "l/b": (one((0,), (1,)), False)}),
+        # A bias that fits in two ways, and one that fits in none.
+        ({"l/kernel": (4, 4, 6), "l/bias": (4, 6)}, {"l/kernel": (one((0,), (1, 2)), True)}),
+        ({"l/kernel": (3, 24, 36), "l/bias": (5,)}, {"l/kernel": (one((0, 1), (2,)), True)}),
+    ],
+)
+def test_what_biases_and_names_tell(shapes, want):
+    assert read(shapes, attributes=False, kernels=bool(want)) == want
+
+
+@pytest.mark.parametrize(
+    ("shapes", "want"),
+    [
+        ({"weight": (36, 24), "bias": (36,)}, {"weight": (one((1,), (0,)), False)}),
+        ({"weight_ih": (36, 24), "bias": (36,)}, {"weight_ih": (one((1,), (0,)), False)}),
+        ({"weight": (3, 36, 24), "bias": (3, 36)}, {"weight": (one((2,), (1,), (0,)), False)}),
+        ({"weight": (2, 3, 36, 24), "bias": (2, 3, 36)}, {"weight": (one((3,), (2,), (0, 1)), False)}),
+        ({"weight": (16, 8, 3, 3), "bias": (16, 1, 1)}, {"weight": (one((2, 3, 1), (0,)), False)}),
+        ({"weight": (5, 16, 8, 3), "bias": (5, 16, 1)}, {"weight": (one((3, 2), (1,), (0,)), False)}),
+        ({"weight": (16, 1, 5), "bias": (16, 1)}, {"weight": (one((2, 1), (0,)), True)}),  # or 16 layers of one output
+        ({"weight": (16, 8, 5)}, {"weight": (one((2, 1), (0,)), True)}),  # or stacked layers without a bias
+        ({"weight": (3, 24), "bias": (3, 24)}, {}),  # of stacked norms
+    ],
+)
+def test_weights_with_outputs_first(shapes, want):
+    assert read(shapes, attributes=True, kernels=bool(want)) == want
+
+
+def test_one_weight_for_each_channel_is_no_kernel():
+    params = {"l": {"kernel": jnp.ones((3, 24, 36)), "bias": jnp.ones((3, 36)), "gate": jnp.ones((3, 24))}}
+    plan = sapp.plan(params, block=1, sparsity=0.5, min_blocks=1)
+    reasons = {layer.path: layer.skip_reason for layer in plan.leaves}
+    assert reasons["l/gate"] == "not a kernel (one weight for each channel)"
+    given = sapp.plan(params, block=1, sparsity=0.5, min_blocks=1, views={"l/gate": "i o"})
+    assert given.pruned["l/gate"].grid == (3, 24)
+
+
+def test_depthwise_kernels_of_keras():
+    params = {"depthwise_conv2d/kernel": jnp.ones((3, 3, 40, 1)), "conv2d/kernel": jnp.ones((3, 3, 40, 10))}
+    plan = sapp.plan(params, block=1, sparsity=0.5)
+    assert list(plan.pruned) == ["conv2d/kernel"]
+    assert plan.leaves[1].skip_reason == "depthwise kernel, or of one input channel"
+
+
 def test_the_plan_says_how_leaves_are_read():
     params = jax.eval_shape(Stacked().init, jax.random.key(0), jnp.zeros((2, 5, 24)))["params"]
     table = str(sapp.plan(params, block=2, sparsity=0.5))

@@ -1,0 +1,113 @@
+"""Keras 3 on its JAX backend: an optax transformation as an optimizer for `model.fit`."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+
+def optax_optimizer(tx: optax.GradientTransformation, name: str = "optax") -> Any:
+    """A Keras optimizer that updates by an optax transformation, so that `model.fit` can prune:
+
+        model.compile(optimizer=optax_optimizer(sapp.sparsify(tx, sp)), loss="mse")
+        model.fit(x, y, epochs=10)
+        params = {v.path: v.value for v in model.trainable_variables}
+        sapp.check_pruned(params, sp.plan(params))
+
+    The transformation sees the trainable variables as a dict by their paths, `dense/kernel`. Its state is held in Keras
+    variables, so that it is jitted, donated and saved with the model's. The learning rate, clipping, weight decay and
+    accumulation are the transformation's own: Keras's options for them are not offered, and a callback that sets
+    the learning rate is refused. A saved model is loaded with `keras.models.load_model(path, compile=False)`, for a
+    transformation is a function and cannot be written to a file.
+
+    Args:
+      tx: any optax transformation; for pruning, what `sparsify` returns.
+      name: of the optimizer.
+
+    Returns:
+      A `keras.optimizers.Optimizer`.
+
+    Raises:
+      TypeError: if `tx` is no transformation.
+      ImportError: without Keras.
+      RuntimeError: if Keras runs on another backend than JAX.
+      ValueError: when it is built, if two variables have the same path.
+    """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(f"optax_optimizer takes an optax transformation such as sapp.sparsify(tx, sp), got {tx!r:.80}")
+    return _optimizer_class()(tx, name)
+
+
+def _keras() -> Any:
+    try:
+        import keras  # noqa: PLC0415 - optional: only its users need it
+    except ImportError as error:
+        raise ImportError("an optimizer for Keras needs the package keras: pip install keras") from error
+    if (backend := keras.backend.backend()) != "jax":
+        raise RuntimeError(f"Keras runs on {backend}: set the environment variable KERAS_BACKEND=jax before importing it")
+    return keras
+
+
+@functools.cache
+def _optimizer_class() -> Any:
+    base = _keras().optimizers.Optimizer
+
+    def refuse(self: Any, learning_rate: Any) -> None:
+        raise ValueError(
+            f"the learning rate cannot be set to {learning_rate!r}: it is inside the optax transformation; give that "
+            "one a schedule, such as optax.cosine_decay_schedule(...)"
+        )
+
+    class OptaxOptimizer(base):
+        """Runs all variables through one transformation at a time, where Keras's own go from variable to variable."""
+
+        learning_rate = base.learning_rate.setter(refuse)
+
+        def __init__(self, tx: optax.GradientTransformation, name: str):
+            super().__init__(learning_rate=1.0, name=name)  # of the updates, which are added as they are
+            self._start, self._advance = optax.with_extra_args_support(tx)
+
+        def build(self, variables: Sequence[Any]) -> None:
+            if self.built:
+                return
+            super().build(variables)
+            leaves, self._structure = jax.tree.flatten(self._start(self._by_path([v.value for v in variables])))
+            self._own = len(self.variables)  # variables before those of the state
+            for leaf in map(jax.numpy.asarray, leaves):
+                self.add_variable(leaf.shape, initializer=_constant(leaf), dtype=leaf.dtype.name, name="state")
+
+        def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+            """Update all variables; called by Keras inside and outside its stateless scopes."""
+            if trainable_variables is not None:
+                self.build(list(trainable_variables))
+                given = {variable.path: grad for variable, grad in zip(trainable_variables, grads, strict=True)}
+                grads = [given.get(variable.path) for variable in self._trainable_variables]
+            variables, held = self._trainable_variables, self.variables[self._own :]
+            params = self._by_path([variable.value for variable in variables])
+            state = jax.tree.unflatten(self._structure, [variable.value for variable in held])
+            updates, state = self._advance(self._by_path(grads), state, params)
+            params = optax.apply_updates(params, updates)
+            for variable in variables:
+                variable.assign(params[variable.path])
+                if variable.constraint is not None:
+                    variable.assign(variable.constraint(variable))
+            for variable, leaf in zip(held, jax.tree.leaves(state), strict=True):
+                variable.assign(leaf)
+            self.iterations.assign_add(1)
+
+        def _by_path(self, values: Sequence[Any]) -> dict[str, Any]:
+            paths = [variable.path for variable in self._trainable_variables]
+            if doubled := next((path for path in paths if paths.count(path) > 1), None):
+                raise ValueError(f"two variables of the model have the path {doubled!r}: give their layers names")
+            return dict(zip(paths, values, strict=True))
+
+        def get_config(self) -> dict[str, Any]:
+            return {"name": self.name}
+
+    return OptaxOptimizer
+
+
+def _constant(value: jax.Array) -> Any:
+    return lambda shape, dtype: value
