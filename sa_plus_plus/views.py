@@ -240,7 +240,7 @@ def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> G
     The outputs are the last axis, or as many as the bias has. A bias that begins with the leaf's first axes too belongs
     to stacked layers, as `nn.scan`, `nnx.vmap` and `eqx.filter_vmap` make them; without a bias, layers are stacked if
     all leaves of the nearest module with a bias or a scale begin with the same axes. Three axes under the names that
-    flax and Keras give to attention projections are `d (h k)`. A leaf of its bias's shape is a norm's scale.
+    flax and Keras give to attention projections are `d (h k)`. An Equinox weight of its bias's shape is that of a norm.
 
     Args:
       path: of the leaf, keys joined by `/`.
@@ -253,7 +253,7 @@ def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> G
       heads or stacked layers, and where a bias fits in two ways or in none.
     """
     bias, stack = tree.bias(path), len(tree.stack(path))
-    if bias == shape or len(shape) < 2 + stack:
+    if len(shape) < 2 + stack or (outputs_first and bias == shape):
         return Guess(None, True)
     if len(shape) == 2:
         return Guess(View((), (1,), (0,)) if outputs_first else default(2), True)

@@ -150,7 +150,7 @@ class NnxLayer(nnx.Module):
 class Nnx(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(8, 16, (3, 3), rngs=rngs)
-        self.layers = nnx.vmap(NnxLayer)(rngs.fork(split=LAYERS))
+        self.layers = nnx.split_rngs(splits=LAYERS)(nnx.vmap(NnxLayer))(rngs)
         self.wide = nnx.Linear(16, 32, rngs=rngs)
         self.head = nnx.Linear(32, 8, rngs=rngs)
 
@@ -173,7 +173,7 @@ def test_flax_nnx(tmp_path):
     values = [step(model, optim) for _ in range(STEPS)]
     assert values[-1] < values[0]
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    check(params, FLAX, lambda params, x: nnx.merge(graph, params, rest)(x), tmp_path / "file")
+    check(params, FLAX, lambda params, x: nnx.merge(graph, params, rest, copy=True)(x), tmp_path / "file")
 
 
 def test_equinox(tmp_path):
