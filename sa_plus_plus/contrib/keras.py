@@ -19,8 +19,9 @@ def optax_optimizer(tx: optax.GradientTransformation, name: str = "optax") -> An
     The transformation sees the trainable variables as a dict by their paths, `dense/kernel`. Its state is held in Keras
     variables, so that it is jitted, donated and saved with the model's. The learning rate, clipping, weight decay and
     accumulation are the transformation's own: Keras's options for them are not offered, and a callback that sets
-    the learning rate is refused. A saved model is loaded with `keras.models.load_model(path, compile=False)`, for a
-    transformation is a function and cannot be written to a file.
+    the learning rate is refused. A transformation is a function and cannot be written to a file, so a saved model is
+    loaded with `keras.models.load_model(path, compile=False)`. To go on training, compile the model anew, call
+    `model.optimizer.build(model.trainable_variables)`, and only then `model.load_weights(path)`.
 
     Args:
       tx: any optax transformation; for pruning, what `sparsify` returns.
@@ -73,10 +74,12 @@ def _optimizer_class() -> Any:
             if self.built:
                 return
             super().build(variables)
-            leaves, self._structure = jax.tree.flatten(self._start(self._by_path([v.value for v in variables])))
-            self._own = len(self.variables)  # variables before those of the state
-            for leaf in map(jax.numpy.asarray, leaves):
+            state = self._start(self._by_path([variable.value for variable in variables]))
+            self._order = _order(state, [variable.path for variable in variables])
+            self._others = len(self.variables)  # Keras's own, before those of the state
+            for leaf in self._leaves(state):
                 self.add_variable(leaf.shape, initializer=_constant(leaf), dtype=leaf.dtype.name, name="state")
+            self._structure = jax.tree.structure(state)
 
         def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
             """Update all variables; called by Keras inside and outside its stateless scopes."""
@@ -84,16 +87,17 @@ def _optimizer_class() -> Any:
                 self.build(list(trainable_variables))
                 given = {variable.path: grad for variable, grad in zip(trainable_variables, grads, strict=True)}
                 grads = [given.get(variable.path) for variable in self._trainable_variables]
-            variables, held = self._trainable_variables, self.variables[self._own :]
+            variables, held = self._trainable_variables, self.variables[self._others :]
             params = self._by_path([variable.value for variable in variables])
-            state = jax.tree.unflatten(self._structure, [variable.value for variable in held])
+            values = {place: variable.value for place, variable in zip(self._order, held, strict=True)}
+            state = jax.tree.unflatten(self._structure, [values[place] for place in range(len(values))])
             updates, state = self._advance(self._by_path(grads), state, params)
             params = optax.apply_updates(params, updates)
             for variable in variables:
                 variable.assign(params[variable.path])
                 if variable.constraint is not None:
                     variable.assign(variable.constraint(variable))
-            for variable, leaf in zip(held, jax.tree.leaves(state), strict=True):
+            for variable, leaf in zip(held, self._leaves(state), strict=True):
                 variable.assign(leaf)
             self.iterations.assign_add(1)
 
@@ -103,10 +107,29 @@ def _optimizer_class() -> Any:
                 raise ValueError(f"two variables of the model have the path {doubled!r}: give their layers names")
             return dict(zip(paths, values, strict=True))
 
+        def _leaves(self, state: Any) -> list[jax.Array]:
+            leaves = jax.tree.leaves(state)
+            return [jax.numpy.asarray(leaves[place]) for place in self._order]
+
         def get_config(self) -> dict[str, Any]:
             return {"name": self.name}
 
     return OptaxOptimizer
+
+
+def _order(state: Any, paths: Sequence[str]) -> list[int]:
+    """Places of a state's leaves in an order that does not depend on the variables' names.
+
+    JAX sorts a dict by its keys, and Keras numbers the layers of a process: `dense_10` stands before `dense_9`. Files
+    have the values one after the other, and must fit the same model made a second time.
+    """
+    numbers = {path: f"{number:09}" for number, path in enumerate(paths)}
+
+    def label(keys: tuple[Any, ...]) -> list[str]:
+        return [numbers.get(getattr(key, "key", None), str(key)) for key in keys]
+
+    labels = [label(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(state)]
+    return sorted(range(len(labels)), key=lambda place: labels[place])
 
 
 def _constant(value: jax.Array) -> Any:
