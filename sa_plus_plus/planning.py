@@ -283,8 +283,8 @@ class _Reading(NamedTuple):
     """How a leaf is read: by a view that is given, or by a guess."""
 
     view: View
-    given: bool
     sure: bool
+    given: bool
 
 
 def _read(params: Any, given: Views) -> dict[str, _Reading]:
@@ -297,7 +297,7 @@ def _read(params: Any, given: Views) -> dict[str, _Reading]:
         own = [view for pattern, view in given.items() if _matches(path, pattern)]
         if own:
             try:
-                readings[path] = _Reading(views.as_view(own[0], len(shape)), given=True, sure=True)
+                readings[path] = _Reading(views.as_view(own[0], len(shape)), sure=True, given=True)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{path}, of shape {shape}: {error}") from error
         elif len(shape) > 1:
@@ -327,8 +327,7 @@ def _layer(
     layer = LeafPlan(path, shape, sides, grid, each * math.prod(view.stack(shape)), 0.0, "")
     if view != views.default(len(shape)):
         layer = layer._replace(view=view)
-    square = sides[0] == sides[1] and len(shape) == 2
-    layer = layer._replace(assumed=not read.sure and not square)
+    layer = layer._replace(assumed=not read.sure)
     inputs = math.prod(shape[axis] for axis in view.rows[-1:])  # of a convolution
     if not where(path):
         return layer._replace(skip_reason="excluded by `where`")

@@ -21,11 +21,6 @@ SPLIT = {
     "query": P(None, "model", None),
     "layers": P(None, None, "model"),
 }
-    "up": P(None, "model"),
-    "down": P("model", None),
-    "query": P(None, "model", None),
-    "layers": P(None, None, "model"),
-}
 VIEWS = {"query": "d (h k)", "layers": "[l] i o"}
 
 
