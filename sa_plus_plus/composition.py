@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import AxisType
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning, select
 from sa_plus_plus.masking import adopted, differs, keep, spread, times, zero_masked
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Overrides, Plan, Views, map_layers
-from sa_plus_plus.sharding import automatic
+from sa_plus_plus.sharding import automatic, of_grid
 from sa_plus_plus.sparsifier import Masks, Params, PruneState, Sparsifier, State, Trainable
 
 
@@ -172,13 +173,14 @@ class _Algorithm:
         layers, key = self.plan(params).pruned, self._key_data(key)
         _check_values(params, layers, self.parametrisation.by_norm or self.phases.phases[0].kind == SPARSE)
 
-        def replicated() -> Any:  # all but the weights
-            grids: Any = dict.fromkeys(layers, 0)
+        def like() -> Any:
+            grids: Any = dict.fromkeys(layers, 0)  # replicated, like the numbers
             number: Any = 0
             trainable = Trainable(params, grids if self.parametrisation.has_logits else {})
             return trainable, PruneState(number, number, grids, key)
 
-        return automatic(functools.partial(self._init, layers=layers), replicated, params, key)
+        state = automatic(functools.partial(self._init, layers=layers), like, params, key)
+        return _as_kernels_lie(state, params, layers)
 
     def _init(self, params: Params, key: jax.Array | None, layers: dict[str, LeafPlan]) -> State:
         def own(layer: LeafPlan | None, w: jax.Array) -> jax.Array:
@@ -301,6 +303,23 @@ class _Algorithm:
             return jnp.asarray(key)
         own = jax.random.key_impl(key) == "threefry2x32"
         return jax.random.key_data(key) if own else jax.random.bits(key, (2,), "uint32")
+
+
+def _as_kernels_lie(state: State, params: Params, layers: dict[str, LeafPlan]) -> State:
+    """Masks and logits split over devices as their kernels are."""
+    found = {path: of_grid(layers[path], w) for path, w in _kernels(Trainable(params, {}), layers)}
+    split = {path: sharding for path, sharding in found.items() if sharding is not None}
+
+    def placed(grids: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {path: _placed(grid, split[path]) if path in split else grid for path, grid in grids.items()}
+
+    trainable, prune = state
+    return trainable._replace(logits=placed(trainable.logits)), prune._replace(masks=placed(prune.masks))
+
+
+def _placed(grid: jax.Array, sharding: Any) -> jax.Array:
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(grid, sharding) if explicit else jax.device_put(grid, sharding)
 
 
 def check_phases(phases: Any) -> None:

@@ -284,8 +284,8 @@ class _Reading(NamedTuple):
     """How a leaf is read: by a view that is given, or by a guess."""
 
     view: View | None  # None where it holds no matrix
-    given: bool
     sure: bool
+    given: bool
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -302,15 +302,14 @@ def _read(params: Any, given: Views) -> dict[str, _Reading]:
         own = [view for pattern, view in given.items() if _matches(path, pattern)]
         if own:
             try:
-                readings[path] = _Reading(views.as_view(own[0], len(shape)), given=True, sure=True)
+                readings[path] = _Reading(views.as_view(own[0], len(shape)), sure=True, given=True)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{path}, of shape {shape}: {error}") from error
         elif len(shape) > 1:
             attribute = [key.name for key in keys if isinstance(key, jax.tree_util.GetAttrKey)][-1:]
             name = path.rpartition("/")[2]  # in Equinox's modules an attribute, whatever the tree around them is
             outputs_first = attribute == [name] and name in _OUTPUTS_FIRST
-            view, sure = views.guess(path, shape, tree, outputs_first)
-            readings[path] = _Reading(view, given=False, sure=sure)
+            readings[path] = _Reading(*views.guess(path, shape, tree, outputs_first), given=False)
     return readings
 
 
@@ -336,8 +335,7 @@ def _layer(
     layer = LeafPlan(path, shape, sides, grid, each * math.prod(view.stack(shape)), 0.0, "")
     if view != views.default(len(shape)):
         layer = layer._replace(view=view)
-    square = sides[0] == sides[1] and len(shape) == 2
-    layer = layer._replace(assumed=not read.sure and not square)
+    layer = layer._replace(assumed=not read.sure)
     inputs = math.prod(shape[axis] for axis in view.rows[-1:])  # of a convolution
     if not where(path):
         return layer._replace(skip_reason="excluded by `where`")

@@ -91,7 +91,8 @@ def check(params, matrices, predict, file):
     network = jax.jit(lambda x: predict(loaded, x))
     fast = sapp.specialize(network, IMAGES, plan=plan, choose="all")
     np.testing.assert_allclose(fast(IMAGES), network(IMAGES), rtol=1e-4, atol=1e-5)
-    assert sum(choice.sparse for choice in fast.choices) == sum(len(written(leaves[p])) for p, written in matrices.items())
+    by_blocks = sum(choice.sparse for choice in fast.choices)
+    assert by_blocks == sum(len(written(leaves[path])) for path, written in matrices.items())
 
 
 def last(w):
@@ -244,7 +245,8 @@ def test_haiku(tmp_path):
 
     def layer(x):
         y = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
-        attention = hk.MultiHeadAttention(2, 12, model_size=16, w_init=hk.initializers.VarianceScaling(), name="attention")
+        init = hk.initializers.VarianceScaling()
+        attention = hk.MultiHeadAttention(2, 12, model_size=16, w_init=init, name="attention")
         return x + attention(y, y, y)
 
     def forward(x):
@@ -327,7 +329,7 @@ def test_keras_optimizer():
     keras = keras_on_jax()
     from sa_plus_plus.contrib.keras import optax_optimizer  # noqa: PLC0415 - optional
 
-    with pytest.raises(TypeError, match="takes an optax transformation such as .*, got 'adam'"):
+    with pytest.raises(TypeError, match=r"takes an optax transformation such as .*, got 'adam'"):
         optax_optimizer("adam")
 
     def run(names, state=None):
@@ -346,7 +348,7 @@ def test_keras_optimizer():
     np.testing.assert_allclose(values, [1 - 0.5 * 1.9, 1 - 1.9, 1 - 1.5 * 1.9], rtol=1e-6)
     assert int(again.iterations) == 2
     weights = [keras.Variable(np.ones(2, np.float32), name="a")] * 2
-    with pytest.raises(ValueError, match="the learning rate cannot be set to 0.1: it is inside"):
+    with pytest.raises(ValueError, match=r"the learning rate cannot be set to 0\.1: it is inside"):
         optim.learning_rate = 0.1
     with pytest.raises(ValueError, match="two variables of the model have the path 'a'"):
         optax_optimizer(optax.sgd(0.1)).build(weights)

@@ -259,6 +259,22 @@ def test_gradients_of_other_types_and_integer_leaves():
     assert state.trainable.params["steps"] == 3
 
 
+def test_a_gradient_of_none_is_zero():
+    tx = sapp.sparsify(optax.sgd(0.1), problems.sparsifier("magnitude", where=lambda path: path == "w"))
+    params = {
+        "w": jnp.ones((40, 40)),
+        "b": jnp.ones(3),
+        "count": jnp.arange(3),
+        "function": None,
+    }  # as Equinox has them
+    grads = {"w": jnp.ones((40, 40)), "b": None, "count": None, "function": None}
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-6)
+    for name in ("b", "count"):
+        np.testing.assert_array_equal(updates[name], 0)
+        assert updates[name].dtype == params[name].dtype
+
+
 def test_a_whole_chain_inside_is_the_explicit_loop():
     """Clipping and weight decay inside see the trained weights' gradients, as in the explicit loop; in front not."""
     sp, _ = problems.algorithm("sequential_attention")

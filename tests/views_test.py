@@ -47,8 +47,8 @@ def test_views_as_users_write_them(view, ndim, want):
 @pytest.mark.parametrize(
     ("view", "message"),
     [
-        ("i o", '"i o", names 2 axes, but the leaf has 3'),
-        ("i i o", "names the axis 'i' twice"),
+        ("i o", "the view 'i o' names 2 axes, but the leaf has 3"),
+        ("(i i) o", "names the axis 'i' twice"),
         ("a b c", "has 3 axes or groups besides those in brackets"),
         ("[a b c]", "has 0 axes or groups"),
         ("a (b c", "cannot read the view"),
@@ -59,7 +59,7 @@ def test_views_as_users_write_them(view, ndim, want):
     ],
 )
 def test_views_that_do_not_fit(view, message):
-    with pytest.raises(ValueError, match=re.escape(message).replace('"i\\ o",', ".*")) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         sapp.plan({"a": {"kernel": jnp.ones((3, 4, 5))}}, block=2, sparsity=0.5, views={"a/*": view})
     assert "a/kernel, of shape (3, 4, 5)" in str(error.value)
 
@@ -140,7 +140,7 @@ def trained(sp, cut, params):
 
     def loss(trainable, prune):
         effective = sp.apply(trainable, prune)
-        return sum(jax.tree.leaves(jax.tree.map(lambda w, t: jnp.sum((w - t) ** 2), effective, targets)))
+        return jax.tree.reduce(jnp.add, jax.tree.map(lambda w, t: jnp.sum((w - t) ** 2), effective, targets))
 
     def step(state, _):
         trainable, prune, opt_state = state
@@ -182,13 +182,14 @@ def test_random_masks_have_the_planned_number_of_blocks_in_each_matrix():
     assert (masks[0] != masks[1]).any()
 
 
+@pytest.mark.filterwarnings("ignore:3 of 3 layers keep more blocks")  # nothing is trained here
 @pytest.mark.parametrize("storage", ["exact", "bfloat16", "int8"])
 def test_files(storage, tmp_path):
     sp = problems.sparsifier(
         "magnitude", 40, block=(3, 4), min_blocks=1, views={name: view for name, (_, view, _) in LEAVES.items()}
     )
     pruned = jax.jit(sp.finalize)(*sp.init(leaves()))
-    exported = sapp.export(jax.tree.map(lambda w: w * (abs(w) > 1), pruned), sp.plan(leaves())._replace(scope="global"))
+    exported = sapp.export(jax.tree.map(lambda w: jnp.where(abs(w) > 1, w, 0), pruned), sp.plan(leaves()))
     sapp.save(tmp_path / "file", exported, storage=storage)
     loaded = sapp.load(tmp_path / "file")
     for path in LEAVES:
@@ -370,7 +371,9 @@ def test_groups_that_are_whole_sides():
     assert (rows.block, rows.grid, rows.kept) == ((1, 30), (120, 1), 12)
     columns = sapp.plan(params, block=(None, 1), sparsity=0.9, min_blocks=1).pruned["w"]
     assert (columns.block, columns.grid, columns.kept) == ((120, 1), (1, 30), 3)
-    overridden = sapp.plan(params, block=4, sparsity=0.9, overrides={"w": {"block": (None, 7), "min_blocks": 5}})
+    overridden = sapp.plan(
+        params, block=4, sparsity=0.9, overrides={"w": {"block": (None, 7), "min_blocks": 5, "sparsity": 0.6}}
+    )
     assert overridden.pruned["w"].grid == (1, 5)  # ragged
     for wrong in (None, (None,), (1, 0), "a"):
         with pytest.raises(ValueError, match="block must be a positive integer or a pair"):

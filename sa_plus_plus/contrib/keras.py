@@ -47,13 +47,13 @@ def _keras() -> Any:
     except ImportError as error:
         raise ImportError("an optimizer for Keras needs the package keras: pip install keras") from error
     if (backend := keras.backend.backend()) != "jax":
-        raise RuntimeError(f"Keras runs on {backend}: set the environment variable KERAS_BACKEND=jax before importing it")
+        raise RuntimeError(f"Keras runs on {backend}: set the variable KERAS_BACKEND=jax before Keras is imported")
     return keras
 
 
 @functools.cache
 def _optimizer_class() -> Any:
-    base = _keras().optimizers.Optimizer
+    base: Any = _keras().optimizers.Optimizer
 
     def refuse(self: Any, learning_rate: Any) -> None:
         raise ValueError(
@@ -126,7 +126,7 @@ def _order(state: Any, paths: Sequence[str]) -> list[int]:
     numbers = {path: f"{number:09}" for number, path in enumerate(paths)}
 
     def label(keys: tuple[Any, ...]) -> list[str]:
-        return [numbers.get(getattr(key, "key", None), str(key)) for key in keys]
+        return [numbers.get(str(getattr(key, "key", "")), str(key)) for key in keys]
 
     labels = [label(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(state)]
     return sorted(range(len(labels)), key=lambda place: labels[place])
