@@ -70,7 +70,7 @@ def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> 
 def distilled(
     cross_entropy: jax.Array, logits: jax.Array, teacher: jax.Array, temperature: float, weight: float
 ) -> jax.Array:
-    """Loss of learning from labels and from a teacher: `(1 - w) CE + w T² KL(softmax(teacher / T) ‖ softmax(logits / T))`.
+    """Loss of learning from labels and a teacher: `(1 - w) CE + w T² KL(softmax(teacher / T) ‖ softmax(logits / T))`.
 
     Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015). `T²` keeps the gradients of the second
     term as large as those of the first, whatever the temperature.
