@@ -110,7 +110,7 @@ def _on_rows(step: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
     assert table is not None
     path = table.path
 
-    def step_on_rows(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step_on_rows(state: TrainState, batch: Any, teacher: None = None) -> tuple[TrainState, dict[str, jax.Array]]:
         rows, positions = tables.taken(table.rows(batch), table.length)
         opt_state = tables.fresh_at(phases.is_boundary(state.prune.step), path, state.opt_state)
         small = state._replace(
@@ -135,11 +135,18 @@ def over_seeds(fns: Functions) -> Functions:
     """
     prune: Any = sapp.PruneState(step=None, phase=None, masks=0, key=0)  # type: ignore[arg-type]  # axes, not arrays
     axes = TrainState(0, prune, 0, 0, 0)  # type: ignore[arg-type]
-    init = jax.vmap(fns.init, in_axes=(0, None), out_axes=axes)
-    step = jax.vmap(fns.step, in_axes=(axes, 0, None), out_axes=(axes, 0))
+
+    def init(seeds: Any, start: weights.Variables | None = None) -> TrainState:
+        return jax.vmap(fns.init, in_axes=(0, None), out_axes=axes)(seeds, start)
+
+    def step(
+        state: TrainState, batch: Any, teacher: weights.Variables | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        return jax.vmap(fns.step, in_axes=(axes, 0, None), out_axes=(axes, 0))(state, batch, teacher)
+
     return Functions(
-        init=lambda seeds, start=None: init(seeds, start),
-        step=lambda state, batch, teacher=None: step(state, batch, teacher),
+        init=init,
+        step=step,
         evaluate=jax.vmap(fns.evaluate, in_axes=(axes, None)),
         finalize=jax.vmap(fns.finalize, in_axes=(axes,)),
     )
