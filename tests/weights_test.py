@@ -15,7 +15,7 @@ import safetensors.numpy
 
 import sa_plus_plus as sapp
 from configs import mnist, mnist_autoencoder
-from experiments import main, tasks
+from experiments import cli, main, tasks
 from experiments.outputs import progress, workdir
 from experiments.training import checkpoint, loop, program, sharding, step, weights
 from experiments.training.setup import prepare
@@ -200,9 +200,13 @@ def test_compare_from_trained_weights(dense, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/compare.json").read_text())
     assert min(result["algorithms"]["magnitude"]["metric"]) > 0.6, "from scratch it takes more than 20 steps"
-    done = commands.run("experiments.compare", *flags, f"--config.init_from={tmp_path}/gone")
-    assert done.returncode == 2
-    assert done.stderr == f"Cannot run: config.init_from={tmp_path}/gone: there is no such file or directory\n"
+
+
+def test_a_missing_file_is_answered_in_a_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"), cli.users_mistakes():
+        prepared(init_from=f"{tmp_path}/gone")
+    want = f"Cannot run: config.init_from={tmp_path}/gone: there is no such file or directory\n"
+    assert capsys.readouterr().err == want
 
 
 @pytest.mark.parametrize("name", problems.NAMES)
