@@ -135,7 +135,8 @@ def plot(rows: list[dict[str, Any]]) -> Any:
         for i, variant in enumerate(VARIANTS):
             mine = [r for r in rows if (r["variant"], r["block"], r["sparsity"]) == (variant, block, sparsity)]
             x = [names.index(row["algorithm"]) + 0.13 * (i - (len(VARIANTS) - 1) / 2) for row in mine]
-            means, stds = ([100 * f(row["accuracy"]) for row in mine] for f in (np.mean, np.std))
+            means = [100 * np.mean(row["accuracy"]) for row in mine]
+            stds = [100 * np.std(row["accuracy"], ddof=min(1, len(row["accuracy"]) - 1)) for row in mine]
             axis.errorbar(x, means, stds, fmt="o", ms=4, lw=1, capsize=2, color=f"C{i}", label=variant)
         for row in (r for r in rows if r["variant"] == "dense"):
             axis.axhline(100 * np.mean(row["accuracy"]), color="black", ls=":", lw=0.8, label="dense")
