@@ -31,6 +31,7 @@ class Task(NamedTuple):
       ranked: names of two outputs, scores and labels, whose area under the ROC curve is reported as `auc`.
       finish: `finish(means) -> means`: adds to the means over the test set what follows from them.
       table: its embedding table, for an optimizer that touches only the rows of the batch.
+      takes_teacher: whether `outputs` also takes `teacher=(params, model_state)`, a network to learn from.
     """
 
     metric: str
@@ -42,22 +43,49 @@ class Task(NamedTuple):
     ranked: tuple[str, str] | None = None
     finish: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = lambda means: means
     table: tables.Table | None = None
+    takes_teacher: bool = False
 
 
 def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
-    """Image classification by cross-entropy, measured by accuracy."""
+    """Image classification by cross-entropy, measured by accuracy; with a teacher, by `distilled`."""
     options = {"classes": dataset.classes, **config.model_options}
     model = registry.lookup(models, config.model, "config.model", options)
     mean, std = np.float32(config.data.mean or 0), np.float32(config.data.std or 1)
 
-    def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
+    def outputs(
+        params: Any, model_state: Any, batch: Any, training: bool, teacher: tuple[Any, Any] | None = None
+    ) -> tuple[dict[str, jax.Array], Any]:
         image = (_unit(batch["image"]) - mean) / std
         logits, model_state = _apply(model, params, model_state, image, training)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        if teacher is not None:
+            taught, _ = _apply(model, *teacher, image, training=False)
+            loss = distilled(loss, logits, taught, config.distil.temperature, config.distil.weight)
         accuracy = (jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32)
         return {"loss": loss, "accuracy": accuracy}, model_state
 
-    return Task("accuracy", model, dataset, functools.partial(_init, model, dataset), outputs)
+    return Task("accuracy", model, dataset, functools.partial(_init, model, dataset), outputs, takes_teacher=True)
+
+
+def distilled(
+    cross_entropy: jax.Array, logits: jax.Array, teacher: jax.Array, temperature: float, weight: float
+) -> jax.Array:
+    """Loss of learning from labels and a teacher: `(1 - w) CE + w T² KL(softmax(teacher / T) ‖ softmax(logits / T))`.
+
+    Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015). `T²` keeps the gradients of the second
+    term as large as those of the first, whatever the temperature.
+
+    Args:
+      cross_entropy: `(...,)`, with the labels, in nats.
+      logits: `(..., classes)`.
+      teacher: likewise; no gradient goes to it.
+      temperature: `T`, above 0.
+      weight: `w`, in [0, 1].
+    """
+    ours, theirs = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits, teacher))
+    theirs = jax.lax.stop_gradient(theirs)
+    divergence = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1)
+    return (1 - weight) * cross_entropy + weight * temperature**2 * divergence
 
 
 def reconstruction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:

@@ -104,6 +104,7 @@ EXPERIMENTS = (
     "training.sharding",
     "training.rows",
     "training.checkpoint",
+    "training.weights",
     "training.setup",
     "training.step",
     "training.program",
