@@ -12,7 +12,7 @@ def experiment(name: str) -> ConfigDict:
     config = ConfigDict()
     config.name = name
     config.seed = 0
-    config.task = "classification"  # or click_prediction, reconstruction
+    config.task = "classification"  # or click_prediction, language_modelling, reconstruction
     config.model_options = ConfigDict()
     config.steps = 0  # 0: as many as `epochs` take
     config.epochs = 0.0

@@ -24,7 +24,7 @@ _RANGES = {
     **{f"optimizer.{name}": (0, math.inf) for name in ("warmup_steps", "warmup_epochs", "final_fraction")},
     "optimizer.momentum": (0, 1),
 }
-TASKS = ("classification", "click_prediction", "reconstruction")
+TASKS = ("classification", "click_prediction", "language_modelling", "reconstruction")
 
 
 class Setup(NamedTuple):
