@@ -125,7 +125,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, params: Any) -> Any:
     try:
         with safetensors.safe_open(path, "numpy") as opened:
             file = _File(os.fspath(path), opened, layout)
-            file.check_depth(model.layers)  # type: ignore[attr-defined]  # all three have it
+            file.check_depth(model.layers)
             return jax.tree_util.tree_map_with_path(lambda keys, leaf: file.parameter(path_string(keys), leaf), params)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as a safetensors file: {error}") from error

@@ -108,8 +108,12 @@ def stack(
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         return layer(x, mask, training), None
 
-    stacked = {"params": 0, "intermediates": 0}
-    loop = nn.scan(body, variable_axes=stacked, split_rngs={"params": True, "dropout": True}, length=count)
+    loop = nn.scan(
+        body,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=count,
+    )
     x, _ = loop(Layer(**options, name="layers"), x, None)
     return x
 
