@@ -18,7 +18,7 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.experiment("bytes_gpt")
     config.task = "language_modelling"
-    config.data = common.dataset("text", context=256, held_out=0.05)
+    config.data = common.dataset("text", context=128, held_out=0.05)
     config.model = "Decoder"
     config.model_options = ConfigDict(
         {

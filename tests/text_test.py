@@ -109,8 +109,8 @@ def test_the_standard_library_is_there():
     ("files", "options", "message"),
     [
         (None, {}, "no file or folder {root}: it should be text to train on"),
-        ({}, {}, "no text in {root}: each of its 0 files is empty or has zero bytes"),
-        ({"a": b"", "b": b"\0"}, {}, "no text in {root}: each of its 2 files is empty or has zero bytes"),
+        ({}, {}, "no text in {root}: there are no files in it"),
+        ({"a": b"", "b": b"\0"}, {}, "no text in {root}: all 2 files in it are empty or have zero bytes"),
         ({"a": b"too short"}, {}, r"{root} has \d bytes to train on, fewer than a window of context=256: give more"),
         ({"a": TEXT}, {"held_out": 1e-9}, "{root} has 0 bytes to test on, fewer than a window"),
         ({"a": TEXT}, {"held_out": 1.0}, r"held_out is the share of the text to test on and must be in \(0, 1\)"),

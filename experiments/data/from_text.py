@@ -100,7 +100,8 @@ def _by_file(root: pathlib.Path, files: Sequence[pathlib.Path], context: int, he
     for name, file in sorted((file.relative_to(root).as_posix(), file) for file in files):
         (test if _number(name) < share else train).append(_read(file))
     if not any(train + test):
-        raise ValueError(f"no text in {root}: each of its {len(files)} files is empty or has zero bytes")
+        what = f"all {len(files)} files in it are empty or have zero bytes" if files else "there are no files in it"
+        raise ValueError(f"no text in {root}: {what}")
     return _dataset(root, b"".join(train), b"".join(test), context)
 
 
