@@ -111,7 +111,7 @@ def test_the_standard_library_is_there():
         (None, {}, "no file or folder {root}: it should be text to train on"),
         ({}, {}, "no text in {root}: there are no files in it"),
         ({"a": b"", "b": b"\0"}, {}, "no text in {root}: all 2 files in it are empty or have zero bytes"),
-        ({"a": b"too short"}, {}, r"{root} has \d bytes to train on, fewer than a window of context=256: give more"),
+        ({"a": b"too short"}, {}, r"{root} has \d bytes to train on, fewer than a window of context=128: give more"),
         ({"a": TEXT}, {"held_out": 1e-9}, "{root} has 0 bytes to test on, fewer than a window"),
         ({"a": TEXT}, {"held_out": 1.0}, r"held_out is the share of the text to test on and must be in \(0, 1\)"),
         ({"a": TEXT}, {"context": 0}, "context must be at least 1 byte, got 0"),
@@ -195,7 +195,7 @@ def test_the_config_trains_prunes_and_resumes(file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("config", "layers", "parameters"),
-    [(bytes_gpt, 4, 3_290_624), (vit_cifar10, 6, 4_770_570), (vit_b16_imagenet, 12, 86_567_656)],
+    [(bytes_gpt, 4, 3_257_856), (vit_cifar10, 6, 4_770_570), (vit_b16_imagenet, 12, 86_567_656)],
     ids=["bytes_gpt", "vit_cifar10", "vit_b16_imagenet"],
 )
 def test_inspect_shows_what_the_configs_prune(config, layers, parameters):
