@@ -7,7 +7,7 @@
 Blocks of 16 x 16 of the attention and feed-forward kernels are pruned; the embeddings, one of which is the output's
 kernel too, are not. Measured in bits per byte, lower is better, on files that are held out; `local` may be a text file,
 whose end is held out, or a folder of text files. Figures compare only within one version of Python, or one text.
-Nothing was tuned.
+Some twenty minutes on two CPU cores. Nothing was tuned.
 """
 
 from ml_collections import ConfigDict
