@@ -205,3 +205,8 @@ def test_inspect_shows_what_the_configs_prune(config, layers, parameters):
     assert {re.sub(r"\d", "", path.split("/")[0]) for path in setup.plan.pruned} == {"layer"}
     for words in ("layer1/query", f"layer{layers}/down", f"{parameters:,}", "90.0"):
         assert words in screen.getvalue()
+    looped = config.get_config()
+    looped.model_options.scan = True
+    assert {path.split("/", 1)[1] for path in prepare_without_data(looped).plan.pruned} == {
+        path.split("/", 1)[1] for path in setup.plan.pruned
+    }
