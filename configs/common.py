@@ -12,7 +12,7 @@ def experiment(name: str) -> ConfigDict:
     config = ConfigDict()
     config.name = name
     config.seed = 0
-    config.task = "classification"  # or click_prediction, reconstruction
+    config.task = "classification"  # or click_prediction, language_modelling, reconstruction
     config.model_options = ConfigDict()
     config.init_from = ""  # trained weights to begin with: a run's directory, a checkpoint or a safetensors file
     config.distil = ConfigDict(

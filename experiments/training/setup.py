@@ -25,7 +25,7 @@ _RANGES = {
     "optimizer.momentum": (0, 1),
     "distil.temperature": (0.01, math.inf),
 }
-TASKS = ("classification", "click_prediction", "reconstruction")
+TASKS = ("classification", "click_prediction", "language_modelling", "reconstruction")
 
 
 class Setup(NamedTuple):
