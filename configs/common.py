@@ -12,8 +12,16 @@ def experiment(name: str) -> ConfigDict:
     config = ConfigDict()
     config.name = name
     config.seed = 0
-    config.task = "classification"  # or click_prediction, reconstruction
+    config.task = "classification"  # or click_prediction, language_modelling, reconstruction
     config.model_options = ConfigDict()
+    config.init_from = ""  # trained weights to begin with: a run's directory, a checkpoint or a safetensors file
+    config.distil = ConfigDict(
+        {
+            "weight": 0.0,  # of a teacher's part in the loss, the rest is the labels'; 0: no teacher
+            "weights": "",  # the teacher's, as for init_from; "": those of init_from
+            "temperature": 2.0,  # of both networks' softmax
+        }
+    )
     config.steps = 0  # 0: as many as `epochs` take
     config.epochs = 0.0
     config.eval_batch_size = 1000
@@ -126,7 +134,7 @@ def sparsifier() -> ConfigDict:
     config.only = ""  # pattern of the kernels to prune; "" for all
     config.views = ConfigDict()  # how leaves are read as matrices: {"*/query/kernel": "d (h k)"}
     config.overrides = ConfigDict()  # by path or pattern: {"*/Dense_0/kernel": {"block": (4, 4), "sparsity": 0.5}}
-    config.recipe = "imagenet"  # whose schedule: "imagenet" or "criteo" (paper, section 4.2)
+    config.recipe = "imagenet"  # a schedule: "imagenet", "criteo" (paper, section 4.2), or with init_from "finetune"
     config.sparsification = True  # False: SequentialAttention++ on ACDC's schedule (D.1)
     config.exponent = 4.0  # c of the sparsification curve (D.2)
     config.schedule = ()  # a schedule of your own instead: (("dense", "20%"), ("sparsification", 0.3), ("sparse", 0.5))

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     seeds = [config.seed + i for i in range(_SEEDS.value)]
     together = {"yes": True, "no": False, "auto": side_by_side_pays(setups[names[0]].plan)}[_TOGETHER.value]
     groups = [seeds] if together else [[s] for s in seeds]
-    metric = setups[names[0]].task.metric
+    metric, lower_is_better = setups[names[0]].task.metric, setups[names[0]].task.lower_is_better
     outcomes: dict[str, list[loop.Outcome]] = {}
     for name, setup in setups.items():
         outcomes[name] = []
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         "date": datetime.date.today().isoformat(),
     }
     files.write_json(workdir / RESULT, content)
-    _plot(workdir / "compare.png", config, outcomes, metric)
+    _plot(workdir / "compare.png", config, outcomes, metric, lower_is_better)
     title = f"{config.name}, {config.model}, blocks {config.sparsifier.block}: mean ± std of {len(seeds)} seeds"
     console.print(progress.table(title, [_cells(row, metric) for row in rows]))
     console.print(f"In {workdir}: compare.json, compare.png", highlight=False)
@@ -129,7 +129,11 @@ def _mean_std(values: list[float], digits: int) -> str:
 
 
 def _plot(
-    path: pathlib.Path, config: ml_collections.ConfigDict, outcomes: dict[str, list[loop.Outcome]], metric: str
+    path: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    outcomes: dict[str, list[loop.Outcome]],
+    metric: str,
+    lower_is_better: bool,
 ) -> None:
     """Test metric against step, mean and spread of each algorithm; and at the end, a point a seed."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(2, 1), sharey=True)
@@ -149,7 +153,8 @@ def _plot(
     if np.isfinite(ends).any():  # NaN where a run diverged
         low, high = np.nanmin(ends), np.nanmax(ends)
         margin = 0.2 * (high - low + 0.01)
-        left.set_ylim(low - 3 * margin, high + margin)
+        below, above = (1, 3) if lower_is_better else (3, 1)  # more room on the side that the curves come from
+        left.set_ylim(low - below * margin, high + above * margin)
     fig.legend(loc="outside lower center", ncols=len(outcomes), fontsize="small")
     right.set_xticks(range(len(outcomes)), list(outcomes), rotation=35, ha="right", fontsize="small")
     block = progress.sizes(config.sparsifier.block)

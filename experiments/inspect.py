@@ -83,7 +83,8 @@ def _cells(layer: sapp.LeafPlan, cost: int) -> dict[str, str]:
 def _totals(setup: Setup, cost: dict[str, int]) -> dict[str, str]:
     plan = setup.plan
     share = {layer.path: layer.kept / layer.blocks for layer in plan.leaves if layer.is_kernel}
-    layers = [layer for layer in plan.leaves if layer.skip_reason != "embedding"]  # its size depends on the data
+    table = setup.task.table  # its size depends on the data
+    layers = [layer for layer in plan.leaves if table is None or layer.path != table.path]
     return {
         "target": f"{setup.config.sparsifier.sparsity:.0%}",
         "parameters": f"{sum(layer.weights for layer in layers):,}",
@@ -92,7 +93,7 @@ def _totals(setup: Setup, cost: dict[str, int]) -> dict[str, str]:
         "kernel weights": f"{plan.kernel_weights:,}",
         "sparsity": f"{plan.sparsity:.2%}",
         "G multiply-adds": f"{sum(cost.values()) / 1e9:.3f}",
-        "after": f"{sum(n * share[path] for path, n in cost.items()) / 1e9:.3f}",
+        "after": f"{sum(n * share.get(path, 1) for path, n in cost.items()) / 1e9:.3f}",
     }
 
 

@@ -2,10 +2,12 @@
 
     python -m experiments.main
     python -m experiments.main --config=configs/mnist.py --config.sparsifier.name=acdc --workdir=runs/acdc
+    python -m experiments.main --config.init_from=runs/dense --config.sparsifier.recipe=finetune
 
-Without flags it runs configs/mnist.py. The work directory gets `result.json`, `metrics.jsonl`, `pruned.safetensors`,
-`run.png`, `tensorboard/` and `checkpoints/`. The same command again resumes a run that was interrupted, and ends as if
-it had not been. Exit status: 0 done, 2 bad input, 3 diverged, 4 stopped by SIGTERM after saving, 5 disk full.
+Without flags it runs configs/mnist.py. The third starts from the weights that a run has left in runs/dense. The work
+directory gets `result.json`, `metrics.jsonl`, `pruned.safetensors`, `run.png`, `tensorboard/` and `checkpoints/`. The
+same command again resumes a run that was interrupted, and ends as if it had not been. Exit status: 0 done, 2 bad input,
+3 diverged, 4 stopped by SIGTERM after saving, 5 disk full.
 """
 
 import contextlib

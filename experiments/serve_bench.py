@@ -125,6 +125,8 @@ def inputs(setup: Setup, batch: int) -> np.ndarray:
     shape = (batch, *example.shape[1:])
     if task.input == "ids":  # all of the table: a few of its rows would stay in the caches
         return rng.integers(0, np.asarray(task.dataset.vocabulary), shape).astype(example.dtype)
+    if task.input == "tokens":
+        return rng.integers(0, task.dataset.classes, shape).astype(example.dtype)
     return (rng.random(shape) * 3).astype(np.float32)
 
 

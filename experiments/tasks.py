@@ -1,6 +1,7 @@
 """What is trained: a model on a data set, with its loss and metric. The training loop knows nothing else of them."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ class Task(NamedTuple):
     """A problem for the training loop.
 
     Attributes:
-      metric: name of the headline metric among the outputs; higher is better.
+      metric: name of the headline metric among the outputs.
       model: what is trained, a flax linen module.
       dataset: training and test examples.
       init: `init(key) -> (params, model_state)`.
@@ -31,6 +32,8 @@ class Task(NamedTuple):
       ranked: names of two outputs, scores and labels, whose area under the ROC curve is reported as `auc`.
       finish: `finish(means) -> means`: adds to the means over the test set what follows from them.
       table: its embedding table, for an optimizer that touches only the rows of the batch.
+      takes_teacher: whether `outputs` also takes `teacher=(params, model_state)`, a network to learn from.
+      lower_is_better: whether a lower metric is better.
     """
 
     metric: str
@@ -42,22 +45,51 @@ class Task(NamedTuple):
     ranked: tuple[str, str] | None = None
     finish: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = lambda means: means
     table: tables.Table | None = None
+    takes_teacher: bool = False
+    lower_is_better: bool = False
 
 
 def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
-    """Image classification by cross-entropy, measured by accuracy."""
+    """Image classification by cross-entropy, measured by accuracy; with a teacher, by `distilled`."""
     options = {"classes": dataset.classes, **config.model_options}
     model = registry.lookup(models, config.model, "config.model", options)
     mean, std = np.float32(config.data.mean or 0), np.float32(config.data.std or 1)
 
-    def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
+    def outputs(
+        params: Any, model_state: Any, batch: Any, training: bool, teacher: tuple[Any, Any] | None = None
+    ) -> tuple[dict[str, jax.Array], Any]:
         image = (_unit(batch["image"]) - mean) / std
         logits, model_state = _apply(model, params, model_state, image, training)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        if teacher is not None:
+            taught, _ = _apply(model, *teacher, image, training=False)
+            loss = distilled(loss, logits, taught, config.distil.temperature, config.distil.weight)
         accuracy = (jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32)
         return {"loss": loss, "accuracy": accuracy}, model_state
 
-    return Task("accuracy", model, dataset, functools.partial(_init, model, dataset), outputs)
+    init = functools.partial(_init, model, _unit(dataset.example["image"]))
+    return Task("accuracy", model, dataset, init, outputs, takes_teacher=True)
+
+
+def distilled(
+    cross_entropy: jax.Array, logits: jax.Array, teacher: jax.Array, temperature: float, weight: float
+) -> jax.Array:
+    """Loss of learning from labels and a teacher: `(1 - w) CE + w T² KL(softmax(teacher / T) ‖ softmax(logits / T))`.
+
+    Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015). `T²` keeps the gradients of the second
+    term as large as those of the first, whatever the temperature.
+
+    Args:
+      cross_entropy: `(...,)`, with the labels, in nats.
+      logits: `(..., classes)`.
+      teacher: likewise; no gradient goes to it.
+      temperature: `T`, above 0.
+      weight: `w`, in [0, 1].
+    """
+    ours, theirs = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits, teacher))
+    theirs = jax.lax.stop_gradient(theirs)
+    divergence = jnp.sum(jnp.exp(theirs) * (theirs - ours), -1)
+    return (1 - weight) * cross_entropy + weight * temperature**2 * divergence
 
 
 def reconstruction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
@@ -70,17 +102,41 @@ def reconstruction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> 
         loss = jnp.mean(jnp.square(output - image), axis=(1, 2, 3))
         return {"loss": loss, "psnr": -10 * jnp.log10(jnp.maximum(loss, 1e-10))}, model_state
 
-    return Task("psnr", model, dataset, functools.partial(_init, model, dataset), outputs)
+    return Task("psnr", model, dataset, functools.partial(_init, model, _unit(dataset.example["image"])), outputs)
+
+
+def language_modelling(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
+    """The next byte by cross-entropy, measured in bits per byte; and how often the likeliest byte is the right one.
+
+    Each window of the text is predicted from its own bytes and the one before it.
+    """
+    context = dataset.example["tokens"].shape[1]
+    options = {"vocabulary": dataset.classes, "context": context, **config.model_options}
+    model = registry.lookup(models, config.model, "config.model", options)
+
+    def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
+        logits, model_state = _apply(model, params, model_state, batch["tokens"], training)
+        targets = batch["targets"].astype(jnp.int32)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        accuracy = (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
+        values = {"loss": loss, "bits_per_byte": loss / math.log(2), "accuracy": accuracy}
+        if not training:  # there every window is full
+            values["counted"] = jnp.ones_like(loss)
+        real = jnp.arange(context)[None] < batch["length"][:, None]
+        return {name: jnp.mean(jnp.where(real, x, 0), axis=1) for name, x in values.items()}, model_state
+
+    def finish(means: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Means over bytes, from those over windows, of which the last may be short."""
+        return {name: x / means["counted"] for name, x in means.items() if name != "counted"}
+
+    init = functools.partial(_init, model, dataset.example["tokens"])
+    return Task("bits_per_byte", model, dataset, init, outputs, "tokens", finish=finish, lower_is_better=True)
 
 
 def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
     """Whether a click follows, by cross-entropy; measured by AUC, and calibration: mean prediction to mean label."""
     options = {"vocabulary": dataset.vocabulary, **config.model_options}
     model = registry.lookup(models, config.model, "config.model", options)
-
-    def init(key: jax.Array) -> tuple[Any, Any]:
-        state = dict(model.init(key, jnp.asarray(dataset.example["ids"])))
-        return state.pop("params"), state
 
     def outputs(
         params: Any, model_state: Any, batch: Any, training: bool, model: nn.Module = model, ids: str = "ids"
@@ -98,6 +154,7 @@ def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -
 
     length = sum(dataset.vocabulary)
     table = tables.Table("table/embedding", length, lambda batch: model.rows(batch["ids"]), outputs_of_rows)
+    init = functools.partial(_init, model, dataset.example["ids"])
     return Task("auc", model, dataset, init, outputs, "ids", ("prediction", "label"), finish, table)
 
 
@@ -107,18 +164,30 @@ def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:
     return registry.lookup(catalog, config.name, "config.data.name", options)
 
 
-def _unit(image: jax.Array) -> jax.Array:
+def _unit(image: Any) -> Any:
     """Images as float32 in [0, 1]; bytes are what travels to the device."""
-    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+    return image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
 
 
-def _init(model: Any, dataset: data.Dataset, key: jax.Array) -> tuple[Any, Any]:
-    """`(params, model_state)` of a flax linen model; the latter is what else it carries, such as batch statistics."""
-    state = dict(model.init(key, _unit(jnp.asarray(dataset.example["image"]))))
-    return state.pop("params"), state
+def _init(model: Any, example: np.ndarray, key: jax.Array) -> tuple[Any, Any]:
+    """`(params, model_state)` of a flax linen model; the latter is what else it carries, such as batch statistics.
+
+    With dropout that includes a key, so that a run that is resumed drops what it would have dropped.
+    """
+    state = dict(model.init(key, jnp.asarray(example)))
+    params = state.pop("params")
+    if getattr(model, "dropout", 0):
+        state["dropout"] = {"key": jax.random.key_data(jax.random.fold_in(key, 1))}
+    return params, state
 
 
-def _apply(model: Any, params: Any, model_state: Any, image: jax.Array, training: bool) -> tuple[jax.Array, Any]:
+def _apply(model: Any, params: Any, model_state: Any, x: jax.Array, training: bool) -> tuple[jax.Array, Any]:
+    variables = {"params": params, **model_state}
     if not (training and model_state):
-        return model.apply({"params": params, **model_state}, image), model_state
-    return model.apply({"params": params, **model_state}, image, training=True, mutable=list(model_state))
+        return model.apply(variables, x), model_state
+    if "dropout" not in model_state:
+        return model.apply(variables, x, training=True, mutable=list(model_state))
+    now, later = jax.random.split(jax.random.wrap_key_data(model_state["dropout"]["key"]))
+    rngs = {"dropout": now}
+    y, model_state = model.apply(variables, x, training=True, mutable=list(model_state), rngs=rngs)
+    return y, {**model_state, "dropout": {"key": jax.random.key_data(later)}}

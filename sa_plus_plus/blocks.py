@@ -69,16 +69,19 @@ def as_block(block: int | Sequence[int | None], matrix: tuple[int, int] | None =
     >>> as_block((1, None), (784, 300))
     (1, 300)
     """
-    sides = tuple(block) if isinstance(block, Sequence | np.ndarray) else (block, block)
-    checked_sides(block)
+    sides = as_sides(block)
     if matrix is None and None in sides:
         raise ValueError(f"block {block!r} has a side of None, the whole side of a matrix, but there is no matrix here")
-    b_r, b_c = (m if b is None else int(b) for b, m in zip(sides, matrix or (0, 0), strict=True))
+    b_r, b_c = (m if b is None else b for b, m in zip(sides, matrix or (0, 0), strict=True))
     return b_r, b_c
 
 
-def checked_sides(block: int | Sequence[int | None]) -> None:
-    """Refuse what is no block of any matrix."""
+def as_sides(block: int | Sequence[int | None]) -> tuple[int | None, int | None]:
+    """The two sides of a block, None for the whole side of a matrix.
+
+    Raises:
+      ValueError: if a side is neither a positive integer nor None in a pair, or there are not two of them.
+    """
     pair = isinstance(block, Sequence | np.ndarray)
     sides = tuple(block) if pair else (block, block)  # type: ignore[arg-type]
 
@@ -87,8 +90,10 @@ def checked_sides(block: int | Sequence[int | None]) -> None:
 
     if len(sides) != 2 or not all(whole(side) or (pair and side is None) for side in sides):
         raise ValueError(
-            f"block must be a positive integer or a pair of them, None in a pair for the whole side, got {block!r}"
+            f"block must be a positive integer or a pair of them, got {block!r}; None in a pair is the whole side"
         )
+    down, across = (None if side is None else int(side) for side in sides)
+    return down, across
 
 
 def grid_shape(shape: Sequence[int], block: Block, view: View | None = None) -> tuple[int, int]:

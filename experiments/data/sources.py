@@ -147,9 +147,10 @@ class Dataset(NamedTuple):
 
     Attributes:
       train: examples with, for image classification, `image` `(height, width, channels)`, float32 in [0, 1] or uint8
-        as stored (a quarter of the bytes to gather and to send; the device makes them floats), and `label` int32.
+        as stored (a quarter of the bytes to gather and to send; the device makes them floats), and `label` int32. What
+        examples of other kinds have is said where they are made.
       test: held-out examples of the same kind.
-      classes: number of classes.
+      classes: number of classes; for text, of different tokens.
       vocabulary: where examples are rows of categories, `ids` `(features,)`: how many values each feature has.
     """
 

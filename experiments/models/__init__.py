@@ -3,5 +3,17 @@
 from experiments.models.click import ClickNet
 from experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet50
 from experiments.models.small import Autoencoder, ConvNet, LeNet300
+from experiments.models.transformer import Decoder, ViT
 
-__all__ = ["Autoencoder", "ClickNet", "ConvNet", "LeNet300", "ResNet", "ResNet18", "ResNet20", "ResNet50"]
+__all__ = [
+    "Autoencoder",
+    "ClickNet",
+    "ConvNet",
+    "Decoder",
+    "LeNet300",
+    "ResNet",
+    "ResNet18",
+    "ResNet20",
+    "ResNet50",
+    "ViT",
+]

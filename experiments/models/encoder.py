@@ -1,16 +1,18 @@
-"""A transformer encoder that classifies sequences; BERT-base by its default sizes."""
+"""Transformer encoders in the form of BERT, which normalises after each sum; BERT-base by their default sizes."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-EPSILON = 1e-6  # of layer normalisation
+from experiments.models.layers import embedding, stack, with_positions
+
+EPSILON = 1e-6  # of the layer normalisation of `Encoder`
 
 
 class Encoder(nn.Module):
     """Logits `(batch, classes)` of embedded tokens `(batch, sequence, width)`, from the first token.
 
-    Layer normalisation follows each residual sum, as in BERT. Embeddings, whose tables are not pruned, are left out.
+    Embeddings, whose tables are not pruned, are left out.
 
     Attributes:
       classes: number of classes.
@@ -28,26 +30,77 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for i in range(self.layers):
-            x = _Layer(self.heads, self.hidden, name=f"layer{i + 1}")(x)
+        x = stack(x, self.layers, heads=self.heads, hidden=self.hidden, post_norm=True, epsilon=EPSILON)
         return nn.Dense(self.classes, name="head")(x[:, 0])
 
 
-class _Layer(nn.Module):
-    """Self-attention and two dense layers, each added to what it is given."""
+class Bert(nn.Module):
+    """BERT: tokens, positions and token types embedded and normalised, layers, and a classifier of the first token.
 
-    heads: int
-    hidden: int
+    Attributes:
+      classes: number of classes; 0 for the tokens' representations.
+      vocabulary: number of different tokens.
+      types: number of token types.
+      context: the longest sequence.
+      layers: how many.
+      width: of a token, a multiple of `heads`.
+      hidden: width of the feed-forward layers.
+      heads: of the attention.
+      epsilon: of layer normalisation.
+      dropout: share of activations that is dropped in training.
+      scan: whether the layers run in a loop, with stacked parameters; see `stack`.
+      dtype: that activations are computed in; parameters are float32.
+    """
+
+    classes: int = 2
+    vocabulary: int = 30522
+    types: int = 2
+    context: int = 512
+    layers: int = 12
+    width: int = 768
+    hidden: int = 3072
+    heads: int = 12
+    epsilon: float = 1e-12
+    dropout: float = 0.0
+    scan: bool = False
+    dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        batch, sequence, width = x.shape
-        # `nn.Dense` rather than flax's attention, so that each kernel is one matrix.
-        q, k, v = (
-            nn.Dense(width, name=name)(x).reshape(batch, sequence, self.heads, -1) for name in ("query", "key", "value")
+    def __call__(
+        self, tokens: jax.Array, types: jax.Array | None = None, real: jax.Array | None = None, training: bool = False
+    ) -> jax.Array:
+        """Logits `(batch, classes)`, or representations `(batch, sequence, width)` where `classes` is 0; float32.
+
+        Args:
+          tokens: `(batch, sequence)`, each in `[0, vocabulary)`.
+          types: of the tokens, as `tokens`, each in `[0, types)`; None for all 0.
+          real: as `tokens`, bool: false for padding, which no token attends to; None where there is none.
+          training: whether dropout applies.
+
+        Raises:
+          ValueError: if the sequence is longer than `context`.
+        """
+        dtype = jnp.dtype(self.dtype)
+        types = jnp.zeros_like(tokens) if types is None else types
+        x = embedding(self.vocabulary, self.width, dtype, "token_embedding")(tokens.astype(jnp.int32))
+        x = with_positions(x, self.context)
+        x += embedding(self.types, self.width, dtype, "type_embedding")(types.astype(jnp.int32))
+        x = nn.LayerNorm(self.epsilon, dtype, name="norm")(x)
+        x = nn.Dropout(self.dropout, deterministic=not training)(x)
+        x = stack(
+            x,
+            self.layers,
+            None if real is None else real[:, None, None].astype(bool),
+            training,
+            self.scan,
+            heads=self.heads,
+            hidden=self.hidden,
+            post_norm=True,
+            epsilon=self.epsilon,
+            dropout=self.dropout,
+            dtype=dtype,
         )
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(jnp.float32(width // self.heads))
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v).reshape(x.shape)
-        x = nn.LayerNorm(EPSILON, name="norm1")(x + nn.Dense(width, name="out")(mixed))
-        y = nn.gelu(nn.Dense(self.hidden, name="up")(x), approximate=False)
-        return nn.LayerNorm(EPSILON, name="norm2")(x + nn.Dense(width, name="down")(y))
+        if not self.classes:
+            return x.astype(jnp.float32)
+        x = jnp.tanh(nn.Dense(self.width, dtype=dtype, name="pooler")(x[:, 0]))
+        return nn.Dense(self.classes, name="head")(x.astype(jnp.float32))

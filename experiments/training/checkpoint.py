@@ -220,6 +220,37 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Restored 
     return Restored(found["step"], state, found["host"])
 
 
+def read(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Some arrays of a checkpoint, without the state that they belong to.
+
+    Args:
+      folder: a checkpoint, or a directory of them, of which the newest intact one is read.
+      wanted: which arrays, by name, such as `.trainable.params['Dense_0']['kernel']`.
+
+    Returns:
+      The names of all its arrays, and those wanted, in host memory.
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+      NoIntactCheckpoint: if it is damaged, or all of them are.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if (folder / HOST).exists():
+        if reason := damage(folder):
+            raise NoIntactCheckpoint(f"the checkpoint {folder} is not intact: {reason}")
+        found = json.loads((folder / HOST).read_bytes())
+    elif found := _newest_intact(folder):
+        folder /= str(found["step"])
+    else:
+        raise FileNotFoundError(f"there is no checkpoint in {folder}")
+    names = [name for name in found["arrays"] if wanted(name)]
+    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    some = ocp.args.PyTreeRestore(dict.fromkeys(names, 0), restore_args=as_numpy, partial_restore=True)
+    with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
+        arrays = checkpointer.restore(folder, args=some)
+    return list(found["arrays"]), {name: np.asarray(arrays[name]) for name in names}
+
+
 def damage(folder: pathlib.Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every byte is as it was saved."""
     try:

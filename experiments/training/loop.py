@@ -201,13 +201,13 @@ def _save(session: _Session, done: int, state: TrainState, means: dict[str, jax.
 
 
 def _metric(session: _Session, done: int) -> float | None:
-    """What makes a checkpoint the best: the headline metric; None where it was not measured, or on a network that is
-    not as sparse as it is to be: dense, it would be better for that alone."""
+    """What makes a checkpoint the best, higher for a better one: the headline metric, or minus it. None where it was
+    not measured, or on a network that is not as sparse as it is to be: dense, it would be better for that alone."""
     setup, phases = session.program.setup, session.program.phases
     metric = session.rows.of(done).get(f"test_{setup.task.metric}")
     if metric is None or (setup.plan.pruned and not phases.reached(done)):
         return None
-    return float(np.mean(metric))
+    return float(np.mean(metric)) * (-1 if setup.task.lower_is_better else 1)
 
 
 def _last_test(session: _Session, state: TrainState) -> dict[str, np.ndarray]:

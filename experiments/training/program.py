@@ -49,7 +49,7 @@ def compiled(setup: Setup, seeds: int = 1) -> Program:
     started = time.perf_counter()
     config, mesh = setup.config, setup.mesh
     fns = functions(setup) if seeds == 1 else over_seeds(functions(setup))
-    shapes = jax.eval_shape(fns.init, seed_argument(range(seeds)))
+    shapes = jax.eval_shape(fns.init, seed_argument(range(seeds)), setup.start)
     layout = sharding.of_state(shapes, mesh)
     state = sharding.abstract(shapes, layout)
     whole = sharding.replicated(mesh)
@@ -65,8 +65,8 @@ def compiled(setup: Setup, seeds: int = 1) -> Program:
         phases=setup.phases,
         seeds=seeds,
         functions=Functions(
-            init=jax.jit(fns.init, out_shardings=layout),
-            step=jax.jit(fns.step, donate_argnums=0, out_shardings=(layout, whole)).lower(state, batch).compile(),
+            init=functools.partial(jax.jit(fns.init, out_shardings=layout), start=setup.start),
+            step=_step(setup, jax.jit(fns.step, donate_argnums=0, out_shardings=(layout, whole)), state, batch),
             evaluate=jax.jit(fns.evaluate, out_shardings=whole).lower(state, test).compile(),
             finalize=jax.jit(fns.finalize, out_shardings=whole),
         ),
@@ -112,6 +112,18 @@ def test_means(program: Program, state: TrainState) -> dict[str, Any]:
 def _output_names(setup: Setup, sums: dict[str, Any]) -> tuple[str, ...]:
     means = jax.eval_shape(setup.task.finish, {name: x for name, x in sums.items() if name != "weight"})
     return (*means, *(["auc"] if setup.task.ranked else []))
+
+
+def _step(setup: Setup, step: Any, state: TrainState, batch: Any) -> Callable[..., Any]:
+    """The step compiled; with a teacher, which is placed on the devices once, split over them as the state is.
+
+    It is an argument and not a constant of the program, which would hold it another time.
+    """
+    if setup.teacher is None:
+        return step.lower(state, batch).compile()
+    teacher = jax.device_put(setup.teacher, sharding.of_state(setup.teacher, setup.mesh))
+    taught = step.lower(state, batch, teacher).compile()
+    return lambda state, batch: taught(state, batch, teacher)
 
 
 def _batch_shapes(setup: Setup, size: int, layout: Any, lead: tuple[int, ...] = ()) -> dict[str, jax.ShapeDtypeStruct]:

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import sa_plus_plus as sapp
 from experiments import data, tasks
 from experiments.models import tables
-from experiments.training import factories, sharding
+from experiments.training import factories, sharding, weights
 from experiments.utils import registry
 
 # Numbers of a config: the least that each may be, and what it must be below.
@@ -23,8 +23,9 @@ _RANGES = {
     **{f"optimizer.{name}": (0, math.inf) for name in ("learning_rate", "scale_batch", "weight_decay")},
     **{f"optimizer.{name}": (0, math.inf) for name in ("warmup_steps", "warmup_epochs", "final_fraction")},
     "optimizer.momentum": (0, 1),
+    "distil.temperature": (0.01, math.inf),
 }
-TASKS = ("classification", "click_prediction", "reconstruction")
+TASKS = ("classification", "click_prediction", "language_modelling", "reconstruction")
 
 
 class Setup(NamedTuple):
@@ -40,6 +41,8 @@ class Setup(NamedTuple):
       sparsifier: the algorithm.
       plan: what is pruned.
       table: the embedding table of which a step touches only the batch's rows; None for steps on all parameters.
+      start: trained weights to begin with, in host memory; None to begin with the model's own.
+      teacher: of a network to learn from, in host memory; None for learning from labels alone.
     """
 
     given: ml_collections.ConfigDict
@@ -51,6 +54,8 @@ class Setup(NamedTuple):
     sparsifier: sapp.Sparsifier
     plan: sapp.Plan
     table: tables.Table | None
+    start: weights.Variables | None = None
+    teacher: weights.Variables | None = None
 
     @property
     def phases(self) -> sapp.Phases:
@@ -68,7 +73,9 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
         share it.
 
     Raises:
-      ValueError: if any part of the config is out of range, unknown or does not fit the others.
+      ValueError: if any part of the config is out of range, unknown or does not fit the others; or if trained weights
+        that it names cannot be read, or are another network's.
+      FileNotFoundError: if there are no such weights.
     """
     _check_ranges(config)
     mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
@@ -83,8 +90,12 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     tx, schedule = factories.optimizer(config.optimizer, config.steps)
     epoch = max(1, round(examples / config.batch_size))
     sparsifier = factories.sparsifier(config.sparsifier, config.steps, epoch)
-    plan = sparsifier.plan(jax.eval_shape(task.init, jax.random.key(0))[0])
-    return Setup(given, config, mesh, task, tx, schedule, sparsifier, plan, _table(config.optimizer.rows, task))
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    plan = sparsifier.plan(params)
+    table = _table(config.optimizer.rows, task)
+    start = weights.read(config.init_from, params, model_state, "config.init_from") if config.init_from else None
+    teacher = _teacher(config, task, (params, model_state), start)
+    return Setup(given, config, mesh, task, tx, schedule, sparsifier, plan, table, start, teacher)
 
 
 def prepare_without_data(config: ml_collections.ConfigDict, dataset: data.Dataset | None = None) -> Setup:
@@ -112,6 +123,39 @@ def _table(rows: str, task: tasks.Task) -> tables.Table | None:
     if task.table is None:
         raise ValueError('config.optimizer.rows="batch" is for models with an embedding table; this one has none')
     return task.table
+
+
+def _teacher(
+    config: ml_collections.ConfigDict, task: tasks.Task, shapes: tuple[Any, Any], start: weights.Variables | None
+) -> weights.Variables | None:
+    """The network that the run learns from, the one that it starts from unless another is named."""
+    options = config.distil
+    if not 0 <= options.weight <= 1:
+        raise ValueError(f"config.distil.weight must be in [0, 1], 0 for no teacher; got {options.weight}")
+    if options.weight == 0:
+        if options.weights:
+            raise ValueError(
+                f"config.distil.weights={options.weights} is a teacher without influence: raise config.distil.weight "
+                "above 0, such as to 0.5"
+            )
+        return None
+    if not task.takes_teacher:
+        raise ValueError(
+            f"config.distil.weight={options.weight} needs a task that can learn from a teacher, classification; "
+            f"config.task={config.task!r} cannot"
+        )
+    found = weights.read(options.weights, *shapes, "config.distil.weights") if options.weights else start
+    if found is None:
+        raise ValueError(
+            f"config.distil.weight={options.weight} needs a teacher: name its weights by config.distil.weights, or by "
+            "config.init_from to start from them too"
+        )
+    if shapes[1] and found.model_state is None:
+        raise ValueError(
+            f"the teacher {options.weights or config.init_from} has no {', '.join(shapes[1])}, which its model needs: "
+            "take what a run has left"
+        )
+    return found._replace(model_state=found.model_state or {})
 
 
 def _resolved(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:

@@ -1,5 +1,6 @@
 """A run's pure functions: initialise, step, evaluate, finish; for one seed or mapped over several."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 
 import sa_plus_plus as sapp
 from experiments.models import tables
-from experiments.training import evaluation
+from experiments.training import evaluation, weights
 from experiments.training.setup import Setup
 
 
@@ -35,8 +36,10 @@ class Functions(NamedTuple):
     """The pure functions of a run.
 
     Attributes:
-      init: `init(seed) -> state`; the seed is an integer, or a tracer to be mapped over.
-      step: `step(state, batch) -> (state, {name: mean over the batch, and churn})`.
+      init: `init(seed, start=None) -> state`; the seed is an integer, or a tracer to be mapped over; `start` has
+        trained weights, the same for all seeds, as `Setup.start`.
+      step: `step(state, batch, teacher=None) -> (state, {name: mean over the batch, and churn})`; `teacher` as
+        `Setup.teacher`, for runs with one.
       evaluate: `evaluate(state, batch) -> ({name: sum over the batch's real examples, and weight}, ranked)`.
       finalize: `finalize(state) -> (params, model_state)`: the pruned network.
     """
@@ -51,17 +54,26 @@ def functions(setup: Setup) -> Functions:
     """The pure functions of a run."""
     task, tx, sp = setup.task, setup.tx, setup.sparsifier
 
-    def init(seed: Any) -> TrainState:
+    def init(seed: Any, start: weights.Variables | None = None) -> TrainState:
         key = jax.random.key(seed)
         params, model_state = task.init(key)
+        if start is not None:
+            given, state = jax.tree.map(jnp.copy, start)  # buffers of its own, as below
+            params, model_state = given, model_state if state is None else state
         trainable, prune = sp.init(params, key)
         # Its own buffers: a state is donated leaf by leaf.
         sparse_masks = jax.tree.map(jnp.copy, prune.masks)
         return TrainState(trainable, prune, tx.init(trainable), model_state, sparse_masks)
 
     def step(
-        state: TrainState, batch: Any, outputs_of: Callable[..., Any] = task.outputs
+        state: TrainState,
+        batch: Any,
+        teacher: weights.Variables | None = None,
+        outputs_of: Callable[..., Any] = task.outputs,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        if teacher is not None:
+            outputs_of = functools.partial(outputs_of, teacher=teacher)
+
         def mean_loss(trainable: sapp.Trainable) -> tuple[jax.Array, Any]:
             params = sp.apply(trainable, state.prune)
             outputs, model_state = outputs_of(params, state.model_state, batch, training=True)
@@ -98,14 +110,14 @@ def _on_rows(step: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
     assert table is not None
     path = table.path
 
-    def step_on_rows(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step_on_rows(state: TrainState, batch: Any, teacher: None = None) -> tuple[TrainState, dict[str, jax.Array]]:
         rows, positions = tables.taken(table.rows(batch), table.length)
         opt_state = tables.fresh_at(phases.is_boundary(state.prune.step), path, state.opt_state)
         small = state._replace(
             trainable=tables.take(path, state.trainable, rows), opt_state=tables.take(path, opt_state, rows)
         )
         outputs_of = table.outputs(rows.shape[0])
-        small, means = step(small, batch | {"positions": positions}, outputs_of)
+        small, means = step(small, batch | {"positions": positions}, outputs_of=outputs_of)
         return small._replace(
             trainable=tables.put_back(path, state.trainable, small.trainable, rows),
             opt_state=tables.put_back(path, opt_state, small.opt_state, rows),
@@ -115,16 +127,26 @@ def _on_rows(step: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
 
 
 def over_seeds(fns: Functions) -> Functions:
-    """The same for several seeds at once: every argument and result gains a leading axis, but for the test batch.
+    """The same for several seeds at once: every argument and result gains a leading axis, but for the test batch and
+    weights to start or to learn from.
 
     The step counter and the phase are the same for all seeds and stay scalars, so that the choice of masks remains a
     branch: mapped over, it would be computed at every step.
     """
     prune: Any = sapp.PruneState(step=None, phase=None, masks=0, key=0)  # type: ignore[arg-type]  # axes, not arrays
     axes = TrainState(0, prune, 0, 0, 0)  # type: ignore[arg-type]
+
+    def init(seeds: Any, start: weights.Variables | None = None) -> TrainState:
+        return jax.vmap(fns.init, in_axes=(0, None), out_axes=axes)(seeds, start)
+
+    def step(
+        state: TrainState, batch: Any, teacher: weights.Variables | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        return jax.vmap(fns.step, in_axes=(axes, 0, None), out_axes=(axes, 0))(state, batch, teacher)
+
     return Functions(
-        init=jax.vmap(fns.init, out_axes=axes),
-        step=jax.vmap(fns.step, in_axes=(axes, 0), out_axes=(axes, 0)),
+        init=init,
+        step=step,
         evaluate=jax.vmap(fns.evaluate, in_axes=(axes, None)),
         finalize=jax.vmap(fns.finalize, in_axes=(axes,)),
     )
