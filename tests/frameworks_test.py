@@ -347,6 +347,8 @@ def test_keras_optimizer():
     again, values = run(["dense_11", "dense_12", "dense_13"], [v.value for v in optim.variables])
     np.testing.assert_allclose(values, [1 - 0.5 * 1.9, 1 - 1.9, 1 - 1.5 * 1.9], rtol=1e-6)
     assert int(again.iterations) == 2
+    with pytest.raises(ValueError, match="built without 'other'"):
+        again.apply_gradients([(jnp.ones(2), keras.Variable(np.ones(2, np.float32), name="other"))])
     weights = [keras.Variable(np.ones(2, np.float32), name="a")] * 2
     with pytest.raises(ValueError, match=r"the learning rate cannot be set to 0\.1: it is inside"):
         optim.learning_rate = 0.1

@@ -86,6 +86,10 @@ def _optimizer_class() -> Any:
             if trainable_variables is not None:
                 self.build(list(trainable_variables))
                 given = {variable.path: grad for variable, grad in zip(trainable_variables, grads, strict=True)}
+                if unknown := given.keys() - {variable.path for variable in self._trainable_variables}:
+                    raise ValueError(
+                        f"this optimizer was built without {min(unknown)!r}: make another for these variables"
+                    )
                 grads = [given.get(variable.path) for variable in self._trainable_variables]
             variables, held = self._trainable_variables, self.variables[self._others :]
             params = self._by_path([variable.value for variable in variables])
