@@ -240,7 +240,8 @@ def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> G
     The outputs are the last axis, or as many as the bias has. A bias that begins with the leaf's first axes too belongs
     to stacked layers, as `nn.scan`, `nnx.vmap` and `eqx.filter_vmap` make them; without a bias, layers are stacked if
     all leaves of the nearest module with a bias or a scale begin with the same axes. Three axes under the names that
-    flax and Keras give to attention projections are `d (h k)`. An Equinox weight of its bias's shape is that of a norm.
+    flax and Keras give to attention projections are `d (h k)`. A bias as long as the last axis but one is that of a
+    transposed convolution in Keras or Haiku, `h w o i`. An Equinox weight of its bias's shape is that of a norm.
 
     Args:
       path: of the leaf, keys joined by `/`.
@@ -256,18 +257,28 @@ def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> G
     if len(shape) < 2 + stack or (outputs_first and bias == shape):
         return Guess(None, True)
     if len(shape) == 2:
-        return Guess(View((), (1,), (0,)) if outputs_first else default(2), True)
+        return Guess(_outputs_first(2) if outputs_first else default(2), True)
+    if outputs_first:
+        stacks = list(_stacks_outputs_first(shape, bias)) if bias else [stack]
+        stack = (stacks or [0])[0]
+        sure = len(stacks) == 1 and (bias is not None or len(shape) - stack != 3)
+        return Guess(_stacked(_outputs_first(len(shape) - stack), stack), sure)
     if bias:
-        stacks = list((_stacks_outputs_first if outputs_first else _stacks_outputs_last)(shape, bias))
-        stack, sure = (stacks or [0])[0], len(stacks) == 1
-        outputs = len(bias) - stack if stacks else 1
-    else:
-        inner = len(shape) - stack
-        parent = path.split("/")[-2:][0]
-        outputs = 2 if inner == 3 and parent in _PROJECTIONS else 1
-        sure = inner != 3 or (not outputs_first and parent in (*_PROJECTIONS, *_OUTPUTS))
-    inner = len(shape) - stack
-    return Guess(_stacked(_outputs_first(inner) if outputs_first else _outputs_last(inner, outputs), stack), sure)
+        return _by_bias(shape, bias, "transpose" in path.lower())
+    inner, parent = len(shape) - stack, path.rpartition("/")[0].rpartition("/")[2]
+    outputs = 2 if inner == 3 and parent in _PROJECTIONS else 1
+    return Guess(_stacked(_outputs_last(inner, outputs), stack), inner != 3 or parent in (*_PROJECTIONS, *_OUTPUTS))
+
+
+def _by_bias(shape: Shape, bias: Shape, transposed: bool) -> Guess:
+    """Outputs last, and as many as the bias has; `transposed` where a name says that they may be the last but one."""
+    stacks = list(_stacks_outputs_last(shape, bias))
+    last_but_one = bias == shape[-2:-1]
+    if not stacks and last_but_one:
+        return Guess(_transposed(len(shape)), True)
+    stack = (stacks or [0])[0]
+    view = _outputs_last(len(shape) - stack, len(bias) - stack if stacks else 1)
+    return Guess(_stacked(view, stack), len(stacks) == 1 and not (transposed and last_but_one))
 
 
 def _stacks_outputs_last(shape: Shape, bias: Shape) -> Iterator[int]:
@@ -291,6 +302,11 @@ def _outputs_last(ndim: int, outputs: int) -> View:
 def _outputs_first(ndim: int) -> View:
     """Of a convolution the rows are read as in a kernel with its outputs last: by the image's axes, then the inputs."""
     return View((), (*range(2, ndim), 1), (0,))
+
+
+def _transposed(ndim: int) -> View:
+    """Of a transposed convolution of Keras or Haiku, whose outputs stand before its inputs."""
+    return View((), (*range(ndim - 2), ndim - 1), (ndim - 2,))
 
 
 def _stacked(view: View, stack: int) -> View:
