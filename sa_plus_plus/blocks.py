@@ -83,12 +83,14 @@ def as_sides(block: int | Sequence[int | None]) -> tuple[int | None, int | None]
       ValueError: if a side is neither a positive integer nor None in a pair, or there are not two of them.
     """
     pair = isinstance(block, Sequence | np.ndarray)
-    sides = tuple(block) if pair else (block, block)  # type: ignore[arg-type]
+    sides: tuple[Any, ...] = tuple(block) if pair else (block, block)  # type: ignore[arg-type]
 
-    def whole(side: Any) -> bool:
-        return isinstance(side, int | np.integer) and not isinstance(side, bool) and side > 0
+    def fits(side: Any) -> bool:
+        if side is None:
+            return pair
+        return isinstance(side, int | np.integer) and not isinstance(side, bool) and bool(side > 0)
 
-    if len(sides) != 2 or not all(whole(side) or (pair and side is None) for side in sides):
+    if len(sides) != 2 or not all(map(fits, sides)):
         raise ValueError(
             f"block must be a positive integer or a pair of them, got {block!r}; None in a pair is the whole side"
         )
@@ -129,7 +131,7 @@ def to_blocks(kernel: Array, block: Block, view: View | None = None) -> Array:
     (rows, cols), (b_r, b_c) = matrix_shape(kernel.shape, view), block
     g_r, g_c = grid_shape(kernel.shape, block, view)
     matrix = matrices(kernel, view)
-    stack = matrix.shape[:-2]
+    stack: tuple[int, ...] = matrix.shape[:-2]
     if (g_r * b_r, g_c * b_c) != (rows, cols):
         pad: Any = np.pad if isinstance(kernel, np.ndarray) else jnp.pad
         matrix = pad(matrix, (*((0, 0) for _ in stack), (0, g_r * b_r - rows), (0, g_c * b_c - cols)))
