@@ -83,12 +83,14 @@ def as_sides(block: int | Sequence[int | None]) -> tuple[int | None, int | None]
       ValueError: if a side is neither a positive integer nor None in a pair, or there are not two of them.
     """
     pair = isinstance(block, Sequence | np.ndarray)
-    sides: tuple[Any, ...] = tuple(block) if isinstance(block, Sequence | np.ndarray) else (block, block)
+    sides: tuple[Any, ...] = tuple(block) if pair else (block, block)  # type: ignore[arg-type]
 
-    def whole(side: Any) -> bool:
+    def fits(side: Any) -> bool:
+        if side is None:
+            return pair
         return isinstance(side, int | np.integer) and not isinstance(side, bool) and bool(side > 0)
 
-    if len(sides) != 2 or not all(whole(side) or (pair and side is None) for side in sides):
+    if len(sides) != 2 or not all(map(fits, sides)):
         raise ValueError(
             f"block must be a positive integer or a pair of them, got {block!r}; None in a pair is the whole side"
         )
