@@ -166,7 +166,7 @@ def pruned(draw):
     rest = [draw(st.integers(0, side - 1)) for side in block]
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     mask = rng.random((grid[0] + 1, grid[1] + 1)) < draw(st.sampled_from([0.05, 0.2, 0.5]))
-    hypothesis.assume(mask[:-1, :-1].any())
+    hypothesis.assume(mask[:-1, :-1].sum() >= 6)  # one or two blocks may as well be parts of larger ones
     kernel = np.kron(mask, np.ones(block))[: grid[0] * block[0] + rest[0], : grid[1] * block[1] + rest[1]]
     return kernel * rng.normal(size=kernel.shape), block
 

@@ -87,8 +87,8 @@ SHAPES = st.sampled_from(
 )
 
 
-@hypothesis.given(SHAPES, st.tuples(st.integers(1, 5), st.integers(1, 5)), st.integers(0, 99))
-@problems.examples(40)
+@hypothesis.given(SHAPES, st.sampled_from([(1, 1), (2, 3), (3, 2), (5, 4)]), st.integers(0, 99))
+@problems.examples(20)
 def test_blocks_of_views_against_numpy(drawn, block, seed):
     (shape, view), rng = drawn, np.random.default_rng(seed)
     kernel = rng.normal(size=shape) * (rng.random(shape) < 0.3)
