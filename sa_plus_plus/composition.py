@@ -287,7 +287,8 @@ class _Algorithm:
             return self.score(weights, trainable.logits.get(path), layers[path], key)
 
         scores = {path: scored(path, w) for path, w in _kernels(trainable, layers)}
-        k = {path: _blocks_due(layer, self.phases, step) for path, layer in layers.items()}
+        fraction, reached = self.phases.fraction(step), self.phases.reached(step)
+        k = {path: _blocks_due(layer, fraction, reached) for path, layer in layers.items()}
         narrows = self.phases.narrows(step) & self.monotone
         return self.choose(scores, k, {path: mask | ~narrows for path, mask in prune.masks.items()})
 
@@ -328,11 +329,17 @@ def check_phases(phases: Any) -> None:
         raise TypeError(f"phases must be a schedule such as `phases.custom(total_steps, [...])` makes, got {phases!r}")
 
 
-def _blocks_due(layer: LeafPlan, phases: Phases, step: jax.Array) -> jax.Array:
-    """`floor((1 - sparsity(t)) * N)` of each matrix, and exactly the planned number where the target is due."""
+def _blocks_due(layer: LeafPlan, fraction: jax.Array, reached: jax.Array) -> jax.Array:
+    """`floor((1 - sparsity(t)) * N)` of each matrix, and exactly the planned number where the target is due.
+
+    Args:
+      layer: whose blocks are counted.
+      fraction: share of the target sparsity that is due.
+      reached: whether all of it is.
+    """
     blocks, kept = math.prod(layer.grid), layer.kept_each
-    dropped = jnp.ceil(layer.sparsity * phases.fraction(step) * blocks).astype(jnp.int32)
-    return jnp.where(phases.reached(step), kept, jnp.maximum(blocks - dropped, kept))
+    dropped = jnp.ceil(layer.sparsity * fraction * blocks).astype(jnp.int32)
+    return jnp.where(reached, kept, jnp.maximum(blocks - dropped, kept))
 
 
 def _kernels(trainable: Trainable, layers: dict[str, LeafPlan]) -> list[tuple[str, jax.Array]]:
