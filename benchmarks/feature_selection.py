@@ -77,9 +77,7 @@ def by_group_lasso(dataset: data.Dataset) -> list[Chosen]:
         norms = np.asarray(convex.groups.norms(groups, start))
         if np.count_nonzero(norms) >= _FEATURES.value:
             return [best(norms)]
-    raise RuntimeError(
-        f"no lambda of the path gives {_FEATURES.value} features, the last one {np.count_nonzero(norms)}"
-    )
+    raise RuntimeError(f"no lambda of the path gives {_FEATURES.value} features")
 
 
 def all_features(dataset: data.Dataset) -> list[Chosen]:

@@ -1,17 +1,17 @@
 """Choosing the 50 input features that a network needs most, of a table or of the pixels of images.
 
     python -m experiments.main --config=configs/feature_selection.py --config.data.local=table.csv --config.features=10
-    python -m experiments.main --config=configs/feature_selection.py:fashion_mnist --config.data.local=path/to/its/four/files
-    python -m benchmarks.feature_selection --data=mnist --local=path/to/its/four/files
+    python -m experiments.main --config=configs/feature_selection.py:mnist --config.data.local=path/to/its/files
+    python -m benchmarks.feature_selection --data=mnist --local=path/to/its/files
 
 The table is a CSV file with a header, whose last column is the target, or the one that --config.data.options.target
 names; classes may be called anything, all else must be numbers. --config.data.options.group names a column whose
 rows of one value stay together when test rows are drawn, --config.data.options.ignore columns to leave out. The run
 leaves `features.json`: the features that were kept, the one with the largest weights first.
 
-A group of weights is a feature's row of the first kernel, so that Sequential Attention's softmax is over features, as in
-the paper that it is from (Yasuda, Bateni, Chen, Fahrbach, Fu, Mirrokni: Sequential Attention for Feature Selection,
-ICLR 2023, arXiv:2209.14881), which has 50 features and one hidden layer of 67 units too. Nothing was tuned.
+A group of weights is a feature's row of the first kernel, so that Sequential Attention's softmax is over features, as
+in Yasuda, Bateni, Chen, Fahrbach, Fu, Mirrokni: Sequential Attention for Feature Selection, ICLR 2023,
+arXiv:2209.14881, which has 50 features and one hidden layer of 67 units too.
 """
 
 from ml_collections import ConfigDict

@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
 
 def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
-    """Classification of images or rows of a table by cross-entropy (with a teacher, `distilled`), measured by accuracy."""
+    """Classification of images or table rows by cross-entropy, with a teacher by `distilled`; measured by accuracy."""
     options = {"classes": dataset.classes, **config.model_options}
     model = registry.lookup(models, config.model, "config.model", options)
     name = "row" if dataset.columns else "image"

@@ -56,8 +56,8 @@ def csv_table(
     groups = np.array(table[group].to_pylist(), str) if group else None
     train, test = _split(file, len(labels), groups, held_out, seed)
     rows = _standardised(file, names, values, train)
-    parts = ({"row": rows[part], "label": labels[part].astype(np.int32)} for part in (train, test))
-    return Dataset(*map(Arrays, parts), len(classes), columns=tuple(names))
+    to_train, to_test = (Arrays({"row": rows[i], "label": labels[i].astype(np.int32)}) for i in (train, test))
+    return Dataset(to_train, to_test, len(classes), columns=tuple(names))
 
 
 def _read(file: pathlib.Path, texts: list[str]) -> pa.Table:
@@ -92,10 +92,8 @@ def _labels(file: pathlib.Path, table: pa.Table, target: str) -> np.ndarray:
 def _numbers(file: pathlib.Path, table: pa.Table, name: str) -> np.ndarray:
     """A feature's values, float64, NaN where they are missing."""
     column = table[name]
-    kind = column.type
-    if not any(
-        test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
-    ):
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    if not any(is_of_kind(column.type) for is_of_kind in kinds):
         value = next(value for value in column.to_pylist() if not _is_number(value))
         raise ValueError(
             f"the column {name!r} of {file} is not numeric, it has {str(value)!r}: turn it into numbers, or ignore it "

@@ -132,10 +132,10 @@ def _keeping_features(config: ml_collections.ConfigDict, task: tasks.Task) -> ml
 
 def _check_features(config: ml_collections.ConfigDict, task: tasks.Task, plan: sapp.Plan) -> None:
     """Refuse to prune anything but whole features where the config says how many are to be kept."""
-    wanted = len(task.dataset.features), config.get("features")
-    if "features" in config and any(
-        (*layer.grid, layer.kept) != (wanted[0], 1, wanted[1]) for layer in plan.pruned.values()
-    ):
+    if "features" not in config:
+        return
+    wanted = len(task.dataset.features), 1, config.features
+    if any((*layer.grid, layer.kept) != wanted for layer in plan.pruned.values()):
         raise ValueError(
             f"config.features={config.features} is for rows of the first kernel alone: set "
             f"config.sparsifier.block={config.sparsifier.block} to (1, None), and config.sparsifier.only="
