@@ -49,7 +49,7 @@ def csv_table(
         raise ValueError(f"{file} has no column besides the target {target!r} and those left out: there is no feature")
     classes, labels = np.unique(_labels(file, table, target), return_inverse=True)
     if len(classes) < 2:
-        raise ValueError(f"the target {target!r} of {file} has one class only, {classes[0]!r}: it should have two")
+        raise ValueError(f"the target {target!r} of {file} has one class only, {str(classes[0])!r}: it should have two")
     if len(classes) == len(labels):
         raise ValueError(f"the target {target!r} of {file} has another label in each row: it should name classes")
     values = np.stack([_numbers(file, table, name) for name in names], 1)
@@ -121,7 +121,7 @@ def _split(
     if not 0 < held_out < 1:
         raise ValueError(f"held_out is the share of the rows to test on and must be in (0, 1), got {held_out}")
     if groups is not None and len(set(groups)) < 2:
-        raise ValueError(f"all rows of {file} are of one group, {groups[0]!r}: none would be left to test on")
+        raise ValueError(f"all rows of {file} are of one group, {str(groups[0])!r}: none would be left to test on")
     make = ShuffleSplit if groups is None else GroupShuffleSplit
     try:
         train, test = next(make(1, test_size=held_out, random_state=seed).split(np.empty(rows), groups=groups))
