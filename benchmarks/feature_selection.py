@@ -4,13 +4,15 @@
     python -m benchmarks.feature_selection --data=fashion_mnist --local=path/to/its/files
 
 Features are chosen on the training part; then a fresh network, configs/feature_selection.py without pruning, is trained
-on these alone, and its accuracy on the test part is what counts. The simpler ways are scikit-learn's estimate of the
-mutual information of each feature with the label, the group LASSO of multinomial regression (a group is a feature's
-coefficients of all classes; of the first lambda of a path that gives enough features those of the largest norm), and
-all features. Both look at a part of the training rows. What is measured is written after each way; the same command
-goes on from there.
+on these alone, and its accuracy on the test part is what counts. Each algorithm has its own schedule, but Sequential
+Attention that of the config, and by the name `sequential_attention_cycles` the one of SequentialAttention++. The simpler
+ways are scikit-learn's estimate of the mutual information of each feature with the label, the group LASSO of multinomial
+regression (a group is a feature's coefficients of all classes; of the first lambda of a path that gives enough features
+those of the largest norm), and all features. The first two look at a part of the training rows. What is measured is
+written after each way; the same command goes on from there.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -46,10 +48,16 @@ LAMBDAS = 40  # of the group LASSO's path, down to a hundredth of the one at whi
 Chosen = Sequence[int]
 
 
+CYCLES = "sequential_attention_cycles"
+
+
 def config_of(name: str) -> ml_collections.ConfigDict:
     config = feature_selection.get_config(_DATA.value)
     config.data.local = _LOCAL.value
-    config.features, config.epochs, config.sparsifier.name = _FEATURES.value, _EPOCHS.value, name
+    config.features, config.epochs = _FEATURES.value, _EPOCHS.value
+    config.sparsifier.name = name.removesuffix("_cycles")
+    if name != "sequential_attention":
+        config.sparsifier.schedule = ()
     config.eval_every = config.log_every = 10**9  # the last step is measured all the same
     return config
 
@@ -84,8 +92,9 @@ def all_features(dataset: data.Dataset) -> list[Chosen]:
     return [range(len(dataset.features))]
 
 
+ALGORITHMS = [*(name for name in factories.NAMES if name != "dense"), CYCLES]
 METHODS: dict[str, Callable[[data.Dataset], list[Chosen]]] = {
-    **{name: lambda d, name=name: by_algorithm(name, d) for name in factories.NAMES if name != "dense"},  # type: ignore
+    **{name: functools.partial(by_algorithm, name) for name in ALGORITHMS},
     "mutual_information": by_mutual_information,
     "group_lasso": by_group_lasso,
     "all_features": all_features,
