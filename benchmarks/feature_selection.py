@@ -5,8 +5,8 @@
 
 Features are chosen on the training part; then a fresh network, configs/feature_selection.py without pruning, is trained
 on these alone, and its accuracy on the test part is what counts. Each algorithm has its own schedule, but Sequential
-Attention that of the config, and by the name `sequential_attention_cycles` the one of SequentialAttention++. The simpler
-ways are scikit-learn's estimate of the mutual information of each feature with the label, the group LASSO of multinomial
+Attention that of the config; `sequential_attention_cycles` has the one of SequentialAttention++. The simpler ways are
+scikit-learn's estimate of the mutual information of each feature with the label, the group LASSO of multinomial
 regression (a group is a feature's coefficients of all classes; of the first lambda of a path that gives enough features
 those of the largest norm), and all features. The first two look at a part of the training rows. What is measured is
 written after each way; the same command goes on from there.

@@ -38,8 +38,4 @@ def get_config(data: str = "table") -> ConfigDict:
     config.sparsifier.only = "Dense_0/kernel"
     config.sparsifier.min_blocks = 1
     config.sparsifier.schedule = (("dense", 0.4), ("sparsification", 0.45), ("sparse", 0.15))
-        ("dense", 0.4),
-        ("sparsification", 0.45),
-        ("sparse", 0.15),
-    )  # () for the algorithm's own
     return config
