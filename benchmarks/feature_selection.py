@@ -34,8 +34,8 @@ from experiments.training import factories, loop, program
 from experiments.training.setup import prepare
 from sa_plus_plus import convex
 
-_DATA = flags.DEFINE_enum("data", "mnist", ["mnist", "fashion_mnist", "table"], "Data set.")
-_LOCAL = flags.DEFINE_string("local", "", "Directory with its four files, or the table; empty for TensorFlow Datasets.")
+_DATA = flags.DEFINE_enum("data", "mnist", ["mnist", "fashion_mnist"], "Data set.")
+_LOCAL = flags.DEFINE_string("local", "", "Directory with its four files; empty for TensorFlow Datasets.")
 _FEATURES = flags.DEFINE_integer("features", 50, "How many are kept.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds of the networks, of the order of the data and of the random masks.")
 _EPOCHS = flags.DEFINE_float("epochs", 20.0, "Length of each run, of selection and of training afterwards.")
