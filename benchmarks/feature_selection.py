@@ -124,7 +124,8 @@ def restricted(dataset: data.Dataset, features: Chosen) -> data.Dataset:
 
     def part(source: data.Source) -> data.Arrays:
         arrays = in_memory(source).arrays
-        return data.Arrays({"row": flat(arrays)[:, list(features)], "label": arrays["label"]})
+        rows = np.take(flat(arrays), list(features), axis=1)  # row by row in memory, as they are gathered
+        return data.Arrays({"row": rows, "label": arrays["label"]})
 
     names = tuple(dataset.features[i] for i in features)
     return data.Dataset(part(dataset.train), part(dataset.test), dataset.classes, columns=names)

@@ -1,6 +1,7 @@
 """Tables from CSV files, and runs that keep exactly so many of their columns."""
 
 import csv
+import gzip
 import json
 
 import jax
@@ -123,6 +124,13 @@ def test_labels_are_text_whatever_they_look_like(tmp_path):
     assert dataset.classes == 3
 
 
+def test_a_column_may_turn_out_to_be_fractional_late_in_a_long_file(tmp_path):
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(gzip.compress(("x,y\n" + "1000000,a\n" * 150_000 + "0.5,b\n" * 10).encode(), 1))
+    dataset = catalog.table(str(path))
+    assert len(np.unique(dataset.train.arrays["row"])) == 2
+
+
 GOOD = [["1", "2", "a"], ["2", "1", "b"], ["3", "5", "a"], ["4", "4", "b"], ["5", "0", "a"]]
 
 
@@ -146,6 +154,7 @@ def with_column(values):
         ([*GOOD, ["1", "1", ""]], {}, "row 6 of .* has no label"),
         ([[*row[:1], "3", *row[2:]] for row in GOOD], {"group": "x"}, "all rows of .* are of one group, '3'"),
         ([], {}, "has a header but no rows"),
+        ([["1", "2", "a"]], {}, "one class only"),
         ([*GOOD, ["1", "2"]], {}, "cannot be read as a CSV file"),
     ],
 )

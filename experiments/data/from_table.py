@@ -24,6 +24,7 @@ def csv_table(
       path: of the file, plain or `.gz`.
       target: the column of labels, of any text; "" for the last one.
       group: a column whose rows of one value are all for training or all for testing; "" for none.
+        Rows without a value are one group.
       ignore: further columns that are no features, separated by commas.
       held_out: share of the rows, or of the groups, that is for testing.
       seed: of the split.
@@ -65,8 +66,12 @@ def _read(file: pathlib.Path, texts: list[str]) -> pa.Table:
     if not file.is_file():
         raise FileNotFoundError(f"no file {file.absolute()}: it should be a CSV file with a header")
     try:
+        with pa.input_stream(str(file), compression="detect") as stream:
+            content = stream.read()
         options = csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
-        table = csv.read_csv(file, convert_options=options)
+        # One block where it may be, since the types of columns are inferred from the first one.
+        reading = csv.ReadOptions(block_size=min(len(content) + 1, 2**31 - 1))
+        table = csv.read_csv(pa.BufferReader(content), reading, convert_options=options)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file} cannot be read as a CSV file: {error}") from error
     names = table.column_names
