@@ -169,8 +169,18 @@ def plot(rows: list[dict[str, Any]]) -> Any:
             axis.plot(row["accuracy"], [i] * len(row["accuracy"]), "o", color="C0", alpha=0.5)
             axis.plot([np.mean(row["accuracy"])] * 2, [i - 0.3, i + 0.3], color="C0")
         axis.set_yticks(range(len(mine)), [row["method"].replace("_", " ") for row in mine], fontsize="small")
+        axis.locator_params(axis="x", nbins=5)
         axis.set(xlabel="test accuracy of a fresh network", title=f"{name}, {_FEATURES.value} features")
     return fig
+
+
+def measure(name: str, dataset: data.Dataset) -> dict[str, Any]:
+    """One row of the table; `seconds` of choosing once, compilation included."""
+    started = time.perf_counter()
+    chosen = METHODS[name](dataset)
+    seconds = round((time.perf_counter() - started) / len(chosen), 1)
+    row = {"data": _DATA.value, "method": name, "accuracy": retrained(dataset, chosen), "seconds": seconds}
+    return row if name == "all_features" else row | {"features": [" ".join(map(str, one)) for one in chosen]}
 
 
 def main(argv: list[str]) -> None:
@@ -180,19 +190,10 @@ def main(argv: list[str]) -> None:
     for name in METHODS if _METHODS.value == ["all"] else _METHODS.value:
         if any((row["data"], row["method"]) == (_DATA.value, name) for row in rows):
             continue
-        started = time.perf_counter()
-        chosen = METHODS[name](dataset)
-        seconds = (time.perf_counter() - started) / len(chosen)
-        row = {
-            "data": _DATA.value,
-            "method": name,
-            "accuracy": retrained(dataset, chosen),
-            "seconds": round(seconds, 1),
-        }
-        rows.append(row | ({} if name == "all_features" else {"features": [list(features) for features in chosen]}))
+        rows.append(measure(name, dataset))
         console.print(*cells(row).values(), highlight=False)
         timing.save(_NAME.value, {"settings": settings(), "rows": rows})
-        report.save_figure(timing.RESULTS / f"{_NAME.value}.png", plot(rows))
+    report.save_figure(timing.RESULTS / f"{_NAME.value}.png", plot(rows))
     console.print(progress.table("Feature selection", [cells(row) for row in rows]))
 
 

@@ -23,8 +23,8 @@ def csv_table(
     Args:
       path: of the file, plain or `.gz`.
       target: the column of labels, of any text; "" for the last one.
-      group: a column whose rows of one value are all for training or all for testing; "" for none.
-        Rows without a value are one group.
+      group: a column whose rows of one value are all for training or all for testing, those without a value being one
+        group; "" for none.
       ignore: further columns that are no features, separated by commas.
       held_out: share of the rows, or of the groups, that is for testing.
       seed: of the split.
