@@ -175,7 +175,7 @@ def plot(rows: list[dict[str, Any]]) -> Any:
 
 
 def measure(name: str, dataset: data.Dataset) -> dict[str, Any]:
-    """One row of the table; `seconds` of choosing once, compilation included."""
+    """One row of the table; `seconds` of choosing, per seed, compilation included."""
     started = time.perf_counter()
     chosen = METHODS[name](dataset)
     seconds = round((time.perf_counter() - started) / len(chosen), 1)
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
         if any((row["data"], row["method"]) == (_DATA.value, name) for row in rows):
             continue
         rows.append(measure(name, dataset))
-        console.print(*cells(row).values(), highlight=False)
+        console.print(*cells(rows[-1]).values(), highlight=False)
         timing.save(_NAME.value, {"settings": settings(), "rows": rows})
     report.save_figure(timing.RESULTS / f"{_NAME.value}.png", plot(rows))
     console.print(progress.table("Feature selection", [cells(row) for row in rows]))
