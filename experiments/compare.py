@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
         configs = {name: _with_algorithm(config, name) for name in names}
         dataset = tasks.dataset_of(config.data)
         setups = {name: prepare(c, dataset=dataset) for name, c in configs.items()}
+        config.sparsifier.sparsity = setups[names[0]].config.sparsifier.sparsity
         workdir = cli.workdir_path(_WORKDIR.value, f"{config.name}-compare")
         if (workdir / RESULT).exists() and not _OVERWRITE.value:
             raise FileExistsError(f"{workdir} holds a comparison: choose another --workdir or pass --overwrite")
@@ -75,7 +76,8 @@ def main(argv: list[str]) -> None:
     }
     files.write_json(workdir / RESULT, content)
     _plot(workdir / "compare.png", config, outcomes, metric, lower_is_better)
-    title = f"{config.name}, {config.model}, blocks {config.sparsifier.block}: mean ± std of {len(seeds)} seeds"
+    block = progress.sizes(config.sparsifier.block)
+    title = f"{config.name}, {config.model}, blocks {block}: mean ± std of {len(seeds)} seeds"
     console.print(progress.table(title, [_cells(row, metric) for row in rows]))
     console.print(f"In {workdir}: compare.json, compare.png", highlight=False)
     if all(all(row["diverged"]) for row in rows):

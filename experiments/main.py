@@ -5,7 +5,8 @@
     python -m experiments.main --config.init_from=runs/dense --config.sparsifier.recipe=finetune
 
 Without flags it runs configs/mnist.py. The third starts from the weights that a run has left in runs/dense. The work
-directory gets `result.json`, `metrics.jsonl`, `pruned.safetensors`, `run.png`, `tensorboard/` and `checkpoints/`. The
+directory gets `result.json`, `metrics.jsonl`, `pruned.safetensors`, `run.png`, `tensorboard/` and `checkpoints/`, and
+`features.json` where features are selected (configs/feature_selection.py). The
 same command again resumes a run that was interrupted, and ends as if it had not been. Exit status: 0 done, 2 bad input,
 3 diverged, 4 stopped by SIGTERM after saving, 5 disk full.
 """
@@ -34,6 +35,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a ne
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run that the work directory holds and begin anew.")
 _RESUME_CHANGED = flags.DEFINE_bool("resume_changed", False, "Resume though the config differs from the run's own.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a JAX trace of a few steps to profile/ in the work directory.")
+
+
+FEATURES = "features.json"
 
 
 def main(argv: list[str]) -> None:
@@ -131,6 +135,8 @@ def _one(
         report.save_weights(path / "pruned.safetensors", outcome)
         heading = f"{config.name}: {config.sparsifier.name}, blocks {progress.sizes(config.sparsifier.block)}"
         report.plot_run(path / "run.png", outcome, rows, metric, heading)
+        if "features" in config and outcome.plan.pruned:
+            files.write_json(path / FEATURES, report.chosen_features(outcome, setup.task.dataset.features))
         files.write_json(path / workdir.RESULT, result)  # last: where it stands, the run is complete
     return files.finite(result)
 
@@ -139,7 +145,7 @@ def _clear(path: pathlib.Path) -> None:
     """Delete what a run has left in a directory; nothing in one that holds no run."""
     if not (path / workdir.CONFIG).exists():
         return
-    for name in (workdir.RESULT, workdir.METRICS, "pruned.safetensors", "run.png"):
+    for name in (workdir.RESULT, workdir.METRICS, FEATURES, "pruned.safetensors", "run.png"):
         (path / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard", "profile", "dense_twin"):
         shutil.rmtree(path / name, ignore_errors=True)

@@ -50,25 +50,26 @@ class Task(NamedTuple):
 
 
 def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
-    """Image classification by cross-entropy, measured by accuracy; with a teacher, by `distilled`."""
+    """Classification of images or table rows by cross-entropy, with a teacher by `distilled`; measured by accuracy."""
     options = {"classes": dataset.classes, **config.model_options}
     model = registry.lookup(models, config.model, "config.model", options)
+    name = "row" if dataset.columns else "image"
     mean, std = np.float32(config.data.mean or 0), np.float32(config.data.std or 1)
 
     def outputs(
         params: Any, model_state: Any, batch: Any, training: bool, teacher: tuple[Any, Any] | None = None
     ) -> tuple[dict[str, jax.Array], Any]:
-        image = (_unit(batch["image"]) - mean) / std
-        logits, model_state = _apply(model, params, model_state, image, training)
+        x = (_unit(batch[name]) - mean) / std
+        logits, model_state = _apply(model, params, model_state, x, training)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         if teacher is not None:
-            taught, _ = _apply(model, *teacher, image, training=False)
+            taught, _ = _apply(model, *teacher, x, training=False)
             loss = distilled(loss, logits, taught, config.distil.temperature, config.distil.weight)
         accuracy = (jnp.argmax(logits, -1) == batch["label"]).astype(jnp.float32)
         return {"loss": loss, "accuracy": accuracy}, model_state
 
-    init = functools.partial(_init, model, _unit(dataset.example["image"]))
-    return Task("accuracy", model, dataset, init, outputs, takes_teacher=True)
+    init = functools.partial(_init, model, _unit(dataset.example[name]))
+    return Task("accuracy", model, dataset, init, outputs, name, takes_teacher=True)
 
 
 def distilled(

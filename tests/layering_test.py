@@ -85,6 +85,7 @@ EXPERIMENTS = (
     "data.from_tfds",
     "data.from_folder",
     "data.from_text",
+    "data.from_table",
     "data.criteo.columns",
     "data.criteo.prepared",
     "data.criteo",

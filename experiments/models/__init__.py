@@ -2,10 +2,11 @@
 
 from experiments.models.click import ClickNet
 from experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet50
-from experiments.models.small import Autoencoder, ConvNet, LeNet300
+from experiments.models.small import MLP, Autoencoder, ConvNet, LeNet300
 from experiments.models.transformer import Decoder, ViT
 
 __all__ = [
+    "MLP",
     "Autoencoder",
     "ClickNet",
     "ConvNet",

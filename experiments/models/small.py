@@ -1,20 +1,29 @@
 """Small networks for small images, `(batch, height, width, channels)`; classifiers give logits `(batch, classes)`."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 
 
-class LeNet300(nn.Module):
-    """LeNet-300-100: two hidden layers, no convolution. 266,200 kernel weights on 28 x 28 images."""
+class MLP(nn.Module):
+    """Hidden layers of these widths, no convolution; examples may have any shape."""
 
     classes: int = 10
+    widths: Sequence[int] = (67,)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
-        for width in (300, 100):
+        for width in self.widths:
             x = nn.relu(nn.Dense(width)(x))
         return nn.Dense(self.classes)(x)
+
+
+class LeNet300(MLP):
+    """LeNet-300-100: two hidden layers, no convolution. 266,200 kernel weights on 28 x 28 images."""
+
+    widths: Sequence[int] = (300, 100)
 
 
 class ConvNet(nn.Module):

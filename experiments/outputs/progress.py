@@ -90,9 +90,9 @@ def warn_of_short_phases(phases: Mapping[str, sapp.Phases], console: Console) ->
         )
 
 
-def sizes(shape: Sequence[int]) -> str:
-    """`8×8` for `(8, 8)`."""
-    return "×".join(map(str, shape))
+def sizes(shape: Sequence[int | None]) -> str:
+    """`8×8` for `(8, 8)`, `1×all` for `(1, None)`."""
+    return "×".join("all" if side is None else str(side) for side in shape)
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:

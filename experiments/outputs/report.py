@@ -3,6 +3,7 @@
 import pathlib
 import platform
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import flax
@@ -86,6 +87,19 @@ def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> 
         "versions": versions(),
         "config": config.to_dict(),
     }
+
+
+def chosen_features(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The inputs that the network uses, by the norm of their rows of the pruned kernel, the largest first.
+
+    Args:
+      outcome: of a network whose first kernel alone is pruned, in whole rows.
+      names: of all inputs.
+    """
+    (path,) = outcome.plan.pruned
+    norms = np.linalg.norm(kernel_leaves(outcome)[path], axis=1)
+    order = np.argsort(-norms, kind="stable")[: np.count_nonzero(norms)]
+    return [{"name": names[i], "index": int(i), "norm": float(norms[i])} for i in order]
 
 
 def save_weights(path: pathlib.Path, outcome: Outcome) -> None:

@@ -32,7 +32,7 @@ class Setup(NamedTuple):
     """The parts of a run that its config describes.
 
     Attributes:
-      given: the config as it was given.
+      given: the config as it was given, with the sparsity that its number of features stands for.
       config: the same with lengths in steps, and the learning rate as it applies to the batch.
       mesh: the devices.
       task: what is trained.
@@ -83,6 +83,7 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
         sharding.check_batch(config[name], mesh, f"config.{name}")
     make_task = getattr(tasks, registry.check(config.task, TASKS, "config.task"))
     task = make_task(config, dataset or tasks.dataset_of(config.data))
+    config = _keeping_features(config, task)
     examples = len(task.dataset.train)
     if config.batch_size > examples:
         raise ValueError(f"config.batch_size={config.batch_size} exceeds the {examples} training examples")
@@ -92,6 +93,7 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     sparsifier = factories.sparsifier(config.sparsifier, config.steps, epoch)
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     plan = sparsifier.plan(params)
+    _check_features(config, task, plan)
     table = _table(config.optimizer.rows, task)
     start = weights.read(config.init_from, params, model_state, "config.init_from") if config.init_from else None
     teacher = _teacher(config, task, (params, model_state), start)
@@ -114,6 +116,31 @@ def _check_ranges(config: ml_collections.ConfigDict) -> None:
         if not least <= value < below:
             wanted = f"in [{least}, {below})" if below < math.inf else f"a finite number from {least}"
             raise ValueError(f"config.{name} must be {wanted}, got {value}")
+
+
+def _keeping_features(config: ml_collections.ConfigDict, task: tasks.Task) -> ml_collections.ConfigDict:
+    """The config with the sparsity at which `features` rows of the first kernel are kept, where it has that option."""
+    if "features" not in config:
+        return config
+    count = len(task.dataset.features)
+    if not 1 <= config.features <= count:
+        raise ValueError(f"config.features={config.features} must be from 1 to the {count} features that the data have")
+    config = config.copy_and_resolve_references()
+    config.sparsifier.sparsity = (count - config.features) / count  # nearest to it, so exactly so many are kept
+    return config
+
+
+def _check_features(config: ml_collections.ConfigDict, task: tasks.Task, plan: sapp.Plan) -> None:
+    """Refuse to prune anything but whole features where the config says how many are to be kept."""
+    if "features" not in config:
+        return
+    wanted = len(task.dataset.features), 1, config.features
+    if any((*layer.grid, layer.kept) != wanted for layer in plan.pruned.values()):
+        raise ValueError(
+            f"config.features={config.features} is for rows of the first kernel alone: set "
+            f"config.sparsifier.block={config.sparsifier.block} to (1, None), and config.sparsifier.only="
+            f"{config.sparsifier.only!r} to its path"
+        )
 
 
 def _table(rows: str, task: tasks.Task) -> tables.Table | None:
