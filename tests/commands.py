@@ -48,6 +48,8 @@ class Command:
     ):
         self._output = tempfile.TemporaryDirectory()
         paths = [f"{self._output.name}/{name}" for name in ("stdout", "stderr")]
+        for path in paths:  # a fork may be killed before it opens them
+            pathlib.Path(path).touch()
         line, environment = [*map(str, (what, *arguments))], _environment(devices, long)
         if real:
             start = [] if line[0].endswith(".py") else ["-m"]
