@@ -66,7 +66,16 @@ def optimizer() -> optax.GradientTransformationExtraArgs:
 
 def bare_step(loss: Callable, params: Any) -> tuple[Callable, Any]:
     """The step of a loop that knows nothing of pruning."""
-    tx = optax.chain(optax.add_decayed_weights(1e-4), optax.trace(0.9), optax.scale(-1e-3))
+    return plain_step(loss, params, optax.chain(optax.add_decayed_weights(1e-4), optax.trace(0.9), optax.scale(-1e-3)))
+
+
+def one_line_step(loss: Callable, params: Any, sp: sapp.Sparsifier) -> tuple[Callable, Any]:
+    """The bare step with `sparsify` around its optimizer: it holds the effective weights beside the trained ones."""
+    return plain_step(loss, params, sapp.sparsify(optimizer(), sp))
+
+
+def plain_step(loss: Callable, params: Any, tx: optax.GradientTransformation) -> tuple[Callable, Any]:
+    """The step of an optax loop."""
 
     def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
         params, opt_state = state
@@ -89,19 +98,6 @@ def pruned_step(loss: Callable, params: Any, sp: sapp.Sparsifier) -> tuple[Calla
 
     trainable, prune = sp.init(params)
     return step, (trainable, prune, tx.init(trainable))
-
-
-def one_line_step(loss: Callable, params: Any, sp: sapp.Sparsifier) -> tuple[Callable, Any]:
-    """The bare step with `sparsify` around its optimizer: it holds the effective weights beside the trained ones."""
-    tx = sapp.sparsify(optimizer(), sp)
-
-    def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
-        params, opt_state = state
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    return step, (params, tx.init(params))
 
 
 def contenders(loss: Callable, params: Any) -> dict[str, tuple[Callable, Any]]:

@@ -6,9 +6,9 @@
 
 Without flags it runs configs/mnist.py. The third starts from the weights that a run has left in runs/dense. The work
 directory gets `result.json`, `metrics.jsonl`, `pruned.safetensors`, `run.png`, `tensorboard/` and `checkpoints/`, and
-`features.json` where features are selected (configs/feature_selection.py). The
-same command again resumes a run that was interrupted, and ends as if it had not been. Exit status: 0 done, 2 bad input,
-3 diverged, 4 stopped by SIGTERM after saving, 5 disk full.
+`features.json` where features are selected (configs/feature_selection.py). The same command again resumes a run that
+was interrupted, and ends as if it had not been. Exit status: 0 done, 2 bad input, 3 diverged, 4 stopped by SIGTERM
+after saving, 5 disk full.
 """
 
 import contextlib

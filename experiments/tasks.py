@@ -121,7 +121,7 @@ def language_modelling(config: ml_collections.ConfigDict, dataset: data.Dataset)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         accuracy = (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
         values = {"loss": loss, "bits_per_byte": loss / math.log(2), "accuracy": accuracy}
-        if not training:  # there every window is full
+        if not training:  # in training every window is full
             values["counted"] = jnp.ones_like(loss)
         real = jnp.arange(context)[None] < batch["length"][:, None]
         return {name: jnp.mean(jnp.where(real, x, 0), axis=1) for name, x in values.items()}, model_state

@@ -183,9 +183,9 @@ def plan(
     """Decide which leaves of a parameter tree are pruned (paper, C.1).
 
     A leaf is read as one matrix, or as several where its layers are stacked, each pruned on its own. It is pruned when
-    it is a kernel of 2 to 6 dimensions, `where(path)` holds, and a matrix's grid has at least `min_blocks` blocks,
-    those on its edges counted however little of them there is. `k = floor((1 - sparsity) * blocks)` blocks of each
-    matrix are kept.
+    it is a kernel of 2 to 5 dimensions besides those that number layers, `where(path)` holds, and a matrix's grid has
+    at least `min_blocks` blocks, those on its edges counted however little of them there is.
+    `k = floor((1 - sparsity) * blocks)` blocks of each matrix are kept.
 
     Args:
       params: tree of arrays, or of anything with `shape` and `dtype` (`jax.eval_shape` will do).
@@ -219,7 +219,7 @@ def plan(
     for pattern in views or {}:
         if not any(_matches(path, pattern) for path, _ in leaves):
             raise ValueError(f"the view of {pattern!r} matches no leaf{_nearest(pattern, leaves)}")
-    read = _read(params, views or {})
+    read = _read(keyed, views or {})
     layers = []
     for path, leaf in leaves:
         own = next((o for pattern, o in checked.items() if _matches(path, pattern)), {})
@@ -291,9 +291,9 @@ class _Reading(NamedTuple):
         return self.view.batch if self.view else ()
 
 
-def _read(params: Any, given: Views) -> dict[str, _Reading]:
-    """How each leaf of two or more axes is read, by path."""
-    leaves = {path_string(keys): (keys, leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+def _read(keyed: Sequence[tuple[Any, Any]], given: Views) -> dict[str, _Reading]:
+    """How each leaf of two or more axes is read, by path; `keyed` are the leaves with their keys."""
+    leaves = {path_string(keys): (keys, leaf) for keys, leaf in keyed}
     shapes = {path: tuple(getattr(leaf, "shape", ())) for path, (_, leaf) in leaves.items()}
     tree, readings = views.Tree(shapes), {}
     for path, (keys, _) in leaves.items():

@@ -78,7 +78,6 @@ def test_kernels_split_over_devices(name):
             "query": P(None, "model"),
             "layers": P(None, None, "model"),
         }
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere = NamedSharding(devices, P())
     state = jax.tree.map(lambda a: a if isinstance(a.sharding, NamedSharding) else jax.device_put(a, everywhere), state)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -97,6 +96,13 @@ def test_kernels_split_over_devices(name):
 def gathers(program):
     """Shapes of the results of all gathers of a compiled program's text."""
     return re.findall(r"= \(?\w+\[([\d,]+)\]\S* (?:all-gather|all-gather-start|all-to-all)\(", program)
+
+
+def test_a_gather_would_be_seen():
+    devices = mesh()
+    w = jax.device_put(jnp.ones((64, 128)), NamedSharding(devices, P(None, "model")))
+    program = jax.jit(lambda w: w * 2.0, out_shardings=NamedSharding(devices, P())).lower(w).compile()
+    assert "64,128" in gathers(program.as_text())
 
 
 def test_blocks_that_do_not_divide_are_replicated():

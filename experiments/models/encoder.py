@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import embedding, stack, with_positions
+from experiments.models.layers import Transformer, embedding, layers_of, stack, with_positions
 
 EPSILON = 1e-6  # of the layer normalisation of `Encoder`
 
@@ -34,36 +34,20 @@ class Encoder(nn.Module):
         return nn.Dense(self.classes, name="head")(x[:, 0])
 
 
-class Bert(nn.Module):
+class Bert(Transformer):
     """BERT: tokens, positions and token types embedded and normalised, layers, and a classifier of the first token.
 
-    Attributes:
+    Attributes, besides those of `Transformer`:
       classes: number of classes; 0 for the tokens' representations.
       vocabulary: number of different tokens.
       types: number of token types.
       context: the longest sequence.
-      layers: how many.
-      width: of a token, a multiple of `heads`.
-      hidden: width of the feed-forward layers.
-      heads: of the attention.
-      epsilon: of layer normalisation.
-      dropout: share of activations that is dropped in training.
-      scan: whether the layers run in a loop, with stacked parameters; see `stack`.
-      dtype: that activations are computed in; parameters are float32.
     """
 
     classes: int = 2
     vocabulary: int = 30522
     types: int = 2
     context: int = 512
-    layers: int = 12
-    width: int = 768
-    hidden: int = 3072
-    heads: int = 12
-    epsilon: float = 1e-12
-    dropout: float = 0.0
-    scan: bool = False
-    dtype: str = "float32"
 
     @nn.compact
     def __call__(
@@ -86,20 +70,8 @@ class Bert(nn.Module):
         x = with_positions(x, self.context)
         x += embedding(self.types, self.width, dtype, "type_embedding")(types.astype(jnp.int32))
         x = nn.LayerNorm(self.epsilon, dtype, name="norm")(x)
-        x = nn.Dropout(self.dropout, deterministic=not training)(x)
-        x = stack(
-            x,
-            self.layers,
-            None if real is None else real[:, None, None].astype(bool),
-            training,
-            self.scan,
-            heads=self.heads,
-            hidden=self.hidden,
-            post_norm=True,
-            epsilon=self.epsilon,
-            dropout=self.dropout,
-            dtype=dtype,
-        )
+        mask = None if real is None else real[:, None, None].astype(bool)
+        x = layers_of(self, x, mask, training, post_norm=True)
         if not self.classes:
             return x.astype(jnp.float32)
         x = jnp.tanh(nn.Dense(self.width, dtype=dtype, name="pooler")(x[:, 0]))

@@ -81,6 +81,52 @@ def attention(x: jax.Array, heads: int, mask: jax.Array | None, dense: Callable[
     return jnp.einsum("bhqk,bkhd->bqhd", shares, v).reshape(x.shape)
 
 
+class Transformer(nn.Module):
+    """What the decoder, the ViT and BERT have in common.
+
+    Attributes:
+      layers: how many.
+      width: of a token, a multiple of `heads`.
+      hidden: width of the feed-forward layers.
+      heads: of the attention.
+      epsilon: of layer normalisation.
+      approximate: GELU by its tanh approximation instead of exactly.
+      dropout: share of activations that is dropped in training.
+      scan: whether the layers run in a loop, with stacked parameters; see `stack`.
+      dtype: that activations are computed in; parameters are float32.
+    """
+
+    layers: int = 12
+    width: int = 768
+    hidden: int = 3072
+    heads: int = 12
+    epsilon: float = 1e-12
+    approximate: bool = False
+    dropout: float = 0.0
+    scan: bool = False
+    dtype: str = "float32"
+
+
+def layers_of(
+    model: Transformer, x: jax.Array, mask: jax.Array | None, training: bool, post_norm: bool = False
+) -> jax.Array:
+    """Dropout and a transformer's layers, as submodules of the model that calls this; arguments as of `stack`."""
+    return stack(
+        nn.Dropout(model.dropout, deterministic=not training)(x),
+        model.layers,
+        mask,
+        training,
+        model.scan,
+        heads=model.heads,
+        hidden=model.hidden,
+        post_norm=post_norm,
+        epsilon=model.epsilon,
+        approximate=model.approximate,
+        dropout=model.dropout,
+        dtype=jnp.dtype(model.dtype),
+    )
+
+
 def stack(
     x: jax.Array,
     count: int,

@@ -195,8 +195,8 @@ def specialize(
       calibration: some batches of typical inputs, each an array or a tuple of arguments of the shapes of `examples`.
         `"int8"` needs them; for others they are used to measure errors alone.
       microbatch: how many examples go through the whole network before the next, so that what layers pass on stays in
-        the caches; one image of ResNet-50 at a time is twice as fast as 32. The batch must be the first axis of every
-        input and output, and no example may depend on another. None: the whole batch at once.
+        the caches: 32 images through a pruned ResNet-50 take little more than half the time. The batch must be the
+        first axis of every input and output, and no example may depend on another. None: the whole batch at once.
 
     Raises:
       TypeError: under `jax.jit`, where weights have no values to look at.
