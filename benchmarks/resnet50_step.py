@@ -29,6 +29,7 @@ _BATCH = flags.DEFINE_integer("batch", 256, "Images a step.")
 _BLOCKS = flags.DEFINE_list("blocks", ["8", "16", "32", "64"], "Block sizes.")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "What activations are computed in.")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds of alternating measurement.")
+_TORCH = flags.DEFINE_bool("torch", True, "Time PyTorch's step beside them, where it is installed.")
 _SAVE = flags.DEFINE_bool("save", True, "Write benchmarks/results/resnet50_step.json.")
 MULTIPLY_ADDS_224 = 4.089e9  # forwards; backwards takes twice as many
 
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> None:
         runs[f"SequentialAttention++, {block}, dense"] = (attention, "dense")
         runs[f"SequentialAttention++, {block}, sparsification"] = (attention, "sparsification")
     contenders = {name: steps(*run) for name, run in runs.items()}
-    if (in_torch := torch_step()) is not None:
+    if _TORCH.value and (in_torch := torch_step()) is not None:
         contenders["PyTorch, dense"] = in_torch
     seconds = timing.alternate(contenders, _ROUNDS.value)
     bytes_of = functools.cache(lambda name: _bytes(runs[name][0]))

@@ -1,6 +1,6 @@
 """Choosing which blocks to keep: exact top-k with a traced k.
 
-The k-th largest score is found by bisection on the bits of the floats: one counting pass per bit, no sort, and
+The k-th largest score is found digit by digit on the bits of the floats: one counting pass per digit, no sort, and
 `k` may change from step to step without recompiling. Counts are integers, so the choice is the same however the
 scores are laid out over devices.
 """
@@ -37,16 +37,25 @@ def _ordered_bits(scores: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(scores), 1, ordered)
 
 
-def _kth_largest(keys: jax.Array, k: jax.Array) -> jax.Array:
-    """The largest threshold that at least k keys reach, built bit by bit from the top."""
+def _kth_largest(keys: jax.Array, k: jax.Array, digit: int = 1) -> jax.Array:
+    """The largest threshold that at least k keys reach, built from the top, `digit` bits in each pass.
+
+    A pass counts the keys that reach each of the `2**digit - 1` thresholds with a larger digit.
+    """
     bits = jnp.iinfo(keys.dtype).bits
+    digits = jnp.arange(1, 1 << digit, dtype=keys.dtype)
 
-    def try_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        bit = jnp.asarray(1, keys.dtype) << (bits - 1 - i).astype(keys.dtype)
-        reached = jnp.sum(keys >= (threshold | bit), dtype=jnp.int32)
-        return jnp.where(reached >= k, threshold | bit, threshold)
+    def one_pass(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        shift = (bits - digit * (1 + i)).astype(keys.dtype)
+        reached = jnp.sum(keys[:, None] >= (threshold | (digits << shift))[None], axis=0, dtype=jnp.int32)
+        return threshold | (jnp.sum(reached >= k, dtype=keys.dtype) << shift)
 
-    return lax.fori_loop(0, bits, try_bit, jnp.asarray(0, keys.dtype))
+    return lax.fori_loop(0, bits // digit, one_pass, jnp.asarray(0, keys.dtype), unroll=digit > 1)
+
+
+def _few_passes(keys: jax.Array, k: jax.Array) -> jax.Array:
+    """For GPUs, where starting a pass takes longer than comparing with many thresholds in it."""
+    return _kth_largest(keys, k, digit=8 if keys.size < 1 << 20 else 4)
 
 
 def top_k(scores: jax.Array, k: jax.Array | int, among: jax.Array | None = None) -> jax.Array:
@@ -64,7 +73,7 @@ def top_k(scores: jax.Array, k: jax.Array | int, among: jax.Array | None = None)
     keys = _ordered_bits(scores.ravel())
     if among is not None:
         keys = jnp.where(among.ravel(), keys, 0)  # below every score, so never reached while candidates last
-    threshold = _kth_largest(keys, k)
+    threshold = lax.platform_dependent(keys, k, cuda=_few_passes, rocm=_few_passes, default=_kth_largest)
     above, tied = keys > threshold, keys == threshold
     room = k - jnp.sum(above, dtype=jnp.int32)
     mask = above | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= room))

@@ -18,6 +18,8 @@ from sa_plus_plus import select
 top_k = jax.jit(select.top_k)
 top_k_of_each = jax.jit(jax.vmap(select.top_k))
 top_k_per_layer = jax.jit(select.top_k_per_layer)
+ordered_bits = jax.jit(select._ordered_bits)
+kth_largest = jax.jit(select._kth_largest, static_argnums=2)
 
 # Few shapes, so that each test compiles few programs.
 SHAPES = [(1, 1), (3, 5), (40, 33)]
@@ -224,3 +226,10 @@ def test_kept_blocks_of_repeating_fractions():
     assert select.kept_blocks(300, 1 / 3) == 200
     assert select.kept_blocks(7, 6 / 7) == 1
     assert select.kept_blocks(7, 0.0) == 7
+
+
+@pytest.mark.parametrize("digit", [1, 4, 8])
+@hypothesis.given(scores=floats((40, 33)), k=st.integers(1, 1320))
+def test_thresholds_by_digits_of_any_width(digit, scores, k):
+    keys = np.asarray(ordered_bits(scores)).ravel()
+    assert kth_largest(keys, k, digit) == np.sort(keys)[-k]
