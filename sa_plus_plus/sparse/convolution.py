@@ -67,7 +67,7 @@ def block_sparse_conv(
     if min(rows, columns) < 1 or (isinstance(x.shape[0], int) and not x.shape[0]):
         return jnp.zeros((x.shape[0], max(rows, 0), max(columns, 0), w.shape[3]), x.dtype)
     in_place = window != (1, 1) and (window[1] * w.shape[2]) % w.layout.block[0] == 0
-    if in_place and platform_choice in ("auto", "native"):
+    if in_place and platform_choice in ("auto", "native") and not native.missing():
         return _in_place(x, w.blocks, bias, w.layout, strides, relu, implementation)
     return _by_patches(x, w, bias, strides, relu, implementation)
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -35,8 +36,9 @@ def block_sparse_matmul(
       bias: `(cols,)`, added before rounding.
       relu: then `max(., 0)`, whose derivative at 0 is 0.
       implementation: `"native"`: the compiled kernel for CPUs, float32 and bfloat16. `"pallas"`: the kernel for GPUs,
-        in Pallas's interpreter on a CPU. `"xla"`: plain JAX. `"dense"`: the whole kernel, zeros and all. None: on CPUs
-        native if it was built and knows the type, otherwise and elsewhere xla.
+        in Pallas's interpreter on a CPU. `"xla"`: plain JAX. `"dense"`: the whole kernel, zeros and all. None: the
+        fastest there is: on CPUs native if it was built and knows the type, on NVIDIA's GPUs pallas in bfloat16 and
+        float16, otherwise xla.
 
     Returns:
       `(..., cols)` in the type of `x`.
@@ -76,14 +78,12 @@ def check(x: jax.Array, w: BlockSparse, bias: jax.Array | None) -> None:
 
 
 def chosen(implementation: Implementation | None, dtype: Any) -> str:
-    """The implementation that is meant by the argument, `"auto"` if native or xla is to be chosen for the platform."""
+    """The implementation that is meant by the argument, `"auto"` for the fastest that the platform has."""
     if implementation is None:
-        if dtype not in native.DTYPES or (native.missing() and jax.default_backend() != "cpu"):
-            return "xla"
-        if why := native.missing():
+        on_cpu = jax.default_backend() == "cpu"
+        if on_cpu and dtype in native.DTYPES and (why := native.missing()):
             _notice(f"block-sparse products run in plain JAX, not in the compiled kernel, several times as fast: {why}")
-            return "xla"
-        return "auto"
+        return "auto" if _by_kernels(dtype) else "xla"
     if implementation not in get_args(Implementation):
         raise ValueError(
             f"implementation must be one of {', '.join(get_args(Implementation))} or None, got {implementation!r}"
@@ -141,18 +141,36 @@ def _run(
     compiled = functools.partial(native.matmul, layout=layout, relu=relu)
     plain = functools.partial(_plain, layout=layout, relu=relu, dense=implementation == "dense")
     if implementation == "auto":
-        y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled, default=plain)
+        kernels = {
+            platform: functools.partial(kernel, layout=layout, relu=relu)
+            for platform, kernel in _by_kernels(x.dtype).items()
+        }
+        y = jax.lax.platform_dependent(x, blocks, bias, **kernels, default=plain)
     elif implementation == "native":
         y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled)
     elif implementation == "pallas":
-        import sa_plus_plus.sparse.pallas as pallas  # noqa: PLC0415 - for few, and takes a while
-
-        tiles = functools.partial(pallas.matmul, layout=layout, relu=relu)
+        tiles = functools.partial(_tiles, layout=layout, relu=relu)
         on_gpu, interpreted = (functools.partial(tiles, interpret=interpret) for interpret in (False, True))
         y = jax.lax.platform_dependent(x, blocks, bias, cuda=on_gpu, rocm=on_gpu, cpu=interpreted)
     else:
         y = plain(x, blocks, bias)
     return y.astype(x.dtype)
+
+
+def _by_kernels(dtype: Any) -> dict[str, Callable[..., jax.Array]]:
+    """The kernels for this type by platform. On GPUs, float32 was not measured."""
+    kernels: dict[str, Callable[..., jax.Array]] = {}
+    if dtype in native.DTYPES and not native.missing():
+        kernels["cpu"] = native.matmul
+    if jnp.dtype(dtype).itemsize == 2 and jax.default_backend() in ("gpu", "cuda"):
+        kernels["cuda"] = functools.partial(_tiles, interpret=False)
+    return kernels
+
+
+def _tiles(*args: Any, **options: Any) -> jax.Array:
+    import sa_plus_plus.sparse.pallas as pallas  # noqa: PLC0415 - for few, and takes a while
+
+    return pallas.matmul(*args, **options)
 
 
 def _plain(
