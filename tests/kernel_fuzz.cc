@@ -12,6 +12,7 @@
 
 #include "kernel.h"
 
+using sa_plus_plus::Activation;
 using sa_plus_plus::Choice;
 using sa_plus_plus::Product;
 using sa_plus_plus::Type;
@@ -75,11 +76,22 @@ void fail(const char* what) {
 
 Type any_type() { return std::vector<Type>{Type::kFloat, Type::kHalf, Type::kByte}[between(0, 2)]; }
 
+double activated(Activation activation, double x) {
+  switch (activation) {
+    case Activation::kRelu: return x < 0 ? 0 : x;
+    case Activation::kGelu: return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
+    case Activation::kGeluTanh: return x * 0.5 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    case Activation::kSilu: return x / (1 + std::exp(-x));
+    default: return x;
+  }
+}
+
 // The result for a sum of products, as the type of y holds it, but for the rounding to bytes.
 double finished(const Product& p, double sum, int64_t row, int64_t column, const std::vector<double>& residual) {
   sum = sum * (p.scale ? p.scale[column] : 1) + (p.bias ? p.bias[column] : 0);
   if (p.residual) sum += (residual[row * p.width + column] - p.residual_zero) * p.residual_scale;
-  if (p.relu && sum < 0) sum = 0;
+  if (p.y_type == Type::kByte) sum = activated(p.activation, sum * p.y_unit) / p.y_unit;
+  else sum = activated(p.activation, sum);
   if (p.y_type == Type::kByte) return std::min(std::max(sum + p.y_zero, 0.0), 255.0);
   return p.y_type == Type::kHalf ? widened(half(static_cast<float>(sum))) : sum;
 }
@@ -116,7 +128,8 @@ void one() {
   auto offset = [&](int64_t k) { return k / across * line + k % across; };  // of number k of a row
   std::vector<int64_t> offsets;
   for (int64_t i = 0; i < p.grid_r(); ++i) offsets.push_back(offset(i * p.b_r));
-  p.relu = between(0, 1);
+  p.activation = static_cast<Activation>(between(0, static_cast<int64_t>(Activation::kCount) - 1));
+  p.y_unit = p.y_type == Type::kByte ? std::ldexp(1.0f, between(-8, 0)) : 1;
   const double density = std::vector<double>{0, 0.1, 0.5, 1}[between(0, 3)];
   std::vector<int32_t> rows, starts{0};
   for (int64_t j = 0; j < p.grid_c(); ++j) {
@@ -178,7 +191,10 @@ void one() {
         if (p.y_type == Type::kFloat) got = *reinterpret_cast<const float*>(at);
         const double want = finished(p, sum, b, c, residual);
         // A byte is the nearest to the sum as float holds it, which next to a tie may lie on the other side.
-        const double most = p.y_type == Type::kByte ? 0.5 + 1e-4 : 1e-6 * std::abs(want);
+        double most = p.y_type == Type::kByte ? 0.5 + 1e-4 : 1e-6 * std::abs(want);
+        if (p.activation > Activation::kRelu) {  // not exact: so the last digit of a bfloat16 may differ too
+          most += p.y_type == Type::kByte ? 1e-3 : 1e-6 + (p.y_type == Type::kHalf ? std::ldexp(1.0, -7) : 4e-6) * std::abs(want);
+        }
         if (!(std::abs(got - want) <= most)) {
           std::printf("%s: %.9g, not %.9g\n", choice->name, got, want);
           fail("a wrong number");

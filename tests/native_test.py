@@ -58,8 +58,8 @@ def test_integers_are_exact(drawn):
     scale = 2.0 ** rng.integers(-14, -8, want.shape[-1])
     bias = rng.integers(-50, 50, want.shape[-1])
     residual = rng.integers(0, 256, want.shape).astype(np.uint8)
-    for relu in (False, True):
-        epilogue = native.Epilogue(np.uint8, relu, 7, 0.5, 3, border)
+    for activation in ("none", "relu"):
+        epilogue = native.Epilogue(np.uint8, activation, 1.0, 7, 0.5, 3, border)
         got = native.conv(
             *(x, blocks, w.layout),
             strides=strides,
@@ -69,7 +69,7 @@ def test_integers_are_exact(drawn):
             epilogue=epilogue,
         )
         result = want * scale + bias + (residual.astype(np.float64) - 3) * 0.5
-        result = np.maximum(result, 0) if relu else result
+        result = np.maximum(result, 0) if activation == "relu" else result
         result = np.pad(np.clip(np.rint(result + 7), 0, 255), pads, constant_values=7)
         np.testing.assert_array_equal(got, result)
 
@@ -96,7 +96,7 @@ def test_values_that_are_not_finite():
     w = BlockSparse.fromdense(np.ones((4, 16), np.float32), (4, 16))
     x = np.ones((1, 1, 3, 4), np.float32) * np.array([np.nan, np.inf, -np.inf], np.float32)[:, None]
     for dtype in (np.float32, jnp.bfloat16):
-        got = native.conv(x, w.blocks, w.layout, epilogue=native.Epilogue(dtype=dtype, relu=True))
+        got = native.conv(x, w.blocks, w.layout, epilogue=native.Epilogue(dtype=dtype, activation="relu"))
         np.testing.assert_array_equal(np.asarray(got, np.float32)[0, 0, :, 0], [np.nan, np.inf, 0])
     got = native.conv(x, w.blocks, w.layout, epilogue=native.Epilogue(dtype=np.uint8, zero=9))
     np.testing.assert_array_equal(got[0, 0, 1:, 0], [255, 0])

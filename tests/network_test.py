@@ -173,9 +173,52 @@ def test_only_what_may_be_folded_is():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, want)
     first = next(i for i, s in enumerate(fast._program.traced.steps) if not isinstance(s, tracing.Call))
     layer = getattr(fast._program.traced.steps[first], "layer", fast._program.traced.steps[first])
-    assert layer.relu
+    assert layer.activation == "relu"
     assert fast.weights[first][-1].shape == (32,)
     assert all(choice.sparse and choice.block == (4, 4) for choice in fast.choices)
+
+
+ACTIVATIONS = {
+    "gelu": [
+        lambda y: jax.nn.gelu(y, approximate=False),
+        lambda y: y * 0.5 * (1 + jax.lax.erf(y / np.sqrt(2).astype(np.float32))),
+    ],
+    "gelu_tanh": [jax.nn.gelu, lambda y: y * jax.nn.sigmoid(1.5957691 * (y + 0.044715 * y * y * y))],
+    "silu": [jax.nn.silu, lambda y: y / (1 + jnp.exp(-y)), lambda y: 0.5 * y * jnp.tanh(0.5 * y) + 0.5 * y],
+    "relu": [lambda y: jnp.where(y > 0, y, 0.0), lambda y: (jnp.abs(y) + y) * 0.5],
+    "none": [
+        lambda y: y * jax.nn.sigmoid(1.702 * y),  # an approximation of GELU that differs from both
+        lambda y: jax.nn.silu(y) + y,
+        lambda y: jax.nn.silu(y) * jnp.arange(1.0, 33.0)[None],  # a function of the column too
+        lambda y: (y, jax.nn.silu(y)),  # what lies between is seen
+        lambda y: jax.nn.gelu(jnp.flip(y, 0)),
+    ],
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_functions_become_part_of_a_layer_however_written(activation):
+    rng = np.random.default_rng(0)
+    w = np.kron(rng.random((6, 8)) < 0.5, np.ones((4, 4))) * rng.normal(size=(24, 32))
+    w, c = jnp.asarray(w, jnp.float32), jnp.asarray(rng.normal(size=(1, 32)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(7, 24)), jnp.float32)
+    for number, written in enumerate(ACTIVATIONS[activation]):
+        with jax.numpy_rank_promotion("allow"):
+            fast = sapp.specialize(lambda x, written=written: written(x @ w + c), x, choose="all")
+            want = written(x @ w + c)
+        first = next(s for s in fast._program.traced.steps if not isinstance(s, tracing.Call))
+        expected = "silu" if (activation, number) == ("none", 2) else activation  # up to the factors of columns
+        assert getattr(first, "layer", first).activation == expected
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), fast(x), want)
+        narrow = sapp.specialize(
+            lambda x, written=written: jnp.tanh(jax.tree.leaves(written(x @ w + c))[-1] @ w.T),
+            *(x,),
+            choose="all",
+            precision="int8",
+            calibration=[x],
+        )
+        want = jnp.tanh(jax.tree.leaves(want)[-1] @ w.T)
+        assert np.sqrt(np.mean((narrow(x) - want) ** 2)) < 0.05 * np.sqrt(np.mean(want**2))
 
 
 @pytest.mark.parametrize("options", [{"feature_group_count": 2}, {"rhs_dilation": (2, 2)}, {"lhs_dilation": (2, 2)}])
@@ -268,7 +311,7 @@ def test_the_faster_form_of_each_layer_runs(monkeypatch):
         for _ in range(2)
     )
     seconds = {True: (2.0, 1.0), False: (1.0, 2.0)}
-    monkeypatch.setattr(network, "_measure", lambda step, w, implementation: seconds[step.layer.relu])
+    monkeypatch.setattr(network, "_measure", lambda step, w, implementation: seconds[step.layer.activation == "relu"])
     fast = sapp.specialize(lambda x: jax.nn.relu(x @ first) @ second, jnp.ones((2, 24)))
     assert [choice.runs for choice in fast.choices] == ["sparse", "traced"]
     assert [weights[0].shape == (24, 24) for weights in fast.weights] == [False, True]

@@ -117,7 +117,7 @@ def _in_place(
     """The compiled kernel on CPUs, patches on other platforms."""
 
     def compiled(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:
-        epilogue = native.Epilogue(relu=relu)
+        epilogue = native.Epilogue(activation="relu" if relu else "none")
         image = x.astype(jnp.float32)
         return native.conv(image, blocks, layout, strides=strides, bias=bias, epilogue=epilogue).astype(x.dtype)
 

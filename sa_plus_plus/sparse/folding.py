@@ -41,7 +41,7 @@ def folded(calls: list[Call | Linear], outputs: list[Value]) -> list[Call | Line
             if together := _folded_into(before, call, at):
                 # It takes the place of what was folded: a residual may come later than the product.
                 steps[place], steps[-1] = None, together
-                if not together.layer.relu:
+                if together.layer.activation == "none":
                     open_ends[together.layer.output] = len(steps) - 1
                 break
     return [step for step in steps if step is not None]
@@ -70,7 +70,7 @@ def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:
         return linear._replace(layer=layer._replace(residual=other, output=output))
     value = np.asarray(other.value)
     if name == "max" and value.size == 1 and not value.any():
-        return linear._replace(layer=layer._replace(relu=True, output=output))
+        return linear._replace(layer=layer._replace(activation="relu", output=output))
     value = value.reshape((1,) * (len(output.shape) - value.ndim) + value.shape)
     lead = len(output.shape) - len(layer.columns)
     if not wide or any(n != 1 for n in value.shape[:lead]) or layer.residual is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 import sa_plus_plus.sparse.native as native
-from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable
+from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable, inputs_of
 from sa_plus_plus.sparse.windows import NO_BORDER, Border, window_of
 
 FLOAT32, BFLOAT16, UINT8 = np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.uint8)
@@ -37,9 +37,11 @@ class Form(NamedTuple):
 
 def quantised(low: float, high: float) -> Form:
     """uint8 for values from `low` to `high`: one scale for a tensor, zero exact."""
-    if low >= 0:
-        return Form(UINT8, max(high, 1e-30) / 255, 0)
-    return Form(UINT8, max(high / 127, -low / 128, 1e-30), 128)
+    low, high = min(low, 0.0), max(high, 0.0, 1e-30)
+    zero = round(255 * -low / (high - low))
+    if low < 0:
+        zero = min(max(zero, 1), 254)
+    return Form(UINT8, max(high / (255 - zero), -low / zero if zero else 0.0), zero)
 
 
 def converted(held: Any, have: Form, want: Form) -> Any:
@@ -79,18 +81,12 @@ def consumers(program: Traced[Any]) -> dict[Variable, list[Any]]:
     """Which steps take a value, and None for the program's result."""
     users: dict[Variable, list[Any]] = {}
     for step in program.steps:
-        for value in _inputs(step):
+        for value in inputs_of(step):
             users.setdefault(value, []).append(step)
     for result in program.outputs:
         if isinstance(result, Variable):
             users.setdefault(result, []).append(None)
     return users
-
-
-def _inputs(step: Call | Linear) -> list[Variable]:
-    if isinstance(step, Linear):
-        return [v for v in (step.layer.x, step.layer.residual) if v is not None]
-    return [v for v in step.inputs if isinstance(v, Variable)]
 
 
 def keeps_type(step: Any) -> bool:
@@ -119,7 +115,7 @@ def forms_of(
     for step in program.steps:
         if isinstance(step, Call):
             if keeps_type(step):
-                (value,), (output,) = _inputs(step), step.outputs
+                (value,), (output,) = inputs_of(step), step.outputs
                 if wanted[output] is not None and value in forms and forms[value].dtype == wanted[output]:
                     forms[output] = forms[value]
             continue

@@ -50,8 +50,9 @@ class Compiled(NamedTuple):
         unit = self.y.factor
         epilogue = native.Epilogue(
             dtype=self.y.dtype,
-            relu=self.layer.relu,
+            activation=self.layer.activation,
             zero=self.y.zero,
+            unit=unit,
             residual_factor=self.residual.factor / unit if self.residual else 1.0,
             residual_zero=self.residual.zero if self.residual else 0,
             border=self.y.border,

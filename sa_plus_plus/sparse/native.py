@@ -4,13 +4,14 @@ import ctypes
 import functools
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus.sparse.array import Layout
+from sa_plus_plus.sparse.steps import Activation
 
 CONV, MAX_POOL, ROUND = TARGETS = (
     "sa_plus_plus_block_sparse_conv",
@@ -18,6 +19,7 @@ CONV, MAX_POOL, ROUND = TARGETS = (
     "sa_plus_plus_round_images",
 )
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
+ACTIVATIONS = get_args(Activation)  # in the order in which the compiled kernel numbers them
 WIDE = 16  # columns of a block in bfloat16 and int8: a multiple of this many
 
 
@@ -69,11 +71,12 @@ def _ffi_version() -> int:
 
 
 class Epilogue(NamedTuple):
-    """What follows a product before its result is stored: `relu?(sums * scale + bias + (residual - zero) * factor)`.
+    """What follows a product before it is stored: `activation(sums * scale + bias + (residual - zero) * factor)`.
 
     Attributes:
       dtype: of the result: float32, bfloat16, or uint8, which holds `round(.) + zero`, clamped to 0 to 255.
-      relu: whether `max(., 0)` comes last.
+      activation: the last of it, "none", "relu", "gelu", "gelu_tanh" or "silu".
+      unit: what 1 in a uint8 result stands for, before and after the activation; it holds for all of the above.
       zero: what stands for 0 in a uint8 result, and in its borders.
       residual_factor: what a residual is multiplied by.
       residual_zero: what stands for 0 in it.
@@ -81,7 +84,8 @@ class Epilogue(NamedTuple):
     """
 
     dtype: Any = np.float32
-    relu: bool = False
+    activation: Activation = "none"
+    unit: float = 1.0
     zero: int = 0
     residual_factor: float = 1.0
     residual_zero: int = 0
@@ -100,7 +104,7 @@ def matmul(x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layo
     """
     matrix = Layout(layout.matrix, layout.block, layout.indices, layout.indptr)
     image = x.astype(jnp.float32)[None, None]
-    return conv(image, blocks, matrix, bias=bias, epilogue=Epilogue(relu=relu))[0, 0]
+    return conv(image, blocks, matrix, bias=bias, epilogue=Epilogue(activation="relu" if relu else "none"))[0, 0]
 
 
 def conv(
@@ -137,9 +141,10 @@ def conv(
     rows, columns = (height - k_h) // down + 1, (width - k_w) // across + 1
     shape = (batch, rows + sum(border[0]), columns + sum(border[1]), layout.shape[-1])
     integers = {"window_rows": k_h, "window_columns": k_w, "stride_down": down, "stride_across": across}
+    integers |= {"activation": ACTIVATIONS.index(epilogue.activation)}
     integers |= {"top": top, "bottom": bottom, "left": left, "right": right}
     floats = {"residual_scale": epilogue.residual_factor, "residual_zero": epilogue.residual_zero}
-    floats |= {"y_zero": epilogue.zero}
+    floats |= {"y_zero": epilogue.zero, "y_unit": epilogue.unit}
     scale, bias = (jnp.zeros(0, jnp.float32) if a is None else a.astype(jnp.float32) for a in (scale, bias))
     residual = jnp.zeros(0, epilogue.dtype) if residual is None else residual
     call = jax.ffi.ffi_call(CONV, jax.ShapeDtypeStruct(shape, epilogue.dtype), vmap_method="sequential")
@@ -147,7 +152,6 @@ def conv(
         *(x, blocks, layout.indices, layout.indptr, scale, bias, residual),
         **{name: np.int64(n) for name, n in integers.items()},
         **{name: np.float32(n) for name, n in floats.items()},
-        relu=epilogue.relu,
     )
     # Under `jax.shard_map` what is computed differs from device to device where any operand does.
     operands = (x, blocks, scale, bias, residual)

@@ -358,7 +358,7 @@ def _decide(
     precision = choice.precision if dtype is None else _NAMES[dtype]
     if choose == "all":
         return form, choice._replace(runs=runs, precision=precision)
-    key = (*about[:4], round(density, 2), layer.x.shape, layer.relu, layer.residual is None, precision)
+    key = (*about[:4], round(density, 2), layer.x.shape, layer.activation, layer.residual is None, precision)
     if key not in measured:
         measured[key] = _measure(step, form, implementation)
     slow, fast = measured[key]

@@ -13,7 +13,7 @@ from sa_plus_plus.sparse.convolution import block_sparse_conv
 from sa_plus_plus.sparse.forms import Form, converted, forms_of, keeps_type
 from sa_plus_plus.sparse.lowering import Compiled
 from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul
-from sa_plus_plus.sparse.steps import Call, Constant, Layer, Linear, Traced, Variable
+from sa_plus_plus.sparse.steps import Call, Constant, Layer, Linear, Traced, Variable, activate
 
 _INLINE = 1024  # numbers of a constant that are compiled into the program rather than handed to it
 
@@ -147,7 +147,7 @@ def computed(program: Program, weights: Sequence[Any], inputs: Any) -> Values:
 
 def by_blocks(layer: Layer, x: Any, w: BlockSparse, bias: Any, residual: Any, implementation: Any) -> Any:
     """A layer by its blocks in an implementation other than the compiled kernel's."""
-    relu = layer.relu and residual is None
+    relu = layer.activation == "relu" and residual is None
     if layer.call is not None:
         strides, padding = layer.call.options["window_strides"], layer.call.options["padding"]
         y = block_sparse_conv(
@@ -159,8 +159,7 @@ def by_blocks(layer: Layer, x: Any, w: BlockSparse, bias: Any, residual: Any, im
         y = y.reshape(layer.output.shape)
     if residual is not None:
         y = y + residual
-        y = jax.nn.relu(y) if layer.relu else y
-    return y
+    return y if relu else activate(layer.activation, y)
 
 
 def described(layer: Layer) -> str:

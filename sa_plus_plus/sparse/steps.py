@@ -1,7 +1,8 @@
 """What a traced network consists of: values, operations, and layers with and without their weights."""
 
-from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,22 @@ class Call(NamedTuple):
         return results if self.primitive.multiple_results else [results]
 
 
+Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
+
+
+def activate(activation: Activation, y: Any) -> Any:
+    """The activation function of a value."""
+    functions: dict[str, Callable[[Any], Any]] = {
+        "relu": jax.nn.relu,
+        "gelu": functools.partial(jax.nn.gelu, approximate=False),
+        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+        "silu": jax.nn.silu,
+    }
+    return y if activation == "none" else functions[activation](y)
+
+
 class Layer(NamedTuple):
-    """A product with a kernel, without its weights: `relu?(x @ kernel + bias + residual)`.
+    """A product with a kernel, without its weights: `activation(x @ kernel + bias + residual)`.
 
     Attributes:
       call: the convolution as JAX traced it, of `x` and a kernel; None for a product of matrices.
@@ -57,7 +72,7 @@ class Layer(NamedTuple):
       kernel: shape and dtype of the kernel: `(K, N)` of a product, otherwise the convolution's, outputs last.
       output: the result, after all of the above.
       columns: the last axes of the output, over which the `N` columns go.
-      relu: whether `max(., 0)` follows.
+      activation: what follows.
       residual: what is added before that, of the output's shape, or None.
       precision: of a product, as `jax.lax.dot_general` takes it.
     """
@@ -67,7 +82,7 @@ class Layer(NamedTuple):
     kernel: jax.ShapeDtypeStruct
     output: Variable
     columns: tuple[int, ...]
-    relu: bool = False
+    activation: Activation = "none"
     residual: Variable | None = None
     precision: Any = None
 
@@ -92,11 +107,11 @@ class Layer(NamedTuple):
             y = y + jnp.reshape(bias, (1,) * (y.ndim - len(self.columns)) + self.columns)
         if residual is not None:
             y = y + residual
-        return jax.nn.relu(y) if self.relu else y
+        return activate(self.activation, y)
 
 
 class Linear(NamedTuple):
-    """A layer with its weights: `relu?(x @ (scale * original) + shift + residual)`.
+    """A layer with its weights: `activation(x @ (scale * original) + shift + residual)`.
 
     Attributes:
       layer: what it does.
@@ -124,6 +139,13 @@ class Linear(NamedTuple):
 
 
 Step = TypeVar("Step")
+
+
+def inputs_of(step: Call | Linear) -> list[Variable]:
+    """The values that a step takes."""
+    if isinstance(step, Linear):
+        return [v for v in (step.layer.x, step.layer.residual) if v is not None]
+    return [v for v in step.inputs if isinstance(v, Variable)]
 
 
 class Traced(NamedTuple, Generic[Step]):

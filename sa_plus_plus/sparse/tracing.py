@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from sa_plus_plus.sparse.activations import with_activations
 from sa_plus_plus.sparse.folding import folded
 from sa_plus_plus.sparse.overlooked import MOST_EXPERTS, unrolls
 from sa_plus_plus.sparse.steps import Call, Constant, Layer, Linear, Traced, Value, Variable
@@ -49,7 +50,8 @@ def trace(fn: Callable[..., Any], *examples: Any) -> Traced[Call | Linear]:
     inputs = [recorder.variable(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
     outputs = recorder.walk(closed, inputs)
     structures = jax.tree.structure(examples), jax.tree.structure(result)
-    return Traced(inputs, folded(recorder.calls, outputs), outputs, *structures)
+    steps = with_activations(folded(recorder.calls, outputs), outputs)
+    return Traced(inputs, steps, outputs, *structures)
 
 
 class _Recorder:

@@ -90,8 +90,8 @@ using Numbers = ffi::BufferR1<ffi::F32>;
 
 struct Options {
   int64_t window_rows, window_columns, stride_down, stride_across, top, bottom, left, right;
-  float residual_scale, residual_zero, y_zero;
-  bool relu;
+  int64_t activation;
+  float residual_scale, residual_zero, y_zero, y_unit;
 };
 
 // False for a type that no kernel knows. Whether bytes have a sign is up to who calls: XLA has both.
@@ -149,7 +149,9 @@ ffi::Error block_sparse_conv(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
     if (n != p.batch * p.width || !type_of(residual.element_type(), &p.residual_type)) return refuse("the residual is not like y");
     p.residual = residual.untyped_data();
   }
-  p.residual_scale = o.residual_scale, p.residual_zero = o.residual_zero, p.y_zero = o.y_zero, p.relu = o.relu;
+  p.residual_scale = o.residual_scale, p.residual_zero = o.residual_zero, p.y_zero = o.y_zero, p.y_unit = o.y_unit;
+  if (o.activation < 0 || o.activation >= static_cast<int64_t>(Activation::kCount)) return refuse("an unknown activation");
+  p.activation = static_cast<Activation>(o.activation);
   if (!p.batch) return ffi::Error::Success();
   // Rows of x follow one another in a line of y; where nothing lies between lines or images, beyond it as well.
   const bool lines_adjoin = o.stride_down == 1 && o.stride_across == 1 && o.window_columns == 1 && p.line == in[2];
@@ -322,8 +324,9 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     sa_plus_plus::Options, ffi::StructMember<int64_t>("window_rows"), ffi::StructMember<int64_t>("window_columns"),
     ffi::StructMember<int64_t>("stride_down"), ffi::StructMember<int64_t>("stride_across"),
     ffi::StructMember<int64_t>("top"), ffi::StructMember<int64_t>("bottom"), ffi::StructMember<int64_t>("left"),
-    ffi::StructMember<int64_t>("right"), ffi::StructMember<float>("residual_scale"),
-    ffi::StructMember<float>("residual_zero"), ffi::StructMember<float>("y_zero"), ffi::StructMember<bool>("relu"));
+    ffi::StructMember<int64_t>("right"), ffi::StructMember<int64_t>("activation"),
+    ffi::StructMember<float>("residual_scale"),
+    ffi::StructMember<float>("residual_zero"), ffi::StructMember<float>("y_zero"), ffi::StructMember<float>("y_unit"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_block_sparse_conv, sa_plus_plus::block_sparse_conv,
                               ffi::Ffi::Bind()

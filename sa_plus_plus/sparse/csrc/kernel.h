@@ -9,8 +9,13 @@ enum class Type { kFloat, kHalf, kByte };  // float32, bfloat16, and 8 bits: uns
 
 inline int64_t size_of(Type type) { return type == Type::kFloat ? 4 : type == Type::kHalf ? 2 : 1; }
 
-// y = x @ w * scale + bias + (residual - residual_zero) * residual_scale, then max(., 0), then rounded to the type of y;
-// to bytes as round(.) + y_zero, clamped to 0 to 255. Where x is bytes they are products of integers, summed in 32 bits.
+// max(x, 0); x * Phi(x) with the normal distribution function; its approximation by a hyperbolic tangent; x / (1 + exp(-x)).
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu, kCount };
+
+// y = x @ w * scale + bias + (residual - residual_zero) * residual_scale, then the activation, then rounded to the type
+// of y; to bytes as round(.) + y_zero, clamped to 0 to 255. All of this is in units of `y_unit`, so that the activation is
+// y_unit times smaller than that of what is y_unit times larger. Where x is bytes the products are of integers, summed in
+// 32 bits.
 //
 // The rows of x are anywhere in its memory: those of a matrix follow one another; those of a convolution are patches of
 // images, which overlap. Either way they come in runs, in which each begins `stride` after the one before it. Rows of y
@@ -27,8 +32,8 @@ struct Product {
   const float* scale;     // (width), or null
   const float* bias;      // (width), or null
   const void* residual;   // (batch, width) in any type, or null
-  float residual_scale, residual_zero, y_zero;
-  bool relu;
+  float residual_scale, residual_zero, y_zero, y_unit;
+  Activation activation;
   void* y;
   int64_t run, stride;                    // rows in a run, and from one of them to the next
   int64_t runs, run_stride, runs_stride;  // from run to run, and from each `runs` of them to the next

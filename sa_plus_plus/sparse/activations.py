@@ -1,0 +1,110 @@
+"""Activation functions that become part of the layer before them, however a network spells them."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import jax
+import numpy as np
+
+from sa_plus_plus.sparse.steps import Activation, Call, Constant, Linear, Value, Variable, activate, inputs_of
+
+_ELEMENTWISE = (
+    *("add", "sub", "mul", "div", "neg", "max", "min", "exp", "square", "integer_pow", "abs", "sign", "tanh"),
+    *("logistic", "erf", "erfc", "expm1", "log1p", "select_n", "gt", "ge", "lt", "le"),
+)
+_MOST_CALLS = 32  # that an activation function may consist of
+_POINTS = np.concatenate([np.linspace(-12, 12, 4801), np.linspace(-0.1, 0.1, 201)]).astype(np.float32)
+_TOLERANCE = 2e-6  # of a result, and of its input
+
+
+def with_activations(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -> list[Call | Linear]:
+    """Layers together with the activation function that follows.
+
+    The operations between a layer's result and a later value, where they depend on nothing else and nobody else sees
+    what lies between, are a function of one variable. It is recognised by its values: frameworks write the same
+    function in different ways.
+
+    Args:
+      steps: of a network in float32, in order.
+      outputs: its results.
+    """
+    users: dict[Value, list[int]] = {}
+    for i, step in enumerate(steps):
+        for value in inputs_of(step):
+            users.setdefault(value, []).append(i)
+    for result in outputs:
+        if isinstance(result, Variable):
+            users.setdefault(result, []).append(len(steps))
+    kept: list[Call | Linear | None] = list(steps)
+    for i, step in enumerate(steps):
+        if not isinstance(step, Linear) or step.layer.activation != "none" or step.layer.output.dtype != np.float32:
+            continue
+        for inside in _regions(steps, i, users):
+            output = steps[inside[-1]].outputs[0]  # type: ignore[union-attr]
+            if activation := _recognised([steps[j] for j in inside], step.layer.output, output):  # type: ignore[misc]
+                kept[i] = step._replace(layer=step.layer._replace(activation=activation, output=output))
+                for j in inside:
+                    kept[j] = None
+                break
+    return [step for step in kept if step is not None]
+
+
+def _regions(steps: Sequence[Call | Linear], start: int, users: dict[Value, list[int]]) -> Iterator[list[int]]:
+    """Operations on a layer's result alone whose last result is all that anyone else sees, the most of them first."""
+    layer, inside, found = steps[start].layer, [], []  # type: ignore[union-attr]
+    values: set[Value] = {layer.output}
+    for i in sorted(_reached(steps, layer.output, users)):
+        call = steps[i]
+        if not isinstance(call, Call) or not _pointwise(call, layer.output.shape, values):
+            continue
+        inside.append(i)
+        values.update(call.outputs)
+        if all(set(users.get(value, ())) <= set(inside) for value in values - set(call.outputs)):
+            found.append(list(inside))
+    yield from reversed(found)
+
+
+def _reached(steps: Sequence[Call | Linear], value: Variable, users: dict[Value, list[int]]) -> set[int]:
+    """The nearest operations after a value."""
+    reached: set[int] = set()
+    front: list[Value] = [value]
+    while front and len(reached) < _MOST_CALLS:
+        for i in users.get(front.pop(0), ()):
+            if i < len(steps) and i not in reached and isinstance(call := steps[i], Call):
+                reached.add(i)
+                front.extend(call.outputs)
+    return reached
+
+
+def _pointwise(call: Call, shape: tuple[int, ...], values: set[Value]) -> bool:
+    """Whether an operation makes a number of each number, with the same constants for all."""
+    alike = call.primitive.name in _ELEMENTWISE and len(call.outputs) == 1 and call.outputs[0].shape == shape
+    return alike and all(np.size(v.value) == 1 if isinstance(v, Constant) else v in values for v in call.inputs)
+
+
+def _recognised(calls: Sequence[Call], start: Variable, end: Variable) -> Activation | None:
+    """The activation function that these operations compute, or None."""
+    if end.dtype != np.float32:
+        return None
+    with jax.ensure_compile_time_eval():
+        known: dict[Value, Any] = {start: jax.numpy.asarray(_POINTS)}
+        for call in calls:
+            arguments = [
+                known[v] if isinstance(v, Variable) else jax.numpy.broadcast_to(np.reshape(v.value, ()), _POINTS.shape)
+                for v in call.inputs
+            ]
+            known[call.outputs[0]] = call.run(*arguments)[0]
+    got = np.asarray(known[end])
+    return next((name for name, values in _values().items() if np.all(np.abs(got - values) <= _allowed(values))), None)
+
+
+def _allowed(values: np.ndarray) -> np.ndarray:
+    return _TOLERANCE * np.maximum(1, np.abs(values))
+
+
+@functools.cache
+def _values() -> dict[Activation, np.ndarray]:
+    with jax.ensure_compile_time_eval():
+        points = jax.numpy.asarray(_POINTS)
+        return {name: np.asarray(activate(name, points)) for name in get_args(Activation) if name != "none"}
