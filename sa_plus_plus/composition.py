@@ -199,15 +199,20 @@ class _Algorithm:
         return automatic(self._apply, lambda: trainable.params, trainable, prune)
 
     def _apply(self, trainable: Trainable, prune: PruneState) -> Params:
-        layers = self._layers(trainable)
-
         def effective(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
             if layer is None:
                 return weights
-            scale = self.parametrisation.scale(weights, trainable.logits.get(layer.path), layer)
-            return times(weights, jnp.where(prune.masks[layer.path], 1 if scale is None else scale, 0), layer)
+            return self._effective(layer, weights, trainable.logits.get(layer.path), prune.masks[layer.path])
 
-        return map_layers(effective, trainable.params, layers)
+        return map_layers(effective, trainable.params, self._layers(trainable))
+
+    @functools.cached_property
+    def _effective(self) -> Callable[..., jax.Array]:
+        def effective(layer: LeafPlan, weights: jax.Array, logits: Any, mask: jax.Array) -> jax.Array:
+            scale = self.parametrisation.scale(weights, logits, layer)
+            return times(weights, jnp.where(mask, 1 if scale is None else scale, 0), layer)
+
+        return traced_once(effective)
 
     def finalize(self, trainable: Trainable, prune: PruneState) -> Params:
         _warn_unfinished(self.phases, prune, self._layers(trainable))
@@ -275,7 +280,7 @@ class _Algorithm:
         def held(layer: LeafPlan | None, new: jax.Array, old: jax.Array) -> jax.Array:
             if layer is None:
                 return new
-            return keep(new, masks[layer.path], layer, otherwise=0 if self.forget_masked else old)
+            return _keep(layer, new, masks[layer.path], 0 if self.forget_masked else old)
 
         return moved._replace(params=map_layers(held, moved.params, layers, trainable.params))
 
@@ -284,13 +289,17 @@ class _Algorithm:
 
         def scored(path: str, weights: jax.Array) -> jax.Array:
             key = None if prune.key is None else _layer_key(prune.key, path)
-            return self.score(weights, trainable.logits.get(path), layers[path], key)
+            return self._scored(layers[path], weights, trainable.logits.get(path), key)
 
         scores = {path: scored(path, w) for path, w in _kernels(trainable, layers)}
         fraction, reached = self.phases.fraction(step), self.phases.reached(step)
         k = {path: _blocks_due(layer, fraction, reached) for path, layer in layers.items()}
         narrows = self.phases.narrows(step) & self.monotone
         return self.choose(scores, k, {path: mask | ~narrows for path, mask in prune.masks.items()})
+
+    @functools.cached_property
+    def _scored(self) -> Callable[..., jax.Array]:
+        return traced_once(lambda layer, weights, logits, key: self.score(weights, logits, layer, key))
 
     def _layers(self, trainable: Trainable) -> dict[str, LeafPlan]:
         return self.plan(trainable.params).pruned
@@ -329,6 +338,21 @@ def check_phases(phases: Any) -> None:
         raise TypeError(f"phases must be a schedule such as `phases.custom(total_steps, [...])` makes, got {phases!r}")
 
 
+def traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(layer, *arrays)`, which JAX traces once for all layers alike but for their paths.
+
+    A network of a thousand layers has few shapes; tracing each layer anew would take most of a first step.
+    """
+    compiled = jax.jit(fn, static_argnums=0)
+    return lambda layer, *arrays: compiled(layer._replace(path=""), *arrays)
+
+
+@traced_once
+def _keep(layer: LeafPlan, weights: jax.Array, mask: jax.Array, otherwise: Any) -> jax.Array:
+    return keep(weights, mask, layer, otherwise)
+
+
+@traced_once
 def _blocks_due(layer: LeafPlan, fraction: jax.Array, reached: jax.Array) -> jax.Array:
     """`floor((1 - sparsity(t)) * N)` of each matrix, and exactly the planned number where the target is due.
 

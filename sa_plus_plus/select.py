@@ -58,6 +58,7 @@ def _few_passes(keys: jax.Array, k: jax.Array) -> jax.Array:
     return _kth_largest(keys, k, digit=8 if keys.size < 1 << 20 else 4)
 
 
+@jax.jit  # traced once for all layers of a shape
 def top_k(scores: jax.Array, k: jax.Array | int, among: jax.Array | None = None) -> jax.Array:
     """Mask of the k largest scores; of equal scores the lower (row-major) index wins.
 

@@ -118,7 +118,7 @@ def test_none_all_and_more_than_all():
 
 def test_k_may_change_without_compiling_again():
     chex.clear_trace_counter()
-    chosen = jax.jit(chex.assert_max_traces(select.top_k, n=1))
+    chosen = jax.jit(chex.assert_max_traces(select.top_k.__wrapped__, n=1))
     scores = np.random.default_rng(1).integers(0, 9, (6, 7)).astype(np.float32)
     for k in range(44):
         np.testing.assert_array_equal(chosen(scores, jnp.asarray(k)), oracle(scores, k))
