@@ -172,6 +172,7 @@ def sequential_attention(
     mask_every: int = 1,
     logit_lr: float = 1.0,
     reset_logits_at: Sequence[str] = (),
+    score: str = "attention",
     **options: Unpack[PruningOptions],
 ) -> Sparsifier:
     """SequentialAttention++ (Algorithm 1): a trainable attention weight per block guides the search.
@@ -192,11 +193,15 @@ def sequential_attention(
       logit_lr: learning rate of the logits as a multiple of the weights'.
       reset_logits_at: kinds of phases (such as `("dense",)`) on entering which the logits return to 0; by default
         they are kept throughout.
+      score: what blocks are chosen by: `"attention"`, `A`, as in the paper, or `"effective"`, `A ||W_B||_F`, the norm
+        of the block of the effective kernel before clipping.
       **options: see `PruningOptions`.
 
     Raises:
       ValueError: for options out of range, or a schedule that begins sparse or ends dense.
     """
+    if score not in ("attention", "effective"):
+        raise ValueError(f'score must be "attention" or "effective", got {score!r}')
     if isinstance(clip, str) and clip != "density":
         raise ValueError(f'clip must be "density", a (low, high) pair or None, got {clip!r}')
     if not (clip is None or isinstance(clip, str)) and not (np.shape(clip) == (2,) and 0 <= clip[0] <= 1 <= clip[1]):
@@ -225,15 +230,19 @@ def sequential_attention(
         attention = scale(kernel, logits, layer)
         return times(kernel, 1 / jnp.where(attention > 0, attention, 1), layer)
 
-    def score(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
-        # log A, less a constant of the layer where layers do not compete: small logits keep all their digits.
+    def logarithm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+        # Less a constant of the layer where layers do not compete: small logits keep all their digits.
         if options.get("scope") != "global":
-            return logits
-        return jnp.log(math.prod(layer.grid)) + jax.nn.log_softmax(logits, (-2, -1))
+            attention = logits
+        else:
+            attention = jnp.log(math.prod(layer.grid)) + jax.nn.log_softmax(logits, (-2, -1))
+        if score == "attention":
+            return attention
+        return attention + 0.5 * jnp.log(blk.sum_of_squares(weights, layer.block, layer.view))
 
     return compose(
         Parametrisation(weights, scale, has_logits=True),
-        score,
+        logarithm,
         phases,
         block=block,
         sparsity=sparsity,
