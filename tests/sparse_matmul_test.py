@@ -105,12 +105,15 @@ def test_pallas_kernel_by_its_interpreter(name, dtype):
     same(dx, expected(ones, matrix.T))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_pallas_kernel_lowers_for_a_gpu(dtype):
-    """Down to Triton's language, which takes no GPU; that it runs there takes one."""
+@pytest.mark.parametrize(
+    ("dtype", "implementation"), [(jnp.float32, "pallas"), (jnp.bfloat16, "pallas"), (jnp.bfloat16, None)]
+)
+def test_pallas_kernel_lowers_for_a_gpu(dtype, implementation, monkeypatch):
+    """Down to Triton's language, which takes no GPU; that it runs there takes one. It is what a GPU has by default."""
     x, w, _, bias = problem(*CASES["ragged"], dtype=dtype)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    lowered = jax.jit(lambda x, w: block_sparse_matmul(x, w, bias=bias, relu=True, implementation="pallas"))
+    lowered = jax.jit(lambda x, w: block_sparse_matmul(x, w, bias=bias, relu=True, implementation=implementation))
     device = {}
     if "platform" in inspect.signature(jax.sharding.AbstractDevice).parameters:  # newer versions ask which GPU
         device = {"abstract_device": jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")}

@@ -138,23 +138,19 @@ def _forward(
 def _run(
     x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, implementation: str
 ) -> jax.Array:
-    compiled = functools.partial(native.matmul, layout=layout, relu=relu)
-    plain = functools.partial(_plain, layout=layout, relu=relu, dense=implementation == "dense")
+    def rounded(kernel: Callable[..., jax.Array], **options: Any) -> Callable[..., jax.Array]:
+        return lambda *args: kernel(*args, layout=layout, relu=relu, **options).astype(x.dtype)
+
+    plain = rounded(_plain, dense=implementation == "dense")
+    kernels: dict[str, Callable[..., jax.Array]] = {}
     if implementation == "auto":
-        kernels = {
-            platform: functools.partial(kernel, layout=layout, relu=relu)
-            for platform, kernel in _by_kernels(x.dtype).items()
-        }
-        y = jax.lax.platform_dependent(x, blocks, bias, **kernels, default=plain)
+        kernels = {platform: rounded(kernel) for platform, kernel in _by_kernels(x.dtype).items()} | {"default": plain}
     elif implementation == "native":
-        y = jax.lax.platform_dependent(x, blocks, bias, cpu=compiled)
+        kernels = {"cpu": rounded(native.matmul)}
     elif implementation == "pallas":
-        tiles = functools.partial(_tiles, layout=layout, relu=relu)
-        on_gpu, interpreted = (functools.partial(tiles, interpret=interpret) for interpret in (False, True))
-        y = jax.lax.platform_dependent(x, blocks, bias, cuda=on_gpu, rocm=on_gpu, cpu=interpreted)
-    else:
-        y = plain(x, blocks, bias)
-    return y.astype(x.dtype)
+        on_gpu = rounded(_tiles, interpret=False)
+        kernels = {"cuda": on_gpu, "rocm": on_gpu, "cpu": rounded(_tiles, interpret=True)}
+    return jax.lax.platform_dependent(x, blocks, bias, **kernels) if kernels else plain(x, blocks, bias)
 
 
 def _by_kernels(dtype: Any) -> dict[str, Callable[..., jax.Array]]:
