@@ -30,6 +30,7 @@ from experiments.utils import files
 _LOCAL = flags.DEFINE_string("local", "", "Directory with Fashion-MNIST's four files.")
 _DIRECTORY = flags.DEFINE_string("directory", "runs/recipes", "Where the runs' results are, shared by all processes.")
 _STEPS = flags.DEFINE_integer("steps", 4000, "Steps of each run.")
+_ONLY = flags.DEFINE_string("only", "", "Train only variants in whose name this occurs.")
 _TABLE = flags.DEFINE_bool("table", False, "Sum up what is there, and train nothing.")
 _NAME = flags.DEFINE_string("name", "recipes", "Write benchmarks/results/<name>.json and .png.")
 
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> None:
     with cli.users_mistakes():
         dataset = tasks.dataset_of(config.data)
     for run in runs():
-        if not claimed(run.path):
+        if _ONLY.value not in run.variant or not claimed(run.path):
             continue
         row = measure(run, dataset)
         files.write_json(run.path, row)

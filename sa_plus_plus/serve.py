@@ -23,7 +23,7 @@ import sa_plus_plus.sparse.serialization as serialization
 from sa_plus_plus.sparse.calibration import shapes
 from sa_plus_plus.sparse.packing import narrowed
 
-FORMAT = 1
+FORMAT = 2  # 1: programs that call the compiled kernel with other options
 _KIND = "sa_plus_plus network"
 
 
@@ -187,6 +187,8 @@ def load(path: str | os.PathLike[str]) -> Loaded:
         raise ValueError(f"{path} holds parameters, not a network: read it by sapp.load, or write one by Network.save")
     if about["format"] > FORMAT:
         raise ValueError(f"{path} has format {about['format']}, this version reads up to {FORMAT}: install a newer one")
+    if about["format"] < FORMAT:
+        raise ValueError(f"{path} has format {about['format']}, this version reads {FORMAT}: write it again")
     _check_here(path, about)
     stored = tree.get("weights", {})
     exported, weights = [], []

@@ -153,7 +153,8 @@ def changed(path, **about):
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"format": 99}, "format 99, this version reads up to 1"),
+        ({"format": 99}, "format 99, this version reads up to 2"),
+        ({"format": 1}, "format 1, this version reads 2: write it again"),
         ({"platforms": ["tpu"]}, "is for tpu, JAX runs on cpu"),
         ({"calling_convention": 1}, "in version 1 of its format for programs"),
         ({"kind": "something"}, "holds parameters, not a network"),
