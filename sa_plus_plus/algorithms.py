@@ -167,6 +167,7 @@ def sequential_attention(
     block: int | Sequence[int | None],
     sparsity: float,
     phases: Phases,
+    score: str = "attention",
     clip: str | tuple[float, float] | None = "density",
     monotone: bool = True,
     mask_every: int = 1,
@@ -178,12 +179,15 @@ def sequential_attention(
 
     Each pruned layer of `N` blocks has a logit per block, all 0 at the start, and attention weights
     `A = N * softmax(logits)` of mean 1. The effective kernel is `W * spread(clip(A) * mask)`. Blocks are chosen by `A`
-    as it is before clipping, which orders them the same way but leaves no ties at the ends of the range.
+    as it is before clipping, which orders them the same way but leaves no ties at the ends of the range; or, which is
+    not in the paper, by the norm of the effective block, `clip(A) * ||W||_F`.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.sequential_attention(total_steps)`.
+      score: what blocks are chosen by: `"attention"` for `A`, as in the paper, or `"effective"` for the norm of the
+        effective block.
       clip: `(low, high)` range of `A` in the forward pass (C.1); `"density"` for `(d, 1 / d)` with `d = 1 - sparsity`
         of the layer; None for no clipping.
       monotone: in a sparsification phase a dropped block stays dropped to its end. Otherwise it may return, with
@@ -195,8 +199,11 @@ def sequential_attention(
       **options: see `PruningOptions`.
 
     Raises:
-      ValueError: for options out of range, or a schedule that begins sparse or ends dense.
+      ValueError: for options out of range, or a schedule that ends dense, or begins sparse where blocks are chosen by
+        attention.
     """
+    if score not in ("attention", "effective"):
+        raise ValueError(f'score must be "attention" or "effective", got {score!r}')
     if isinstance(clip, str) and clip != "density":
         raise ValueError(f'clip must be "density", a (low, high) pair or None, got {clip!r}')
     if not (clip is None or isinstance(clip, str)) and not (np.shape(clip) == (2,) and 0 <= clip[0] <= 1 <= clip[1]):
@@ -206,10 +213,10 @@ def sequential_attention(
     if isinstance(reset_logits_at, str) or set(reset_logits_at) - set(KINDS):
         raise ValueError(f"reset_logits_at takes a list of {', '.join(KINDS)}; got {reset_logits_at!r}")
     check_phases(phases)
-    if phases.phases[0].kind == SPARSE:
+    if score == "attention" and phases.phases[0].kind == SPARSE:
         raise ValueError(
             f"the first phase is {phases.phases[0]}, but before training all attention weights are equal: "
-            "begin with a dense or a sparsification phase"
+            'begin with a dense or a sparsification phase, or choose by score="effective"'
         )
 
     def scale(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
@@ -225,7 +232,10 @@ def sequential_attention(
         attention = scale(kernel, logits, layer)
         return times(kernel, 1 / jnp.where(attention > 0, attention, 1), layer)
 
-    def score(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+    def effective_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+        return scale(weights, logits, layer) * block_norm(weights, logits, layer, key)
+
+    def log_attention(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
         # log A, less a constant of the layer where layers do not compete: small logits keep all their digits.
         if options.get("scope") != "global":
             return logits
@@ -233,7 +243,7 @@ def sequential_attention(
 
     return compose(
         Parametrisation(weights, scale, has_logits=True),
-        score,
+        log_attention if score == "attention" else effective_norm,
         phases,
         block=block,
         sparsity=sparsity,
