@@ -12,6 +12,7 @@ from sa_plus_plus.algorithms import (
     random,
     sequential_attention,
 )
+from sa_plus_plus.baselines import rigl, sparse_evolutionary
 from sa_plus_plus.checks import check_pruned
 from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, compose
 from sa_plus_plus.phases import Phases
@@ -73,12 +74,14 @@ __all__ = [
     "powerpropagation",
     "random",
     "reset_on",
+    "rigl",
     "save",
     "select",
     "sequential_attention",
     "serve",
     "shrink",
     "sparse",
+    "sparse_evolutionary",
     "sparsify",
     "specialize",
     "todense",

@@ -58,7 +58,7 @@ def dense(*, phases: Phases) -> Sparsifier:
         zero = jnp.zeros((), jnp.int32)
         return Trainable(params, {}), PruneState(zero, jnp.zeros((), jnp.int32), {})
 
-    def update(trainable: Trainable, prune: PruneState, updates: Trainable | None = None) -> State:
+    def update(trainable: Trainable, prune: PruneState, updates: Trainable | None = None, grads: Any = None) -> State:
         if updates is not None:
             trainable = optax.apply_updates(trainable, updates)
         return trainable, PruneState(prune.step + 1, phases.index(prune.step + 1), {})

@@ -22,10 +22,11 @@ from jax import lax
 from jax.sharding import AxisType
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import planning, select
+from sa_plus_plus import planning, rewiring, select
 from sa_plus_plus.masking import adopted, differs, keep, spread, times, zero_masked
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Overrides, Plan, Views, map_layers
+from sa_plus_plus.rewiring import Rewiring
 from sa_plus_plus.sharding import automatic, of_grid
 from sa_plus_plus.sparsifier import Masks, Params, PruneState, Sparsifier, State, Trainable
 
@@ -94,6 +95,7 @@ def compose(
     forget_masked: bool = False,
     logit_lr: float = 1.0,
     reset_logits_at: Sequence[str] = (),
+    rewires: Rewiring | None = None,
     seed: int | jax.Array | None = None,
     scope: str = "layer",
     **options: Unpack[PlanOptions],
@@ -111,6 +113,7 @@ def compose(
       forget_masked: masked weights are set to zero; otherwise they stay as they were when masked.
       logit_lr: factor on the logits' updates.
       reset_logits_at: kinds of phases on entering which the logits return to zero.
+      rewires: how blocks change places in sparse phases; None for not at all.
       seed: seed of the random keys that `score` gets; may be traced. None for no keys.
       scope: `"layer"` or `"global"`, see `PruningOptions`.
       **options: see `PlanOptions`.
@@ -128,6 +131,8 @@ def compose(
         raise ValueError(f"mask_every must be at least 1 step, got {mask_every}")
     if mask_every != int(mask_every):
         raise ValueError(f"mask_every must be a whole number of steps, got {mask_every}")
+    if rewires is not None:
+        rewiring.check(rewires)
     planning.check_options(block, sparsity, **options)
     algorithm = _Algorithm(
         parametrisation=parametrisation,
@@ -140,6 +145,7 @@ def compose(
         forget_masked=forget_masked,
         logit_lr=logit_lr,
         reset_logits_at=tuple(reset_logits_at),
+        rewires=rewires,
         seed=seed,
     )
     return Sparsifier(
@@ -167,6 +173,7 @@ class _Algorithm:
     forget_masked: bool
     logit_lr: float
     reset_logits_at: tuple[str, ...]
+    rewires: Rewiring | None
     seed: Any
 
     def init(self, params: Params, key: jax.Array | None = None) -> State:
@@ -202,8 +209,11 @@ class _Algorithm:
         def effective(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
             if layer is None:
                 return weights
-            return self._effective(layer, weights, trainable.logits.get(layer.path), prune.masks[layer.path])
+            mask = prune.masks[layer.path]
+            own = self._effective(layer, weights, trainable.logits.get(layer.path), mask)
+            return _open_to_gradients(layer, own, weights, ~mask & due) if self._by_gradient else own
 
+        due = self._by_gradient and self.rewires.due(self.phases, prune.step + 1)  # type: ignore[union-attr]
         return map_layers(effective, trainable.params, self._layers(trainable))
 
     @functools.cached_property
@@ -246,10 +256,24 @@ class _Algorithm:
 
         return trainable._replace(params=map_layers(own, trainable.params, self._layers(trainable), params))
 
-    def update(self, trainable: Trainable, prune: PruneState, updates: Trainable | None = None) -> State:
-        return automatic(self._update, lambda: (trainable, prune), trainable, prune, updates)
+    def update(
+        self,
+        trainable: Trainable,
+        prune: PruneState,
+        updates: Trainable | None = None,
+        grads: Trainable | None = None,
+    ) -> State:
+        if self._by_gradient and updates is not None and grads is None:
+            raise ValueError(
+                "this algorithm chooses blocks by their gradients: call update(trainable, prune, updates, grads) with "
+                "those that the optimizer was given"
+            )
+        grads = grads if self._by_gradient else None
+        return automatic(self._update, lambda: (trainable, prune), trainable, prune, updates, grads)
 
-    def _update(self, trainable: Trainable, prune: PruneState, updates: Trainable | None) -> State:
+    def _update(
+        self, trainable: Trainable, prune: PruneState, updates: Trainable | None, grads: Trainable | None
+    ) -> State:
         layers = self._layers(trainable)
         trainable = self._moved(trainable, prune.masks, updates, layers)
         step = prune.step + 1
@@ -259,6 +283,12 @@ class _Algorithm:
             lambda: self._chosen(trainable, prune, step, layers),
             lambda: prune.masks,
         )
+        if self.rewires is not None and (grads is not None or not self._by_gradient):
+            masks = lax.cond(
+                self.rewires.due(self.phases, step),
+                lambda: self._rewired(trainable, prune._replace(masks=masks), step, grads, layers),
+                lambda: masks,
+            )
         phase = self.phases.index(step)
         if self.reset_logits_at:
             reset = (phase != prune.phase) & self.phases.kind_in(self.reset_logits_at, step)
@@ -296,6 +326,32 @@ class _Algorithm:
         k = {path: _blocks_due(layer, fraction, reached) for path, layer in layers.items()}
         narrows = self.phases.narrows(step) & self.monotone
         return self.choose(scores, k, {path: mask | ~narrows for path, mask in prune.masks.items()})
+
+    def _rewired(
+        self,
+        trainable: Trainable,
+        prune: PruneState,
+        step: jax.Array,
+        grads: Trainable | None,
+        layers: dict[str, LeafPlan],
+    ) -> Masks:
+        """The masks after blocks have changed places at a step."""
+        assert self.rewires is not None
+        gradients = {} if grads is None else dict(_kernels(grads, layers))
+
+        def growth(path: str) -> jax.Array:
+            key = None if prune.key is None else jax.random.fold_in(_layer_key(prune.key, path), step)
+            return self.rewires.growth(gradients.get(path), layers[path], key)  # type: ignore[union-attr]
+
+        norms = {
+            path: blk.frobenius(w, layers[path].block, layers[path].view) for path, w in _kernels(trainable, layers)
+        }
+        joins, kept = {path: growth(path) for path in norms}, {path: layers[path].kept_each for path in norms}
+        return rewiring.rewired(self.choose, prune.masks, norms, joins, kept, self.rewires.share(self.phases, step))
+
+    @property
+    def _by_gradient(self) -> bool:
+        return self.rewires is not None and self.rewires.by_gradient
 
     @functools.cached_property
     def _scored(self) -> Callable[..., jax.Array]:
@@ -345,6 +401,12 @@ def traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     compiled = jax.jit(fn, static_argnums=0)
     return lambda layer, *arrays: compiled(layer._replace(path=""), *arrays)
+
+
+@traced_once
+def _open_to_gradients(layer: LeafPlan, effective: jax.Array, weights: jax.Array, opened: jax.Array) -> jax.Array:
+    """The same kernel, with the gradients of the blocks where `opened` is true passed on to their weights."""
+    return effective + keep(weights - lax.stop_gradient(weights), opened, layer)
 
 
 @traced_once

@@ -332,6 +332,9 @@ def random(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     return _percent(total_steps, (SPARSE, 100))
 
 
+rigl = sparse_evolutionary = random
+
+
 def gradual_magnitude(total_steps: int, *, recipe: str = "imagenet", exponent: float = EXPONENT) -> Phases:
     """A control: dense, one long sparsification phase, sparse; outer phases as long as the other algorithms'.
 

@@ -56,6 +56,7 @@ TABLE = {
     ("sequential_attention", "gradual"): [(D, "10"), (RISING, "50"), (S, "40")],
 }
 TABLE |= {(name, "gradual"): TABLE[name, "imagenet"] for name in ("dense", "random", "magnitude", "acdc")}
+TABLE |= {(name, recipe): [(S, "100")] for name in ("rigl", "sparse_evolutionary") for recipe in phases.RECIPES}
 named = pytest.mark.parametrize(("name", "recipe"), TABLE, ids=["-".join(key) for key in TABLE])
 
 

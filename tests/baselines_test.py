@@ -1,0 +1,135 @@
+"""The baselines' own steps, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sa_plus_plus as sapp
+
+GRID, BLOCK, SPARSITY, KEPT = (12, 10), 2, 0.75, 30
+PATH = "a/kernel"
+
+
+def drawn(seed, grid=False):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(GRID if grid else (GRID[0] * BLOCK, GRID[1] * BLOCK)).astype(np.float32)
+
+
+def params(seed=0):
+    return {"a": {"kernel": jnp.asarray(drawn(seed))}}
+
+
+def norms(kernel):
+    blocks = np.asarray(kernel, np.float64).reshape(GRID[0], BLOCK, GRID[1], BLOCK)
+    return np.sqrt(np.einsum("iajb,iajb->ij", blocks, blocks))
+
+
+def spread(mask):
+    return np.kron(mask, np.ones((BLOCK, BLOCK))).astype(mask.dtype)
+
+
+def largest(scores, k, among):
+    """Mask of the k largest of those in `among`."""
+    order = np.argsort(-np.where(among, scores, -np.inf).ravel(), kind="stable")[:k]
+    mask = np.zeros(scores.size, bool)
+    mask[order] = True
+    return mask.reshape(scores.shape)
+
+
+def dynamic(name, steps=100, **options):
+    schedule = getattr(sapp.phases, name)(steps)
+    return getattr(sapp, name)(block=BLOCK, sparsity=SPARSITY, phases=schedule, **{"mask_every": 10, **options})
+
+
+def linear(sp, prune, weights):
+    """Gradient of `sum(weights * effective)`: what the loss's gradient in the effective kernel is."""
+    return lambda trainable: jnp.sum(weights * sp.apply(trainable, prune)["a"]["kernel"])
+
+
+@pytest.mark.parametrize("step", [20, 40])
+def test_rigl_drops_by_norm_and_grows_by_the_gradient(step):
+    sp = dynamic("rigl")
+    trainable, prune = sp.init(params())
+    mask, gradient = np.asarray(prune.masks[PATH]), drawn(5)
+    assert mask.sum() == KEPT
+    prune = prune._replace(step=jnp.asarray(step - 1))
+    grads = jax.grad(linear(sp, prune, gradient))(trainable)
+    np.testing.assert_array_equal(grads.params["a"]["kernel"], gradient)  # masked blocks have theirs too
+    updates = jax.tree.map(lambda g: -0.1 * g, grads)
+    after, state = sp.update(trainable, prune, updates, grads)
+    moved = np.where(spread(mask), drawn(0) - np.float32(0.1) * gradient, 0)
+    np.testing.assert_allclose(after.params["a"]["kernel"], moved, rtol=1e-6)
+    n = int(0.3 / 2 * (1 + np.cos(np.pi * step / 75)) * KEPT)
+    stay = largest(norms(moved), KEPT - n, mask)
+    joined = largest(norms(gradient), n, ~stay)
+    np.testing.assert_array_equal(state.masks[PATH], stay | joined)
+    assert (joined & ~mask).any()
+    assert not np.asarray(sp.apply(after, state)["a"]["kernel"])[spread(joined & ~mask)].any()  # they start at zero
+
+
+@pytest.mark.parametrize("step", [21, 80])
+def test_rigl_leaves_masks_and_gradients_alone_at_other_steps(step):
+    sp = dynamic("rigl")
+    trainable, prune = sp.init(params())
+    prune, gradient = prune._replace(step=jnp.asarray(step - 1)), drawn(5)
+    grads = jax.grad(linear(sp, prune, gradient))(trainable)
+    np.testing.assert_array_equal(grads.params["a"]["kernel"], gradient * spread(np.asarray(prune.masks[PATH])))
+    _, state = sp.update(trainable, prune, jax.tree.map(jnp.zeros_like, grads), grads)
+    np.testing.assert_array_equal(state.masks[PATH], prune.masks[PATH])
+
+
+def test_rigl_finds_the_blocks_that_matter():
+    """A linear model of which only 30 of 120 blocks are not zero, from a mask that has few of them."""
+    wanted = largest(drawn(3, grid=True), KEPT, np.ones(GRID, bool))
+    target = drawn(4) * spread(wanted)
+
+    def found(name):
+        sp = dynamic(name, mask_every=4)
+        trainable, prune = sp.init(params())
+
+        def loss(trainable, prune):
+            return jnp.sum((sp.apply(trainable, prune)["a"]["kernel"] - target) ** 2) / 2
+
+        @jax.jit
+        def step(trainable, prune):
+            grads = jax.grad(loss)(trainable, prune)
+            return sp.update(trainable, prune, jax.tree.map(lambda g: -0.3 * g, grads), grads)
+
+        first = (np.asarray(prune.masks[PATH]) & wanted).sum()
+        for _ in range(100):
+            trainable, prune = step(trainable, prune)
+        return first, (np.asarray(prune.masks[PATH]) & wanted).sum()
+
+    first, last = found("rigl")
+    assert first < 15
+    assert last == KEPT
+    assert found("sparse_evolutionary")[1] < last  # at random, it takes longer
+
+
+def test_sparse_evolutionary_keeps_the_largest_and_draws_the_others_anew_each_time():
+    sp = dynamic("sparse_evolutionary")
+    trainable, prune = sp.init(params())
+    mask, joined = np.asarray(prune.masks[PATH]), []
+    for step in (10, 20):
+        n = int(0.3 / 2 * (1 + np.cos(np.pi * step / 75)) * KEPT)
+        after = np.asarray(sp.update(trainable, prune._replace(step=jnp.asarray(step - 1)))[1].masks[PATH])
+        stay = largest(norms(np.where(spread(mask), drawn(0), 0)), KEPT - n, mask)
+        assert (after & stay).sum() == KEPT - n
+        assert after.sum() == KEPT
+        joined.append(after & ~stay)
+    assert (joined[0] != joined[1]).any()
+
+
+def test_dynamic_options_out_of_range():
+    for options, message in (
+        ({"fraction": 0}, r"fraction must be a share in \(0, 1\], got 0"),
+        ({"until": 1.5}, r"until must be a share in \(0, 1\], got 1.5"),
+        ({"mask_every": 0}, "mask_every must be a whole number of steps from 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dynamic("rigl", **options)
+    sp = dynamic("rigl")
+    trainable, prune = sp.init(params())
+    with pytest.raises(ValueError, match=r"call update\(trainable, prune, updates, grads\)"):
+        sp.update(trainable, prune, trainable)
