@@ -12,7 +12,7 @@ from sa_plus_plus.algorithms import (
     random,
     sequential_attention,
 )
-from sa_plus_plus.baselines import rigl, sparse_evolutionary
+from sa_plus_plus.baselines import group_lasso, movement, rigl, sparse_evolutionary
 from sa_plus_plus.checks import check_pruned
 from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, compose
 from sa_plus_plus.phases import Phases
@@ -65,9 +65,11 @@ __all__ = [
     "dense",
     "export",
     "gradual_magnitude",
+    "group_lasso",
     "load",
     "magnitude",
     "metrics",
+    "movement",
     "path_string",
     "phases",
     "plan",

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import phases as schedules
-from sa_plus_plus.composition import IDENTITY, PruningOptions, compose
-from sa_plus_plus.phases import Phases
+from sa_plus_plus import select
+from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, check_phases, compose
+from sa_plus_plus.masking import times
+from sa_plus_plus.phases import SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan
 from sa_plus_plus.registry import algorithm
 from sa_plus_plus.rewiring import Rewiring
@@ -103,3 +105,104 @@ def sparse_evolutionary(
 
 def _dynamic(rewires: Rewiring, phases: Phases, **options: Any) -> Sparsifier:
     return compose(IDENTITY, _drawn, phases, rewires=rewires, forget_masked=True, **options)
+
+
+@algorithm(schedules.movement, control=True)
+def movement(
+    *,
+    block: int | Sequence[int | None],
+    sparsity: float,
+    phases: Phases,
+    mask_every: int = 1,
+    **options: Unpack[PruningOptions],
+) -> Sparsifier:
+    """Block movement pruning (Lagunas et al., EMNLP 2021, arXiv 2109.04838), after Sanh et al. (NeurIPS 2020, arXiv
+    2005.07683).
+
+    Each block has a trainable score, 0 at the start, whose gradient is that in the mask passed straight through:
+    `dL/dS_B = sum over the block of dL/dW' * W`, with `W' = W * spread(mask)` the effective kernel. Under SGD of rate
+    `r` the score is `-r` times the sum of these over the steps: high where weights moved away from zero. Masked blocks
+    keep their weights, their scores go on, and they may return until the last phase. The blocks of highest score are
+    kept, as in the version of Sanh et al. for a given sparsity (`top_v`), on this library's curve of sparsity.
+
+    Args:
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      phases: usually `phases.movement(total_steps)`.
+      mask_every: steps between selections in the sparsification phase.
+      **options: see `PruningOptions`.
+
+    Raises:
+      ValueError: for options out of range, or a schedule that begins sparse or ends dense.
+    """
+    check_phases(phases)
+    if phases.phases[0].kind == SPARSE:
+        raise ValueError(
+            f"the first phase is {phases.phases[0]}, but before training all scores are equal: "
+            "begin with a dense or a sparsification phase"
+        )
+    parametrisation = Parametrisation(*IDENTITY[:2], has_logits=True, straight_through=True)
+    when: dict[str, Any] = {"mask_every": mask_every, "monotone": False}
+    return compose(parametrisation, _logits, phases, block=block, sparsity=sparsity, **when, **options)
+
+
+def _logits(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+    return logits
+
+
+@algorithm(schedules.group_lasso, control=True)
+def group_lasso(
+    *,
+    block: int | Sequence[int | None],
+    sparsity: float,
+    phases: Phases,
+    strength: float = 1.0,
+    **options: Unpack[PruningOptions],
+) -> Sparsifier:
+    """Group LASSO by proximal steps (Yuan and Lin, JRSS B 2006; Parikh and Boyd, Proximal Algorithms, 2014, 6.5.4).
+
+    Each update outside sparse phases is followed by the proximal map of `tau * sum of ||W_B||_F`,
+
+        W_B <- max(0, 1 - tau / ||W_B||_F) * W_B.
+
+    The penalty that leaves a given number of blocks is not known beforehand. So it is set by the target: in each step
+    and layer `tau` is `strength / total_steps` times the norm of the last block that is to stay, the `kept`-th largest,
+    which thus never becomes zero. When the sparse phase begins, the blocks of largest norm are kept.
+
+    Args:
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      phases: usually `phases.group_lasso(total_steps)`.
+      strength: of the penalty, positive and less than the number of steps: a block that no gradient supports is zero
+        after `1 / strength` of the run, if its norm is that of the last to stay.
+      **options: see `PruningOptions`.
+
+    Raises:
+      ValueError: for options out of range, or a schedule that ends dense.
+    """
+    check_phases(phases)
+    if not 0 < strength < phases.total_steps:
+        raise ValueError(f"strength must be between 0 and {phases.total_steps}, the number of steps; got {strength}")
+
+    def shrink(layer: LeafPlan, weights: jax.Array) -> jax.Array:
+        norms = blk.frobenius(weights, layer.block, layer.view)
+        threshold = strength / phases.total_steps * _last_kept(norms, layer.kept_each)
+        return soft_threshold(weights, threshold, norms, layer)
+
+    return compose(IDENTITY, _norm, phases, block=block, sparsity=sparsity, shrink=shrink, **options)
+
+
+def _norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+    return blk.frobenius(weights, layer.block, layer.view)
+
+
+def _last_kept(norms: jax.Array, kept: int) -> jax.Array:
+    """The `kept`-th largest norm of each matrix, `(*stack, 1, 1)`."""
+    chosen = select.top_k_per_layer({"": norms}, {"": kept})[""]
+    return jnp.min(jnp.where(chosen, norms, jnp.inf), axis=(-2, -1), keepdims=True)
+
+
+def soft_threshold(weights: jax.Array, threshold: jax.Array, norms: jax.Array, layer: LeafPlan) -> jax.Array:
+    """`max(0, 1 - threshold / norm)` times each block, the proximal map of `threshold * norm`."""
+    factors = jnp.where(norms > threshold, 1 - threshold / jnp.where(norms > 0, norms, 1), 0)
+    return times(weights, factors, layer)

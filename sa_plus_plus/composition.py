@@ -40,12 +40,14 @@ class Parametrisation(NamedTuple):
       scale: `scale(weights, logits, layer)`: the `(grid_r, grid_c)` factors of the blocks, or None for 1 throughout.
       has_logits: whether each block has a trainable logit; otherwise `logits` is None above.
       by_norm: whether `scale` depends on the weights. A block then changes as a whole, and one of zeros stays zero.
+      straight_through: whether each logit is given the gradient in its block's factor, masked or not.
     """
 
     weights: Callable[[jax.Array, Any, LeafPlan], jax.Array]
     scale: Callable[[jax.Array, Any, LeafPlan], jax.Array | None]
     has_logits: bool = False
     by_norm: bool = False
+    straight_through: bool = False
 
 
 IDENTITY = Parametrisation(lambda kernel, logits, layer: kernel, lambda weights, logits, layer: None)
@@ -53,6 +55,7 @@ IDENTITY = Parametrisation(lambda kernel, logits, layer: kernel, lambda weights,
 # score(weights, logits, layer, key) -> a number a block, of the shape `layer.full_grid`: the higher, the more a block
 # deserves to stay. `logits` is None without logits, `key` (the layer's own) without a seed.
 Score = Callable[[jax.Array, Any, LeafPlan, Any], jax.Array]
+Shrink = Callable[[LeafPlan, jax.Array], jax.Array]  # shrink(layer, weights) -> weights
 
 
 class PlanOptions(TypedDict, total=False):
@@ -96,6 +99,7 @@ def compose(
     logit_lr: float = 1.0,
     reset_logits_at: Sequence[str] = (),
     rewires: Rewiring | None = None,
+    shrink: Shrink | None = None,
     seed: int | jax.Array | None = None,
     scope: str = "layer",
     **options: Unpack[PlanOptions],
@@ -114,6 +118,7 @@ def compose(
       logit_lr: factor on the logits' updates.
       reset_logits_at: kinds of phases on entering which the logits return to zero.
       rewires: how blocks change places in sparse phases; None for not at all.
+      shrink: a proximal step, `shrink(layer, weights) -> weights`, after each update outside sparse phases.
       seed: seed of the random keys that `score` gets; may be traced. None for no keys.
       scope: `"layer"` or `"global"`, see `PruningOptions`.
       **options: see `PlanOptions`.
@@ -146,6 +151,7 @@ def compose(
         logit_lr=logit_lr,
         reset_logits_at=tuple(reset_logits_at),
         rewires=rewires,
+        shrink=None if shrink is None else traced_once(shrink),
         seed=seed,
     )
     return Sparsifier(
@@ -174,6 +180,7 @@ class _Algorithm:
     logit_lr: float
     reset_logits_at: tuple[str, ...]
     rewires: Rewiring | None
+    shrink: Shrink | None
     seed: Any
 
     def init(self, params: Params, key: jax.Array | None = None) -> State:
@@ -220,7 +227,10 @@ class _Algorithm:
     def _effective(self) -> Callable[..., jax.Array]:
         def effective(layer: LeafPlan, weights: jax.Array, logits: Any, mask: jax.Array) -> jax.Array:
             scale = self.parametrisation.scale(weights, logits, layer)
-            return times(weights, jnp.where(mask, 1 if scale is None else scale, 0), layer)
+            factors = jnp.where(mask, 1 if scale is None else scale, 0)
+            if self.parametrisation.straight_through:
+                factors = factors + (logits - lax.stop_gradient(logits))
+            return times(weights, factors, layer)
 
         return traced_once(effective)
 
@@ -276,6 +286,8 @@ class _Algorithm:
     ) -> State:
         layers = self._layers(trainable)
         trainable = self._moved(trainable, prune.masks, updates, layers)
+        if self.shrink is not None and updates is not None:
+            trainable = self._shrunk(trainable, ~self.phases.kind_in([SPARSE], prune.step), layers)
         step = prune.step + 1
         # Only the choice of masks stands in the branch: small arrays out, weights read but never copied.
         masks = lax.cond(
@@ -313,6 +325,12 @@ class _Algorithm:
             return _keep(layer, new, masks[layer.path], 0 if self.forget_masked else old)
 
         return moved._replace(params=map_layers(held, moved.params, layers, trainable.params))
+
+    def _shrunk(self, trainable: Trainable, due: jax.Array, layers: dict[str, LeafPlan]) -> Trainable:
+        def shrunk(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
+            return weights if layer is None else jnp.where(due, self.shrink(layer, weights), weights)  # type: ignore[misc]
+
+        return trainable._replace(params=map_layers(shrunk, trainable.params, layers))
 
     def _chosen(self, trainable: Trainable, prune: PruneState, step: jax.Array, layers: dict[str, LeafPlan]) -> Masks:
         """The masks due at a step, given the current ones."""

@@ -323,7 +323,7 @@ def magnitude(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     return _percent(total_steps, (DENSE, 100 - tail), (SPARSE, tail))
 
 
-powerpropagation = magnitude
+powerpropagation = group_lasso = magnitude
 
 
 def random(total_steps: int, *, recipe: str = "imagenet") -> Phases:
@@ -345,6 +345,9 @@ def gradual_magnitude(total_steps: int, *, recipe: str = "imagenet", exponent: f
     head, tail = {"imagenet": (10, 15), "criteo": (20, 20)}[recipe]
     middle = (SPARSIFICATION, 100 - head - tail)
     return _percent(total_steps, (DENSE, head), middle, (SPARSE, tail), exponent=exponent)
+
+
+movement = gradual_magnitude
 
 
 def acdc(total_steps: int, *, recipe: str = "imagenet") -> Phases:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import sa_plus_plus as sapp
+from sa_plus_plus import baselines
 
 GRID, BLOCK, SPARSITY, KEPT = (12, 10), 2, 0.75, 30
 PATH = "a/kernel"
@@ -133,3 +134,73 @@ def test_dynamic_options_out_of_range():
     trainable, prune = sp.init(params())
     with pytest.raises(ValueError, match=r"call update\(trainable, prune, updates, grads\)"):
         sp.update(trainable, prune, trainable)
+
+
+def test_a_movement_score_is_the_sum_of_gradient_times_weight_masked_or_not():
+    schedule = sapp.phases.custom(12, [("dense", 2), ("sparsification", 6), ("sparse", 4)])
+    sp = sapp.movement(block=BLOCK, sparsity=SPARSITY, phases=schedule)
+    trainable, prune = sp.init(params())
+    kernel, scores, rate = drawn(0).astype(np.float64), np.zeros(GRID), 0.05
+    returned = 0
+    for i in range(12):
+        gradient, mask = drawn(10 + i), np.asarray(prune.masks[PATH])
+        effective = np.asarray(sp.apply(trainable, prune)["a"]["kernel"])
+        np.testing.assert_allclose(effective, kernel * spread(mask), rtol=1e-5, atol=1e-6)
+        grads = jax.grad(linear(sp, prune, gradient))(trainable)
+        trainable, prune = sp.update(trainable, prune, jax.tree.map(lambda g: -rate * g, grads))
+        products = (gradient * kernel).reshape(GRID[0], BLOCK, GRID[1], BLOCK).sum((1, 3))
+        scores -= rate * products
+        kernel -= rate * gradient * spread(mask)
+        np.testing.assert_allclose(trainable.logits[PATH], scores, rtol=1e-4, atol=1e-5)
+        after = np.asarray(prune.masks[PATH])
+        returned += (after & ~mask).sum()
+        if i + 1 < 9:  # until the sparse phase begins, and where it does
+            np.testing.assert_array_equal(after, largest(scores, after.sum(), np.ones(GRID, bool)))
+    assert returned  # blocks that were masked
+    assert after.sum() == KEPT
+
+
+@pytest.mark.parametrize("strength", [1.0, 5.0])
+def test_group_lasso_takes_the_proximal_step_in_dense_phases_alone(strength):
+    sp = sapp.group_lasso(
+        block=BLOCK,
+        sparsity=SPARSITY,
+        phases=sapp.phases.custom(10, [("dense", 1), ("sparse", 9)]),
+        strength=strength,
+    )
+    trainable, prune = sp.init(params())
+    gradient = drawn(7)
+    updates = trainable._replace(params={"a": {"kernel": jnp.asarray(-0.1 * gradient)}})
+    trainable, prune = sp.update(trainable, prune, updates)
+    moved = drawn(0).astype(np.float64) - 0.1 * gradient
+    size = norms(moved)
+    tau = strength / 10 * np.sort(size.ravel())[-KEPT]
+    want = moved * np.kron(np.maximum(0, 1 - tau / size), np.ones((BLOCK, BLOCK)))
+    np.testing.assert_allclose(trainable.params["a"]["kernel"], want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(prune.masks[PATH], largest(size, KEPT, np.ones(GRID, bool)))
+    after, _ = sp.update(trainable, prune, updates)
+    np.testing.assert_allclose(
+        after.params["a"]["kernel"], want - 0.1 * gradient * spread(np.asarray(prune.masks[PATH])), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_group_lasso_solves_its_problem():
+    """`||W - T||^2 / 2` plus the penalty has the closed solution `soft_threshold(T)`: what repeated steps come to."""
+    tau, rate = 1.5, 0.2
+    layer = sapp.plan(params(), block=BLOCK, sparsity=SPARSITY).pruned[PATH]
+    weights, target = jnp.asarray(drawn(0)), drawn(1)
+    for _ in range(150):
+        weights = weights - rate * (weights - target)
+        size = sapp.blocks.frobenius(weights, layer.block)
+        weights = baselines.soft_threshold(weights, jnp.asarray(rate * tau), size, layer)
+    want = target * np.kron(np.maximum(0, 1 - tau / norms(target)), np.ones((BLOCK, BLOCK)))
+    np.testing.assert_allclose(weights, want, atol=1e-5)
+    assert 0.1 < (want == 0).mean() < 0.9
+
+
+def test_scores_and_strengths_that_make_no_sense_are_refused():
+    schedule = sapp.phases.random(100)
+    with pytest.raises(ValueError, match=r"first phase is sparse \[0, 100\).*all scores are equal"):
+        sapp.movement(block=BLOCK, sparsity=SPARSITY, phases=schedule)
+    with pytest.raises(ValueError, match="strength must be between 0 and 100, the number of steps; got 0"):
+        sapp.group_lasso(block=BLOCK, sparsity=SPARSITY, phases=schedule, strength=0)

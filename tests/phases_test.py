@@ -56,6 +56,8 @@ TABLE = {
     ("sequential_attention", "gradual"): [(D, "10"), (RISING, "50"), (S, "40")],
 }
 TABLE |= {(name, "gradual"): TABLE[name, "imagenet"] for name in ("dense", "random", "magnitude", "acdc")}
+TABLE |= {("movement", recipe): TABLE["gradual_magnitude", recipe] for recipe in phases.RECIPES}
+TABLE |= {("group_lasso", recipe): TABLE["magnitude", recipe] for recipe in phases.RECIPES}
 TABLE |= {(name, recipe): [(S, "100")] for name in ("rigl", "sparse_evolutionary") for recipe in phases.RECIPES}
 named = pytest.mark.parametrize(("name", "recipe"), TABLE, ids=["-".join(key) for key in TABLE])
 
