@@ -12,7 +12,7 @@ from sa_plus_plus.algorithms import (
     random,
     sequential_attention,
 )
-from sa_plus_plus.baselines import group_lasso, movement, rigl, sparse_evolutionary
+from sa_plus_plus.baselines import d_gating, group_lasso, movement, rigl, sparse_evolutionary
 from sa_plus_plus.checks import check_pruned
 from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, compose
 from sa_plus_plus.phases import Phases
@@ -62,6 +62,7 @@ __all__ = [
     "check_pruned",
     "compose",
     "convex",
+    "d_gating",
     "dense",
     "export",
     "gradual_magnitude",

@@ -180,14 +180,12 @@ def group_lasso(
     Raises:
       ValueError: for options out of range, or a schedule that ends dense.
     """
-    check_phases(phases)
-    if not 0 < strength < phases.total_steps:
-        raise ValueError(f"strength must be between 0 and {phases.total_steps}, the number of steps; got {strength}")
+    _check_strength(strength, phases)
 
-    def shrink(layer: LeafPlan, weights: jax.Array) -> jax.Array:
+    def shrink(layer: LeafPlan, weights: jax.Array, logits: Any) -> tuple[jax.Array, Any]:
         norms = blk.frobenius(weights, layer.block, layer.view)
         threshold = strength / phases.total_steps * _last_kept(norms, layer.kept_each)
-        return soft_threshold(weights, threshold, norms, layer)
+        return soft_threshold(weights, threshold, norms, layer), logits
 
     return compose(IDENTITY, _norm, phases, block=block, sparsity=sparsity, shrink=shrink, **options)
 
@@ -206,3 +204,68 @@ def soft_threshold(weights: jax.Array, threshold: jax.Array, norms: jax.Array, l
     """`max(0, 1 - threshold / norm)` times each block, the proximal map of `threshold * norm`."""
     factors = jnp.where(norms > threshold, 1 - threshold / jnp.where(norms > 0, norms, 1), 0)
     return times(weights, factors, layer)
+
+
+def _check_strength(strength: float, phases: Any) -> None:
+    check_phases(phases)
+    if not 0 < strength < phases.total_steps:
+        raise ValueError(f"strength must be between 0 and {phases.total_steps}, the number of steps; got {strength}")
+
+
+@algorithm(schedules.d_gating, control=True)
+def d_gating(
+    *,
+    block: int | Sequence[int | None],
+    sparsity: float,
+    phases: Phases,
+    depth: int = 3,
+    strength: float = 1.0,
+    **options: Unpack[PruningOptions],
+) -> Sparsifier:
+    """D-Gating (Kolb, Frost, Bischl and Ruegamer, NeurIPS 2025, arXiv 2509.23898): sparsity by weight decay on factors.
+
+    Each block is the product of trained weights and `D - 1` scalar gates, `W_B * g_1 * ... * g_(D-1)`. A squared norm
+    on all factors, `lambda / D * (||W_B||^2 + sum of g_d^2)`, has the minima of the penalty `||W_B||^(2/D)` on the
+    products, which is that of the group LASSO for `D = 2` and non-convex above.
+
+    All gates of a block start at 1, so they stay equal: a single logit `l` stands for them, `g = 1 + l`, with the
+    gradient that each of them has. The penalty is decoupled from the optimizer: after each update outside sparse
+    phases weights and gates are multiplied by `1 - strength / total_steps`. When the sparse phase begins, the effective
+    blocks of largest norm are kept.
+
+    Args:
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      phases: usually `phases.d_gating(total_steps)`.
+      depth: the number `D` of factors, an integer from 2.
+      strength: of the penalty, positive and less than the number of steps: a factor that no gradient supports is
+        `exp(-strength)` times what it was after a whole run.
+      **options: see `PruningOptions`.
+
+    Raises:
+      ValueError: for options out of range, or a schedule that ends dense.
+    """
+    _check_strength(strength, phases)
+    if depth < 2 or depth != int(depth):
+        raise ValueError(f"depth must be a number of factors, an integer from 2; got {depth}")
+    left = 1 - strength / phases.total_steps
+
+    def scale(weights: jax.Array, logits: jax.Array, layer: LeafPlan) -> jax.Array:
+        gate = 1 + logits
+        fixed = jax.lax.stop_gradient(gate)
+        return (fixed + (gate - fixed) / (depth - 1)) ** (depth - 1)  # the gradient of one gate, not of their sum
+
+    def weights(kernel: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
+        if logits is None:
+            return kernel
+        factors = scale(kernel, logits, layer)
+        return times(kernel, 1 / jnp.where(factors != 0, factors, 1), layer)
+
+    def score(weights: jax.Array, logits: jax.Array, layer: LeafPlan, key: Any) -> jax.Array:
+        return jnp.abs(scale(weights, logits, layer)) * blk.frobenius(weights, layer.block, layer.view)
+
+    def shrink(layer: LeafPlan, weights: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (left * blk.widened(weights)).astype(weights.dtype), left * (1 + logits) - 1
+
+    parametrisation = Parametrisation(weights, scale, has_logits=True)
+    return compose(parametrisation, score, phases, block=block, sparsity=sparsity, shrink=shrink, **options)

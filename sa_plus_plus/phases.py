@@ -323,7 +323,7 @@ def magnitude(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     return _percent(total_steps, (DENSE, 100 - tail), (SPARSE, tail))
 
 
-powerpropagation = group_lasso = magnitude
+powerpropagation = group_lasso = d_gating = magnitude
 
 
 def random(total_steps: int, *, recipe: str = "imagenet") -> Phases:

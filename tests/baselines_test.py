@@ -198,9 +198,37 @@ def test_group_lasso_solves_its_problem():
     assert 0.1 < (want == 0).mean() < 0.9
 
 
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_d_gating_is_the_product_of_its_factors_each_with_its_own_gradient(depth):
+    schedule = sapp.phases.custom(8, [("dense", 4), ("sparse", 4)])
+    sp = sapp.d_gating(block=BLOCK, sparsity=SPARSITY, phases=schedule, depth=depth, strength=0.5)
+    trainable, prune = sp.init(params())
+    kernel, gates, rate = drawn(0).astype(np.float64), np.ones((depth - 1, *GRID)), 0.05
+    for i in range(5):
+        gradient, mask, dense = drawn(20 + i), np.asarray(prune.masks[PATH]), i < 4
+        product = np.prod(gates, 0)
+        effective = np.asarray(sp.apply(trainable, prune)["a"]["kernel"])
+        np.testing.assert_allclose(effective, kernel * spread(product * mask), rtol=1e-4, atol=1e-5)
+        grads = jax.grad(linear(sp, prune, gradient))(trainable)
+        trainable, prune = sp.update(trainable, prune, jax.tree.map(lambda g: -rate * g, grads))
+        sums = mask * (gradient * kernel).reshape(GRID[0], BLOCK, GRID[1], BLOCK).sum((1, 3))
+        kernel = kernel - rate * gradient * spread(product * mask)
+        others = [np.prod(np.delete(gates, d, 0), 0) for d in range(depth - 1)]
+        gates = gates - rate * sums * np.array(others)
+        if dense:
+            kernel, gates = kernel * (1 - 0.5 / 8), gates * (1 - 0.5 / 8)
+        np.testing.assert_allclose(trainable.params["a"]["kernel"], kernel, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(1 + np.asarray(trainable.logits[PATH]), gates[0], rtol=1e-4, atol=1e-5)
+        if i == 3:
+            wanted = largest(norms(kernel) * np.abs(np.prod(gates, 0)), KEPT, np.ones(GRID, bool))
+            np.testing.assert_array_equal(prune.masks[PATH], wanted)
+
+
 def test_scores_and_strengths_that_make_no_sense_are_refused():
     schedule = sapp.phases.random(100)
     with pytest.raises(ValueError, match=r"first phase is sparse \[0, 100\).*all scores are equal"):
         sapp.movement(block=BLOCK, sparsity=SPARSITY, phases=schedule)
     with pytest.raises(ValueError, match="strength must be between 0 and 100, the number of steps; got 0"):
         sapp.group_lasso(block=BLOCK, sparsity=SPARSITY, phases=schedule, strength=0)
+    with pytest.raises(ValueError, match="depth must be a number of factors, an integer from 2; got 1"):
+        sapp.d_gating(block=BLOCK, sparsity=SPARSITY, phases=schedule, depth=1)

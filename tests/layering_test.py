@@ -18,6 +18,7 @@ LIBRARY = (
     "sparsifier",
     "masking",
     "rewiring",
+    "composed",
     "composition",
     "registry",
     "algorithms",

@@ -57,7 +57,7 @@ TABLE = {
 }
 TABLE |= {(name, "gradual"): TABLE[name, "imagenet"] for name in ("dense", "random", "magnitude", "acdc")}
 TABLE |= {("movement", recipe): TABLE["gradual_magnitude", recipe] for recipe in phases.RECIPES}
-TABLE |= {("group_lasso", recipe): TABLE["magnitude", recipe] for recipe in phases.RECIPES}
+TABLE |= {(n, recipe): TABLE["magnitude", recipe] for n in ("group_lasso", "d_gating") for recipe in phases.RECIPES}
 TABLE |= {(name, recipe): [(S, "100")] for name in ("rigl", "sparse_evolutionary") for recipe in phases.RECIPES}
 named = pytest.mark.parametrize(("name", "recipe"), TABLE, ids=["-".join(key) for key in TABLE])
 
