@@ -42,6 +42,7 @@ _REPORT = flags.DEFINE_bool("report", False, "Make the table and the picture ins
 _PLAN = flags.DEFINE_bool("plan", False, "Say how many cells there are instead of training.")
 _NAME = flags.DEFINE_string("name", "recipes", "Write benchmarks/results/<name>.json and .png.")
 
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "choosing.md"
 Changes = Mapping[str, Any]
 
 
@@ -111,6 +112,7 @@ CONTROLS: dict[str, Changes] = {
     "SA++, paper": {"name": "sequential_attention"},
     "ACDC": {"name": "acdc"},
     "magnitude": {"name": "magnitude"},
+    **{name: {"name": name} for name in ("rigl", "sparse_evolutionary", "movement", "group_lasso", "d_gating")},
     "random": {"name": "random"},
     "dense": {"name": "dense"},
 }
@@ -271,16 +273,37 @@ def plot(rows: list[dict[str, Any]]) -> Any:
 
 
 def summarise(choosing: list[dict[str, Any]], confirming: list[dict[str, Any]]) -> None:
-    """Print both tables and write the file and the picture."""
+    """Print both tables and write the file, the picture and the tables of the page."""
     found, console = chosen(choosing), progress.console()
-    console.print(progress.table("Choosing", table(choosing, found["gradual magnitude"])))
-    console.print(f"chosen: {found}", highlight=False)
-    lines = table(confirming, "gradual magnitude, chosen") if confirming else []
-    if lines:
-        console.print(progress.table("Confirming", lines))
+    tables = {"choosing": table(choosing, found["gradual magnitude"])}
+    if confirming:
+        tables["confirming"] = table(confirming, "gradual magnitude, chosen")
         report.save_figure(timing.RESULTS / f"{_NAME.value}.png", plot(confirming))
-    content = {"chosen": found, "table": lines, "confirming": confirming, "choosing": choosing}
-    print(timing.save(_NAME.value, content))
+    for title, lines in tables.items():
+        console.print(progress.table(title.capitalize(), lines))
+    console.print(f"chosen: {found}", highlight=False)
+    print(timing.save(_NAME.value, {"chosen": found, "confirming": confirming, "choosing": choosing}))
+    if _NAME.value == "recipes":
+        page = PAGE.read_text()
+        for title, lines in tables.items():
+            page = filled(page, title, markdown(lines))
+        files.write_text(PAGE, page)
+
+
+def markdown(lines: list[dict[str, str]]) -> str:
+    """A table in Markdown."""
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    rows = [columns, ["---"] * len(columns), *([line.get(key, "-") for key in columns] for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def filled(page: str, name: str, text: str) -> str:
+    """The page with `text` between its marks `<!-- name -->` and `<!-- end of name -->`."""
+    before, _, rest = page.partition(f"<!-- {name} -->\n")
+    _, mark, after = rest.partition(f"<!-- end of {name} -->")
+    if not mark:
+        raise ValueError(f"{PAGE} has no marks for the table {name!r}")
+    return f"{before}<!-- {name} -->\n{text}\n{mark}{after}"
 
 
 def main(argv: list[str]) -> None:

@@ -126,7 +126,8 @@ def criteo(block: int) -> ConfigDict:
 def sparsifier() -> ConfigDict:
     """Options of all algorithms: the common ones first, then a section for each that has its own."""
     config = ConfigDict()
-    config.name = "sequential_attention"  # or dense, magnitude, acdc, powerpropagation; gradual_magnitude, random
+    config.name = "sequential_attention"  # or dense, magnitude, acdc, powerpropagation; controls: gradual_magnitude,
+    # random, rigl, sparse_evolutionary, movement, group_lasso, d_gating
     config.block = (8, 8)
     config.sparsity = 0.9
     config.min_blocks = 100
