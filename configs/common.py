@@ -135,9 +135,7 @@ def sparsifier() -> ConfigDict:
     config.only = ""  # pattern of the kernels to prune; "" for all
     config.views = ConfigDict()  # how leaves are read as matrices: {"*/query/kernel": "d (h k)"}
     config.overrides = ConfigDict()  # by path or pattern: {"*/Dense_0/kernel": {"block": (4, 4), "sparsity": 0.5}}
-    config.recipe = (
-        "imagenet"  # a schedule: "imagenet", "criteo" (paper, section 4.2), "gradual"; init_from: "finetune"
-    )
+    config.recipe = "imagenet"  # "imagenet", "criteo" (paper, section 4.2), "gradual"; after init_from "finetune"
     config.sparsification = True  # False: SequentialAttention++ on ACDC's schedule (D.1)
     config.exponent = 4.0  # c of the sparsification curve (D.2)
     config.schedule = ()  # a schedule of your own instead: (("dense", "20%"), ("sparsification", 0.3), ("sparse", 0.5))

@@ -156,7 +156,7 @@ def group_lasso(
     block: int | Sequence[int | None],
     sparsity: float,
     phases: Phases,
-    strength: float = 1.0,
+    strength: float = 5.0,
     **options: Unpack[PruningOptions],
 ) -> Sparsifier:
     """Group LASSO by proximal steps (Yuan and Lin, JRSS B 2006; Parikh and Boyd, Proximal Algorithms, 2014, 6.5.4).
@@ -174,7 +174,8 @@ def group_lasso(
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.group_lasso(total_steps)`.
       strength: of the penalty, positive and less than the number of steps: a block that no gradient supports is zero
-        after `1 / strength` of the run, if its norm is that of the last to stay.
+        after `1 / strength` of the run, if its norm is that of the last to stay. The default did as well as 20 and
+        better than 1 on held-out training images of Fashion-MNIST (LeNet-300-100, 97% of the 8 x 8 blocks).
       **options: see `PruningOptions`.
 
     Raises:
@@ -219,7 +220,7 @@ def d_gating(
     sparsity: float,
     phases: Phases,
     depth: int = 3,
-    strength: float = 1.0,
+    strength: float = 4.0,
     **options: Unpack[PruningOptions],
 ) -> Sparsifier:
     """D-Gating (Kolb, Frost, Bischl and Ruegamer, NeurIPS 2025, arXiv 2509.23898): sparsity by weight decay on factors.
@@ -239,7 +240,8 @@ def d_gating(
       phases: usually `phases.d_gating(total_steps)`.
       depth: the number `D` of factors, an integer from 2.
       strength: of the penalty, positive and less than the number of steps: a factor that no gradient supports is
-        `exp(-strength)` times what it was after a whole run.
+        `exp(-strength)` times what it was after a whole run. The default did best of 1, 4 and 8, on the same data as
+        `group_lasso`'s.
       **options: see `PruningOptions`.
 
     Raises:
