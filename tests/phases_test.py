@@ -52,8 +52,8 @@ TABLE = {
     ("gradual_magnitude", "finetune"): [(RISING, "50"), (S, "50")],
     ("acdc", "finetune"): [*[(S, "5"), (D, "5")] * 5, (S, "50")],
     ("sequential_attention", "finetune"): [(RISING, "50"), (S, "50")],
-    ("gradual_magnitude", "gradual"): [(D, "10"), (RISING, "50"), (S, "40")],
-    ("sequential_attention", "gradual"): [(D, "10"), (RISING, "50"), (S, "40")],
+    ("gradual_magnitude", "gradual"): [(D, "10"), (RISING, "30"), (S, "60")],
+    ("sequential_attention", "gradual"): [(D, "10"), (RISING, "30"), (S, "60")],
 }
 TABLE |= {(name, "gradual"): TABLE[name, "imagenet"] for name in ("dense", "random", "magnitude", "acdc")}
 TABLE |= {("movement", recipe): TABLE["gradual_magnitude", recipe] for recipe in phases.RECIPES}
