@@ -12,6 +12,7 @@ one that has begun leaves a claim, which others take over when it is older than 
 
 import functools
 import json
+import math
 import os
 import pathlib
 import time
@@ -221,13 +222,14 @@ def shares(rows: list[dict[str, Any]]) -> dict[str, dict[Cell, float]]:
     for row in rows:
         cell = Cell(row["data"], row["block"], row["sparsity"])
         means.setdefault(row["variant"], {})[cell] = float(np.mean(row["values"]))
-    low, high = means["random"], means["dense"]
-    return {v: {c: (x - low[c]) / (high[c] - low[c]) for c, x in own.items()} for v, own in means.items()}
+    low, high = means.get("random", {}), means.get("dense", {})
+    ends = low.keys() & high.keys()  # of cells that are not done yet there is no share
+    return {v: {c: (x - low[c]) / (high[c] - low[c]) for c, x in own.items() if c in ends} for v, own in means.items()}
 
 
 def chosen(rows: list[dict[str, Any]]) -> dict[str, str]:
     """The best variant of each family, by the mean of `shares`."""
-    means = {variant: np.mean(list(own.values())) for variant, own in shares(rows).items()}
+    means = {variant: np.mean(list(own.values())) for variant, own in shares(rows).items() if own}
     return {family: max((v for v in own if v in means), key=lambda v: means[v]) for family, own in variants().items()}
 
 
@@ -242,9 +244,9 @@ def table(rows: list[dict[str, Any]], against: str) -> list[dict[str, str]]:
         if cell in base and row["variant"] != against:
             text += f" ({_mean_error(values - 100 * base[cell], sign='+')})"
         lines.setdefault(row["variant"], {"variant": row["variant"]})[str(Cell(*cell))] = text
-    share = {variant: float(np.mean(list(own.values()))) for variant, own in shares(rows).items()}
-    order = sorted(lines, key=lambda variant: -share[variant])
-    return [{**lines[variant], "share": f"{share[variant]:.3f}"} for variant in order]
+    share = {variant: float(np.mean(list(own.values()))) for variant, own in shares(rows).items() if own}
+    order = sorted(lines, key=lambda variant: -share.get(variant, -math.inf))
+    return [{**lines[v], "share": f"{share[v]:.3f}" if v in share else "-"} for v in order]
 
 
 def _mean_error(values: np.ndarray, sign: str = "") -> str:
