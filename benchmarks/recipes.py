@@ -244,9 +244,13 @@ def table(rows: list[dict[str, Any]], against: str) -> list[dict[str, str]]:
         if cell in base and row["variant"] != against:
             text += f" ({_mean_error(values - 100 * base[cell], sign='+')})"
         lines.setdefault(row["variant"], {"variant": row["variant"]})[str(Cell(*cell))] = text
-    share = {variant: float(np.mean(list(own.values()))) for variant, own in shares(rows).items() if own}
+    found = {variant: list(own.values()) for variant, own in shares(rows).items()}
+    complete = max(map(len, found.values()))
+    share = {v: float(np.mean(values)) for v, values in found.items() if values and len(values) == complete}
+    cells = dict.fromkeys(str(Cell(row["data"], row["block"], row["sparsity"])) for row in rows)
     order = sorted(lines, key=lambda variant: -share.get(variant, -math.inf))
-    return [{**lines[v], "share": f"{share[v]:.3f}" if v in share else "-"} for v in order]
+    blank = dict.fromkeys(("variant", *cells), "-")
+    return [{**blank, **lines[v], "share": f"{share[v]:.3f}" if v in share else "-"} for v in order]
 
 
 def _mean_error(values: np.ndarray, sign: str = "") -> str:
