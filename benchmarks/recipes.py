@@ -1,167 +1,337 @@
-"""Which recipe for SequentialAttention++ to choose: schedules, scores and learning rates against the other algorithms.
+"""Which recipe to recommend for SequentialAttention++: chosen on half of the cells, confirmed on the other half.
 
-    python -m benchmarks.recipes --local=path/to/fashion_mnist --directory=runs/recipes  # in as many processes as cores
-    python -m benchmarks.recipes --directory=runs/recipes --table  # the table and the picture
+    python -m benchmarks.recipes --local=path/to/fashion/mnist            # any number of these share the cells
+    python -m benchmarks.recipes --local=path/to/fashion/mnist --report   # the table and the picture
 
-LeNet-300-100 on Fashion-MNIST, 4,000 steps. The best variant is chosen on some cells (block size and sparsity) and
-confirmed on others, with more seeds. Each process takes the next run that nobody has begun, by creating a file that
-must not exist yet; a run whose file is empty was interrupted: delete it, and it is done again. Means of test accuracy
-are shown with their standard errors.
+A cell is a data set, a block size and a sparsity. On the cells of `CHOOSING` every variant is trained, and measured on
+examples taken from the training set. The best variant of each family by the mean share of the way from a random mask
+to the dense network is then trained on the cells of `CONFIRMING`, from other seeds and measured on the test set, beside
+the controls. All runs on a data set have the same number of steps. A run that is done leaves a file in `--directory`;
+one that has begun leaves a claim, which others take over when it is older than `--stale` seconds.
 """
 
-import itertools
+import functools
 import json
+import math
+import os
 import pathlib
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 from absl import app, flags
 from matplotlib import pyplot as plt
 
 from benchmarks import timing
-from configs import fashion_mnist
-from experiments import cli, tasks
+from configs import fashion_mnist, planted
+from experiments import cli, data, tasks
+from experiments.data.sources import Arrays, in_memory
 from experiments.outputs import progress, report
 from experiments.training import loop, program
 from experiments.training.setup import prepare
 from experiments.utils import files
 
-_LOCAL = flags.DEFINE_string("local", "", "Directory with Fashion-MNIST's four files.")
-_DIRECTORY = flags.DEFINE_string("directory", "runs/recipes", "Where the runs' results are, shared by all processes.")
-_STEPS = flags.DEFINE_integer("steps", 4000, "Steps of each run.")
-_ONLY = flags.DEFINE_string("only", "", "Train only variants in whose name this occurs.")
-_TABLE = flags.DEFINE_bool("table", False, "Sum up what is there, and train nothing.")
+_LOCAL = flags.DEFINE_string("local", "", "Directory with Fashion-MNIST's four files; empty for TensorFlow Datasets.")
+_DIRECTORY = flags.DEFINE_string("directory", "runs/recipes", "Where the results of the cells go.")
+_DATA = flags.DEFINE_list("data", ["fashion_mnist", "planted"], "Data sets.")
+_STEPS = flags.DEFINE_integer("fashion_steps", 4000, "Steps on Fashion-MNIST.")
+_PLANTED_STEPS = flags.DEFINE_integer("planted_steps", 800, "Steps on planted features.")
+_STALE = flags.DEFINE_float("stale", 300.0, "Seconds after which a claim without a result is another's to take.")
+_REPORT = flags.DEFINE_bool("report", False, "Make the table and the picture instead of training.")
+_PLAN = flags.DEFINE_bool("plan", False, "Say how many cells there are instead of training.")
 _NAME = flags.DEFINE_string("name", "recipes", "Write benchmarks/results/<name>.json and .png.")
 
-ATTENTION = "sequential_attention"
-VARIANTS: dict[str, dict[str, Any]] = {  # changes to config.sparsifier
-    "SA++": {"name": ATTENTION},
-    "SA++, one rise": {"name": ATTENTION, "recipe": "finetune"},
-    "SA++, effective": {"name": ATTENTION, f"{ATTENTION}.score": "effective"},
-    "SA++, effective, one rise": {"name": ATTENTION, f"{ATTENTION}.score": "effective", "recipe": "finetune"},
-    "SA++, effective, one rise, logit_lr 3": {
-        "name": ATTENTION,
-        f"{ATTENTION}.score": "effective",
-        f"{ATTENTION}.logit_lr": 3.0,
-        "recipe": "finetune",
-    },
-    "SA++, one rise, logit_lr 3": {"name": ATTENTION, f"{ATTENTION}.logit_lr": 3.0, "recipe": "finetune"},
-    "gradual magnitude": {"name": "gradual_magnitude"},
-    "gradual magnitude, one rise": {"name": "gradual_magnitude", "recipe": "finetune"},
-    "ACDC": {"name": "acdc"},
-    "PowerPropagation": {"name": "powerpropagation"},
-    "magnitude": {"name": "magnitude"},
-    "random": {"name": "random"},
-}
-CHOOSING = {(8, 0.97): 3, (16, 0.95): 3, (4, 0.98): 3}  # seeds by block size and sparsity
-CONFIRMING = {(8, 0.95): 5, (8, 0.99): 5, (16, 0.97): 5, (16, 0.98): 5, (4, 0.95): 5}
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "choosing.md"
+Changes = Mapping[str, Any]
 
 
-class Run(NamedTuple):
-    variant: str
+class Cell(NamedTuple):
+    """What is pruned."""
+
+    data: str
     block: int
     sparsity: float
-    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.data} {self.block} × {self.block} {self.sparsity:.0%}"
+
+
+CHOOSING = (
+    Cell("fashion_mnist", 8, 0.97),
+    Cell("fashion_mnist", 16, 0.95),
+    Cell("planted", 10, 0.95),
+    Cell("planted", 20, 0.98),
+)
+CONFIRMING = (
+    Cell("fashion_mnist", 8, 0.95),
+    Cell("fashion_mnist", 16, 0.97),
+    Cell("planted", 10, 0.98),
+    Cell("planted", 20, 0.95),
+)
+SEEDS = {"choose": range(3), "confirm": range(10, 15)}
+METRIC = {"fashion_mnist": "test_accuracy", "planted": "test_auc"}
+HELD_OUT = {"fashion_mnist": 10_000, "planted": 100_000}  # training examples to choose on
+
+
+def _rise(dense: int, sparse: int) -> Changes:
+    """One sparsification phase between a dense and a sparse one of so many percent of the run."""
+    middle = 100 - dense - sparse
+    schedule = [("dense", f"{dense}%"), ("sparsification", f"{middle}%"), ("sparse", f"{sparse}%")]
+    return {"schedule": tuple(phase for phase in schedule if phase[1] != "0%")}
+
+
+SCHEDULES: dict[str, Changes] = {"paper": {}} | {
+    f"rise {d}-{s}": _rise(d, s) for d, s in ((10, 15), (10, 40), (10, 60), (0, 50))
+}
+RATES = {  # multiples of the weights' learning rate that the logits have, by score and schedule
+    ("attention", "paper"): (1.0, 10.0),
+    ("attention", "rise 10-40"): (1.0, 3.0, 10.0),
+    ("effective", "paper"): (1.0,),
+    ("effective", "rise 10-40"): (1.0, 3.0, 10.0),
+    ("effective", "rise 10-60"): (1.0,),
+    ("effective", "rise 0-50"): (1.0,),
+}
+
+
+def variants() -> dict[str, dict[str, Changes]]:
+    """By family, what each of its variants changes in a config's sparsifier: the best of a family goes on."""
+    attention: dict[str, Changes] = {}
+    for (score, schedule), rates in RATES.items():
+        for rate in rates:
+            own = {"sequential_attention.score": score, "sequential_attention.logit_lr": rate}
+            name = f"{score}, {schedule}, {rate:g}"
+            attention[name] = {"name": "sequential_attention", **own, **SCHEDULES[schedule]}
+    gradual: dict[str, Changes] = {
+        name: {"name": "gradual_magnitude", **SCHEDULES[name]} for name in SCHEDULES if name != "paper"
+    }
+    return {"SA++": attention, "gradual magnitude": gradual}
+
+
+CONTROLS: dict[str, Changes] = {
+    "SA++, paper": {"name": "sequential_attention"},
+    "ACDC": {"name": "acdc"},
+    "magnitude": {"name": "magnitude"},
+    **{name: {"name": name} for name in ("rigl", "sparse_evolutionary", "movement", "group_lasso", "d_gating")},
+    "random": {"name": "random"},
+    "dense": {"name": "dense"},
+}
+
+
+class Job(NamedTuple):
+    """One training run of all seeds of a stage, side by side."""
+
+    stage: str
+    cell: Cell
+    variant: str
+    changes: Changes
 
     @property
-    def path(self) -> pathlib.Path:
-        name = f"{self.variant}-{self.block}-{self.sparsity}".replace(" ", "_").replace(",", "")
-        return pathlib.Path(_DIRECTORY.value) / f"{name}.json"
+    def file(self) -> pathlib.Path:
+        name = f"{self.stage} {self.cell} {self.variant}".replace(" × ", "x").replace("%", "").replace(", ", "_")
+        return pathlib.Path(_DIRECTORY.value) / f"{name.replace(' ', '_')}.json"
 
 
-def runs() -> list[Run]:
-    cells = [*CHOOSING.items(), *CONFIRMING.items()]
-    return [
-        Run(variant, block, sparsity, seeds)
-        for ((block, sparsity), seeds), variant in itertools.product(cells, VARIANTS)
-    ]
+def jobs(stage: str, found: Mapping[str, str] | None = None) -> list[Job]:
+    """The runs of a stage; `found` has the variant that each family goes on with."""
+    cells = [cell for cell in (CHOOSING if stage == "choose" else CONFIRMING) if cell.data in _DATA.value]
+    if found is None:
+        wanted = {v: c for family in variants().values() for v, c in family.items()}
+        run = wanted | {name: CONTROLS[name] for name in ("random", "dense")}
+    else:
+        run = {f"{family}, chosen": variants()[family][v] for family, v in found.items()} | CONTROLS
+    return [Job(stage, cell, *variant) for cell in cells for variant in run.items()]
 
 
-def claimed(path: pathlib.Path) -> bool:
-    """Whether this process is the first to ask."""
-    try:
-        path.open("x").close()
-    except FileExistsError:
-        return False
-    return True
+def config_of(job: Job) -> ml_collections.ConfigDict:
+    config = (fashion_mnist if job.cell.data == "fashion_mnist" else planted).get_config()
+    config.data.local = _LOCAL.value if job.cell.data == "fashion_mnist" else ""
+    config.steps = _STEPS.value if job.cell.data == "fashion_mnist" else _PLANTED_STEPS.value
+    config.log_every = config.eval_every = config.steps
+    config.sparsifier.update({"block": (job.cell.block, job.cell.block), "sparsity": job.cell.sparsity})
+    config.sparsifier.update_from_flattened_dict(job.changes)
+    return config
 
 
-def measure(run: Run, dataset: Any) -> dict[str, Any]:
-    started = time.perf_counter()
-    config = fashion_mnist.get_config()
-    config.steps = config.eval_every = config.log_every = _STEPS.value
-    config.sparsifier.update({"block": (run.block, run.block), "sparsity": run.sparsity})
-    config.sparsifier.update_from_flattened_dict(VARIANTS[run.variant])
-    compiled = program.compiled(prepare(config, dataset=dataset))
-    outcomes = [outcome for seed in range(run.seeds) for outcome in loop.train(compiled, [seed])]
+@functools.cache
+def dataset(name: str, stage: str) -> data.Dataset:
+    """The data set as it is, or, to choose on, with the last of its training examples for a test set."""
+    if stage == "choose":
+        whole = dataset(name, "confirm")
+        arrays, cut = in_memory(whole.train).arrays, len(whole.train) - HELD_OUT[name]
+        train, test = ({k: a[part] for k, a in arrays.items()} for part in (slice(cut), slice(cut, None)))
+        return whole._replace(train=Arrays(train), test=Arrays(test))
+    cell = next(cell for cell in CHOOSING if cell.data == name)
+    return tasks.dataset_of(config_of(Job(stage, cell, "dense", CONTROLS["dense"])).data)
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Train all seeds of a job side by side."""
+    started, seeds = time.perf_counter(), SEEDS[job.stage]
+    setup = prepare(config_of(job), dataset=dataset(job.cell.data, job.stage))
+    outcomes = loop.train(program.compiled(setup, len(seeds)), seeds)
+    values = [round(o.test[METRIC[job.cell.data]], 5) for o in outcomes]
+    sparsity = [report.real_sparsity(report.layer_rows(o)) for o in outcomes]
     return {
-        **run._asdict(),
-        "accuracy": [round(o.test["test_accuracy"], 4) for o in outcomes],
-        "real_sparsity": [round(report.real_sparsity(report.layer_rows(o)), 4) for o in outcomes],
-        "seconds": round(time.perf_counter() - started, 1),
+        **{"stage": job.stage, **job.cell._asdict(), "variant": job.variant, "changes": dict(job.changes)},
+        **{"steps": outcomes[0].steps, "seeds": list(seeds), "values": values},
+        **{"real_sparsity": round(float(np.mean(sparsity)), 4), "seconds": round(time.perf_counter() - started, 1)},
     }
 
 
-def error(values: list[float]) -> float:
-    """Standard error of the mean."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+def claimed(job: Job) -> bool:
+    """Whether this process has the job to itself now."""
+    claim = job.file.with_suffix(".claim")
+    if job.file.exists():
+        return False
+    try:
+        if time.time() - claim.stat().st_mtime > _STALE.value:
+            claim.rename(claim.with_suffix(f".{os.getpid()}.dead"))  # one process alone succeeds
+    except FileNotFoundError:
+        pass
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return not job.file.exists()
 
 
-def table(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A line a variant, a column a cell: percent, mean and standard error."""
-    found = {(row["variant"], row["block"], row["sparsity"]): row["accuracy"] for row in rows}
-    lines = []
-    for variant in VARIANTS:
-        line = {"variant": variant}
-        for block, sparsity in [*CHOOSING, *CONFIRMING]:
-            values = found.get((variant, block, sparsity))
-            shown = f"{100 * np.mean(values):.2f} ± {100 * error(values):.2f}" if values else "-"
-            line[f"{block} × {block}, {sparsity:.0%}"] = shown
-        lines.append(line)
-    return lines
+def results(stage: list[Job]) -> list[dict[str, Any]]:
+    """What is measured so far."""
+    return [json.loads(job.file.read_text()) for job in stage if job.file.exists()]
+
+
+def work(stage: list[Job]) -> Iterator[dict[str, Any]]:
+    """Do the jobs that are nobody else's; then wait until all are done, and take over what the dead have left."""
+    while not all(job.file.exists() for job in stage):
+        for job in filter(claimed, stage):
+            try:
+                row = measure(job)
+            except BaseException:
+                job.file.with_suffix(".claim").unlink(missing_ok=True)  # so that the others do not wait for it
+                raise
+            files.write_json(job.file, row)
+            yield row
+        time.sleep(1)
+
+
+def shares(rows: list[dict[str, Any]]) -> dict[str, dict[Cell, float]]:
+    """By variant and cell, the share of the way from a random mask to dense, `(x - random) / (dense - random)`."""
+    means: dict[str, dict[Cell, float]] = {}
+    for row in rows:
+        cell = Cell(row["data"], row["block"], row["sparsity"])
+        means.setdefault(row["variant"], {})[cell] = float(np.mean(row["values"]))
+    low, high = means.get("random", {}), means.get("dense", {})
+    ends = low.keys() & high.keys()  # of cells that are not done yet there is no share
+    return {v: {c: (x - low[c]) / (high[c] - low[c]) for c, x in own.items() if c in ends} for v, own in means.items()}
+
+
+def chosen(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The best variant of each family, by the mean of `shares`."""
+    means = {variant: np.mean(list(own.values())) for variant, own in shares(rows).items() if own}
+    return {family: max((v for v in own if v in means), key=lambda v: means[v]) for family, own in variants().items()}
+
+
+def table(rows: list[dict[str, Any]], against: str) -> list[dict[str, str]]:
+    """Mean and standard error in percent: a line a variant, best first, a column a cell. After it, in brackets, the
+    mean and standard error of the difference from `against` seed by seed."""
+    base = {(r["data"], r["block"], r["sparsity"]): np.array(r["values"]) for r in rows if r["variant"] == against}
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell, values = (row["data"], row["block"], row["sparsity"]), 100 * np.array(row["values"])
+        text = _mean_error(values)
+        if cell in base and row["variant"] != against:
+            text += f" ({_mean_error(values - 100 * base[cell], sign='+')})"
+        lines.setdefault(row["variant"], {"variant": row["variant"]})[str(Cell(*cell))] = text
+    found = {variant: list(own.values()) for variant, own in shares(rows).items()}
+    complete = max(map(len, found.values()))
+    share = {v: float(np.mean(values)) for v, values in found.items() if values and len(values) == complete}
+    cells = dict.fromkeys(str(Cell(row["data"], row["block"], row["sparsity"])) for row in rows)
+    order = sorted(lines, key=lambda variant: -share.get(variant, -math.inf))
+    blank = dict.fromkeys(("variant", *cells), "-")
+    return [{**blank, **lines[v], "share": f"{share[v]:.3f}" if v in share else "-"} for v in order]
+
+
+def _mean_error(values: np.ndarray, sign: str = "") -> str:
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return f"{np.mean(values):{sign}.2f} ± {error:.2f}"
 
 
 def plot(rows: list[dict[str, Any]]) -> Any:
-    cells = [*CHOOSING, *CONFIRMING]
-    fig, axes = plt.subplots(1, len(cells), figsize=(3 * len(cells), 4.2), layout="constrained", sharey=True)
-    names = list(VARIANTS)
-    for (block, sparsity), axis in zip(cells, axes, strict=True):
-        mine = [row for row in rows if (row["block"], row["sparsity"]) == (block, sparsity)]
-        for row in mine:
-            y = len(names) - names.index(row["variant"])
-            axis.errorbar(
-                100 * np.mean(row["accuracy"]), y, xerr=100 * error(row["accuracy"]), fmt="o", ms=4, capsize=2
-            )
-        used = "chosen on" if (block, sparsity) in CHOOSING else "confirmed on"
-        axis.set(title=f"{block} × {block}, {sparsity:.0%}\n({used})", xlabel="test accuracy, %")
-        axis.grid(axis="y", lw=0.3)
-    axes[0].set_yticks(range(len(names), 0, -1), names, fontsize="small")
+    """Each seed and the mean, a panel a cell."""
+    cells = list(dict.fromkeys((r["data"], r["block"], r["sparsity"]) for r in rows))
+    names = [line["variant"] for line in table(rows, "") if line["variant"] != "dense"]
+    fig, axes = plt.subplots(1, len(cells), figsize=(3.4 * len(cells), 3.6), layout="constrained", squeeze=False)
+    for cell, axis in zip(cells, axes[0], strict=True):
+        for row in (r for r in rows if (r["data"], r["block"], r["sparsity"]) == cell):
+            values = 100 * np.array(row["values"])
+            if row["variant"] == "dense":
+                axis.axvline(values.mean(), color="black", ls=":", lw=0.8)
+                continue
+            y = names.index(row["variant"])
+            axis.plot(values, [y] * len(values), "o", ms=3, alpha=0.4, color=f"C{y}")
+            axis.plot(values.mean(), y, "|", ms=14, color=f"C{y}")
+        axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [""] * len(names))
+        axis.invert_yaxis()
+        axis.set(title=str(Cell(*cell)).replace("_", " "), xlabel=f"{METRIC[cell[0]].removeprefix('test_')}, %")
     return fig
+
+
+def summarise(choosing: list[dict[str, Any]], confirming: list[dict[str, Any]]) -> None:
+    """Print both tables and write the file, the picture and the tables of the page."""
+    found, console = chosen(choosing), progress.console()
+    tables = {"choosing": table(choosing, found["gradual magnitude"])}
+    if confirming:
+        tables["confirming"] = table(confirming, "gradual magnitude, chosen")
+        report.save_figure(timing.RESULTS / f"{_NAME.value}.png", plot(confirming))
+    for title, lines in tables.items():
+        console.print(progress.table(title.capitalize(), lines))
+    console.print(f"chosen: {found}", highlight=False)
+    print(timing.save(_NAME.value, {"chosen": found, "confirming": confirming, "choosing": choosing}))
+    if _NAME.value == "recipes":
+        page = PAGE.read_text()
+        for title, lines in tables.items():
+            page = filled(page, title, markdown(lines))
+        files.write_text(PAGE, page)
+
+
+def markdown(lines: list[dict[str, str]]) -> str:
+    """A table in Markdown."""
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    rows = [columns, ["---"] * len(columns), *([line.get(key, "-") for key in columns] for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def filled(page: str, name: str, text: str) -> str:
+    """The page with `text` between its marks `<!-- name -->` and `<!-- end of name -->`."""
+    before, _, rest = page.partition(f"<!-- {name} -->\n")
+    _, mark, after = rest.partition(f"<!-- end of {name} -->")
+    if not mark:
+        raise ValueError(f"{PAGE} has no marks for the table {name!r}")
+    return f"{before}<!-- {name} -->\n{text}\n{mark}{after}"
 
 
 def main(argv: list[str]) -> None:
     del argv
-    directory, console = pathlib.Path(_DIRECTORY.value), progress.console()
-    directory.mkdir(parents=True, exist_ok=True)
-    if _TABLE.value:
-        texts = [run.path.read_text() for run in runs() if run.path.exists()]
-        rows = [json.loads(text) for text in texts if text]
-        console.print(progress.table("Test accuracy, %", table(rows)))
-        console.print(f"{len(rows)} of {len(runs())} done")
-        report.save_figure(timing.RESULTS / f"{_NAME.value}.png", plot(rows))
-        console.print(str(timing.save(_NAME.value, {"steps": _STEPS.value, "rows": rows})))
+    pathlib.Path(_DIRECTORY.value).mkdir(parents=True, exist_ok=True)
+    first = jobs("choose")
+    if _PLAN.value:
+        any_of_each = {family: next(iter(own)) for family, own in variants().items()}
+        print(f"{len(first)} cells to choose, {len(jobs('confirm', any_of_each))} to confirm")
         return
-    config = fashion_mnist.get_config()
-    config.data.local = _LOCAL.value
+    if _REPORT.value:
+        rows = results(first)
+        summarise(rows, results(jobs("confirm", chosen(rows))))
+        return
     with cli.users_mistakes():
-        dataset = tasks.dataset_of(config.data)
-    for run in runs():
-        if _ONLY.value not in run.variant or not claimed(run.path):
-            continue
-        row = measure(run, dataset)
-        files.write_json(run.path, row)
-        console.print(str(row), highlight=False, soft_wrap=True)
+        for name in _DATA.value:
+            dataset(name, "confirm")
+    console = progress.console()
+    for row in work(first):
+        console.print(f"{row['seconds']:>6} s  {row['variant']}  {row['values']}", highlight=False, soft_wrap=True)
+    for row in work(jobs("confirm", chosen(results(first)))):
+        console.print(f"{row['seconds']:>6} s  {row['variant']}  {row['values']}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ def criteo(block: int) -> ConfigDict:
 def sparsifier() -> ConfigDict:
     """Options of all algorithms: the common ones first, then a section for each that has its own."""
     config = ConfigDict()
-    config.name = "sequential_attention"  # or dense, magnitude, acdc, powerpropagation; gradual_magnitude, random
+    config.name = "sequential_attention"  # or dense, magnitude, acdc, powerpropagation; controls: gradual_magnitude,
+    # random, rigl, sparse_evolutionary, movement, group_lasso, d_gating
     config.block = (8, 8)
     config.sparsity = 0.9
     config.min_blocks = 100
@@ -134,7 +135,7 @@ def sparsifier() -> ConfigDict:
     config.only = ""  # pattern of the kernels to prune; "" for all
     config.views = ConfigDict()  # how leaves are read as matrices: {"*/query/kernel": "d (h k)"}
     config.overrides = ConfigDict()  # by path or pattern: {"*/Dense_0/kernel": {"block": (4, 4), "sparsity": 0.5}}
-    config.recipe = "imagenet"  # a schedule: "imagenet", "criteo" (paper, section 4.2), or with init_from "finetune"
+    config.recipe = "imagenet"  # "imagenet", "criteo" (paper, section 4.2), "gradual"; after init_from "finetune"
     config.sparsification = True  # False: SequentialAttention++ on ACDC's schedule (D.1)
     config.exponent = 4.0  # c of the sparsification curve (D.2)
     config.schedule = ()  # a schedule of your own instead: (("dense", "20%"), ("sparsification", 0.3), ("sparse", 0.5))

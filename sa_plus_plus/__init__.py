@@ -12,6 +12,7 @@ from sa_plus_plus.algorithms import (
     random,
     sequential_attention,
 )
+from sa_plus_plus.baselines import d_gating, group_lasso, movement, rigl, sparse_evolutionary
 from sa_plus_plus.checks import check_pruned
 from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, compose
 from sa_plus_plus.phases import Phases
@@ -61,24 +62,29 @@ __all__ = [
     "check_pruned",
     "compose",
     "convex",
+    "d_gating",
     "dense",
     "export",
     "gradual_magnitude",
+    "group_lasso",
     "load",
     "magnitude",
     "metrics",
+    "movement",
     "path_string",
     "phases",
     "plan",
     "powerpropagation",
     "random",
     "reset_on",
+    "rigl",
     "save",
     "select",
     "sequential_attention",
     "serve",
     "shrink",
     "sparse",
+    "sparse_evolutionary",
     "sparsify",
     "specialize",
     "todense",

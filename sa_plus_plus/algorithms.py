@@ -58,7 +58,7 @@ def dense(*, phases: Phases) -> Sparsifier:
         zero = jnp.zeros((), jnp.int32)
         return Trainable(params, {}), PruneState(zero, jnp.zeros((), jnp.int32), {})
 
-    def update(trainable: Trainable, prune: PruneState, updates: Trainable | None = None) -> State:
+    def update(trainable: Trainable, prune: PruneState, updates: Trainable | None = None, grads: Any = None) -> State:
         if updates is not None:
             trainable = optax.apply_updates(trainable, updates)
         return trainable, PruneState(prune.step + 1, phases.index(prune.step + 1), {})
@@ -167,24 +167,27 @@ def sequential_attention(
     block: int | Sequence[int | None],
     sparsity: float,
     phases: Phases,
+    score: str = "attention",
     clip: str | tuple[float, float] | None = "density",
     monotone: bool = True,
     mask_every: int = 1,
     logit_lr: float = 1.0,
     reset_logits_at: Sequence[str] = (),
-    score: str = "attention",
     **options: Unpack[PruningOptions],
 ) -> Sparsifier:
     """SequentialAttention++ (Algorithm 1): a trainable attention weight per block guides the search.
 
     Each pruned layer of `N` blocks has a logit per block, all 0 at the start, and attention weights
     `A = N * softmax(logits)` of mean 1. The effective kernel is `W * spread(clip(A) * mask)`. Blocks are chosen by `A`
-    as it is before clipping, which orders them the same way but leaves no ties at the ends of the range.
+    as it is before clipping, which orders them the same way but leaves no ties at the ends of the range; or, which is
+    not in the paper, by the norm of the effective block, `clip(A) * ||W||_F`.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.sequential_attention(total_steps)`.
+      score: what blocks are chosen by: `"attention"` for `A`, as in the paper, or `"effective"` for the norm of the
+        effective block.
       clip: `(low, high)` range of `A` in the forward pass (C.1); `"density"` for `(d, 1 / d)` with `d = 1 - sparsity`
         of the layer; None for no clipping.
       monotone: in a sparsification phase a dropped block stays dropped to its end. Otherwise it may return, with
@@ -193,12 +196,11 @@ def sequential_attention(
       logit_lr: learning rate of the logits as a multiple of the weights'.
       reset_logits_at: kinds of phases (such as `("dense",)`) on entering which the logits return to 0; by default
         they are kept throughout.
-      score: what blocks are chosen by: `"attention"`, `A`, as in the paper, or `"effective"`, `A ||W_B||_F`, the norm
-        of the block of the effective kernel before clipping.
       **options: see `PruningOptions`.
 
     Raises:
-      ValueError: for options out of range, or a schedule that begins sparse or ends dense.
+      ValueError: for options out of range, or a schedule that ends dense, or begins sparse where blocks are chosen by
+        attention.
     """
     if score not in ("attention", "effective"):
         raise ValueError(f'score must be "attention" or "effective", got {score!r}')
@@ -211,10 +213,10 @@ def sequential_attention(
     if isinstance(reset_logits_at, str) or set(reset_logits_at) - set(KINDS):
         raise ValueError(f"reset_logits_at takes a list of {', '.join(KINDS)}; got {reset_logits_at!r}")
     check_phases(phases)
-    if phases.phases[0].kind == SPARSE:
+    if score == "attention" and phases.phases[0].kind == SPARSE:
         raise ValueError(
             f"the first phase is {phases.phases[0]}, but before training all attention weights are equal: "
-            "begin with a dense or a sparsification phase"
+            'begin with a dense or a sparsification phase, or choose by score="effective"'
         )
 
     def scale(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
@@ -230,19 +232,18 @@ def sequential_attention(
         attention = scale(kernel, logits, layer)
         return times(kernel, 1 / jnp.where(attention > 0, attention, 1), layer)
 
-    def logarithm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
-        # Less a constant of the layer where layers do not compete: small logits keep all their digits.
+    def effective_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+        return scale(weights, logits, layer) * block_norm(weights, logits, layer, key)
+
+    def log_attention(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+        # log A, less a constant of the layer where layers do not compete: small logits keep all their digits.
         if options.get("scope") != "global":
-            attention = logits
-        else:
-            attention = jnp.log(math.prod(layer.grid)) + jax.nn.log_softmax(logits, (-2, -1))
-        if score == "attention":
-            return attention
-        return attention + 0.5 * jnp.log(blk.sum_of_squares(weights, layer.block, layer.view))
+            return logits
+        return jnp.log(math.prod(layer.grid)) + jax.nn.log_softmax(logits, (-2, -1))
 
     return compose(
         Parametrisation(weights, scale, has_logits=True),
-        logarithm,
+        log_attention if score == "attention" else effective_norm,
         phases,
         block=block,
         sparsity=sparsity,

@@ -6,15 +6,15 @@ A schedule covers the steps `[0, total_steps)` with consecutive phases of three 
 - `sparsification`: the sparsity rises from 0 to its target along an exponential curve;
 - `sparse`: the blocks chosen on entering stay fixed.
 
-There is a function for each algorithm's own schedule, of the same name as the algorithm, `finetune` for pruning a
-network that is trained already, and `custom` for any other.
+There is a function for each algorithm's own schedule, of the same name as the algorithm, `gradual` for one long
+sparsification phase, `finetune` for pruning a network that is trained already, and `custom` for any other.
 """
 
 import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 DENSE, SPARSIFICATION, SPARSE = KINDS = ("dense", "sparsification", "sparse")
-RECIPES = ("imagenet", "criteo", "finetune")
+RECIPES = ("imagenet", "criteo", "finetune", "gradual")
 EXPONENT = 4.0  # the paper's c
 
 
@@ -253,6 +253,30 @@ def _percent(total_steps: int, *phases: tuple[str, Any], exponent: float = EXPON
     return custom(total_steps, [(kind, Fraction(p) / 100) for kind, p in phases], exponent=exponent)
 
 
+def gradual(total_steps: int, *, dense: float = 0.1, sparse: float = 0.6, exponent: float = EXPONENT) -> Phases:
+    """One long sparsification phase between a dense and a sparse one: `recipe="gradual"` of the two algorithms that
+    rise once, `sequential_attention` and `gradual_magnitude`; with the others that recipe is `imagenet`.
+
+    Args:
+      total_steps: length of the run in steps.
+      dense: share of the run in the dense phase, in [0, 1); 0 for none.
+      sparse: share of the run in the sparse phase, in (0, 1). The default did best of 0.15, 0.4 and 0.6 with norms
+        and with attention times norms, on held-out training examples of two data sets (`docs/choosing.md`).
+      exponent: `c` of the sparsification curve.
+
+    Raises:
+      ValueError: if the shares are out of range or leave nothing for sparsification, or as `Phases` does.
+
+    >>> print(*gradual(400).phases)
+    dense [0, 40) sparsification [40, 160) sparse [160, 400)
+    """
+    if not (dense >= 0 and sparse > 0 and dense + sparse < 1):
+        raise ValueError(f"dense and sparse must be shares of the run with a sum below 1; got {dense} and {sparse}")
+    head, tail = (Fraction(str(share)).limit_denominator(10**9) for share in (dense, sparse))
+    middle = [(SPARSIFICATION, 1 - head - tail), (SPARSE, tail)]
+    return custom(total_steps, [(DENSE, head), *middle] if dense else middle, exponent=exponent)
+
+
 def finetune(total_steps: int, *, sparse: float = 0.5, exponent: float = EXPONENT) -> Phases:
     """Pruning of a trained network: one long sparsification phase from the first step, then a sparse phase.
 
@@ -277,8 +301,10 @@ def finetune(total_steps: int, *, sparse: float = 0.5, exponent: float = EXPONEN
     """
     if not 0 < sparse < 1:
         raise ValueError(f"sparse must be a share of the run between 0 and 1, such as 0.5; got {sparse}")
-    tail = Fraction(str(sparse)).limit_denominator(10**9)
-    return custom(total_steps, [(SPARSIFICATION, 1 - tail), (SPARSE, tail)], exponent=exponent)
+    return gradual(total_steps, dense=0, sparse=sparse, exponent=exponent)
+
+
+_RISING_ONCE: Mapping[str, Callable[..., Phases]] = {"gradual": gradual, "finetune": finetune}
 
 
 def dense(total_steps: int, *, recipe: str = "imagenet") -> Phases:
@@ -294,11 +320,11 @@ def magnitude(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     """
     if _recipe(recipe) == "finetune":
         return _percent(total_steps, (SPARSE, 100))
-    tail = {"imagenet": 15, "criteo": 20}[recipe]
+    tail = 20 if recipe == "criteo" else 15
     return _percent(total_steps, (DENSE, 100 - tail), (SPARSE, tail))
 
 
-powerpropagation = magnitude
+powerpropagation = group_lasso = d_gating = magnitude
 
 
 def random(total_steps: int, *, recipe: str = "imagenet") -> Phases:
@@ -307,16 +333,22 @@ def random(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     return _percent(total_steps, (SPARSE, 100))
 
 
+rigl = sparse_evolutionary = random
+
+
 def gradual_magnitude(total_steps: int, *, recipe: str = "imagenet", exponent: float = EXPONENT) -> Phases:
     """A control: dense, one long sparsification phase, sparse; outer phases as long as the other algorithms'.
 
-    `finetune`: without the dense phase, see `finetune`.
+    `finetune`: without the dense phase, see `finetune`. `gradual`: with a longer sparse phase, see `gradual`.
     """
-    if _recipe(recipe) == "finetune":
-        return finetune(total_steps, exponent=exponent)
+    if _recipe(recipe) in _RISING_ONCE:
+        return _RISING_ONCE[recipe](total_steps, exponent=exponent)
     head, tail = {"imagenet": (10, 15), "criteo": (20, 20)}[recipe]
     middle = (SPARSIFICATION, 100 - head - tail)
     return _percent(total_steps, (DENSE, head), middle, (SPARSE, tail), exponent=exponent)
+
+
+movement = gradual_magnitude
 
 
 def acdc(total_steps: int, *, recipe: str = "imagenet") -> Phases:
@@ -327,7 +359,7 @@ def acdc(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     `finetune`: 5 x (5% sparse, 5% dense); 50% sparse. Only `form="masking"` of the algorithm keeps the trained weights
     of masked blocks: `pruning` sets them to zero in the first step.
     """
-    if _recipe(recipe) == "imagenet":
+    if _recipe(recipe) in ("imagenet", "gradual"):
         cycles = [(SPARSE, 5), (DENSE, 5)] * 6 + [(SPARSE, 5), (DENSE, 10)]
         return _percent(total_steps, (DENSE, 10), *cycles, (SPARSE, 15))
     if recipe == "finetune":
@@ -341,20 +373,20 @@ def sequential_attention(
     """SequentialAttention++ (section 4.2).
 
     `imagenet`: 10% dense; 6 cycles of 10% in equal thirds (sparsification, sparse, dense); 15% sparsification;
-    15% sparse. `criteo`: 20% dense; 9 cycles of 6% in equal thirds; 6% sparsification; 20% sparse. `finetune`: not the
-    paper's, see the function of that name.
+    15% sparse. `criteo`: 20% dense; 9 cycles of 6% in equal thirds; 6% sparsification; 20% sparse. `gradual` and
+    `finetune`: not the paper's, see the functions of these names.
 
     Args:
       total_steps: length of the run in steps.
-      recipe: `imagenet`, `criteo` or `finetune`.
+      recipe: `imagenet`, `criteo`, `gradual` or `finetune`.
       sparsification: False for the ablation without sparsification phases (D.1): ACDC's schedule, of which that for
         `finetune` begins sparse and is refused by `sapp.sequential_attention`.
       exponent: `c` of the sparsification curve (D.2).
     """
     if not sparsification:
         return acdc(total_steps, recipe=recipe)
-    if _recipe(recipe) == "finetune":
-        return finetune(total_steps, exponent=exponent)
+    if _recipe(recipe) in _RISING_ONCE:
+        return _RISING_ONCE[recipe](total_steps, exponent=exponent)
     head, cycles, cycle, last, tail = {"imagenet": (10, 6, 10, 15, 15), "criteo": (20, 9, 6, 6, 20)}[recipe]
     thirds = [(kind, Fraction(cycle, 3)) for kind in (SPARSIFICATION, SPARSE, DENSE)]
     phases = [(DENSE, head), *thirds * cycles, (SPARSIFICATION, last), (SPARSE, tail)]

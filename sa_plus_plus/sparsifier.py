@@ -52,9 +52,10 @@ class Sparsifier(NamedTuple):
       init: `init(params, key=None) -> (trainable, prune)`. `key` is a `jax.random.key` for algorithms that draw at
         random, instead of their own seed. Outside `jit` it also checks that the kernels are finite.
       apply: `apply(trainable, prune) -> params`: the effective parameters, differentiable in `trainable`.
-      update: `update(trainable, prune, updates=None) -> (trainable, prune)`: add an optimizer's `updates` (a tree
-        like `trainable`), then go one step on: phase, masks, what a boundary brings. Hand the updates over rather than
-        adding them yourself: only here do masked weights stay untouched by momentum and weight decay, and is
+      update: `update(trainable, prune, updates=None, grads=None) -> (trainable, prune)`: add an optimizer's `updates`
+        (a tree like `trainable`), then go one step on: phase, masks, what a boundary brings. `grads` are those that
+        the optimizer was given; `rigl` alone needs them, the others do not look at them. Hand the updates over rather
+        than adding them yourself: only here do masked weights stay untouched by momentum and weight decay, and is
         `logit_lr` applied. None is for going on without an update.
       finalize: `finalize(trainable, prune) -> params`: the pruned network in the model's own tree, masked blocks
         exactly zero. Equal to `apply`, for use after the last step: it folds in the masks as they are, and in a dense

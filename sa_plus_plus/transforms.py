@@ -156,7 +156,7 @@ def sparsify(
         (grads,) = pull_back(jax.tree.map(_cotangent, grads, effective, is_leaf=_is_none))
         grads = jax.tree.map(_gradient, grads, trainable)
         updates, inner = tx.update(grads, state.inner, trainable, phase=state.prune.phase, **extra)
-        trainable, prune = sp.update(trainable, state.prune, updates)
+        trainable, prune = sp.update(trainable, state.prune, updates, grads)
         layers = sp.plan(trainable.params).pruned
         effective = zero_masked(sp.apply(trainable, prune), prune.masks, layers)
         return jax.tree.map(_step_to, effective, params), SparsifyState(trainable, prune, inner)

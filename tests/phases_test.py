@@ -19,7 +19,7 @@ from sa_plus_plus.phases import Phases
 
 D, RISING, S = "dense", "sparsification", "sparse"
 
-# Percent of the run (section 4.2; `finetune` is not the paper's).
+# Percent of the run (section 4.2; `finetune` and `gradual` are not the paper's).
 TABLE = {
     ("dense", "imagenet"): [(D, "100")],
     ("dense", "criteo"): [(D, "100")],
@@ -52,7 +52,13 @@ TABLE = {
     ("gradual_magnitude", "finetune"): [(RISING, "50"), (S, "50")],
     ("acdc", "finetune"): [*[(S, "5"), (D, "5")] * 5, (S, "50")],
     ("sequential_attention", "finetune"): [(RISING, "50"), (S, "50")],
+    ("gradual_magnitude", "gradual"): [(D, "10"), (RISING, "30"), (S, "60")],
+    ("sequential_attention", "gradual"): [(D, "10"), (RISING, "30"), (S, "60")],
 }
+TABLE |= {(name, "gradual"): TABLE[name, "imagenet"] for name in ("dense", "random", "magnitude", "acdc")}
+TABLE |= {("movement", recipe): TABLE["gradual_magnitude", recipe] for recipe in phases.RECIPES}
+TABLE |= {(n, recipe): TABLE["magnitude", recipe] for n in ("group_lasso", "d_gating") for recipe in phases.RECIPES}
+TABLE |= {(name, recipe): [(S, "100")] for name in ("rigl", "sparse_evolutionary") for recipe in phases.RECIPES}
 named = pytest.mark.parametrize(("name", "recipe"), TABLE, ids=["-".join(key) for key in TABLE])
 
 
@@ -142,6 +148,15 @@ def test_finetune_takes_its_sparse_share_and_exponent():
             phases.finetune(100, sparse=sparse)
     with pytest.raises(ValueError, match=r"sparsification \[0, 0\) of 1 steps has no step"):
         phases.finetune(1, sparse=0.9)
+
+
+def test_gradual_takes_its_shares_and_exponent():
+    schedule = phases.gradual(1000, dense=0.2, sparse=0.35, exponent=2)
+    assert [tuple(p) for p in schedule.phases] == [(D, 0, 200), (RISING, 200, 650), (S, 650, 1000)]
+    assert schedule.exponent == phases.sequential_attention(1000, recipe="gradual", exponent=2).exponent == 2
+    for shares in ({"dense": -0.1}, {"sparse": 0.0}, {"dense": 0.5, "sparse": 0.5}, {"dense": float("nan")}):
+        with pytest.raises(ValueError, match="shares of the run with a sum below 1; got"):
+            phases.gradual(100, **shares)
 
 
 def test_the_exponent_reaches_the_schedule():
@@ -399,7 +414,7 @@ def test_exponents_out_of_range(exponent):
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in TABLE}))
 def test_unknown_recipes_are_refused(name):
-    with pytest.raises(ValueError, match="unknown recipe 'mnist'; choose from imagenet, criteo, finetune"):
+    with pytest.raises(ValueError, match="unknown recipe 'mnist'; choose from imagenet, criteo, finetune, gradual"):
         getattr(phases, name)(100, recipe="mnist")
 
 

@@ -45,7 +45,12 @@ def sparsifier(name, steps=STEPS, **options):
     """An algorithm by name, with its own schedule."""
     phases = getattr(sapp.phases, name)(steps)
     if name != "dense":
-        options = {"block": (2, 2), "sparsity": 0.8, **options}
+        options = {
+            "block": (2, 2),
+            "sparsity": 0.8,
+            **({"mask_every": 4} if name in ("rigl", "sparse_evolutionary") else {}),
+            **options,
+        }
     return getattr(sapp, name)(phases=phases, **options)
 
 
@@ -81,7 +86,7 @@ def step(sp, run, data):
     grads = jax.grad(lambda t: loss(sp.apply(t, prune), data))(trainable)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix integers and floats
         updates, opt_state = optimizer().update(grads, opt_state, trainable, phase=prune.phase)
-    trainable, prune = sp.update(trainable, prune, updates)
+    trainable, prune = sp.update(trainable, prune, updates, grads)
     return Run(trainable, prune, opt_state)
 
 

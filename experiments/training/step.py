@@ -82,7 +82,7 @@ def functions(setup: Setup) -> Functions:
 
         grads, (means, model_state) = jax.grad(mean_loss, has_aux=True)(state.trainable)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable, phase=state.prune.phase)
-        trainable, prune = sp.update(state.trainable, state.prune, updates)
+        trainable, prune = sp.update(state.trainable, state.prune, updates, grads)
         entered = (prune.phase != state.prune.phase) & sp.phases.kind_in(["sparse"], prune.step)
         churn = list(sapp.metrics.churn(state.sparse_masks, prune.masks).values())
         sparse_masks = jax.tree.map(lambda new, old: jnp.where(entered, new, old), prune.masks, state.sparse_masks)

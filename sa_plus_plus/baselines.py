@@ -1,0 +1,273 @@
+"""Algorithms of other papers, brought to blocks: what a comparison asks for, as controls."""
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus import phases as schedules
+from sa_plus_plus import select
+from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, check_phases, compose
+from sa_plus_plus.masking import times
+from sa_plus_plus.phases import SPARSE, Phases
+from sa_plus_plus.planning import LeafPlan
+from sa_plus_plus.registry import algorithm
+from sa_plus_plus.rewiring import Rewiring
+from sa_plus_plus.sparsifier import Sparsifier
+
+
+def _drawn(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+    return jax.random.uniform(key, layer.full_grid, jnp.float32)
+
+
+@algorithm(schedules.rigl, control=True)
+def rigl(
+    *,
+    block: int | Sequence[int | None],
+    sparsity: float,
+    phases: Phases,
+    mask_every: int = 100,
+    fraction: float = 0.3,
+    until: float = 0.75,
+    seed: int | jax.Array = 0,
+    **options: Unpack[PruningOptions],
+) -> Sparsifier:
+    """RigL with blocks (Evci et al., Rigging the Lottery, ICML 2020, arXiv 1911.11134): sparse from the first step.
+
+    It starts from a random mask. Every `mask_every` steps, in sparse phases, `fraction / 2 * (1 + cos(pi * t / end))`
+    of the blocks in use, `end = until * total_steps`, change places: those of least Frobenius norm go, and those of the
+    largest norm of the loss's gradient come, at zero. As many blocks are in use throughout. `update` needs the
+    gradients, as does an update in the paper: `sp.update(trainable, prune, updates, grads)`; `sparsify` hands them over
+    itself. Where blocks are about to change places, the optimizer too is given the gradients of masked blocks, so that
+    a block that comes in brings a momentum of one step; the paper does not say.
+
+    Args:
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      phases: usually `phases.rigl(total_steps)`.
+      mask_every: steps between changes.
+      fraction: share of the blocks in use that change places at first, in (0, 1].
+      until: share of the run after which the blocks stay as they are, in (0, 1].
+      seed: which mask to start from, unless `init` is given a key; may be traced.
+      **options: see `PruningOptions`.
+
+    Raises:
+      ValueError: for options out of range, or a schedule that ends dense; by `update`, without gradients.
+    """
+
+    def growth(gradient: Any, layer: LeafPlan, key: Any) -> jax.Array:
+        return blk.frobenius(gradient, layer.block, layer.view)
+
+    rewires = Rewiring(growth, True, mask_every, fraction, until)
+    return _dynamic(rewires, phases, block=block, sparsity=sparsity, seed=seed, **options)
+
+
+@algorithm(schedules.sparse_evolutionary, control=True)
+def sparse_evolutionary(
+    *,
+    block: int | Sequence[int | None],
+    sparsity: float,
+    phases: Phases,
+    mask_every: int = 100,
+    fraction: float = 0.3,
+    until: float = 0.75,
+    seed: int | jax.Array = 0,
+    **options: Unpack[PruningOptions],
+) -> Sparsifier:
+    """SET, sparse evolutionary training, with blocks (Mocanu et al., Nature Communications 2018, arXiv 1707.04780).
+
+    As `rigl`, but blocks come in at random. As in the comparisons of RigL's paper, blocks of least norm go, fewer and
+    fewer of them; SET's own drops the same share each time, of the weights nearest to zero on either side. New blocks
+    start at zero, where SET's own weights are drawn.
+
+    Args:
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      phases: usually `phases.sparse_evolutionary(total_steps)`.
+      mask_every: steps between changes.
+      fraction: share of the blocks in use that change places at first, in (0, 1].
+      until: share of the run after which the blocks stay as they are, in (0, 1].
+      seed: of the mask to start from and of what comes in, unless `init` is given a key; may be traced.
+      **options: see `PruningOptions`.
+
+    Raises:
+      ValueError: for options out of range, or a schedule that ends dense.
+    """
+
+    def growth(gradient: Any, layer: LeafPlan, key: Any) -> jax.Array:
+        return _drawn(gradient, None, layer, key)
+
+    rewires = Rewiring(growth, False, mask_every, fraction, until)
+    return _dynamic(rewires, phases, block=block, sparsity=sparsity, seed=seed, **options)
+
+
+def _dynamic(rewires: Rewiring, phases: Phases, **options: Any) -> Sparsifier:
+    return compose(IDENTITY, _drawn, phases, rewires=rewires, forget_masked=True, **options)
+
+
+@algorithm(schedules.movement, control=True)
+def movement(
+    *,
+    block: int | Sequence[int | None],
+    sparsity: float,
+    phases: Phases,
+    mask_every: int = 1,
+    **options: Unpack[PruningOptions],
+) -> Sparsifier:
+    """Block movement pruning (Lagunas et al., EMNLP 2021, arXiv 2109.04838), after Sanh et al. (NeurIPS 2020, arXiv
+    2005.07683).
+
+    Each block has a trainable score, 0 at the start, whose gradient is that in the mask passed straight through:
+    `dL/dS_B = sum over the block of dL/dW' * W`, with `W' = W * spread(mask)` the effective kernel. Under SGD of rate
+    `r` the score is `-r` times the sum of these over the steps: high where weights moved away from zero. Masked blocks
+    keep their weights, their scores go on, and they may return until the last phase. The blocks of highest score are
+    kept, as in the version of Sanh et al. for a given sparsity (`top_v`), on this library's curve of sparsity.
+
+    Args:
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      phases: usually `phases.movement(total_steps)`.
+      mask_every: steps between selections in the sparsification phase.
+      **options: see `PruningOptions`.
+
+    Raises:
+      ValueError: for options out of range, or a schedule that begins sparse or ends dense.
+    """
+    check_phases(phases)
+    if phases.phases[0].kind == SPARSE:
+        raise ValueError(
+            f"the first phase is {phases.phases[0]}, but before training all scores are equal: "
+            "begin with a dense or a sparsification phase"
+        )
+    parametrisation = Parametrisation(*IDENTITY[:2], has_logits=True, straight_through=True)
+    when: dict[str, Any] = {"mask_every": mask_every, "monotone": False}
+    return compose(parametrisation, _logits, phases, block=block, sparsity=sparsity, **when, **options)
+
+
+def _logits(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+    return logits
+
+
+@algorithm(schedules.group_lasso, control=True)
+def group_lasso(
+    *,
+    block: int | Sequence[int | None],
+    sparsity: float,
+    phases: Phases,
+    strength: float = 5.0,
+    **options: Unpack[PruningOptions],
+) -> Sparsifier:
+    """Group LASSO by proximal steps (Yuan and Lin, JRSS B 2006; Parikh and Boyd, Proximal Algorithms, 2014, 6.5.4).
+
+    Each update outside sparse phases is followed by the proximal map of `tau * sum of ||W_B||_F`,
+
+        W_B <- max(0, 1 - tau / ||W_B||_F) * W_B.
+
+    The penalty that leaves a given number of blocks is not known beforehand. So it is set by the target: in each step
+    and layer `tau` is `strength / total_steps` times the norm of the last block that is to stay, the `kept`-th largest,
+    which thus never becomes zero. When the sparse phase begins, the blocks of largest norm are kept.
+
+    Args:
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      phases: usually `phases.group_lasso(total_steps)`.
+      strength: of the penalty, positive and less than the number of steps: a block that no gradient supports is zero
+        after `1 / strength` of the run, if its norm is that of the last to stay. The default did as well as 20 and
+        better than 1 on held-out training images of Fashion-MNIST (LeNet-300-100, 97% of the 8 x 8 blocks).
+      **options: see `PruningOptions`.
+
+    Raises:
+      ValueError: for options out of range, or a schedule that ends dense.
+    """
+    _check_strength(strength, phases)
+
+    def shrink(layer: LeafPlan, weights: jax.Array, logits: Any) -> tuple[jax.Array, Any]:
+        norms = blk.frobenius(weights, layer.block, layer.view)
+        threshold = strength / phases.total_steps * _last_kept(norms, layer.kept_each)
+        return soft_threshold(weights, threshold, norms, layer), logits
+
+    return compose(IDENTITY, _norm, phases, block=block, sparsity=sparsity, shrink=shrink, **options)
+
+
+def _norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+    return blk.frobenius(weights, layer.block, layer.view)
+
+
+def _last_kept(norms: jax.Array, kept: int) -> jax.Array:
+    """The `kept`-th largest norm of each matrix, `(*stack, 1, 1)`."""
+    chosen = select.top_k_per_layer({"": norms}, {"": kept})[""]
+    return jnp.min(jnp.where(chosen, norms, jnp.inf), axis=(-2, -1), keepdims=True)
+
+
+def soft_threshold(weights: jax.Array, threshold: jax.Array, norms: jax.Array, layer: LeafPlan) -> jax.Array:
+    """`max(0, 1 - threshold / norm)` times each block, the proximal map of `threshold * norm`."""
+    factors = jnp.where(norms > threshold, 1 - threshold / jnp.where(norms > 0, norms, 1), 0)
+    return times(weights, factors, layer)
+
+
+def _check_strength(strength: float, phases: Any) -> None:
+    check_phases(phases)
+    if not 0 < strength < phases.total_steps:
+        raise ValueError(f"strength must be between 0 and {phases.total_steps}, the number of steps; got {strength}")
+
+
+@algorithm(schedules.d_gating, control=True)
+def d_gating(
+    *,
+    block: int | Sequence[int | None],
+    sparsity: float,
+    phases: Phases,
+    depth: int = 3,
+    strength: float = 4.0,
+    **options: Unpack[PruningOptions],
+) -> Sparsifier:
+    """D-Gating (Kolb, Frost, Bischl and Ruegamer, NeurIPS 2025, arXiv 2509.23898): sparsity by weight decay on factors.
+
+    Each block is the product of trained weights and `D - 1` scalar gates, `W_B * g_1 * ... * g_(D-1)`. A squared norm
+    on all factors, `lambda / D * (||W_B||^2 + sum of g_d^2)`, has the minima of the penalty `||W_B||^(2/D)` on the
+    products, which is that of the group LASSO for `D = 2` and non-convex above.
+
+    All gates of a block start at 1, so they stay equal: a single logit `l` stands for them, `g = 1 + l`, with the
+    gradient that each of them has. The penalty is decoupled from the optimizer: after each update outside sparse
+    phases weights and gates are multiplied by `1 - strength / total_steps`. When the sparse phase begins, the effective
+    blocks of largest norm are kept.
+
+    Args:
+      block: `(b_r, b_c)`, or one integer for a square.
+      sparsity: share of the blocks removed, in [0, 1).
+      phases: usually `phases.d_gating(total_steps)`.
+      depth: the number `D` of factors, an integer from 2.
+      strength: of the penalty, positive and less than the number of steps: a factor that no gradient supports is
+        `exp(-strength)` times what it was after a whole run. The default did best of 1, 4 and 8, on the same data as
+        `group_lasso`'s.
+      **options: see `PruningOptions`.
+
+    Raises:
+      ValueError: for options out of range, or a schedule that ends dense.
+    """
+    _check_strength(strength, phases)
+    if depth < 2 or depth != int(depth):
+        raise ValueError(f"depth must be a number of factors, an integer from 2; got {depth}")
+    left = 1 - strength / phases.total_steps
+
+    def scale(weights: jax.Array, logits: jax.Array, layer: LeafPlan) -> jax.Array:
+        gate = 1 + logits
+        fixed = jax.lax.stop_gradient(gate)
+        return (fixed + (gate - fixed) / (depth - 1)) ** (depth - 1)  # the gradient of one gate, not of their sum
+
+    def weights(kernel: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
+        if logits is None:
+            return kernel
+        factors = scale(kernel, logits, layer)
+        return times(kernel, 1 / jnp.where(factors != 0, factors, 1), layer)
+
+    def score(weights: jax.Array, logits: jax.Array, layer: LeafPlan, key: Any) -> jax.Array:
+        return jnp.abs(scale(weights, logits, layer)) * blk.frobenius(weights, layer.block, layer.view)
+
+    def shrink(layer: LeafPlan, weights: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (left * blk.widened(weights)).astype(weights.dtype), left * (1 + logits) - 1
+
+    parametrisation = Parametrisation(weights, scale, has_logits=True)
+    return compose(parametrisation, score, phases, block=block, sparsity=sparsity, shrink=shrink, **options)

@@ -1,0 +1,78 @@
+"""Dynamic sparse training: every so often the least of the blocks in use make way for as many others."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sa_plus_plus.phases import SPARSE, Phases
+from sa_plus_plus.planning import LeafPlan
+from sa_plus_plus.sparsifier import Masks
+
+
+class Rewiring(NamedTuple):
+    """When blocks change places in sparse phases, and which come in. Those of least norm go out.
+
+    Attributes:
+      growth: `growth(gradient, layer, key)`: a number a block, of the shape `layer.full_grid`: the higher, the sooner
+        the block comes in. `gradient` is None where `by_gradient` is false.
+      by_gradient: whether `growth` needs the loss's gradient in the weights of masked blocks.
+      every: steps between two changes.
+      fraction: share of the blocks in use that changes places at first.
+      until: share of the run after which the blocks stay as they are.
+    """
+
+    growth: Callable[[Any, LeafPlan, Any], jax.Array]
+    by_gradient: bool
+    every: int
+    fraction: float
+    until: float
+
+    def due(self, phases: Phases, step: Any) -> jax.Array:
+        """Whether blocks change places at a step: inside a sparse phase, not where it begins."""
+        step = jnp.asarray(step)
+        inside = phases.kind_in([SPARSE], step) & ~phases.is_boundary(step)
+        return inside & (step % self.every == 0) & (step > 0) & (step < math.ceil(self.until * phases.total_steps))
+
+    def share(self, phases: Phases, step: Any) -> jax.Array:
+        """`fraction / 2 * (1 + cos(pi * step / end))` of the blocks in use (RigL, section 3), float32."""
+        end = self.until * phases.total_steps
+        return self.fraction / 2 * (1 + jnp.cos(jnp.pi * jnp.asarray(step).astype(jnp.float32) / end))
+
+
+def check(rewiring: Rewiring) -> None:
+    """Refuse options out of range."""
+    if rewiring.every < 1 or rewiring.every != int(rewiring.every):
+        raise ValueError(f"mask_every must be a whole number of steps from 1, got {rewiring.every}")
+    for name, value in (("fraction", rewiring.fraction), ("until", rewiring.until)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be a share in (0, 1], got {value}")
+
+
+def rewired(
+    choose: Callable[..., Masks],
+    masks: Masks,
+    norms: Mapping[str, jax.Array],
+    growth: Mapping[str, jax.Array],
+    kept: Mapping[str, int],
+    share: jax.Array,
+) -> Masks:
+    """Masks of as many blocks, `n = floor(share * kept)` of each matrix chosen anew.
+
+    The `kept - n` blocks of largest norm among those in use stay, and the `n` largest of `growth` among all others join
+    them, which may be blocks that have just been dropped (RigL, algorithm 1).
+
+    Args:
+      choose: `select.top_k_per_layer`, or another that chooses blocks by a score.
+      masks: by path, as all that follow.
+      norms: of the blocks.
+      growth: the higher, the sooner a block comes in.
+      kept: blocks in use in each matrix.
+      share: of these, that change places.
+    """
+    count = {path: jnp.floor(share * float(kept[path])).astype(jnp.int32) for path in masks}
+    stay = choose(norms, {path: kept[path] - count[path] for path in masks}, masks)
+    join = choose(growth, count, {path: ~stay[path] for path in masks})
+    return {path: stay[path] | join[path] for path in masks}

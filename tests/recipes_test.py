@@ -1,0 +1,99 @@
+"""The search over recipes: what is chosen, and who does what."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from benchmarks import recipes
+from experiments.data.sources import Arrays, Dataset
+
+
+def rows(stage, values):
+    """A row a job, by the variant's values for the cells in their order."""
+    return [
+        {**job.cell._asdict(), "variant": job.variant, "values": [values[job.variant][i]] * 2}
+        for i, cell in enumerate(recipes.CHOOSING)
+        for job in recipes.jobs(stage)
+        if job.cell == cell
+    ]
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(directory=str(tmp_path), data=["fashion_mnist", "planted"]):
+        yield tmp_path
+
+
+def test_the_best_of_each_family_by_its_mean_share_is_chosen():
+    values = {job.variant: [0.5, 0.5, 0.5, 0.5] for job in recipes.jobs("choose")}
+    values |= {"random": [0.0, 0.4, 0.0, 0.4], "dense": [1.0, 0.6, 1.0, 0.6]}
+    values["rise 0-50"] = [0.4, 0.58, 0.4, 0.58]  # shares 0.4 and 0.9, where the others have 0.5
+    values["effective, paper, 1"] = [0.7, 0.5, 0.7, 0.5]
+    found = recipes.chosen(rows("choose", values))
+    assert found == {"SA++": "effective, paper, 1", "gradual magnitude": "rise 0-50"}
+    lines = {line["variant"]: line for line in recipes.table(rows("choose", values), "rise 0-50")}
+    assert lines["rise 0-50"]["share"] == "0.650"
+    assert lines["effective, paper, 1"]["planted 20 × 20 98%"] == "50.00 ± 0.00 (-8.00 ± 0.00)"
+
+
+def test_choosing_and_confirming_share_neither_cells_nor_seeds_nor_files():
+    assert not set(recipes.CHOOSING) & set(recipes.CONFIRMING)
+    assert not set(recipes.SEEDS["choose"]) & set(recipes.SEEDS["confirm"])
+    found = {family: next(iter(own)) for family, own in recipes.variants().items()}
+    both = [*recipes.jobs("choose"), *recipes.jobs("confirm", found)]
+    assert len({job.file for job in both}) == len(both)
+
+
+def test_a_job_is_done_by_one_and_taken_over_from_the_dead(directory):
+    first, second = recipes.jobs("choose")[:2]
+    assert recipes.claimed(first)
+    assert not recipes.claimed(first)
+    claim = first.file.with_suffix(".claim")
+    os.utime(claim, (0, 0))
+    assert recipes.claimed(first)
+    assert not recipes.claimed(first)
+    second.file.write_text("{}")
+    assert not recipes.claimed(second)
+
+
+def test_work_ends_when_all_is_done_and_a_failure_leaves_no_claim(monkeypatch):
+    jobs = recipes.jobs("choose")[:3]
+    monkeypatch.setattr(recipes, "measure", lambda job: {"variant": job.variant})
+    assert len(list(recipes.work(jobs))) == 3
+    assert [json.loads(job.file.read_text()) for job in jobs] == recipes.results(jobs)
+    assert list(recipes.work(jobs)) == []
+
+    def fails(job):
+        raise FloatingPointError
+
+    monkeypatch.setattr(recipes, "measure", fails)
+    other = recipes.jobs("choose")[5:6]
+    with pytest.raises(FloatingPointError):
+        list(recipes.work(other))
+    assert recipes.claimed(other[0])
+
+
+def test_examples_to_choose_on_are_not_trained_on(monkeypatch):
+    numbers = np.arange(110_000)
+    whole = Dataset(Arrays({"n": numbers}), Arrays({"n": -numbers[1:9]}), classes=2)
+    monkeypatch.setattr(recipes.tasks, "dataset_of", lambda config: whole)
+    recipes.dataset.cache_clear()
+    choosing = recipes.dataset("planted", "choose")
+    np.testing.assert_array_equal(choosing.train.arrays["n"], numbers[:10_000])
+    np.testing.assert_array_equal(choosing.test.arrays["n"], numbers[10_000:])
+    assert recipes.dataset("planted", "confirm") is whole
+    recipes.dataset.cache_clear()
+
+
+def test_tables_are_put_between_their_marks():
+    page = "a\n<!-- x -->\nold\n<!-- end of x -->\nb\n"
+    table = recipes.markdown([{"variant": "v", "share": "1"}])
+    assert recipes.filled(page, "x", table) == page.replace("old", "| variant | share |\n| --- | --- |\n| v | 1 |")
+    with pytest.raises(ValueError, match="no marks for the table 'y'"):
+        recipes.filled(page, "y", table)
