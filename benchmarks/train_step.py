@@ -1,6 +1,7 @@
 """Time and memory of a training step under each algorithm, against the bare optax step without this library.
 
     python -m benchmarks.train_step [--rounds=15] [--workloads=mlp_256,mlp_8192,cnn_32]
+    python -m benchmarks.train_step --workloads=gpt,gpt_scanned --algorithms=sequential_attention --name=train_step_gpt
 
 Each algorithm runs in a dense phase, where the network is trained whole, and in a sparsification phase with a new
 selection at every step (the most expensive the algorithm can be), where it has one. SequentialAttention++ also runs as
@@ -20,14 +21,17 @@ from absl import app, flags
 
 import sa_plus_plus as sapp
 from benchmarks import timing
+from experiments.models.transformer import Decoder
 from experiments.outputs import progress
 
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds of alternating measurements.")
-_WORKLOADS = flags.DEFINE_list("workloads", ["mlp_256", "mlp_8192", "cnn_32"], "Which of them.")
-_SAVE = flags.DEFINE_bool("save", True, "Write benchmarks/results/train_step.json.")
+_WORKLOADS = flags.DEFINE_list("workloads", ["mlp_256", "mlp_8192", "cnn_32"], "Which networks.")
+_ALGORITHMS = flags.DEFINE_list("algorithms", [], "Which of them, besides dense; all by default.")
+_NAME = flags.DEFINE_string("name", "train_step", "Of the file in benchmarks/results; empty for none.")
 
 BLOCK, SPARSITY, LONG = (8, 8), 0.9, 10**6
-RISING = ("sequential_attention", "gradual_magnitude")
+RISING = ("sequential_attention", "gradual_magnitude", "movement")
+NEVER_DENSE = ("random", "rigl", "sparse_evolutionary")
 
 
 class MLP(nn.Module):
@@ -53,11 +57,32 @@ class ResNetLike(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-WORKLOADS = {
+class ByteGPT(Decoder):
+    """The network of configs/bytes_gpt.py."""
+
+    vocabulary: int = 256
+    context: int = 256
+    layers: int = 4
+    width: int = 256
+    hidden: int = 1024
+    heads: int = 4
+
+
+WORKLOADS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {  # and the shape of a batch
     "mlp_256": (MLP(), (256, 784)),
     "mlp_8192": (MLP(), (8192, 784)),
     "cnn_32": (ResNetLike(), (32, 32, 32, 3)),
+    "gpt": (ByteGPT(), (32, 256)),
+    "gpt_scanned": (ByteGPT(scan=True), (32, 256)),
 }
+
+
+def drawn(model: nn.Module, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """A batch: numbers and a class of each example, or bytes and the next of each."""
+    keys = jax.random.split(jax.random.key(0))
+    if isinstance(model, Decoder):
+        return jax.random.randint(keys[0], shape, 0, 256), jax.random.randint(keys[1], shape, 0, 256)
+    return jax.random.normal(keys[0], shape), jax.random.randint(keys[1], shape[:1], 0, 10)
 
 
 def optimizer() -> optax.GradientTransformationExtraArgs:
@@ -94,7 +119,7 @@ def pruned_step(loss: Callable, params: Any, sp: sapp.Sparsifier) -> tuple[Calla
         trainable, prune, opt_state = state
         value, grads = jax.value_and_grad(lambda t: loss(sp.apply(t, prune), batch))(trainable)
         updates, opt_state = tx.update(grads, opt_state, trainable, phase=prune.phase)
-        return (*sp.update(trainable, prune, updates), opt_state), value
+        return (*sp.update(trainable, prune, updates, grads), opt_state), value
 
     trainable, prune = sp.init(params)
     return step, (trainable, prune, tx.init(trainable))
@@ -104,9 +129,9 @@ def contenders(loss: Callable, params: Any) -> dict[str, tuple[Callable, Any]]:
     """By name: step and first state."""
     result = {"bare optax": bare_step(loss, params)}
     result["dense"] = pruned_step(loss, params, sapp.dense(phases=sapp.phases.dense(LONG)))
-    for name in [name for name in sapp.ALGORITHMS if name != "dense"]:
+    for name in _ALGORITHMS.value or [name for name in sapp.ALGORITHMS if name != "dense"]:
         kinds = ["dense"] if name not in RISING else ["dense", "sparsification"]
-        for kind in ["sparse"] if name == "random" else kinds:
+        for kind in ["sparse"] if name in NEVER_DENSE else kinds:
             phases = sapp.phases.custom(2 * LONG, [(kind, LONG), ("sparse", LONG)])
             sp = getattr(sapp, name)(block=BLOCK, sparsity=SPARSITY, phases=phases)
             result[f"{name}, {kind}"] = pruned_step(loss, params, sp)
@@ -118,7 +143,7 @@ def contenders(loss: Callable, params: Any) -> dict[str, tuple[Callable, Any]]:
 def measure(workload: str, rounds: int) -> list[dict[str, Any]]:
     """Rows of the table for one workload."""
     model, shape = WORKLOADS[workload]
-    batch = jax.random.normal(jax.random.key(0), shape), jax.random.randint(jax.random.key(1), shape[:1], 0, 10)
+    batch = drawn(model, shape)
     params = model.init(jax.random.key(2), batch[0][:1])["params"]
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
 
@@ -159,8 +184,8 @@ def main(argv: list[str]) -> None:
     rows = [row for workload in _WORKLOADS.value for row in measure(workload, _ROUNDS.value)]
     cells = [row | {"time_ratio": "{median:.3f} [{q25:.3f}, {q75:.3f}]".format(**row["time_ratio"])} for row in rows]
     progress.console().print(progress.table(f"Training step, blocks {BLOCK}, {SPARSITY:.0%} sparsity", cells))
-    if _SAVE.value:
-        print(timing.save("train_step", {"block": BLOCK, "sparsity": SPARSITY, "rounds": _ROUNDS.value, "rows": rows}))
+    if _NAME.value:
+        print(timing.save(_NAME.value, {"block": BLOCK, "sparsity": SPARSITY, "rounds": _ROUNDS.value, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ from sa_plus_plus.sparsifier import Masks, Params, PruneState, State, Trainable
 class Parametrisation(NamedTuple):
     """How the trained weights make the effective kernel, `W * spread(scale)`.
 
+    Functions of a layer are traced once for all layers that differ by their paths alone, so `layer.path` is empty here,
+    in a `Score` and in a `Shrink`.
+
     Attributes:
       weights: `weights(kernel, logits, layer)`: the trained weights whose effective kernel is `kernel`. `logits` is
         None before training, when all logits are 0, and where the algorithm has none.
