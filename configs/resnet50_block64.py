@@ -7,7 +7,7 @@
 
 Learning rate, batch size and epochs are the paper's (sections 4 and C.1); nothing was tuned here.
 
-The data: `--config.data.local` or TensorFlow Datasets, see the README. Hours on eight accelerators are
+The data: `--config.data.local` or TensorFlow Datasets, see docs/experiments.md. Hours on eight accelerators are
 90 * 1,281,167 / (images per second) / 3600: eleven at 3,000 images per second altogether.
 
 Top-1 in the paper, in percent (dense 76.90; - diverged):

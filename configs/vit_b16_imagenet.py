@@ -3,7 +3,7 @@
     python -m experiments.main --config=configs/vit_b16_imagenet.py --config.data.local=path/to/imagenet
     python -m experiments.main --config=configs/vit_b16_imagenet.py --config.sparsifier.name=dense
 
-The data: `--config.data.local` or TensorFlow Datasets, see the README. Hours on eight accelerators are
+The data: `--config.data.local` or TensorFlow Datasets, see docs/experiments.md. Hours on eight accelerators are
 300 * 1,281,167 / (images per second) / 3600: eleven at 10,000 images per second altogether. The kernels of the layers
 are pruned, 99% of the weights; the patch embedding and the head are not. Nothing was tuned.
 

@@ -1,4 +1,4 @@
-"""The README's Python snippets run, in order, in one namespace; those of other pages in one for each section."""
+"""Python snippets of the README and of the pages that follow it run, in order, in one namespace; frameworks apart."""
 
 import pathlib
 import re
@@ -8,8 +8,10 @@ import pytest
 
 import sa_plus_plus as sapp
 
-README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
-FRAMEWORKS = (README.parent / "docs" / "frameworks.md").read_text()
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("training", "inference", "algorithms", "theory"))]
+FRAMEWORKS = (ROOT / "docs" / "frameworks.md").read_text()
 
 
 def snippets_of(text):
@@ -19,12 +21,12 @@ def snippets_of(text):
 @pytest.mark.usefixtures("standard_promotion")
 def test_snippets_run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # one of them writes a file
-    snippets = snippets_of(README.read_text())
-    assert len(snippets) >= 3
+    snippets = [(page.name, snippet) for page in PAGES for snippet in snippets_of(page.read_text())]
+    assert {name for name, _ in snippets} == {page.name for page in PAGES}
     losses, namespace = {}, {"__name__": "readme"}
     try:
-        for snippet in snippets:
-            exec(compile(snippet, str(README), "exec"), namespace)
+        for name, snippet in snippets:
+            exec(compile(snippet, name, "exec"), namespace)
             for way, trained in (("one line", "params"), ("explicit", "pruned")):
                 if trained in namespace and way not in losses:
                     losses[way] = float(namespace["loss_fn"](namespace[trained]))
@@ -48,3 +50,11 @@ def test_each_framework_on_its_page(section, monkeypatch, tmp_path):
         exec(compile(snippet, f"docs/frameworks.md, {section}", "exec"), namespace)
     assert list(tmp_path.iterdir())  # a file was written
     assert namespace["fast"].choices
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [README, *(ROOT / "docs").glob("*.md")]
+    assert len(README.read_text().splitlines()) <= 160
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
