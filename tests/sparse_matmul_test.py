@@ -294,6 +294,8 @@ def test_a_kernel_for_a_newer_interface_is_not_registered(monkeypatch):
         ({"window_rows": 2}, "does not fit the images"),
         ({"stride_down": 0}, "does not fit the images"),
         ({"top": -1}, "does not fit the images"),
+        ({"activation": 5}, "an unknown activation"),
+        ({"activation": -1}, "an unknown activation"),
     ],
 )
 def test_the_kernel_refuses_wrong_buffers(change, wanted):
@@ -302,9 +304,9 @@ def test_the_kernel_refuses_wrong_buffers(change, wanted):
     rows, starts = (np.array(call[name], np.int32) for name in ("rows", "starts"))
     kernel = jax.ffi.ffi_call(native.CONV, jax.ShapeDtypeStruct(call["out"], jnp.float32))
     integers = dict.fromkeys(("window_rows", "window_columns", "stride_down", "stride_across"), 1)
-    integers |= dict.fromkeys(("top", "bottom", "left", "right"), 0)
+    integers |= dict.fromkeys(("top", "bottom", "left", "right", "activation"), 0)
     options = {name: np.int64(change.get(name, n)) for name, n in integers.items()}
-    options |= dict.fromkeys(("residual_scale", "residual_zero", "y_zero"), np.float32(0)) | {"relu": False}
+    options |= dict.fromkeys(("residual_scale", "residual_zero", "y_zero", "y_unit"), np.float32(0))
     none = np.zeros(0, np.float32)
     x = np.ones((1, 1, 3, 24), np.float32)
     with pytest.raises((ValueError, RuntimeError), match=wanted):
