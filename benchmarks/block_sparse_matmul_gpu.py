@@ -30,7 +30,7 @@ CHAIN = flags.DEFINE_integer("chain", 8, "Products in one program.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds of alternating measurement.")
 NAME = flags.DEFINE_string("name", "block_sparse_matmul_gpu", "Of the file in benchmarks/results; empty for none.")
 
-QUEUED = 5
+QUEUED = 5  # programs
 
 
 def chained(product: Callable[..., jax.Array], xs: list[jax.Array], w: Any) -> Callable[[], Any]:

@@ -31,7 +31,7 @@ IMPLEMENTATION = flags.DEFINE_enum("implementation", "pallas", ["pallas", "xla"]
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
 NAME = flags.DEFINE_string("name", "feed_forward_gpu", "Of the file in benchmarks/results; empty for none.")
 
-QUEUED = 10
+QUEUED = 10  # programs
 
 
 def layer(key: jax.Array, seed: int) -> dict[str, BlockSparse]:

@@ -6,14 +6,13 @@
 A cell is a data set, a block size and a sparsity. On the cells of `CHOOSING` every variant is trained, and measured on
 examples taken from the training set. The best variant of each family by the mean share of the way from a random mask
 to the dense network is then trained on the cells of `CONFIRMING`, from other seeds and measured on the test set, beside
-the controls. All runs on a data set have the same number of steps. A run that is done leaves a file in `--directory`;
-one that has begun leaves a claim, which others take over when it is older than `--stale` seconds.
+the controls. All runs on a data set have the same number of steps. Each run has a directory in `--directory`, which is
+locked while it is trained: when a process dies, another takes its run over.
 """
 
 import functools
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from benchmarks import timing
 from configs import fashion_mnist, planted
 from experiments import cli, data, tasks
 from experiments.data.sources import Arrays, in_memory
-from experiments.outputs import progress, report
+from experiments.outputs import progress, report, workdir
 from experiments.training import loop, program
 from experiments.training.setup import prepare
 from experiments.utils import files
@@ -38,7 +37,6 @@ _DIRECTORY = flags.DEFINE_string("directory", "runs/recipes", "Where the results
 _DATA = flags.DEFINE_list("data", ["fashion_mnist", "planted"], "Data sets.")
 _STEPS = flags.DEFINE_integer("fashion_steps", 4000, "Steps on Fashion-MNIST.")
 _PLANTED_STEPS = flags.DEFINE_integer("planted_steps", 800, "Steps on planted features.")
-_STALE = flags.DEFINE_float("stale", 300.0, "Seconds after which a claim without a result is another's to take.")
 _REPORT = flags.DEFINE_bool("report", False, "Make the table and the picture instead of training.")
 _PLAN = flags.DEFINE_bool("plan", False, "Say how many cells there are instead of training.")
 _NAME = flags.DEFINE_string("name", "recipes", "Write benchmarks/results/<name>.json and .png.")
@@ -130,7 +128,7 @@ class Job(NamedTuple):
     @property
     def file(self) -> pathlib.Path:
         name = f"{self.stage} {self.cell} {self.variant}".replace(" × ", "x").replace("%", "").replace(", ", "_")
-        return pathlib.Path(_DIRECTORY.value) / f"{name.replace(' ', '_')}.json"
+        return pathlib.Path(_DIRECTORY.value) / name.replace(" ", "_") / workdir.RESULT
 
 
 def jobs(stage: str, found: Mapping[str, str] | None = None) -> list[Job]:
@@ -180,21 +178,19 @@ def measure(job: Job) -> dict[str, Any]:
     }
 
 
-def claimed(job: Job) -> bool:
-    """Whether this process has the job to itself now."""
-    claim = job.file.with_suffix(".claim")
+def done(job: Job) -> dict[str, Any] | None:
+    """Do a job, unless it is done or another process is at it."""
     if job.file.exists():
-        return False
+        return None
     try:
-        if time.time() - claim.stat().st_mtime > _STALE.value:
-            claim.rename(claim.with_suffix(f".{os.getpid()}.dead"))  # one process alone succeeds
-    except FileNotFoundError:
-        pass
-    try:
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        return False
-    return not job.file.exists()
+        with workdir.claim(job.file.parent):
+            if job.file.exists():  # since just now
+                return None
+            row = measure(job)
+            files.write_json(job.file, row)
+            return row
+    except workdir.InUseError:
+        return None
 
 
 def results(stage: list[Job]) -> list[dict[str, Any]]:
@@ -203,16 +199,9 @@ def results(stage: list[Job]) -> list[dict[str, Any]]:
 
 
 def work(stage: list[Job]) -> Iterator[dict[str, Any]]:
-    """Do the jobs that are nobody else's; then wait until all are done, and take over what the dead have left."""
+    """Do the jobs that no other process does, until all are done."""
     while not all(job.file.exists() for job in stage):
-        for job in filter(claimed, stage):
-            try:
-                row = measure(job)
-            except BaseException:
-                job.file.with_suffix(".claim").unlink(missing_ok=True)  # so that the others do not wait for it
-                raise
-            files.write_json(job.file, row)
-            yield row
+        yield from filter(None, map(done, stage))
         time.sleep(1)
 
 

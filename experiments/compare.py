@@ -2,9 +2,9 @@
 
     python -m experiments.compare --config=configs/mnist.py --algorithms=all --seeds=3
 
-`all` is every algorithm and every control of the library. Each algorithm is
-compiled once; its seeds run side by side in that program where this pays, else one after another. The work directory
-gets `compare.json` and `compare.png`. Exit status: 0 done, 2 bad input, 3 every run diverged.
+`all` is every algorithm and every control of the library. Each algorithm is compiled once; its seeds run side by side
+in that program where this pays, otherwise one after another. The work directory gets `compare.json` and `compare.png`.
+Exit status: 0 done, 2 bad input, 3 every run diverged.
 """
 
 import datetime

@@ -121,7 +121,7 @@ def _one(
     config, metric = setup.given, setup.task.metric
     with contextlib.ExitStack() as stack:
         saved = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(path / "checkpoints", keep=config.keep)))
-        observer = hooks.Observer(path, title, setup.config.steps, metric, console, profile)
+        observer = hooks.Observer(path, title, setup.config.steps, metric, console, profile, setup.sparsifier.attention)
         stack.enter_context(observer)
         (outcome,) = loop.train(program.compiled(setup), [config.seed], observer.hooks, saved)
         rows = observer.rows

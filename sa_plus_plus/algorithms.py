@@ -21,10 +21,11 @@ from sa_plus_plus.composition import (
     Parametrisation,
     PruningOptions,
     check_phases,
+    check_start,
     compose,
 )
 from sa_plus_plus.masking import adopted, times
-from sa_plus_plus.phases import DENSE, KINDS, SPARSE, Phases
+from sa_plus_plus.phases import DENSE, KINDS, Phases
 from sa_plus_plus.planning import LeafPlan, Plan
 from sa_plus_plus.registry import algorithm
 from sa_plus_plus.sparsifier import Params, PruneState, Sparsifier, State, Trainable
@@ -33,6 +34,11 @@ from sa_plus_plus.sparsifier import Params, PruneState, Sparsifier, State, Train
 def block_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
     """The score of `magnitude` and others: the Frobenius norm of each block."""
     return blk.frobenius(weights, layer.block, layer.view)
+
+
+def drawn(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+    """The score of `random` and others: drawn uniformly."""
+    return jax.random.uniform(key, layer.full_grid, jnp.float32)
 
 
 @algorithm(schedules.dense)
@@ -212,12 +218,8 @@ def sequential_attention(
         raise ValueError(f"logit_lr must be positive, got {logit_lr}")
     if isinstance(reset_logits_at, str) or set(reset_logits_at) - set(KINDS):
         raise ValueError(f"reset_logits_at takes a list of {', '.join(KINDS)}; got {reset_logits_at!r}")
-    check_phases(phases)
-    if score == "attention" and phases.phases[0].kind == SPARSE:
-        raise ValueError(
-            f"the first phase is {phases.phases[0]}, but before training all attention weights are equal: "
-            'begin with a dense or a sparsification phase, or choose by score="effective"'
-        )
+    if score == "attention":
+        check_start(phases, "attention weights", ', or choose by score="effective"')
 
     def scale(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
         attention = attention_weights(logits)
@@ -242,7 +244,7 @@ def sequential_attention(
         return jnp.log(math.prod(layer.grid)) + jax.nn.log_softmax(logits, (-2, -1))
 
     return compose(
-        Parametrisation(weights, scale, has_logits=True),
+        Parametrisation(weights, scale, has_logits=True, attention=True),
         log_attention if score == "attention" else effective_norm,
         phases,
         block=block,
@@ -313,7 +315,4 @@ def random(
       ValueError: for options out of range, or a schedule that ends dense.
     """
 
-    def score(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
-        return jax.random.uniform(key, layer.full_grid, jnp.float32)
-
-    return compose(IDENTITY, score, phases, block=block, sparsity=sparsity, seed=seed, **options)
+    return compose(IDENTITY, drawn, phases, block=block, sparsity=sparsity, seed=seed, **options)

@@ -9,17 +9,14 @@ import jax.numpy as jnp
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import phases as schedules
 from sa_plus_plus import select
-from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, check_phases, compose
+from sa_plus_plus.algorithms import block_norm, drawn
+from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, check_phases, check_start, compose
 from sa_plus_plus.masking import times
-from sa_plus_plus.phases import SPARSE, Phases
+from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan
 from sa_plus_plus.registry import algorithm
 from sa_plus_plus.rewiring import Rewiring
 from sa_plus_plus.sparsifier import Sparsifier
-
-
-def _drawn(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
-    return jax.random.uniform(key, layer.full_grid, jnp.float32)
 
 
 @algorithm(schedules.rigl, control=True)
@@ -97,14 +94,14 @@ def sparse_evolutionary(
     """
 
     def growth(gradient: Any, layer: LeafPlan, key: Any) -> jax.Array:
-        return _drawn(gradient, None, layer, key)
+        return drawn(gradient, None, layer, key)
 
     rewires = Rewiring(growth, False, mask_every, fraction, until)
     return _dynamic(rewires, phases, block=block, sparsity=sparsity, seed=seed, **options)
 
 
 def _dynamic(rewires: Rewiring, phases: Phases, **options: Any) -> Sparsifier:
-    return compose(IDENTITY, _drawn, phases, rewires=rewires, forget_masked=True, **options)
+    return compose(IDENTITY, drawn, phases, rewires=rewires, forget_masked=True, **options)
 
 
 @algorithm(schedules.movement, control=True)
@@ -135,12 +132,7 @@ def movement(
     Raises:
       ValueError: for options out of range, or a schedule that begins sparse or ends dense.
     """
-    check_phases(phases)
-    if phases.phases[0].kind == SPARSE:
-        raise ValueError(
-            f"the first phase is {phases.phases[0]}, but before training all scores are equal: "
-            "begin with a dense or a sparsification phase"
-        )
+    check_start(phases, "scores")
     parametrisation = Parametrisation(*IDENTITY[:2], has_logits=True, straight_through=True)
     when: dict[str, Any] = {"mask_every": mask_every, "monotone": False}
     return compose(parametrisation, _logits, phases, block=block, sparsity=sparsity, **when, **options)
@@ -188,11 +180,7 @@ def group_lasso(
         threshold = strength / phases.total_steps * _last_kept(norms, layer.kept_each)
         return soft_threshold(weights, threshold, norms, layer), logits
 
-    return compose(IDENTITY, _norm, phases, block=block, sparsity=sparsity, shrink=shrink, **options)
-
-
-def _norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
-    return blk.frobenius(weights, layer.block, layer.view)
+    return compose(IDENTITY, block_norm, phases, block=block, sparsity=sparsity, shrink=shrink, **options)
 
 
 def _last_kept(norms: jax.Array, kept: int) -> jax.Array:

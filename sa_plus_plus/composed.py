@@ -37,6 +37,7 @@ class Parametrisation(NamedTuple):
       scale: `scale(weights, logits, layer)`: the `(grid_r, grid_c)` factors of the blocks, or None for 1 throughout.
       has_logits: whether each block has a trainable logit; otherwise `logits` is None above.
       by_norm: whether `scale` depends on the weights. A block then changes as a whole, and one of zeros stays zero.
+      attention: whether the logits stand for attention weights, `N softmax(logits)`, which reports then show.
       straight_through: whether each logit is given the gradient in its block's factor, masked or not.
     """
 
@@ -45,6 +46,7 @@ class Parametrisation(NamedTuple):
     has_logits: bool = False
     by_norm: bool = False
     straight_through: bool = False
+    attention: bool = False
 
 
 IDENTITY = Parametrisation(lambda kernel, logits, layer: kernel, lambda weights, logits, layer: None)

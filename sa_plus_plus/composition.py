@@ -13,12 +13,12 @@ import jax
 
 from sa_plus_plus import planning, rewiring, select
 from sa_plus_plus.composed import IDENTITY, Composed, Parametrisation, Score, Shrink, traced_once
-from sa_plus_plus.phases import DENSE, Phases
+from sa_plus_plus.phases import DENSE, SPARSE, Phases
 from sa_plus_plus.planning import Overrides, Views
 from sa_plus_plus.rewiring import Rewiring
 from sa_plus_plus.sparsifier import Sparsifier
 
-__all__ = ["IDENTITY", "Parametrisation", "PlanOptions", "PruningOptions", "check_phases", "compose"]
+__all__ = ["IDENTITY", "Parametrisation", "PlanOptions", "PruningOptions", "check_phases", "check_start", "compose"]
 
 
 class PlanOptions(TypedDict, total=False):
@@ -126,7 +126,24 @@ def compose(
         algorithm.adopt,
         algorithm.plan,
         phases,
+        parametrisation.attention,
     )
+
+
+def check_start(phases: Any, scores: str, otherwise: str = "") -> None:
+    """Refuse a schedule that chooses blocks before there is anything to choose by.
+
+    Args:
+      phases: the schedule.
+      scores: what is equal for all blocks before training.
+      otherwise: another way out, for the message.
+    """
+    check_phases(phases)
+    if phases.phases[0].kind == SPARSE:
+        raise ValueError(
+            f"the first phase is {phases.phases[0]}, but before training all {scores} are equal: "
+            f"begin with a dense or a sparsification phase{otherwise}"
+        )
 
 
 def check_phases(phases: Any) -> None:

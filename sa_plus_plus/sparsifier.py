@@ -66,6 +66,7 @@ class Sparsifier(NamedTuple):
         weight alone, and so does every entry of a block that is masked or whose scale is zero, where it has no effect.
       plan: `plan(params) -> Plan`: which layers are pruned and how.
       phases: the schedule.
+      attention: whether `trainable.logits` stand for attention weights, `N softmax(logits)`.
     """
 
     init: Callable[..., State]
@@ -75,3 +76,4 @@ class Sparsifier(NamedTuple):
     adopt: Callable[[Trainable, PruneState, Params], Trainable]
     plan: Callable[[Params], Plan]
     phases: Phases
+    attention: bool = False

@@ -1,7 +1,6 @@
 """The search over recipes: what is chosen, and who does what."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from absl.testing import flagsaver
 
 from benchmarks import recipes
 from experiments.data.sources import Arrays, Dataset
+from experiments.outputs import workdir
 
 
 def rows(stage, values):
@@ -50,16 +50,14 @@ def test_choosing_and_confirming_share_neither_cells_nor_seeds_nor_files():
     assert len({job.file for job in both}) == len(both)
 
 
-def test_a_job_is_done_by_one_and_taken_over_from_the_dead(directory):
-    first, second = recipes.jobs("choose")[:2]
-    assert recipes.claimed(first)
-    assert not recipes.claimed(first)
-    claim = first.file.with_suffix(".claim")
-    os.utime(claim, (0, 0))
-    assert recipes.claimed(first)
-    assert not recipes.claimed(first)
-    second.file.write_text("{}")
-    assert not recipes.claimed(second)
+def test_a_job_is_done_once_and_taken_over_from_the_dead(monkeypatch):
+    job, _ = recipes.jobs("choose")[:2]
+    monkeypatch.setattr(recipes, "measure", lambda job: {"variant": job.variant})
+    with workdir.claim(job.file.parent):  # as another process would; the lock ends with the process
+        assert recipes.done(job) is None
+    assert recipes.done(job) == {"variant": job.variant}
+    monkeypatch.setattr(recipes, "measure", lambda job: pytest.fail("done twice"))
+    assert recipes.done(job) is None
 
 
 def test_work_ends_when_all_is_done_and_a_failure_leaves_no_claim(monkeypatch):
@@ -76,7 +74,8 @@ def test_work_ends_when_all_is_done_and_a_failure_leaves_no_claim(monkeypatch):
     other = recipes.jobs("choose")[5:6]
     with pytest.raises(FloatingPointError):
         list(recipes.work(other))
-    assert recipes.claimed(other[0])
+    monkeypatch.setattr(recipes, "measure", lambda job: {"variant": job.variant})
+    assert recipes.done(other[0])
 
 
 def test_examples_to_choose_on_are_not_trained_on(monkeypatch):

@@ -34,6 +34,7 @@ class Observer:
       metric: the task's headline metric.
       console: the screen.
       profile: whether to write a trace of a few steps to `path/profile`, for TensorBoard or Perfetto.
+      attention: whether the histograms of the logits show the attention weights that they stand for.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Observer:
         metric: str,
         console: Console,
         profile: bool = False,
+        attention: bool = True,
     ) -> None:
-        self._path, self._profile = path, profile
+        self._path, self._profile, self._attention = path, profile, attention
         self._first = 0
         self._writes = jax.process_index() == 0
         self._live = progress.Live(title, total_steps, metric, console)
@@ -102,8 +104,9 @@ class Observer:
         for path, logits in state.trainable.logits.items():
             weights = multihost_utils.process_allgather(logits, tiled=True) if jax.process_count() > 1 else logits
             if self._writes:
-                histogram = np.asarray(sapp.attention_weights(jnp.asarray(weights))).ravel()
-                self._board.add_histogram(f"attention/{path}", histogram, step)
+                shown = sapp.attention_weights(jnp.asarray(weights)) if self._attention else weights
+                kind = "attention" if self._attention else "logits"
+                self._board.add_histogram(f"{kind}/{path}", np.asarray(shown).ravel(), step)
 
     def _on_step(self, done: int) -> bool:
         if self._profile and self._writes and done - self._first == _PROFILED.start:

@@ -137,8 +137,7 @@ def _status(state: TrainState, setup: Setup, over_seeds: bool) -> dict[str, jax.
 
     def one(masks: Any, trainable: sapp.Trainable) -> dict[str, jax.Array]:
         values = {"sparsity": sapp.metrics.kernel_sparsity(masks, setup.plan)}
-        attention = list(sapp.metrics.attention(trainable).values())
-        if attention and setup.config.sparsifier.name not in ("movement", "d_gating"):  # logits of another kind
+        if attention := list(sapp.metrics.attention(trainable).values()) if setup.sparsifier.attention else []:
             values["attention_entropy"] = jnp.mean(jnp.stack([a["entropy"] for a in attention]))
             values["attention_max"] = jnp.max(jnp.stack([a["max"] for a in attention]))
         return values

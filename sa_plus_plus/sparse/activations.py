@@ -7,7 +7,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
-from sa_plus_plus.sparse.steps import Activation, Call, Constant, Linear, Value, Variable, activate, inputs_of
+from sa_plus_plus.sparse.steps import Activation, Call, Constant, Linear, Value, Variable, activate, users_of
 
 _ELEMENTWISE = (
     *("add", "sub", "mul", "div", "neg", "max", "min", "exp", "square", "integer_pow", "abs", "sign", "tanh"),
@@ -15,7 +15,7 @@ _ELEMENTWISE = (
 )
 _MOST_CALLS = 32  # that an activation function may consist of
 _POINTS = np.concatenate([np.linspace(-12, 12, 4801), np.linspace(-0.1, 0.1, 201)]).astype(np.float32)
-_TOLERANCE = 2e-6  # of a result, and of its input
+_TOLERANCE = 2e-6  # absolute up to 1, relative above
 
 
 def with_activations(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -> list[Call | Linear]:
@@ -29,13 +29,7 @@ def with_activations(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -
       steps: of a network in float32, in order.
       outputs: its results.
     """
-    users: dict[Value, list[int]] = {}
-    for i, step in enumerate(steps):
-        for value in inputs_of(step):
-            users.setdefault(value, []).append(i)
-    for result in outputs:
-        if isinstance(result, Variable):
-            users.setdefault(result, []).append(len(steps))
+    users = users_of(steps, outputs)
     kept: list[Call | Linear | None] = list(steps)
     for i, step in enumerate(steps):
         if not isinstance(step, Linear) or step.layer.activation != "none" or step.layer.output.dtype != np.float32:
@@ -50,10 +44,10 @@ def with_activations(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -
     return [step for step in kept if step is not None]
 
 
-def _regions(steps: Sequence[Call | Linear], start: int, users: dict[Value, list[int]]) -> Iterator[list[int]]:
+def _regions(steps: Sequence[Call | Linear], start: int, users: dict[Variable, list[int]]) -> Iterator[list[int]]:
     """Operations on a layer's result alone whose last result is all that anyone else sees, the most of them first."""
     layer, inside, found = steps[start].layer, [], []  # type: ignore[union-attr]
-    values: set[Value] = {layer.output}
+    values: set[Variable] = {layer.output}
     for i in sorted(_reached(steps, layer.output, users)):
         call = steps[i]
         if not isinstance(call, Call) or not _pointwise(call, layer.output.shape, values):
@@ -65,10 +59,10 @@ def _regions(steps: Sequence[Call | Linear], start: int, users: dict[Value, list
     yield from reversed(found)
 
 
-def _reached(steps: Sequence[Call | Linear], value: Variable, users: dict[Value, list[int]]) -> set[int]:
+def _reached(steps: Sequence[Call | Linear], value: Variable, users: dict[Variable, list[int]]) -> set[int]:
     """The nearest operations after a value."""
     reached: set[int] = set()
-    front: list[Value] = [value]
+    front: list[Variable] = [value]
     while front and len(reached) < _MOST_CALLS:
         for i in users.get(front.pop(0), ()):
             if i < len(steps) and i not in reached and isinstance(call := steps[i], Call):
@@ -77,7 +71,7 @@ def _reached(steps: Sequence[Call | Linear], value: Variable, users: dict[Value,
     return reached
 
 
-def _pointwise(call: Call, shape: tuple[int, ...], values: set[Value]) -> bool:
+def _pointwise(call: Call, shape: tuple[int, ...], values: set[Variable]) -> bool:
     """Whether an operation makes a number of each number, with the same constants for all."""
     alike = call.primitive.name in _ELEMENTWISE and len(call.outputs) == 1 and call.outputs[0].shape == shape
     return alike and all(np.size(v.value) == 1 if isinstance(v, Constant) else v in values for v in call.inputs)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 import sa_plus_plus.sparse.native as native
-from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable, inputs_of
+from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable, inputs_of, users_of
 from sa_plus_plus.sparse.windows import NO_BORDER, Border, window_of
 
 FLOAT32, BFLOAT16, UINT8 = np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.uint8)
@@ -77,18 +77,6 @@ def converted(held: Any, have: Form, want: Form) -> Any:
     return held
 
 
-def consumers(program: Traced[Any]) -> dict[Variable, list[Any]]:
-    """Which steps take a value, and None for the program's result."""
-    users: dict[Variable, list[Any]] = {}
-    for step in program.steps:
-        for value in inputs_of(step):
-            users.setdefault(value, []).append(step)
-    for result in program.outputs:
-        if isinstance(result, Variable):
-            users.setdefault(result, []).append(None)
-    return users
-
-
 def keeps_type(step: Any) -> bool:
     """Whether a step moves or compares numbers only, so that it may be given them as they are held."""
     return isinstance(step, Call) and step.primitive.name in _SHAPES_ONLY
@@ -104,15 +92,13 @@ def forms_of(
       types: by the number of a step that runs in the compiled kernel: in which type it takes `x`.
       ranges: smallest and largest of each value that a step takes in uint8.
     """
-    users, made_by = consumers(program), {}
-    numbers = {id(step): i for i, step in enumerate(program.steps)}
+    steps, users = program.steps, users_of(program.steps, program.outputs)
     wanted: dict[Variable, np.dtype | None] = {}
-    for step in reversed(program.steps):
+    for step in reversed(steps):
         for value in [step.layer.output] if isinstance(step, Linear) else list(step.outputs):
-            made_by[value] = step
-            wanted[value] = _wanted(value, users.get(value, []), types, numbers, wanted)
+            wanted[value] = _wanted(value, steps, users.get(value, []), types, wanted)
     forms: dict[Variable, Form] = {}
-    for step in program.steps:
+    for number, step in enumerate(steps):
         if isinstance(step, Call):
             if keeps_type(step):
                 (value,), (output,) = inputs_of(step), step.outputs
@@ -120,15 +106,14 @@ def forms_of(
                     forms[output] = forms[value]
             continue
         output = step.layer.output
-        if numbers[id(step)] not in types:
+        if number not in types:
             continue
         dtype = wanted[output]
         if dtype == UINT8:
             forms[output] = quantised(*ranges[output])
         elif dtype is not None:
             forms[output] = Form(dtype)
-        users_here = users.get(output, [])
-        border = _border(output, users_here, types, numbers)
+        border = _border(output, steps, users.get(output, []), types)
         if border != NO_BORDER:
             forms[output] = forms.get(output, Form(np.dtype(output.dtype)))._replace(border=border)
     return forms
@@ -136,21 +121,22 @@ def forms_of(
 
 def _wanted(
     value: Variable,
-    users: Sequence[Any],
+    steps: Sequence[Call | Linear],
+    users: Sequence[int],
     types: Mapping[int, np.dtype],
-    numbers: Mapping[int, int],
     wanted: Mapping[Variable, np.dtype | None],
 ) -> np.dtype | None:
     """The one narrow type in which all users take a value, or None."""
     kinds: set[Any] = set()
     preferred: np.dtype | None = None
-    for step in users:
-        if isinstance(step, Linear) and numbers[id(step)] in types:
+    for number in users:
+        step = steps[number] if number < len(steps) else None
+        if isinstance(step, Linear) and number in types:
             if step.layer.x == value:
-                kinds.add(types[numbers[id(step)]])
+                kinds.add(types[number])
             elif step.layer.residual == value:  # which it takes in any type
-                preferred = wanted[step.layer.output] or types[numbers[id(step)]]
-        elif keeps_type(step):
+                preferred = wanted[step.layer.output] or types[number]
+        elif isinstance(step, Call) and keeps_type(step):
             kinds.add(wanted[step.outputs[0]])
         else:
             return None
@@ -158,17 +144,15 @@ def _wanted(
     return narrow if narrow in (BFLOAT16, UINT8) else None
 
 
-def _border(value: Variable, users: Sequence[Any], types: Mapping[int, np.dtype], numbers: Mapping[int, int]) -> Border:
+def _border(
+    value: Variable, steps: Sequence[Call | Linear], users: Sequence[int], types: Mapping[int, np.dtype]
+) -> Border:
     """The padding of the one convolution that takes a value."""
-    if (
-        len(users) != 1
-        or not isinstance(users[0], Linear)
-        or numbers[id(users[0])] not in types
-        or len(value.shape) != 4
-    ):
+    if len(users) != 1 or users[0] not in types or len(value.shape) != 4:
         return NO_BORDER
-    (user,) = users
-    window = window_of(user.layer)
-    if user.layer.x != value or user.layer.residual == value or isinstance(window, str) or user.layer.call is None:
+    user = steps[users[0]]
+    assert isinstance(user, Linear)  # as all that have a type
+    layer, window = user.layer, window_of(user.layer)
+    if layer.x != value or layer.residual == value or isinstance(window, str) or layer.call is None:
         return NO_BORDER
     return window.padding

@@ -148,6 +148,18 @@ def inputs_of(step: Call | Linear) -> list[Variable]:
     return [v for v in step.inputs if isinstance(v, Variable)]
 
 
+def users_of(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -> dict[Variable, list[int]]:
+    """By value, the numbers of the steps that take it; `len(steps)` stands for the network's result."""
+    users: dict[Variable, list[int]] = {}
+    for number, step in enumerate(steps):
+        for value in inputs_of(step):
+            users.setdefault(value, []).append(number)
+    for result in outputs:
+        if isinstance(result, Variable):
+            users.setdefault(result, []).append(len(steps))
+    return users
+
+
 class Traced(NamedTuple, Generic[Step]):
     """A traced network.
 
