@@ -29,7 +29,7 @@ from absl import flags
 from matplotlib import pyplot as plt
 
 import sa_plus_plus as sapp
-from experiments import cli
+from experiments import cli, tasks
 from experiments.engines import runtimes
 from experiments.outputs import progress, report
 from experiments.training import sharding
@@ -79,7 +79,11 @@ def main(argv: list[str]) -> None:
 
 def measure(setup: Setup, variables: Any, batch: int) -> tuple[dict[str, Any], sapp.sparse.Network]:
     """Seconds of each contender for one batch, and how far its results are from the model's."""
-    model, x, precision = setup.task.model, jnp.asarray(inputs(setup, batch)), _precision(setup.config)
+    model, x, precision = (
+        setup.task.model,
+        jnp.asarray(tasks.random_inputs(setup.task, batch)),
+        _precision(setup.config),
+    )
 
     def apply(x: jax.Array) -> Any:
         return model.apply(variables, x)
@@ -116,18 +120,6 @@ def measure(setup: Setup, variables: Any, batch: int) -> tuple[dict[str, Any], s
         "folded_error": errors["folded"],
         "engine_errors": {name: errors[name] for name in dense.calls},
     }, fast
-
-
-def inputs(setup: Setup, batch: int) -> np.ndarray:
-    """A batch of random examples."""
-    task, rng = setup.task, np.random.default_rng(0)
-    example = task.dataset.example[task.input]
-    shape = (batch, *example.shape[1:])
-    if task.input == "ids":  # all of the table: a few of its rows would stay in the caches
-        return rng.integers(0, np.asarray(task.dataset.vocabulary), shape).astype(example.dtype)
-    if task.input == "tokens":
-        return rng.integers(0, task.dataset.classes, shape).astype(example.dtype)
-    return (rng.random(shape) * 3).astype(np.float32)
 
 
 def _precision(config: ml_collections.ConfigDict) -> str:

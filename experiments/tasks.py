@@ -165,6 +165,18 @@ def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:
     return registry.lookup(catalog, config.name, "config.data.name", options)
 
 
+def random_inputs(task: Task, batch: int) -> np.ndarray:
+    """A batch of random inputs of the task's model: noise as images, ids from the whole vocabulary."""
+    rng = np.random.default_rng(0)
+    example = task.dataset.example[task.input]
+    shape = (batch, *example.shape[1:])
+    if task.input == "ids":  # all of the table: a few of its rows would stay in the caches
+        return rng.integers(0, np.asarray(task.dataset.vocabulary), shape).astype(example.dtype)
+    if task.input == "tokens":
+        return rng.integers(0, task.dataset.classes, shape).astype(example.dtype)
+    return (rng.random(shape) * 3).astype(np.float32)
+
+
 def _unit(image: Any) -> Any:
     """Images as float32 in [0, 1]; bytes are what travels to the device."""
     return image.astype(np.float32) / 255 if image.dtype == np.uint8 else image

@@ -15,6 +15,17 @@ from sa_plus_plus.algorithms import (
 from sa_plus_plus.baselines import d_gating, group_lasso, movement, rigl, sparse_evolutionary
 from sa_plus_plus.checks import check_pruned
 from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, compose
+from sa_plus_plus.oneshot import (
+    SPARSITIES,
+    Budget,
+    OneShot,
+    Sensitivity,
+    budget,
+    milliseconds,
+    one_shot,
+    refit,
+    sensitivity,
+)
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
 from sa_plus_plus.registry import ALGORITHMS, Algorithm, algorithm
@@ -38,15 +49,19 @@ __version__ = "0.1.0"
 __all__ = [
     "ALGORITHMS",
     "IDENTITY",
+    "SPARSITIES",
     "Algorithm",
     "BlockSparse",
+    "Budget",
     "LeafPlan",
+    "OneShot",
     "Parametrisation",
     "Phases",
     "Plan",
     "PruneState",
     "PruningOptions",
     "ResetState",
+    "Sensitivity",
     "Shrunk",
     "Sparsifier",
     "SparsifyState",
@@ -59,6 +74,7 @@ __all__ = [
     "block_sparse_conv",
     "block_sparse_matmul",
     "blocks",
+    "budget",
     "check_pruned",
     "compose",
     "convex",
@@ -70,16 +86,20 @@ __all__ = [
     "load",
     "magnitude",
     "metrics",
+    "milliseconds",
     "movement",
+    "one_shot",
     "path_string",
     "phases",
     "plan",
     "powerpropagation",
     "random",
+    "refit",
     "reset_on",
     "rigl",
     "save",
     "select",
+    "sensitivity",
     "sequential_attention",
     "serve",
     "shrink",

@@ -50,6 +50,15 @@ LIBRARY = (
     "serve",
     "sparse.network",
     "sparse",
+    "oneshot.uses",
+    "oneshot.capture",
+    "oneshot.layers",
+    "oneshot.obs",
+    "oneshot.alps",
+    "oneshot.prune",
+    "oneshot.sensitivities",
+    "oneshot.budgets",
+    "oneshot",
     "convex.lambert",
     "convex.groups",
     "convex.penalties",
@@ -70,6 +79,8 @@ OPTIONAL = {  # imported where they are used, with an error that says what to in
     "phases": {"matplotlib"},
     "sparse.serialization": {"safetensors"},
     "sparse.interop": {"scipy", "jax2onnx", "onnxruntime"},
+    "oneshot.sensitivities": {"matplotlib"},
+    "oneshot.budgets": {"scipy"},
     "contrib.keras": {"keras"},
 }
 EXPERIMENTS = (
@@ -121,6 +132,7 @@ EXPERIMENTS = (
     "training.step",
     "training.program",
     "training.loop",
+    "training.trained",
     "outputs",
     "outputs.report",
     "outputs.progress",
@@ -143,6 +155,7 @@ EXPERIMENTS = (
     "engines.runtimes",
     "serve_bench",
     "compare",
+    "one_shot",
     "__init__",
 )
 

@@ -10,7 +10,8 @@ import sa_plus_plus as sapp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in ("training", "inference", "algorithms", "theory"))]
+NAMES = ("training", "inference", "algorithms", "theory", "one_shot")
+PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 FRAMEWORKS = (ROOT / "docs" / "frameworks.md").read_text()
 
 

@@ -88,12 +88,12 @@ def test_a_click_network_is_asked_for_all_of_its_vocabulary(tmp_path):
 _IDS = """
 import numpy as np
 from configs import planted
-from experiments import serve_bench
+from experiments import serve_bench, tasks
 from experiments.training.setup import prepare_without_data
 config = planted.get_config()
 config.data.options.update({"rows": 3000, "held_out": 100})
 setup = prepare_without_data(config)
-ids, vocabulary = serve_bench.inputs(setup, 4096), np.array(setup.task.dataset.vocabulary)
+ids, vocabulary = tasks.random_inputs(setup.task, 4096), np.array(setup.task.dataset.vocabulary)
 assert ids.shape == (4096, len(vocabulary)) and ids.dtype == np.int32
 assert (ids.min(0) == 0).all() and (ids.max(0) == vocabulary - 1).all(), (ids.min(0), ids.max(0), vocabulary)
 """

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import re
 import shutil
 
 import commands
@@ -200,6 +201,55 @@ def test_compare_from_trained_weights(dense, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run/compare.json").read_text())
     assert min(result["algorithms"]["magnitude"]["metric"]) > 0.6, "from scratch it takes more than 20 steps"
+
+
+def test_one_shot_prunes_without_training_and_trains_on(dense, tmp_path):
+    flags = ["--config=configs/mnist.py", f"--weights={dense[0]}", "--methods=magnitude,obs", "--sparsities=0.8"]
+    flags += ["--budget=weights", "--calibration=300", "--finetune=20", f"--workdir={tmp_path / 'out'}"]
+    flags += ["--config.batch_size=96"]
+    done = commands.run("experiments.one_shot", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "one_shot.json").read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == ["dense", *(m + b for b in ("", ", budget") for m in ("magnitude", "obs"))]
+    assert rows["dense"]["metric"] > 0.85
+    chance = 0.1
+    assert chance < rows["magnitude"]["metric"] < rows["obs"]["metric"] <= rows["dense"]["metric"] + 0.02
+    assert rows["obs"]["finetuned_metric"] > rows["obs"]["metric"] - 0.03
+    for row in rows.values():
+        network = problems.weights_of(tmp_path / "out" / row["file"])
+        kept = {path: layer["kept"] / layer["blocks"] for path, layer in row.get("layers", {}).items()}
+        for path, share in kept.items():
+            blocks = network[path].reshape(network[path].shape[0] // 4, 4, -1, 4)
+            assert np.any(blocks, (1, 3)).mean() <= share + 1e-9
+        if "finetuned_file" in row:  # the same blocks
+            after = problems.weights_of(tmp_path / "out" / row["finetuned_file"])
+            assert all((network[path] != 0).sum() == (after[path] != 0).sum() for path in kept)
+    assert rows["dense"]["bytes"] > 3 * rows["obs"]["bytes"]
+    assert len((tmp_path / "out" / "sensitivity-obs.txt").read_text().splitlines()) == 4
+    assert (tmp_path / "out" / "one_shot.png").stat().st_size > 20_000
+    again = commands.run("experiments.one_shot", *flags)
+    assert again.returncode == 2
+    assert "holds results: choose another --workdir or pass --overwrite" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--weights="], "--weights is needed"),
+        (["--sparsities=0.5,x"], "--sparsities has 'x', which is not a number"),
+        (["--sparsities=1"], r"--sparsities must be in \(0, 1\), got 1"),
+        (["--methods=obd"], "--methods.*obd.*did you mean"),
+        (["--sparsities=0.9999"], "leaves no block"),
+        (["--weights=nowhere"], "--weights=nowhere: there is no such file"),
+    ],
+)
+def test_what_one_shot_cannot_do_is_said(flags, match, dense, tmp_path):
+    common = ["--config=configs/mnist.py", f"--weights={dense[0]}", f"--workdir={tmp_path / 'out'}"]
+    done = commands.run("experiments.one_shot", *common, *flags)
+    assert done.returncode == 2
+    assert re.search(match, done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_file_is_answered_in_a_sentence(tmp_path, capsys):

@@ -33,14 +33,8 @@ def sparsifier(
     """
     name = registry.check(config.name, NAMES, "config.sparsifier.name")
     make, own_schedule, _ = sapp.ALGORITHMS[name]
-    if len(config.block) != 2:
-        raise ValueError(f"config.sparsifier.block needs both sides, such as (8, 8); got {config.block}")
-    options: dict[str, Any] = {key: config[key] for key in ("block", "sparsity", "min_blocks", "scope")}
-    options |= {key: config[key].to_dict() for key in ("overrides", "views")} | {
-        key: _value(text) for key, text in config[name].items()
-    }
-    if config.only:
-        options["where"] = functools.partial(_matches, config.only)
+    options = plan_options(config) | {key: config[key] for key in ("sparsity", "scope")}
+    options |= {key: _value(text) for key, text in config[name].items()}
     known = options_of(make)
     options = {key: value for key, value in options.items() if key in known}
     if config.schedule and "sparsity" in known:  # what prunes nothing has no use for another schedule
@@ -50,6 +44,19 @@ def sparsifier(
         asked = inspect.signature(own_schedule).parameters
         phases = own_schedule(total_steps, **{k: config[k] for k in _OF_SCHEDULES if k in asked})
     return make(phases=phases, **options)
+
+
+def plan_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What `sapp.plan` takes besides the sparsity, as a run's `config.sparsifier` has it.
+
+    Raises:
+      ValueError: for a block that does not have two sides.
+    """
+    if len(config.block) != 2:
+        raise ValueError(f"config.sparsifier.block needs both sides, such as (8, 8); got {config.block}")
+    options = {"block": config.block, "min_blocks": config.min_blocks}
+    options |= {key: config[key].to_dict() for key in ("overrides", "views")}
+    return options | ({"where": functools.partial(_matches, config.only)} if config.only else {})
 
 
 _OF_SCHEDULES = ("recipe", "exponent", "sparsification")

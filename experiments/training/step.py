@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import sa_plus_plus as sapp
+from experiments import tasks
 from experiments.models import tables
 from experiments.training import evaluation, weights
 from experiments.training.setup import Setup
@@ -90,18 +91,24 @@ def functions(setup: Setup) -> Functions:
         return state, means | ({"churn": jnp.mean(jnp.stack(churn))} if churn else {})
 
     def evaluate_batch(state: TrainState, batch: Any) -> tuple[dict[str, jax.Array], Any]:
-        params = sp.apply(state.trainable, state.prune)
-        outputs, _ = task.outputs(params, state.model_state, batch, training=False)
-        ranked = None
-        if task.ranked:
-            scores, labels = (outputs[name] for name in task.ranked)
-            ranked = evaluation.Ranked(scores, labels, batch["weight"])
-        return evaluation.weighted_sums(outputs, batch["weight"]), ranked
+        return evaluate(task, sp.apply(state.trainable, state.prune), state.model_state, batch)
 
     def finalize(state: TrainState) -> Any:
         return sp.finalize(state.trainable, state.prune), state.model_state
 
     return Functions(init, _on_rows(step, setup) if setup.table else step, evaluate_batch, finalize)
+
+
+def evaluate(
+    task: tasks.Task, params: Any, model_state: Any, batch: Any
+) -> tuple[dict[str, jax.Array], evaluation.Ranked | None]:
+    """What `evaluation.means` takes of a batch: sums of the outputs over its real examples, and what is ranked."""
+    outputs, _ = task.outputs(params, model_state, batch, training=False)
+    ranked = None
+    if task.ranked:
+        scores, labels = (outputs[name] for name in task.ranked)
+        ranked = evaluation.Ranked(scores, labels, batch["weight"])
+    return evaluation.weighted_sums(outputs, batch["weight"]), ranked
 
 
 def _on_rows(step: Callable[..., Any], setup: Setup) -> Callable[..., Any]:

@@ -17,16 +17,30 @@ class Variable(NamedTuple):
     dtype: np.dtype
 
 
+class Origin(NamedTuple):
+    """Where in a parameter tree the entries of a constant come from.
+
+    Attributes:
+      path: of the leaf.
+      positions: int32, of the shape of the constant's `value`: the place of each entry in the flattened leaf.
+    """
+
+    path: str
+    positions: Any
+
+
 class Constant(NamedTuple):
     """A value that does not.
 
     Attributes:
       value: of the same rank as `shape`, with 1 for axes along which it is constant.
       shape: what it stands for.
+      origin: of its entries, if they are those of a leaf whose kernels are looked for, moved at most.
     """
 
     value: Any
     shape: tuple[int, ...]
+    origin: Origin | None = None
 
     @property
     def full(self) -> jax.Array:
@@ -118,12 +132,14 @@ class Linear(NamedTuple):
       original: the kernel as it was.
       scale: `(N,)` float64, or None: what to multiply it by.
       shift: `(N,)` float64, or None.
+      origin: of the entries of `original`, if they are those of a leaf whose kernels are looked for.
     """
 
     layer: Layer
     original: Any
     scale: np.ndarray | None = None
     shift: np.ndarray | None = None
+    origin: Origin | None = None
 
     @property
     def kernel(self) -> Any:

@@ -4,7 +4,7 @@ A function of its inputs is traced; whatever depends on weights alone is compute
 output channel, such as those of batch normalisation at inference, are folded into the kernel and bias before them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from sa_plus_plus.planning import path_string
 from sa_plus_plus.sparse.activations import with_activations
 from sa_plus_plus.sparse.folding import folded
 from sa_plus_plus.sparse.overlooked import MOST_EXPERTS, unrolls
-from sa_plus_plus.sparse.steps import Call, Constant, Layer, Linear, Traced, Value, Variable
+from sa_plus_plus.sparse.steps import Call, Constant, Layer, Linear, Origin, Traced, Value, Variable
 
 _INLINED = (
     *("pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
@@ -30,6 +31,10 @@ _ANY_ORDER = (  # of axes: what may be done before a transposition as well as af
     *_ELEMENTWISE,
     *("abs", "sign", "tanh", "logistic", "erf", "erfc", "exp2", "log1p", "expm1", "sin", "cos", "floor", "ceil"),
     *("add_any", "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "clamp"),
+)
+_MOVES = (  # what leaves each entry of its first operand as it is, up to rounding
+    *("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "slice", "dynamic_slice", "rev"),
+    *("convert_element_type", "copy", "copy_p", "stop_gradient"),
 )
 _WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
 
@@ -52,6 +57,30 @@ def trace(fn: Callable[..., Any], *examples: Any) -> Traced[Call | Linear]:
     structures = jax.tree.structure(examples), jax.tree.structure(result)
     steps = with_activations(folded(recorder.calls, outputs), outputs)
     return Traced(inputs, steps, outputs, *structures)
+
+
+def trace_kernels(fn: Callable[..., Any], params: Any, paths: Container[str], *examples: Any) -> Traced[Call | Linear]:
+    """Trace a network whose weights are its first argument; each layer has the origin of its kernel.
+
+    Nothing is folded, and activations are steps of their own.
+
+    Args:
+      fn: `fn(params, *inputs)`, jittable.
+      params: tree of arrays.
+      paths: of the leaves whose kernels are looked for.
+      examples: inputs, or their shapes and dtypes.
+    """
+    closed, result = jax.make_jaxpr(fn, return_shape=True)(params, *examples)
+    recorder = _Recorder()
+    weights = [_leaf(path_string(keys), leaf, paths) for keys, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    inputs = [recorder.variable(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars[len(weights) :]]
+    outputs = recorder.walk(closed, [*weights, *inputs])
+    return Traced(inputs, recorder.calls, outputs, jax.tree.structure(examples), jax.tree.structure(result))
+
+
+def _leaf(path: str, leaf: Any, paths: Container[str]) -> Constant:
+    positions = np.arange(np.size(leaf), dtype=np.int32).reshape(np.shape(leaf)) if path in paths else None
+    return Constant(leaf, np.shape(leaf), None if positions is None else Origin(path, positions))
 
 
 class _Recorder:
@@ -136,18 +165,17 @@ class _Recorder:
         if batch_x and not (0 < number <= MOST_EXPERTS and columns):
             return None
         order = (*batch_kernel, *over_kernel, *rest_kernel)
-        full = kernel.full if order == tuple(range(len(order))) else jnp.transpose(kernel.full, order)
-        matrices = full.reshape(number, inputs, -1)
+        matrices = _arranged(kernel, order, (number, inputs, -1))
         x = self.transposed(x, (*batch_x, *rest_x, *over_x))
         how = {"columns": columns, "precision": eqn.params["precision"], "dtype": out.aval.dtype}
         n, m = len(batch_x), len(rest_x)
         if not batch_x:
-            result: Value = self.linear(x, matrices[0], m, **how)
+            result: Value = self.linear(x, self.taken(matrices, 0), m, **how)
         else:
             flat: Value = x
             if n > 1:
                 (flat,) = self.inlined(lambda x: lax.reshape(x, (number, *x.shape[n:])), x)
-            parts = [self.linear(self.taken(flat, i), matrices[i], m, **how) for i in range(number)]
+            parts = [self.linear(self.taken(flat, i), self.taken(matrices, i), m, **how) for i in range(number)]
             result = self.stacked(parts)
             if n > 1:
                 (result,) = self.inlined(lambda y: lax.reshape(y, (*lengths, *y.shape[1:])), result)
@@ -157,12 +185,14 @@ class _Recorder:
             return self.transposed(result, (*axes[:n], *axes[n + m :], *axes[n : n + m]))
         return result
 
-    def linear(self, x: Value, matrix: Any, lead: int, columns: tuple[int, ...], precision: Any, dtype: Any) -> Value:
+    def linear(self, x: Value, matrix: Value, lead: int, columns: tuple[int, ...], precision: Any, dtype: Any) -> Value:
         """A product of `x`, its contracted axes last, with `(K, N)`; its own outputs are last in the result."""
         assert isinstance(x, Variable)
+        assert isinstance(matrix, Constant)
         output = self.variable((*x.shape[:lead], *columns), dtype)
-        about = jax.ShapeDtypeStruct(matrix.shape, matrix.dtype)
-        self.calls.append(Linear(Layer(None, x, about, output, columns, precision=precision), matrix))
+        about = jax.ShapeDtypeStruct(matrix.shape, matrix.value.dtype)
+        layer = Layer(None, x, about, output, columns, precision=precision)
+        self.calls.append(Linear(layer, matrix.value, origin=matrix.origin))
         return output
 
     def convolution(self, eqn: Any, values: list[Value]) -> Variable | None:
@@ -178,12 +208,13 @@ class _Recorder:
         kernels = (*kernels[2:], kernels[1], kernels[0])
         spec = (0, last, *range(1, last))
         numbers = lax.ConvDimensionNumbers(spec, (last, last - 1, *range(last - 1)), spec)
-        full = kernel.full if kernels == tuple(range(last + 1)) else jnp.transpose(kernel.full, kernels)
+        arranged = _arranged(kernel, kernels)
+        full = arranged.value
         x = self.transposed(x, images)
         output = self.variable([out.aval.shape[i] for i in results], out.aval.dtype)
         call = Call(eqn.primitive, eqn.params | {"dimension_numbers": numbers}, (x,), (output,))
         about = jax.ShapeDtypeStruct(full.shape, full.dtype)
-        self.calls.append(Linear(Layer(call, x, about, output, full.shape[-1:]), full))
+        self.calls.append(Linear(Layer(call, x, about, output, full.shape[-1:]), full, origin=arranged.origin))
         return self.transposed(output, _inverse(results))
 
     def transpose(self, eqn: Any, values: list[Value]) -> Variable:
@@ -269,8 +300,9 @@ class _Recorder:
     def taken(self, value: Value, i: int) -> Value:
         """`value[i]`."""
         if isinstance(value, Constant):
-            narrow = len(value.value) == 1
-            return Constant(jnp.asarray(value.value)[0 if narrow else i], value.shape[1:])
+            place = 0 if len(value.value) == 1 else i
+            origin = value.origin and value.origin._replace(positions=value.origin.positions[place])
+            return Constant(jnp.asarray(value.value)[place], value.shape[1:], origin)
         return self.inlined(lambda x: lax.index_in_dim(x, i, keepdims=False), value)[0]
 
     def stacked(self, values: Sequence[Value]) -> Value:
@@ -305,9 +337,28 @@ def _constant(value: Any) -> Constant:
     return Constant(value, np.shape(value))
 
 
+def _arranged(kernel: Constant, order: Sequence[int], shape: Sequence[int] | None = None) -> Constant:
+    """A constant in full, with its axes in another order and then in another shape."""
+
+    def arranged(value: Any) -> Any:
+        full = jnp.broadcast_to(value, kernel.shape)
+        full = full if tuple(order) == tuple(range(full.ndim)) else jnp.transpose(full, order)
+        return full if shape is None else full.reshape(shape)
+
+    value, origin = arranged(kernel.value), kernel.origin
+    return Constant(value, value.shape, origin and origin._replace(positions=arranged(origin.positions)))
+
+
 def _computed(call: Call, inputs: list[Constant], outvars: Sequence[Any]) -> list[Constant]:
     """Run an operation on constants; what is constant along an axis is not repeated along it before it must be."""
     name = call.primitive.name
+    if (origin := inputs[0].origin if inputs and name in _MOVES else None) is not None:
+        (moved,) = _computed(call, [inputs[0]._replace(origin=None), *inputs[1:]], outvars)
+        positions = origin.positions
+        if name not in ("convert_element_type", "copy", "copy_p", "stop_gradient"):
+            there = Constant(jnp.asarray(positions), inputs[0].shape)
+            positions = _computed(call, [there, *inputs[1:]], outvars)[0].value
+        return [moved._replace(origin=origin._replace(positions=positions))]
     if name == "broadcast_in_dim" and len(inputs) == 1:
         shape, axes = call.options["shape"], call.options["broadcast_dimensions"]
         narrow = [1] * len(shape)

@@ -1,0 +1,17 @@
+"""Pruning of a trained network by blocks without training, from some examples of its inputs."""
+
+from sa_plus_plus.oneshot.budgets import Budget, budget, milliseconds
+from sa_plus_plus.oneshot.prune import OneShot, one_shot, refit
+from sa_plus_plus.oneshot.sensitivities import SPARSITIES, Sensitivity, sensitivity
+
+__all__ = [
+    "SPARSITIES",
+    "Budget",
+    "OneShot",
+    "Sensitivity",
+    "budget",
+    "milliseconds",
+    "one_shot",
+    "refit",
+    "sensitivity",
+]

@@ -1,0 +1,123 @@
+"""ALPS: which blocks stay by ADMM with an exact choice of the largest blocks, then conjugate gradients on them.
+
+Meng et al., NeurIPS 2024: ALPS, improved optimisation for highly sparse one-shot pruning; here with blocks.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus import select
+from sa_plus_plus.oneshot.layers import Problem, Solved, magnitude, top
+
+FIRST_PENALTY = 0.1  # of a matrix with ones on its diagonal
+CHECK_EVERY = 3  # iterations between two looks at how much the choice still changes
+MOST_LOOKS = 200  # by when the penalty exceeds all else; some tens are usual
+LARGE, LARGE_GROWTH = 1.5e11, 1.3  # operations of a factorisation and a solution, beyond which the penalty grows faster
+ROUNDS = 100  # of conjugate gradients at most
+TOLERANCE = 1e-5  # of a column's residual, relative
+
+
+def alps(problem: Problem, kept: int) -> Solved:
+    """Mask and weights by ALPS, never worse than the largest blocks with refitted weights.
+
+    ADMM on `min tr((V - W)^T H (V - W)) / 2` with `V = D`, `D` of so many blocks: `V = (H + ρI)^-1 (H W - U + ρD)`, `D`
+    the largest blocks of `V + U / ρ`, `U += ρ (V - D)`; `H` is scaled to ones on its diagonal, and `ρ` grows until
+    the choice stands still. Both that and the largest blocks' weights are solved for, and the better is returned.
+    """
+    candidates = [_admm(problem, kept), top(magnitude(problem), kept)]
+    if (candidates[0] == candidates[1]).all():
+        candidates.pop()
+    hessian, weights = (jnp.asarray(a, jnp.float32) for a in (problem.hessian, problem.weights))
+    found = []
+    for mask in candidates:
+        solution = np.asarray(_descend(hessian, weights, problem.spread(mask)), np.float64)
+        found.append((problem.loss(solution), mask, solution))
+    _, mask, solution = min(found, key=lambda candidate: candidate[0])
+    return mask, solution
+
+
+def _admm(problem: Problem, kept: int) -> np.ndarray:
+    scale = np.sqrt(np.diag(problem.hessian))
+    hessian = jnp.asarray(problem.hessian / np.outer(scale, scale), jnp.float32)
+    weights = jnp.asarray(problem.weights * scale[:, None], jnp.float32)
+    rows, cols = problem.weights.shape
+    large = rows**3 / 3 + 2.0 * rows**2 * cols > LARGE
+    penalty, every = FIRST_PENALTY, 1 if large else CHECK_EVERY
+    target, mask = _product(hessian, weights), _largest(weights, problem.block, kept)
+    sparse, dual = jnp.where(_spread(mask, problem.block), weights, 0), jnp.zeros_like(weights)
+    for _ in range(MOST_LOOKS):
+        before, now = mask, jnp.float32(penalty)
+        sparse, dual, mask = _iterate(hessian, target, sparse, dual, now, kept, problem.block, every)
+        changed = int(jnp.sum(mask & ~before))
+        if not changed:
+            break
+        growth = 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1
+        penalty *= max(growth, LARGE_GROWTH) if large else growth
+    return np.asarray(mask)
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _iterate(
+    hessian: Any, target: Any, sparse: Any, dual: Any, penalty: Any, kept: Any, block: blk.Block, iterations: int
+) -> tuple[Any, Any, Any]:
+    """Some iterations of ADMM with one penalty."""
+    factor = jnp.linalg.cholesky(hessian + penalty * jnp.eye(len(hessian), dtype=hessian.dtype))
+    mask = None
+    for _ in range(iterations):
+        dense = jax.scipy.linalg.cho_solve((factor, True), target - dual + penalty * sparse)
+        moved = dense + dual / penalty
+        mask = _largest(moved, block, kept)
+        sparse = jnp.where(_spread(mask, block), moved, 0)
+        dual = dual + penalty * (dense - sparse)
+    return sparse, dual, mask
+
+
+_product = jax.jit(functools.partial(jnp.matmul, precision="highest"))
+
+
+def _largest(matrix: jax.Array, block: blk.Block, kept: Any) -> jax.Array:
+    return select.top_k(blk.sum_of_squares(matrix, block), kept)
+
+
+def _spread(mask: jax.Array, block: blk.Block) -> jax.Array:
+    return blk.spread(mask, (mask.shape[0] * block[0], mask.shape[1] * block[1]), block)
+
+
+@jax.jit
+def _descend(hessian: jax.Array, weights: jax.Array, mask: jax.Array) -> jax.Array:
+    """`H_SS V_S = (H W)_S` for each column by conjugate gradients with the diagonal as preconditioner, from `W_S`."""
+    diagonal = jnp.diag(hessian)[:, None]
+
+    def times(x: jax.Array) -> jax.Array:
+        return jnp.where(mask, jnp.matmul(hessian, x, precision="highest"), 0)
+
+    def inner(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(a * b, 0, keepdims=True)
+
+    def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+
+    start, target = jnp.where(mask, weights, 0), times(weights)
+    wanted = TOLERANCE**2 * inner(target, target)
+
+    def unfinished(state: Any) -> jax.Array:
+        return (state[0] < ROUNDS) & jnp.any(inner(state[2], state[2]) > wanted)
+
+    def step(state: Any) -> Any:
+        i, x, residual, direction, size = state
+        image = times(direction)
+        length = ratio(size, inner(direction, image))
+        x, residual = x + length * direction, residual - length * image
+        steepest = residual / diagonal
+        larger = inner(residual, steepest)
+        return i + 1, x, residual, steepest + ratio(larger, size) * direction, larger
+
+    residual = times(weights - start)
+    first = residual / diagonal
+    state = (jnp.int32(0), start, residual, first, inner(residual, first))
+    return jax.lax.while_loop(unfinished, step, state)[1]

@@ -1,0 +1,127 @@
+"""One layer's problem: which blocks of a matrix to remove, and what the rest become: outputs are to change least."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+
+
+class Problem(NamedTuple):
+    """Minimise `tr((V - W)^T H (V - W))` over `V` that is zero but in the blocks kept, `H = X^T X + damping I`.
+
+    Both sides are whole numbers of blocks: `padded` completes them with inputs and outputs that are not there.
+
+    Attributes:
+      hessian: `H`, `(K, K)` float64.
+      weights: `W`, `(K, N)` float64.
+      block: `(b_r, b_c)`.
+      damping: what is added to the diagonal.
+    """
+
+    hessian: np.ndarray
+    weights: np.ndarray
+    block: blk.Block
+    damping: float
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks down and across."""
+        return blk.grid_shape(self.weights.shape, self.block)
+
+    def spread(self, mask: np.ndarray) -> np.ndarray:
+        """A number for each block repeated over it, `(K, N)`."""
+        return mask.repeat(self.block[0], 0).repeat(self.block[1], 1)
+
+    def norms(self, matrix: np.ndarray) -> np.ndarray:
+        """Squared Frobenius norm of each block of a matrix."""
+        return np.sum(blk.to_blocks(matrix, self.block) ** 2, (1, 3))
+
+    def loss(self, weights: np.ndarray) -> float:
+        """`tr((V - W)^T H (V - W))`."""
+        change = weights - self.weights
+        return float(np.sum(change * (self.hessian @ change)))
+
+
+Solved = tuple[np.ndarray, np.ndarray]  # a layer's mask and weights
+Choose = Callable[[int], Solved]  # by the number of blocks that stay
+
+
+def top(scores: np.ndarray, kept: int) -> np.ndarray:
+    """Mask of the blocks of the highest scores; of equal ones the lower (row-major) index wins."""
+    mask = np.zeros(scores.size, bool)
+    mask[np.argsort(-scores.ravel(), kind="stable")[:kept]] = True
+    return mask.reshape(scores.shape)
+
+
+def padded(gram: np.ndarray, weights: np.ndarray, block: blk.Block, damping: float, path: str) -> Problem:
+    """The problem of a layer.
+
+    Args:
+      gram: `X^T X`, `(inputs, inputs)` float64; it becomes part of the problem.
+      weights: `(inputs, outputs)` float64.
+      block: `(b_r, b_c)`.
+      damping: to add to the diagonal, as a multiple of its mean.
+      path: of the layer, for errors.
+
+    Raises:
+      ValueError: if the damped matrix has no inverse.
+    """
+    (rows, cols), (b_r, b_c) = weights.shape, block
+    mean = float(np.mean(np.diag(gram)))
+    gram[np.arange(rows), np.arange(rows)] += damping * mean
+    _check_invertible(gram, path, damping)
+    if below := -rows % b_r:
+        larger = mean * np.eye(rows + below)
+        larger[:rows, :rows] = gram
+        gram = larger
+    return Problem(gram, np.pad(weights, ((0, below), (0, -cols % b_c))), block, damping * mean)
+
+
+def _check_invertible(hessian: np.ndarray, path: str, damping: float) -> None:
+    smallest = 0.0
+    with contextlib.suppress(np.linalg.LinAlgError):
+        smallest = float(np.diag(np.linalg.cholesky(hessian)).min()) ** 2
+    if smallest <= len(hessian) * np.finfo(np.float64).eps * float(np.diag(hessian).max()):
+        raise ValueError(
+            f"the inputs of {path} on the calibration data are linearly dependent, with damping={damping}: give more "
+            "examples, or a positive damping such as 0.01"
+        )
+
+
+def refitted(problem: Problem, mask: np.ndarray) -> np.ndarray:
+    """The best weights in the blocks kept: for each column of blocks, `H_SS V_S = (H W)_S` over its kept rows `S`.
+
+    Args:
+      problem: of the layer.
+      mask: `(grid_r, grid_c)`, true where a block stays.
+    """
+    target = problem.hessian @ problem.weights
+    result, (b_r, b_c) = np.zeros_like(target), problem.block
+    supports, which = np.unique(mask, axis=1, return_inverse=True)
+    for number, support in enumerate(supports.T):
+        rows = np.flatnonzero(support.repeat(b_r))
+        columns = np.flatnonzero((which.ravel() == number).repeat(b_c))
+        if len(rows):
+            place = np.ix_(rows, columns)
+            result[place] = np.linalg.solve(problem.hessian[np.ix_(rows, rows)], target[place])
+    return result
+
+
+def magnitude(problem: Problem) -> np.ndarray:
+    """Scores: the Frobenius norm of each block, squared."""
+    return problem.norms(problem.weights)
+
+
+def wanda(problem: Problem) -> np.ndarray:
+    """Scores: the norm of `|W_ij| ‖X_i‖` over each block, squared (Sun et al., 2023: Wanda, with blocks)."""
+    norms = np.sqrt(np.maximum(np.diag(problem.hessian) - problem.damping, 0))
+    return problem.norms(problem.weights * norms[:, None])
+
+
+def pieces(count: int, most: int) -> int:
+    """How many at a time, so that there are at most so many steps."""
+    return max(1, math.ceil(count / most))

@@ -1,0 +1,235 @@
+"""Prune a trained network without training, and refit one that is pruned."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sa_plus_plus.oneshot.layers as layers
+from sa_plus_plus import planning
+from sa_plus_plus.composition import PlanOptions
+from sa_plus_plus.oneshot.alps import alps
+from sa_plus_plus.oneshot.capture import visit_layers
+from sa_plus_plus.oneshot.layers import Choose, Problem, Solved
+from sa_plus_plus.oneshot.obs import obs
+from sa_plus_plus.oneshot.uses import Use
+from sa_plus_plus.planning import LeafPlan, Plan
+
+DAMPING = 0.01
+
+
+class LayerReport(NamedTuple):
+    """What became of one leaf.
+
+    Attributes:
+      plan: what was to be pruned.
+      kept: number of blocks that stay.
+      error: `‖X V - X W‖ / ‖X W‖`: how far its outputs on the calibration data are from those of its trained weights.
+      rows: of `X`, over all batches and uses, of its first matrix.
+    """
+
+    plan: LeafPlan
+    kept: int
+    error: float
+    rows: int
+
+
+class OneShot(NamedTuple):
+    """A network pruned without training; `print` shows its layers.
+
+    Attributes:
+      params: the pruned parameters, of the tree and types given.
+      masks: boolean `(*stack, grid_r, grid_c)` by path, true where a block stays.
+      plan: what was pruned, for `export` and `check_pruned`.
+      layers: what became of each leaf.
+    """
+
+    params: Any
+    masks: dict[str, jax.Array]
+    plan: Plan
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        rows = [("path", "shape", "block", "kept", "error", "rows"), *map(_cells, self.layers)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _cells(layer: LayerReport) -> tuple[str, ...]:
+    shape, block = ("×".join(map(str, sides)) for sides in (layer.plan.shape, layer.plan.block))
+    kept = f"{layer.kept:,} of {layer.plan.blocks:,}, {layer.kept / layer.plan.blocks:.1%}"
+    return (layer.plan.path, shape, block, kept, f"{layer.error:.4f}", f"{layer.rows:,}")
+
+
+def one_shot(
+    fn: Callable[..., Any],
+    params: Any,
+    calibration: Iterable[Any],
+    *,
+    block: int | Sequence[int | None],
+    sparsity: float,
+    method: str = "obs",
+    refit: bool = False,
+    damping: float = DAMPING,
+    **options: Unpack[PlanOptions],
+) -> OneShot:
+    """Prune a trained network by blocks without training: each layer's outputs on calibration data change least.
+
+    Layer by layer, in the order in which the network uses them, blocks of `W` are removed so that
+
+        ‖X V - X W‖² + damping · mean(diag X^T X) · ‖V - W‖²
+
+    is small, `X` what the layer is multiplied with once the layers before it are pruned. Kernels are found by tracing,
+    wherever `fn` multiplies by a leaf or convolves with it, transposed or reshaped, in several places or in a `scan`
+    of up to 128 steps. Biases and all else stay as they are.
+
+    Args:
+      fn: `fn(params, *inputs)`, jittable, dropout off and averages running.
+      params: its trained parameters.
+      calibration: some batches of typical inputs, each an array or a tuple of arguments, all of one shape; some
+        hundred examples. Activations between two layers are held for all of them.
+      block: `(b_r, b_c)`, as `plan` takes it.
+      sparsity: share of the blocks removed, in [0, 1).
+      method: which blocks stay and with what weights: `"magnitude"`, the largest, as they are; `"wanda"`, those with
+        the largest norm of `|W_ij| ‖X_i‖`, as they are; `"obs"`, Optimal Brain Surgeon, and `"alps"`, ADMM: those that
+        change the outputs least, with the weights that stay adjusted.
+      refit: for `"magnitude"` and `"wanda"`: adjust the weights that stay as `refit` does.
+      damping: what is added to the diagonal of `X^T X`, as a multiple of its mean.
+      **options: as `plan` takes them: `min_blocks`, `where`, `overrides`, `views`.
+
+    Returns:
+      The pruned parameters and masks. `sapp.export(result.params, result.plan)` stores them by their blocks.
+
+    Raises:
+      ValueError: as `plan` does; for an unknown method or a bad damping; for calibration data that are empty, not
+        finite or of several shapes; for too few of them without damping; for weights or inputs of a layer that are not
+        finite, and for a layer that is never reached, or reads its leaf in a way that no product goes with.
+    """
+    solve = solver(method, refit)
+    plan = planning.plan(params, block=block, sparsity=sparsity, **options)
+    return _walked(fn, params, calibration, plan, lambda problem, use: solve(problem)(use.layer.kept_each), damping)
+
+
+def solver(method: str, refit: bool) -> Callable[[Problem], Choose]:
+    """A method by its name: `solver(...)(problem)(kept)` is a layer's mask and weights.
+
+    Raises:
+      ValueError: for an unknown one.
+    """
+    scores = {"magnitude": layers.magnitude, "wanda": layers.wanda}
+    adjusting: dict[str, Any] = {"obs": obs, "alps": lambda problem: functools.partial(alps, problem)}
+    if method in adjusting:
+        return adjusting[method]
+    if method not in scores:
+        raise ValueError(f"method must be one of {', '.join([*scores, *adjusting])}, got {method!r}")
+
+    def by_score(problem: Problem) -> Choose:
+        of_blocks = scores[method](problem)
+
+        def choose(kept: int) -> Solved:
+            mask = layers.top(of_blocks, kept)
+            return mask, layers.refitted(problem, mask) if refit else problem.weights * problem.spread(mask)
+
+        return choose
+
+    return by_score
+
+
+def problem_of(use: Use, gram: np.ndarray, matrix: np.ndarray, damping: float) -> Problem:
+    """The problem of one matrix, which `solver` solves.
+
+    Args:
+      use: what `visit_layers` gives, as the next two.
+      gram: `X^T X`, float64.
+      matrix: inputs as rows, float64.
+      damping: as `one_shot` takes it.
+
+    Raises:
+      ValueError: for a bad damping, or if the damped `X^T X` has no inverse.
+    """
+    if not 0 <= damping < np.inf:
+        raise ValueError(f"damping is a multiple of the mean of the diagonal of X^T X, at least 0; got {damping}")
+    block = use.layer.block[::-1] if use.transposed else use.layer.block
+    return layers.padded(gram.copy(), matrix, block, damping, use.layer.path)
+
+
+def changes(gram: np.ndarray, weights: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """`‖X V - X W‖²` and `‖X W‖²`."""
+    return np.array([np.sum(a * (gram @ a)) for a in (weights - trained, trained)])
+
+
+def relative(squares: np.ndarray) -> float:
+    """`‖X V - X W‖ / ‖X W‖` from sums of `changes`; 0 of weights that are all zero."""
+    change, size = np.maximum(squares, 0)
+    return float(np.sqrt(change / size)) if size else 0.0
+
+
+def refit(
+    fn: Callable[..., Any],
+    params: Any,
+    calibration: Iterable[Any],
+    masks: Mapping[str, Any],
+    plan: Plan,
+    *,
+    damping: float = DAMPING,
+) -> OneShot:
+    """The least-squares optimal weights of each layer for given masks: `one_shot` with the choice made already.
+
+    Args:
+      fn: `fn(params, *inputs)`.
+      params: the trained parameters, before they were pruned: their outputs are what is fitted.
+      calibration: as `one_shot` takes it.
+      masks: by path, boolean `(*stack, grid_r, grid_c)`, such as `prune.masks` of an algorithm.
+      plan: `sp.plan(params)`, which has the blocks.
+      damping: as `one_shot` takes it.
+
+    Raises:
+      ValueError: if masks are missing or of another shape, or as `one_shot` does.
+    """
+    given: dict[str, np.ndarray] = {}
+    for path, layer in plan.pruned.items():
+        mask = None if path not in masks else np.asarray(masks[path])
+        if mask is None or mask.shape != layer.full_grid or mask.dtype != bool:
+            found = "missing" if mask is None else f"{mask.dtype} {mask.shape}"
+            raise ValueError(f"the mask of {path} is {found}: give a boolean array of shape {layer.full_grid}")
+        given[path] = mask.reshape(-1, *layer.grid)
+
+    def solve(problem: Problem, use: Use) -> Solved:
+        mask = use.oriented(given[use.layer.path][use.stack])
+        return mask, layers.refitted(problem, mask)
+
+    return _walked(fn, params, calibration, plan, solve, damping)
+
+
+def _walked(
+    fn: Callable[..., Any],
+    params: Any,
+    calibration: Iterable[Any],
+    plan: Plan,
+    solve: Callable[[Problem, Use], Solved],
+    damping: float,
+) -> OneShot:
+    masks = {path: np.ones((int(np.prod(layer.stack)), *layer.grid), bool) for path, layer in plan.pruned.items()}
+    squares = {path: np.zeros(2) for path in plan.pruned}
+    rows_of: dict[str, int] = {}
+
+    def visit(use: Use, gram: np.ndarray, matrix: np.ndarray, rows: int) -> np.ndarray:
+        path = use.layer.path
+        mask, weights = solve(problem_of(use, gram, matrix, damping), use)
+        weights = weights[: matrix.shape[0], : matrix.shape[1]]
+        squares[path] += changes(gram, weights, matrix)
+        masks[path][use.stack] = use.oriented(mask)
+        rows_of.setdefault(path, rows)
+        return weights
+
+    result = visit_layers(fn, params, calibration, plan, visit)
+    reports = tuple(
+        LayerReport(layer, int(masks[path].sum()), relative(squares[path]), rows_of[path])
+        for path, layer in plan.pruned.items()
+    )
+    grids = {path: jnp.asarray(mask.reshape(plan.pruned[path].full_grid)) for path, mask in masks.items()}
+    return OneShot(result, grids, plan, reports)

@@ -1,0 +1,182 @@
+"""What it costs to prune one layer of a trained network alone: the loss against the layer's sparsity."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus import planning, select
+from sa_plus_plus.composition import PlanOptions
+from sa_plus_plus.oneshot.capture import visit_layers
+from sa_plus_plus.oneshot.prune import DAMPING, changes, problem_of, relative, solver
+from sa_plus_plus.oneshot.uses import Use
+from sa_plus_plus.planning import LeafPlan, Plan, map_layers
+
+SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+Costs = dict[str, np.ndarray]  # by path, one for each sparsity
+
+
+class Sensitivity(NamedTuple):
+    """Loss against the sparsity of each layer alone, all others as they were trained; `print` shows it as a table.
+
+    Attributes:
+      plan: the layers, at sparsity 0.
+      sparsities: in rising order, from 0.
+      loss: of the network as it was trained.
+      losses: by path `(len(sparsities),)`; NaN where a sparsity leaves no block of the layer.
+      errors: likewise, `‖X V - X W‖ / ‖X W‖` of the layer's outputs.
+      rows: by path, how many rows of inputs each of the leaf's matrices is multiplied with in a batch.
+    """
+
+    plan: Plan
+    sparsities: tuple[float, ...]
+    loss: float
+    losses: dict[str, np.ndarray]
+    errors: dict[str, np.ndarray]
+    rows: dict[str, float]
+
+    def weights(self) -> Costs:
+        """Number of weights of each layer at each sparsity, those in kept blocks; blocks on the edges count as full."""
+        return {path: layer.weights * self._kept(layer) for path, layer in self.plan.pruned.items()}
+
+    def multiply_adds(self) -> Costs:
+        """Multiplications of each layer for a batch, at each sparsity."""
+        return {path: self.rows[path] * weights for path, weights in self.weights().items()}
+
+    def _kept(self, layer: LeafPlan) -> np.ndarray:
+        each = layer.grid[0] * layer.grid[1]
+        return np.array([select.kept_blocks(each, s) / each for s in self.sparsities])
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the increase of the loss against sparsity, a line for each layer. Needs matplotlib.
+
+        Args:
+          ax: matplotlib axes to draw on; a new figure's by default.
+
+        Returns:
+          The axes.
+        """
+        from matplotlib import pyplot as plt  # noqa: PLC0415 - optional
+
+        ax = ax or plt.figure(figsize=(9, 5), layout="constrained").add_subplot()
+        colours = plt.colormaps["viridis"](np.linspace(0, 0.95, len(self.losses)))
+        for colour, (path, losses) in zip(colours, self.losses.items(), strict=True):
+            ax.plot(self.sparsities, losses - self.loss, "o-", ms=3, lw=1, color=colour, label=path)
+        ax.set(xlabel="sparsity of the layer alone", ylabel="increase of the loss")
+        ax.set_yscale("symlog", linthresh=max(1e-3, 0.01 * abs(self.loss)))
+        ax.legend(fontsize="x-small", ncols=2)
+        return ax
+
+    def __str__(self) -> str:
+        head = ["path", "weights", *(f"{s:.1%}".replace(".0%", "%") for s in self.sparsities)]
+        rows = [
+            [path, f"{self.plan.pruned[path].weights:,}", *("-" if np.isnan(x) else f"{x:.4g}" for x in losses)]
+            for path, losses in self.losses.items()
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+        ]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def sensitivity(
+    fn: Callable[..., Any],
+    params: Any,
+    data: Iterable[tuple[Any, Any]],
+    loss: Callable[[Any, Any], jax.Array],
+    *,
+    block: int | Sequence[int | None],
+    sparsities: Sequence[float] = SPARSITIES,
+    method: str = "obs",
+    refit: bool = False,
+    damping: float = DAMPING,
+    calibration: Iterable[Any] | None = None,
+    **options: Unpack[PlanOptions],
+) -> Sensitivity:
+    """Prune each layer alone to each of some sparsities, and measure the network's loss.
+
+        L(l, s) = mean over data of loss(fn(params with layer l at sparsity s, *inputs), targets)
+
+    `budget` makes a sparsity for each layer of it.
+
+    Args:
+      fn: `fn(params, *inputs)`, jittable, dropout off and averages running.
+      params: its trained parameters.
+      data: batches `(inputs, targets)`, inputs an array or a tuple of arguments, all of one shape.
+      loss: `loss(outputs, targets)`, of which the mean is taken, such as
+        `optax.softmax_cross_entropy_with_integer_labels`.
+      block: `(b_r, b_c)`, as `plan` takes it.
+      sparsities: each in (0, 1); 0 is added.
+      method: as `one_shot` takes it, likewise `refit` and `damping`.
+      calibration: batches of inputs that blocks are chosen and weights adjusted on; those of `data` by default, on
+        which the loss then rises less than on others.
+      **options: as `plan` takes them; sparsities of `overrides` have no effect.
+
+    Raises:
+      ValueError: as `one_shot` does; for sparsities out of range, no data, or a loss that is not finite as trained.
+    """
+    if not sparsities or not all(0 < s < 1 for s in sparsities):
+        raise ValueError(f"sparsities must be in (0, 1), some of them, got {sparsities!r}")
+    steps = (0.0, *sorted({float(s) for s in sparsities}))
+    solve = solver(method, refit)
+    batches = [(x if isinstance(x, tuple) else (x,), y) for x, y in data]
+    if not batches:
+        raise ValueError("data has no batches: give some of inputs and targets")
+    plan = planning.plan(params, block=block, sparsity=0.0, **_without_sparsity(options))
+
+    @jax.jit
+    def mean_loss(params: Any, inputs: Any, targets: Any) -> jax.Array:
+        return jnp.mean(loss(fn(params, *inputs), targets))
+
+    def measured(params: Any) -> float:
+        return float(np.mean([mean_loss(params, *batch) for batch in batches]))
+
+    if not np.isfinite(base := measured(params)):
+        raise ValueError(f"the loss of the network as it was trained is {base}")
+    pruned = {path: np.full((len(steps), layer.weights), np.nan) for path, layer in plan.pruned.items()}
+    squares = {path: np.zeros((len(steps), 2)) for path in pruned}
+    rows = dict.fromkeys(pruned, 0.0)
+
+    def visit(use: Use, gram: np.ndarray, matrix: np.ndarray, count: int) -> np.ndarray:
+        layer, (height, width) = use.layer, matrix.shape
+        each = layer.grid[0] * layer.grid[1]
+        rows[layer.path] += count / len(batches) / math.prod(layer.stack)
+        choose = solve(problem_of(use, gram, matrix, damping))
+        for i, kept in enumerate(select.kept_blocks(each, s) for s in steps):
+            if kept:
+                weights = choose(kept)[1][:height, :width] if i else matrix
+                squares[layer.path][i] += changes(gram, weights, matrix)
+                place = slice(use.stack * matrix.size, (use.stack + 1) * matrix.size)
+                pruned[layer.path][i, place] = use.oriented(weights).ravel()
+        return matrix
+
+    visit_layers(fn, params, [x for x, _ in batches] if calibration is None else calibration, plan, visit)
+    losses = {
+        path: np.array([base, *(measured(_with(params, plan, path, flat)) for flat in pruned[path][1:])])
+        for path in pruned
+    }
+    errors = {path: np.array([relative(pair) for pair in squares[path]]) for path in squares}
+    return Sensitivity(plan, steps, base, losses, errors, rows)
+
+
+def _without_sparsity(options: Any) -> Any:
+    """The options of a plan, with overrides of sparsity left out."""
+    overrides = options.get("overrides") or {}
+    kept = {pattern: {k: v for k, v in dict(o).items() if k != "sparsity"} for pattern, o in overrides.items()}
+    return options | {"overrides": kept}
+
+
+def _with(params: Any, plan: Plan, path: str, flat: np.ndarray) -> Any:
+    """The parameters with one leaf replaced, of which the matrices are given one after another."""
+    layer = plan.pruned[path]
+    matrices = flat.reshape(*layer.stack, *blk.matrix_shape(layer.shape, layer.view))
+
+    def one(here: LeafPlan | None, leaf: Any) -> Any:
+        return jnp.asarray(blk.from_matrices(matrices, layer.shape, layer.view), leaf.dtype) if here else leaf
+
+    return map_layers(one, params, {path: layer})

@@ -1,0 +1,97 @@
+"""Which steps of a traced network multiply by which matrix of a pruned leaf."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.planning import LeafPlan
+from sa_plus_plus.sparse.steps import Linear, Traced
+from sa_plus_plus.sparse.windows import Window, window_of
+
+
+class Use(NamedTuple):
+    """A layer's kernel as a matrix of a leaf: `kernel.reshape(-1, N)[i, j] = matrix[inputs[i], outputs[j]]`.
+
+    Attributes:
+      step: its number in the program.
+      layer: plan of the leaf.
+      stack: which of the leaf's matrices, in row-major order.
+      inputs: `(K,)` for each row of the traced kernel, its row in the matrix; its column if `transposed`.
+      outputs: `(N,)` likewise for columns.
+      transposed: whether the matrix's columns are what is contracted.
+      window: the layer as a convolution.
+    """
+
+    step: int
+    layer: LeafPlan
+    stack: int
+    inputs: np.ndarray
+    outputs: np.ndarray
+    transposed: bool
+    window: Window
+
+    def oriented(self, matrix: np.ndarray) -> np.ndarray:
+        """A matrix of the leaf with its inputs as rows."""
+        return matrix.T if self.transposed else matrix
+
+    def kernel(self, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The traced kernel, of `shape`, made of a matrix whose rows are inputs."""
+        return matrix[np.ix_(self.inputs, self.outputs)].reshape(shape)
+
+
+def uses_of(traced: Traced[Any], layers: Mapping[str, LeafPlan]) -> dict[tuple[str, int], list[Use]]:
+    """The uses of each matrix by its leaf's path and number, in the order in which they are first used.
+
+    Args:
+      traced: by `trace_kernels`.
+      layers: the pruned leaves by path.
+
+    Raises:
+      ValueError: if a matrix has no use, or one that is not a product with all of it; with the path.
+    """
+    places = {path: _places(layer) for path, layer in layers.items()}
+    found: dict[tuple[str, int], list[Use]] = {}
+    for number, step in enumerate(traced.steps):
+        if isinstance(step, Linear) and step.origin is not None:
+            use = _use(number, step, layers[step.origin.path], places[step.origin.path])
+            found.setdefault((use.layer.path, use.stack), []).append(use)
+    for path, layer in layers.items():
+        number = int(np.prod(layer.stack))
+        if missing := [i for i in range(number) if (path, i) not in found]:
+            which = path if number == 1 else f"matrix {missing[0]} of {path}"
+            raise ValueError(
+                f"{which} is not reached by the calibration data: the function never multiplies by it in a product or "
+                "convolution outside `cond`, `while` and long loops. Leave it out by `where`, or prune it in training"
+            )
+    return found
+
+
+def _places(layer: LeafPlan) -> np.ndarray:
+    """By position in the flattened leaf: position in the flattened stack of its matrices."""
+    read = blk.matrices(np.arange(layer.weights).reshape(layer.shape), layer.view).ravel()
+    places = np.empty(layer.weights, np.int64)
+    places[read] = np.arange(layer.weights)
+    return places
+
+
+def _use(number: int, step: Linear, layer: LeafPlan, places: np.ndarray) -> Use:
+    assert step.origin is not None
+    window = window_of(step.layer)
+    if isinstance(window, str):
+        raise ValueError(f"{layer.path} is {window}, which has no one matrix of inputs: leave it out by `where`")
+    rows, cols = blk.matrix_shape(layer.shape, layer.view)
+    kernel = np.asarray(step.origin.positions).reshape(-1, step.layer.kernel.shape[-1])
+    stack, rest = np.divmod(places[kernel], rows * cols)
+    row, col = np.divmod(rest, cols)
+    for transposed, (along, across) in ((False, (row, col)), (True, (col, row))):
+        inputs, outputs = along[:, 0], across[0]
+        whole = (len(inputs), len(outputs)) == ((cols, rows) if transposed else (rows, cols))
+        if whole and (stack == stack[0, 0]).all() and (along == inputs[:, None]).all() and (across == outputs).all():
+            return Use(number, layer, int(stack[0, 0]), inputs, outputs, transposed, window)
+    raise ValueError(
+        f"{layer.path}, of shape {layer.shape}, is multiplied as a kernel of shape {step.layer.kernel.shape} whose "
+        f"inputs are not the rows or the columns of its matrix {rows}×{cols}: give its view (`views`), or leave it out "
+        "by `where`"
+    )
