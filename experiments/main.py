@@ -18,6 +18,7 @@ import pathlib
 import shutil
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 from absl import flags
@@ -73,7 +74,12 @@ def main(argv: list[str]) -> None:
 
 
 def run(
-    setup: Setup, path: pathlib.Path, console: Console, profile: bool = False, started: float | None = None
+    setup: Setup,
+    path: pathlib.Path,
+    console: Console,
+    profile: bool = False,
+    started: float | None = None,
+    compiled: Callable[[Setup], program.Program] = program.compiled,
 ) -> dict:
     """One run, after its dense twin if the config asks for one.
 
@@ -83,6 +89,7 @@ def run(
       console: the screen.
       profile: whether to write a trace of a few steps.
       started: when the program began, on the clock of `time.perf_counter`; by default now.
+      compiled: compiles a run, or finds it compiled for another seed.
 
     Returns:
       The content of its `result.json`.
@@ -91,9 +98,9 @@ def run(
     if setup.config.dense_twin and setup.config.sparsifier.name != "dense":
         twin_path = path / "dense_twin"
         twin_path.mkdir(parents=True, exist_ok=True)
-        twin = _one(_dense_twin(setup), twin_path, "dense twin", console, started)
+        twin = _one(_dense_twin(setup), twin_path, "dense twin", console, started, compiled)
         started = time.perf_counter()
-    result = _one(setup, path, setup.config.sparsifier.name, console, started, twin, profile)
+    result = _one(setup, path, setup.config.sparsifier.name, console, started, compiled, twin, profile)
     if jax.process_index() == 0:
         _show(result, path, console)
     return result
@@ -112,6 +119,7 @@ def _one(
     title: str,
     console: Console,
     started: float,
+    compiled: Callable[[Setup], program.Program],
     twin: dict | None = None,
     profile: bool = False,
 ) -> dict:
@@ -123,7 +131,7 @@ def _one(
         saved = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(path / "checkpoints", keep=config.keep)))
         observer = hooks.Observer(path, title, setup.config.steps, metric, console, profile, setup.sparsifier.attention)
         stack.enter_context(observer)
-        (outcome,) = loop.train(program.compiled(setup), [config.seed], observer.hooks, saved)
+        (outcome,) = loop.train(compiled(setup), [config.seed], observer.hooks, saved)
         rows = observer.rows
         last_saved = saved.latest
     result = report.result(config, outcome, metric) | {"startup_seconds": outcome.first_step_at - started}

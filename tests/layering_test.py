@@ -156,6 +156,11 @@ EXPERIMENTS = (
     "serve_bench",
     "compare",
     "one_shot",
+    "sweeps",
+    "sweeps.cells",
+    "sweeps.work",
+    "sweeps.page",
+    "reproduce",
     "__init__",
 )
 

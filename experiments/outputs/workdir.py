@@ -54,18 +54,22 @@ def settle(path: pathlib.Path, config: ml_collections.ConfigDict, change: bool =
     Raises:
       ValueError: naming the keys that differ, with both values.
     """
-    mine = json.loads(config.to_json())
-    if (path / CONFIG).exists() and not change:
-        theirs = json.loads((path / CONFIG).read_text())
-        keys = [k for k in sorted({*_flat(mine), *_flat(theirs)}) if k.split(".")[0] not in NEUTRAL]
-        pairs = [(k, _flat(theirs).get(k, "absent"), _flat(mine).get(k, "absent")) for k in keys]
-        differing = [f"config.{k}: {a!r} there, {b!r} now" for k, a, b in pairs if a != b]
-        if differing:
-            raise ValueError(
-                f"{path} holds a run with another config ({'; '.join(differing)}): choose another --workdir, "
-                "--resume_changed to go on from its checkpoint all the same, or --overwrite to begin anew"
-            )
-    files.write_json(path / CONFIG, mine)
+    if (differing := differing_keys(path, config)) and not change:
+        raise ValueError(
+            f"{path} holds a run with another config ({'; '.join(differing)}): choose another --workdir, "
+            "--resume_changed to go on from its checkpoint all the same, or --overwrite to begin anew"
+        )
+    files.write_json(path / CONFIG, json.loads(config.to_json()))
+
+
+def differing_keys(path: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:
+    """The keys in which a config and that of the run in a directory differ, with both values; none without a run."""
+    if not (path / CONFIG).exists():
+        return []
+    mine, theirs = json.loads(config.to_json()), json.loads((path / CONFIG).read_text())
+    keys = [k for k in sorted({*_flat(mine), *_flat(theirs)}) if k.split(".")[0] not in NEUTRAL]
+    pairs = [(k, _flat(theirs).get(k, "absent"), _flat(mine).get(k, "absent")) for k in keys]
+    return [f"config.{k}: {a!r} there, {b!r} now" for k, a, b in pairs if a != b]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""What the sweeps share: how large they are at each scale, and the algorithms beside the paper's."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+SCALES = ("paper", "small", "smoke")
+PAPERS = {
+    "SA++": {"sparsifier.name": "sequential_attention"},
+    "ACDC": {"sparsifier.name": "acdc"},
+    "PowerPropagation": {"sparsifier.name": "powerpropagation"},
+    "magnitude": {"sparsifier.name": "magnitude"},
+}
+CONTROLS = {
+    "gradual magnitude": {"sparsifier.name": "gradual_magnitude"},
+    "SA++, effective norm, one rise": {
+        "sparsifier.name": "sequential_attention",
+        "sparsifier.recipe": "finetune",
+        "sparsifier.sequential_attention.score": "effective",
+    },
+    "random": {"sparsifier.name": "random"},
+}
+
+
+def sweep(title: str, file: str, **options: Any) -> ConfigDict:
+    """A sweep.
+
+    Args:
+      title: of its table.
+      file: the config that each cell changes.
+      options: `variants`, by name what each changes in the config; `blocks`, `sparsities`, `seeds`; `changes`, those of
+        all cells; `dense`, whether the dense network is trained too; `metric`, which output of the test is shown;
+        `percent`, whether in percent; `paper`, its table in `experiments/sweeps/paper.json`.
+    """
+    defaults: dict[str, Any] = {"changes": {}, "dense": True, "percent": False, "paper": "", "metric": "accuracy"}
+    return ConfigDict({"title": title, "file": file, **defaults, **options}, convert_dict=False)
+
+
+def mnist(title: str, **options: Any) -> ConfigDict:
+    """A minute's worth of the same: LeNet-300-100 on a few digits."""
+    changes = {"steps": 60, "eval_every": 60, "checkpoint_every": 60, "dense_twin": False}
+    common = {"blocks": (4, 8), "sparsities": (0.8,), "seeds": (0, 1), "changes": changes, "percent": True}
+    return sweep(title, "configs/mnist.py", **common | options)
+
+
+def fashion(title: str, **options: Any) -> ConfigDict:
+    """LeNet-300-100 on Fashion-MNIST in 4,000 steps: seconds a run, and a random mask is points behind."""
+    changes = {"steps": 4000, "eval_every": 4000, "checkpoint_every": 4000, "dense_twin": False, "log_every": 200}
+    common = {"seeds": (0, 1, 2, 3, 4), "changes": changes, "percent": True}
+    return sweep(title, "configs/fashion_mnist.py", **common | options)

@@ -1,0 +1,117 @@
+"""The work on a sweep's cells: any number of processes share them, and what is interrupted is taken up again."""
+
+import functools
+import json
+import pathlib
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ml_collections
+from rich.console import Console
+
+import sa_plus_plus as sapp  # noqa: F401 - registers the algorithms
+from experiments import data, main, tasks
+from experiments.outputs import workdir
+from experiments.sweeps.cells import Cell, result_of
+from experiments.training import program
+from experiments.training.setup import Setup, prepare
+from experiments.utils import files
+
+FAILED = "failed.txt"
+WAIT = 1.0  # seconds between two looks at what other processes do
+
+
+def state(cell: Cell, directory: pathlib.Path) -> str:
+    """`done`, `diverged`, `failed`, `started` or `waiting`."""
+    folder = directory / cell.folder
+    if (result := result_of(cell, directory)) is not None:
+        return "diverged" if result["diverged"] else "done"
+    if (folder / FAILED).exists():
+        return "failed"
+    return "started" if (folder / workdir.CONFIG).exists() else "waiting"
+
+
+def work(cells: Sequence[Cell], directory: pathlib.Path, console: Console) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Do the cells that no other process does, until all are done or have failed.
+
+    A cell is held by a lock on its directory, which ends with the process that holds it, however that ends; another
+    process then takes its run up at its newest checkpoint. A cell that fails leaves `failed.txt` with the traceback,
+    is not tried again by this call, and does not stop the others.
+
+    Args:
+      cells: of one sweep.
+      directory: of the sweeps.
+      console: where the runs show their progress.
+
+    Yields:
+      Each cell that this process has done, and the content of its `result.json`.
+    """
+    for cell in cells:  # what an earlier call gave up is tried again
+        if _idle(cell, directory):
+            (directory / cell.folder / FAILED).unlink(missing_ok=True)
+    compiled = _once_for_all_seeds()
+    while left := [cell for cell in cells if state(cell, directory) in ("started", "waiting")]:
+        done = 0
+        for cell in left:
+            if (result := _do(cell, directory, console, compiled)) is not None:
+                done += 1
+                yield cell, result
+        if not done:
+            time.sleep(WAIT)
+
+
+def _do(
+    cell: Cell, directory: pathlib.Path, console: Console, compiled: Callable[[Setup], program.Program]
+) -> dict[str, Any] | None:
+    """Do a cell; None if it is done already, is another process's, or fails."""
+    folder = directory / cell.folder
+    try:
+        with workdir.claim(folder):
+            if state(cell, directory) not in ("started", "waiting"):  # since the last look
+                return None
+            config = cell.config()
+            workdir.settle(folder, config)
+            try:
+                setup = prepare(config, dataset=_dataset(json.dumps(config.data.to_dict())))
+                return main.run(setup, folder, console, compiled=compiled)
+            except Exception as error:
+                files.write_text(folder / FAILED, traceback.format_exc())
+                console.print(f"{cell.folder} failed: {error!r}; see {folder / FAILED}", style="red", highlight=False)
+                return None
+    except workdir.InUseError:
+        return None
+
+
+def _idle(cell: Cell, directory: pathlib.Path) -> bool:
+    """Whether a cell has failed and no process is at it."""
+    if state(cell, directory) != "failed":
+        return False
+    try:
+        with workdir.claim(directory / cell.folder):
+            return True
+    except workdir.InUseError:
+        return False
+
+
+@functools.lru_cache(maxsize=2)
+def _dataset(config: str) -> data.Dataset:
+    """Read once for all cells."""
+    return tasks.dataset_of(ml_collections.ConfigDict(json.loads(config)))
+
+
+def _once_for_all_seeds() -> Callable[[Setup], program.Program]:
+    """`program.compiled`, which remembers the last run but for its seed."""
+    last: dict[str, program.Program] = {}
+
+    def compiled(setup: Setup) -> program.Program:
+        config = setup.config.copy_and_resolve_references()
+        config.seed = 0
+        key = config.to_json()
+        if key not in last:
+            last.clear()
+            last[key] = program.compiled(setup)
+        return last[key]
+
+    return compiled
