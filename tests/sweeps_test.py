@@ -117,6 +117,7 @@ def test_the_papers_tables_are_whole():
 def test_other_settings_are_refused(tmp_path):
     one = sweep("table3", "smoke")
     cell = cells_of(one)[0]
+    (tmp_path / cell.folder).mkdir(parents=True)
     workdir.settle(tmp_path / cell.folder, cell.config())
     check(cells_of(one), tmp_path)
     changed = one._replace(options=one.options | {"changes": {**one.options["changes"], "steps": 50}})
@@ -128,7 +129,7 @@ def test_other_settings_are_refused(tmp_path):
     ("what", "flags", "match"),
     [
         ("table5", [], "what to reproduce='table5' is unknown; did you mean 'table4'"),
-        ("table1", ["--scale=large"], "--scale='large' is unknown; did you mean 'small'"),
+        ("table1", ["--scale=large"], "--scale='large' is unknown; did you mean 'paper'"),
         ("table1", ["--scale=small", "--local=nowhere"], "nowhere"),
         ("table1", ["--jobs=x"], "'x' is not a whole number"),
     ],
