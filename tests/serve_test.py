@@ -47,7 +47,8 @@ def test_a_trained_network_with_batch_normalisation_serves_as_it_was_tested(tmp_
     config.data.mean, config.data.std = (), ()
     config.steps, config.batch_size, config.eval_batch_size = 8, 16, 1000
     config.optimizer.warmup_steps = 1
-    config.model_options.width, config.dense_twin = 8, False
+    config.model_options.update({"width": 8, "stages": (1, 1, 1)})
+    config.dense_twin, config.sparsifier.min_blocks = False, 12
     config.sparsifier.schedule = (("dense", 4), ("sparse", 4))
     main.run(prepare(config), tmp_path / "run", progress.console())
     lines = [
