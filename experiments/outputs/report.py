@@ -1,5 +1,6 @@
 """What a run leaves behind: result.json, metrics.jsonl, the pruned weights, a picture, and a table on the screen."""
 
+import os
 import pathlib
 import platform
 import warnings
@@ -18,7 +19,8 @@ from experiments.training.loop import Outcome
 from sa_plus_plus.checks import occupied
 from sa_plus_plus.files import write_atomically
 
-matplotlib.use("Agg")
+if "MPLBACKEND" not in os.environ:  # a notebook has one of its own
+    matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 

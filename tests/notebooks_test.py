@@ -1,0 +1,48 @@
+"""The notebooks: text and notebook agree, and each runs from start to end in its short form (`pytest -m notebooks`)."""
+
+import pathlib
+import re
+
+import pytest
+
+jupytext = pytest.importorskip("jupytext", reason="pip install jupytext")
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "notebooks"
+TEXTS = sorted(FOLDER.glob("*.py"))
+
+
+def cells(notebook):
+    return [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.cells]
+
+
+def test_there_is_a_notebook_for_each_text():
+    assert [path.stem for path in TEXTS] == [path.stem for path in sorted(FOLDER.glob("*.ipynb"))]
+    assert len(TEXTS) == 7
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
+def test_text_and_notebook_agree(text):
+    """After a change: `jupytext --to ipynb notebooks/*.py`."""
+    notebook = jupytext.read(text.with_suffix(".ipynb"))
+    assert cells(notebook) == cells(jupytext.read(text))
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert f"/blob/main/notebooks/{text.stem}.ipynb)" in notebook.cells[0].source
+    (parameters,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert "SHORT = " in parameters.source
+    assert any("jax.devices()" in cell.source for cell in code)
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
+def test_runs_from_start_to_end(text, monkeypatch, tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
+    monkeypatch.setenv("SAPP_SHORT", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    notebook = jupytext.read(text)
+    at = {"metadata": {"path": str(FOLDER.parent)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=at).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert not re.search(r"Traceback|WARNING:jax", printed)
