@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import tempfile
 
 import pytest
 
@@ -36,12 +37,17 @@ def test_text_and_notebook_agree(text):
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
 def test_runs_from_start_to_end(text, monkeypatch, tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
+    jupyter_client = pytest.importorskip("jupyter_client", reason="pip install nbclient ipykernel")
     monkeypatch.setenv("SAPP_SHORT", "1")
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel has its own
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     notebook = jupytext.read(text)
-    at = {"metadata": {"path": str(FOLDER.parent)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=at).execute()
+    # Through files: kernels that start at a time may choose the same ports.
+    with tempfile.TemporaryDirectory(prefix="nb") as folder:  # whose path is short, as those of sockets must be
+        manager = jupyter_client.AsyncKernelManager(transport="ipc", ip=f"{folder}/kernel")
+        at = {"metadata": {"path": str(FOLDER.parent)}}
+        nbclient.NotebookClient(notebook, timeout=300, km=manager, resources=at).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
