@@ -32,7 +32,14 @@ from sa_plus_plus.sparsifier import Params, PruneState, Sparsifier, State, Train
 
 
 def block_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
-    """The score of `magnitude` and others: the Frobenius norm of each block."""
+    """The score of `magnitude` and others: the Frobenius norm of each block.
+
+    Args:
+      weights: the kernel.
+      logits: not used, as the next but one: these are what every score takes.
+      layer: its plan.
+      key: not used.
+    """
     return blk.frobenius(weights, layer.block, layer.view)
 
 

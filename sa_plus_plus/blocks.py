@@ -21,7 +21,15 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def view_of(shape: Sequence[int], view: View | None) -> View:
-    """`view`, or that of all axes but the last as rows, which takes 2 to 5 dimensions."""
+    """A view that is given, or that of all axes but the last as rows.
+
+    Args:
+      shape: the kernel's shape.
+      view: how it is read as matrices, or None.
+
+    Raises:
+      ValueError: without a view, for a kernel that does not have 2 to 5 dimensions.
+    """
     if view is not None:
         return view
     if not 2 <= len(shape) <= 5:
@@ -31,6 +39,10 @@ def view_of(shape: Sequence[int], view: View | None) -> View:
 
 def matrix_shape(shape: Sequence[int], view: View | None = None) -> tuple[int, int]:
     """Rows and columns of a kernel's matrix: all axes but the last, and the last, unless its view says otherwise.
+
+    Args:
+      shape: the kernel's shape.
+      view: how it is read as matrices; by default as one, all axes but the last its rows.
 
     >>> matrix_shape((3, 3, 64, 128))
     (576, 128)
@@ -50,7 +62,13 @@ def matrices(kernel: Array, view: View | None = None) -> Array:
 
 
 def from_matrices(matrices: Array, shape: Sequence[int], view: View | None = None) -> Array:
-    """Inverse of `matrices`: a kernel of `shape`."""
+    """Inverse of `matrices`: a kernel of `shape`.
+
+    Args:
+      matrices: `(*stack, rows, cols)`.
+      shape: the kernel's shape.
+      view: how it is read as matrices; by default as one, all axes but the last its rows.
+    """
     view = view_of(shape, view)
     ordered = matrices.reshape([shape[axis] for axis in view.order])
     return ordered if view.in_order else ordered.transpose(np.argsort(view.order))
@@ -101,6 +119,11 @@ def as_sides(block: int | Sequence[int | None]) -> tuple[int | None, int | None]
 def grid_shape(shape: Sequence[int], block: Block, view: View | None = None) -> tuple[int, int]:
     """Number of blocks down and across each matrix: `(ceil(rows / b_r), ceil(cols / b_c))`.
 
+    Args:
+      shape: the kernel's shape.
+      block: `(b_r, b_c)`.
+      view: as in `to_blocks`.
+
     >>> grid_shape((390, 400), (20, 20))
     (20, 20)
     """
@@ -109,7 +132,16 @@ def grid_shape(shape: Sequence[int], block: Block, view: View | None = None) -> 
 
 
 def block_sizes(shape: Sequence[int], block: Block, view: View | None = None) -> np.ndarray:
-    """How many real weights each block of a matrix's grid holds: fewer than `b_r * b_c` on a ragged edge."""
+    """How many real weights each block of a matrix's grid holds: fewer than `b_r * b_c` on a ragged edge.
+
+    Args:
+      shape: the kernel's shape.
+      block: `(b_r, b_c)`.
+      view: as in `to_blocks`.
+
+    Returns:
+      `(grid_r, grid_c)`.
+    """
     sides = []
     for length, b, n in zip(matrix_shape(shape, view), block, grid_shape(shape, block, view), strict=True):
         sides.append(np.minimum(b, length - b * np.arange(n)))
@@ -160,7 +192,13 @@ def from_blocks(blocks: jax.Array, shape: Sequence[int], view: View | None = Non
 
 
 def full_grid(shape: Sequence[int], block: Block, view: View | None = None) -> tuple[int, ...]:
-    """`(*stack, grid_r, grid_c)`: a number for each block of a kernel."""
+    """`(*stack, grid_r, grid_c)`: the shape of an array with a number for each block of a kernel.
+
+    Args:
+      shape: the kernel's shape.
+      block: `(b_r, b_c)`.
+      view: as in `to_blocks`.
+    """
     return *view_of(shape, view).stack(shape), *grid_shape(shape, block, view)
 
 
@@ -193,7 +231,13 @@ def widened(x: jax.Array) -> jax.Array:
 
 
 def sum_of_squares(kernel: jax.Array, block: Block, view: View | None = None) -> jax.Array:
-    """Squared Frobenius norm of each block, `(*stack, grid_r, grid_c)`, accumulated in at least float32."""
+    """Squared Frobenius norm of each block, `(*stack, grid_r, grid_c)`, accumulated in at least float32.
+
+    Args:
+      kernel: floating point.
+      block: `(b_r, b_c)`.
+      view: as in `to_blocks`.
+    """
     blocks = widened(to_blocks(kernel, block, view))
     return jnp.sum(jnp.sum(jnp.square(blocks), axis=-3), axis=-1)  # down first: adds up whole rows
 

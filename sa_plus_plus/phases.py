@@ -308,7 +308,12 @@ _RISING_ONCE: Mapping[str, Callable[..., Phases]] = {"gradual": gradual, "finetu
 
 
 def dense(total_steps: int, *, recipe: str = "imagenet") -> Phases:
-    """The dense baseline: one dense phase."""
+    """The dense baseline: one dense phase.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: `imagenet`, `criteo`, `gradual` or `finetune`, which are the same here.
+    """
     _recipe(recipe)
     return _percent(total_steps, (DENSE, 100))
 
@@ -317,6 +322,10 @@ def magnitude(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     """Dense, then sparse for fine-tuning: the last 15% (`imagenet`) or 20% (`criteo`) of the run.
 
     `finetune`: sparse from the first step: one shot at the trained weights.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: `imagenet`, `criteo`, `gradual` or `finetune`.
     """
     if _recipe(recipe) == "finetune":
         return _percent(total_steps, (SPARSE, 100))
@@ -328,7 +337,12 @@ powerpropagation = group_lasso = d_gating = magnitude
 
 
 def random(total_steps: int, *, recipe: str = "imagenet") -> Phases:
-    """A control: sparse from the first step to the last."""
+    """A control: sparse from the first step to the last.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: `imagenet`, `criteo`, `gradual` or `finetune`, which are the same here.
+    """
     _recipe(recipe)
     return _percent(total_steps, (SPARSE, 100))
 
@@ -340,6 +354,11 @@ def gradual_magnitude(total_steps: int, *, recipe: str = "imagenet", exponent: f
     """A control: dense, one long sparsification phase, sparse; outer phases as long as the other algorithms'.
 
     `finetune`: without the dense phase, see `finetune`. `gradual`: with a longer sparse phase, see `gradual`.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: `imagenet`, `criteo`, `gradual` or `finetune`.
+      exponent: `c` of the sparsification curve.
     """
     if _recipe(recipe) in _RISING_ONCE:
         return _RISING_ONCE[recipe](total_steps, exponent=exponent)
@@ -358,6 +377,10 @@ def acdc(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     `criteo`: 20% dense; 10 x (3% sparse, 3% dense); 20% sparse.
     `finetune`: 5 x (5% sparse, 5% dense); 50% sparse. Only `form="masking"` of the algorithm keeps the trained weights
     of masked blocks: `pruning` sets them to zero in the first step.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: `imagenet`, `criteo`, `gradual` or `finetune`.
     """
     if _recipe(recipe) in ("imagenet", "gradual"):
         cycles = [(SPARSE, 5), (DENSE, 5)] * 6 + [(SPARSE, 5), (DENSE, 10)]

@@ -110,6 +110,11 @@ def top_k_global(
     """`top_k` of all matrices together: as many blocks as `top_k_per_layer`; ties go to the earlier layer.
 
     A layer may lose all its blocks: the paper (C.1) argues for `top_k_per_layer`.
+
+    Args:
+      scores: `(*stack, grid_r, grid_c)` by path.
+      k: how many blocks of each matrix, by path; their sum is what counts.
+      among: as in `top_k`, by path.
     """
     paths = list(scores)
     flat = jnp.concatenate([scores[p].ravel() for p in paths])

@@ -10,7 +10,10 @@ import sa_plus_plus as sapp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-NAMES = ("training", "inference", "algorithms", "theory", "one_shot")
+NAMES = (
+    *("training", "inference", "algorithms", "theory", "one_shot", "choosing_blocks", "several_devices"),
+    *("your_own_data", "getting_started"),
+)
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 FRAMEWORKS = (ROOT / "docs" / "frameworks.md").read_text()
 

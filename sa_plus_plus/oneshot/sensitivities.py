@@ -100,7 +100,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Prune each layer alone to each of some sparsities, and measure the network's loss.
 
-        L(l, s) = mean over data of loss(fn(params with layer l at sparsity s, *inputs), targets)
+        L(l, s) = mean over data of loss(outputs, targets), layer l at sparsity s
 
     `budget` makes a sparsity for each layer of it.
 

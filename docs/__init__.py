@@ -1,0 +1,1 @@
+"""The project's pages, and the site made of them."""
