@@ -23,6 +23,7 @@ suppress_warnings = ["myst.xref_missing", "myst.header"]
 nb_execution_mode = "auto" if os.environ.get("SAPP_RUN_NOTEBOOKS") else "off"
 nb_execution_timeout = 1800
 
+default_role = "code"  # single backquotes in docstrings
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say what arguments are
 napoleon_use_rtype = False
