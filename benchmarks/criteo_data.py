@@ -71,7 +71,7 @@ def prepare(path: pathlib.Path, output: pathlib.Path) -> dict[str, float]:
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "seconds": round(seconds, 2),
-        "cpu_seconds": round(cpu, 2),  # of all threads: where other work has the cores too, these tell more
+        "cpu_seconds": round(cpu, 2),  # all threads together: steadier than wall time where other work shares the cores
         "rows_per_second": round(_ROWS.value / seconds),
         "peak_mebibytes": round(after.ru_maxrss / 1024),
     }

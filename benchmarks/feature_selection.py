@@ -43,7 +43,7 @@ _METHODS = flags.DEFINE_list("methods", ["all"], "Names of algorithms, mutual_in
 _NAME = flags.DEFINE_string("name", "feature_selection", "Write benchmarks/results/<name>.json and .png.")
 
 INFORMATION_ROWS, LASSO_ROWS = 5_000, 10_000
-LAMBDAS = 40  # of the group LASSO's path, down to a hundredth of the one at which all is zero
+LAMBDAS = 40  # on the group LASSO's path, down to a hundredth of the one at which all is zero
 
 Chosen = Sequence[int]
 

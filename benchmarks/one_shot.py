@@ -42,7 +42,7 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 CALIBRATION = {"mnist": 500, "bytes": 256, "cifar": 256}  # examples
 BLOCKS = {"mnist": (4, 8, 16), "bytes": (4, 8, 16), "cifar": (8,)}
 TRAINED_AT = {"mnist": SPARSITIES, "bytes": SPARSITIES, "cifar": (0.8, 0.9)}  # where it takes long
-TEST_IMAGES = 2000  # of CIFAR-10
+TEST_IMAGES = 2000  # a sample of CIFAR-10's
 VARIANTS = (
     *(Variant("magnitude"), Variant("magnitude", refit=True), Variant("wanda"), Variant("wanda", refit=True)),
     *(Variant("obs"), Variant("alps"), Variant("magnitude", refit=True, budget=True), Variant("obs", budget=True)),

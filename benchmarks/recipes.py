@@ -212,7 +212,7 @@ def shares(rows: list[dict[str, Any]]) -> dict[str, dict[Cell, float]]:
         cell = Cell(row["data"], row["block"], row["sparsity"])
         means.setdefault(row["variant"], {})[cell] = float(np.mean(row["values"]))
     low, high = means.get("random", {}), means.get("dense", {})
-    ends = low.keys() & high.keys()  # of cells that are not done yet there is no share
+    ends = low.keys() & high.keys()  # cells that are not done yet have no share
     return {v: {c: (x - low[c]) / (high[c] - low[c]) for c, x in own.items() if c in ends} for v, own in means.items()}
 
 

@@ -36,7 +36,11 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {  # and the shape of a
     "resnet50": (ResNet50(classes=1000), (224, 224, 3)),
     "bert": (Encoder(), (128, 768)),
 }
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.5}  # of the largest output; more is a mistake, not rounding
+TOLERANCE = {
+    "float32": 1e-3,
+    "bfloat16": 0.1,
+    "int8": 0.5,
+}  # relative to the largest output; more than that is a mistake, not rounding
 
 NETWORK = flags.DEFINE_enum("network", "resnet50", list(NETWORKS), "What is served.")
 BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Batch sizes.")

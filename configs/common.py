@@ -17,9 +17,9 @@ def experiment(name: str) -> ConfigDict:
     config.init_from = ""  # trained weights to begin with: a run's directory, a checkpoint or a safetensors file
     config.distil = ConfigDict(
         {
-            "weight": 0.0,  # of a teacher's part in the loss, the rest is the labels'; 0: no teacher
+            "weight": 0.0,  # weight of the teacher in the loss; the labels have the rest; 0: no teacher
             "weights": "",  # the teacher's, as for init_from; "": those of init_from
-            "temperature": 2.0,  # of both networks' softmax
+            "temperature": 2.0,  # temperature of both softmaxes
         }
     )
     config.steps = 0  # 0: as many as `epochs` take
@@ -82,7 +82,7 @@ def imagenet(block: int) -> ConfigDict:
     config = experiment(f"resnet50_block{block}")
     config.data = photographs("imagenet")
     config.model = "ResNet50"
-    config.model_options.dtype = "bfloat16"  # of activations; parameters and statistics are float32
+    config.model_options.dtype = "bfloat16"  # activations; parameters and statistics are float32
     config.epochs = 90.0
     config.batch_size = 2048
     config.eval_batch_size = 2048

@@ -24,7 +24,7 @@ from configs import common
 
 
 def get_config(data: str = "table") -> ConfigDict:
-    """Of a table, or after a colon `mnist` or `fashion_mnist`."""
+    """The config for a table; after a colon in its path, for `mnist` or `fashion_mnist`."""
     config = common.experiment("feature_selection")
     if data == "table":
         config.data = common.dataset("table", target="", group="", ignore="", held_out=0.2, seed=0)

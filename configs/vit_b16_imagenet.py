@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
             "epsilon": 1e-6,
             "dropout": 0.1,
             "scan": False,
-            "dtype": "bfloat16",  # of activations; parameters are float32
+            "dtype": "bfloat16",  # activations; parameters are float32
         }
     )
     config.epochs = 300.0

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
         if _SPARSITIES.value:
             dataset = blank(config)
             setups = [prepare_without_data(_at_sparsity(config, float(s)), dataset) for s in _SPARSITIES.value]
-            cost = multiply_adds(setups[0])  # of the network, whatever is pruned
+            cost = multiply_adds(setups[0])  # the same whatever is pruned
             rows = [_totals(setup, cost) for setup in setups]
             console.print(progress.table(_title(config), rows))
         else:
@@ -47,7 +47,7 @@ def show(setup: Setup, console: Console) -> None:
 
 
 def multiply_adds(setup: Setup) -> dict[str, int]:
-    """Of each kernel for one example."""
+    """Multiply-adds of each kernel for one example."""
     task = setup.task
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     example = task.dataset.example[task.input]

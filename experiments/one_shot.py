@@ -127,7 +127,7 @@ def prune(network: Trained, variant: Variant, sparsity: float, calibration: Sequ
 def sensitivity(
     network: Trained, variant: Variant, sparsities: Sequence[float], calibration: Sequence[Any]
 ) -> sapp.Sensitivity:
-    """Of the mean loss on the calibration data, at these sparsities and the usual ones."""
+    """Sensitivity of the mean loss on the calibration data, at these sparsities and the default ones."""
     steps = sorted({*sparsities, *sapp.SPARSITIES})
     how: dict[str, Any] = {"method": variant.method, "refit": variant.refit, "sparsities": steps}
     data = [((b,), ()) for b in calibration]

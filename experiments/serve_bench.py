@@ -44,7 +44,7 @@ _BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Batch sizes.")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
 _ENGINES = flags.DEFINE_list("engines", list(runtimes.ENGINES), "Dense engines to compare with; empty for none.")
 _OUTPUT = flags.DEFINE_string("output", "runs/serve", "Directory for the results.")
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the largest output
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # relative to the largest output
 
 Served = tuple[dict[str, Any], Setup, Callable[[], dict[str, Any]]]  # what it is, its parts, its variables
 

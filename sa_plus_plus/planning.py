@@ -150,7 +150,7 @@ def named_as_kernel(path: str) -> bool:
 
 _EMBEDDING = re.compile(r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?")
 _OUTPUTS_FIRST = ("weight", "weight_ih", "weight_hh")  # attributes of Equinox's modules
-_COLLECTIONS = ("batch_stats", "cache", "intermediates")  # of variables that are not trained
+_COLLECTIONS = ("batch_stats", "cache", "intermediates")  # collections of variables that are not trained
 
 
 def _other_name(path: str) -> str:
@@ -335,7 +335,7 @@ def _layer(
     if view != views.default(len(shape)):
         layer = layer._replace(view=view)
     layer = layer._replace(assumed=not read.sure)
-    inputs = math.prod(shape[axis] for axis in view.rows[-1:])  # of a convolution
+    inputs = math.prod(shape[axis] for axis in view.rows[-1:])  # a convolution's input channels
     if not where(path):
         return layer._replace(skip_reason="excluded by `where`")
     depthwise = any("depthwise" in key for key in path.lower().split("/")[-2:])  # as Keras names these
@@ -358,7 +358,7 @@ def _layer(
 def _checked_sparsity(sparsity: float, name: str) -> float:
     if isinstance(sparsity, bool) or np.ndim(sparsity) or not isinstance(sparsity, _NUMBERS) or not 0 <= sparsity < 1:
         raise ValueError(f"{name} is the share of blocks to remove and must be in [0, 1), got {sparsity!r}")
-    # Of an array scalar the decimal number that is meant: float(np.float32(0.8)) is more than 0.8.
+    # For an array scalar, the decimal number that is meant: float(np.float32(0.8)) is more than 0.8.
     return float(str(sparsity)) if hasattr(sparsity, "dtype") else float(sparsity)
 
 

@@ -168,8 +168,8 @@ class Guess(NamedTuple):
     sure: bool
 
 
-_PROJECTIONS = ("query", "key", "value", "q", "k", "v")  # of attention: one axis in, heads and their width out
-_OUTPUTS = ("out", "attention_output", "output", "o")  # of attention: heads and their width in, one axis out
+_PROJECTIONS = ("query", "key", "value", "q", "k", "v")  # attention: one input axis, heads and their size out
+_OUTPUTS = ("out", "attention_output", "output", "o")  # attention: heads and their size in, one axis out
 _BIASES = ("bias", "b")
 _MARKS = (*_BIASES, "scale", "offset", "gamma", "beta")  # leaves of one axis, if layers are not stacked
 
@@ -300,12 +300,12 @@ def _outputs_last(ndim: int, outputs: int) -> View:
 
 
 def _outputs_first(ndim: int) -> View:
-    """Of a convolution the rows are read as in a kernel with its outputs last: by the image's axes, then the inputs."""
+    """A convolution kernel with outputs first; its rows are ordered as with outputs last: spatial axes, then inputs."""
     return View((), (*range(2, ndim), 1), (0,))
 
 
 def _transposed(ndim: int) -> View:
-    """Of a transposed convolution of Keras or Haiku, whose outputs stand before its inputs."""
+    """A transposed convolution of Keras or Haiku, whose outputs come before its inputs."""
     return View((), (*range(ndim - 2), ndim - 1), (ndim - 2,))
 
 

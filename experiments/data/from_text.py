@@ -12,7 +12,7 @@ import numpy as np
 from experiments.data.sources import Batch, Dataset
 
 _BYTES = 256  # values of a byte
-# Of the standard library: what is generated, much of it nearly the same; tests; an editor; packages of others.
+# Left out of the standard library: generated and repetitive files, tests, an editor, packages of others.
 _SKIPPED = {"encodings", "pydoc_data", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
 _SKIPPED |= {"site-packages", "dist-packages"}
 _HEAD = 8192  # bytes of a file that are looked at to see whether it is text

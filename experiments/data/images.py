@@ -15,8 +15,8 @@ from PIL import Image
 
 from experiments.data.sources import Batch
 
-CROP_DRAWS = 23  # of `random_crop`: ten areas, ten aspect ratios, two positions, one flip
-SHIFT_DRAWS = 3  # of `shifted`: two offsets, one flip
+CROP_DRAWS = 23  # random numbers for `random_crop`: ten areas, ten aspect ratios, two positions, one flip
+SHIFT_DRAWS = 3  # random numbers for `shifted`: two offsets, one flip
 _ATTEMPTS = 10
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -173,7 +173,7 @@ _own = threading.local()
 
 
 def _buffer(size: int) -> np.ndarray:
-    """At least so many bytes, this thread's own."""
+    """A buffer of at least `size` bytes that belongs to this thread."""
     if getattr(_own, "buffer", np.empty(0)).size < size:
         _own.buffer = np.empty(size, np.uint8)
     return _own.buffer

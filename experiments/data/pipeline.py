@@ -157,7 +157,9 @@ class _Shuffled:
 
     def __init__(self, source: Source, batch_size: int, seed: int, share: range) -> None:
         self.source, self.batch_size, self.seed, self.share = source, batch_size, seed, share
-        self._orders: dict[int, np.ndarray | LazyPermutation] = {}  # of the last two epochs: they take time to make
+        self._orders: dict[
+            int, np.ndarray | LazyPermutation
+        ] = {}  # orders of the last two epochs: they take time to make
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -173,7 +175,7 @@ class _Shuffled:
         rows = np.concatenate(parts)
         if not self.source.draws:
             return self.source.gather(rows)
-        # Of the global batch, so that they do not depend on the number of hosts.
+        # Drawn for the global batch, so that they do not depend on the number of hosts.
         random = np.random.default_rng((self.seed, step, 1)).random((self.batch_size, self.source.draws), np.float32)
         return self.source.gather(rows, random[self.share.start : self.share.stop])
 

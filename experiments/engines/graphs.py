@@ -19,7 +19,7 @@ from experiments.models.encoder import EPSILON, Encoder
 
 _OPSET, _IR = 20, 9  # the first opset with Gelu; an IR version that goes with it
 _LARGEST = 2**31 - 2**20  # bytes that protobuf can hold, and some for the nodes
-_NORM_EPSILON = 1e-5  # of the ResNets' batch normalisation
+_NORM_EPSILON = 1e-5  # epsilon of the ResNets' batch normalisation
 
 
 class Graph(NamedTuple):

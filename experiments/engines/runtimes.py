@@ -80,7 +80,7 @@ _FORMS = {  # in which forms an engine has a precision
 
 
 def precision(name: str) -> str:
-    """Of a contender."""
+    """The precision in a contender's name."""
     return name.split()[1]
 
 

@@ -99,7 +99,7 @@ _LAYOUTS: dict[type[nn.Module], _Layout] = {
     ),
 }
 _ENDS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-_OLD_ENDS = {"scale": "gamma", "bias": "beta"}  # of BERT's `LayerNorm`, still in its files
+_OLD_ENDS = {"scale": "gamma", "bias": "beta"}  # old names of BERT's `LayerNorm` parameters, still in its files
 _FUSED = ("query", "key", "value")
 
 
@@ -145,7 +145,7 @@ class _File(NamedTuple):
 
     def parameter(self, path: str, like: Any) -> jax.Array:
         """The parameter at `path`, of the shape and type of `like`."""
-        if path.startswith("layers/"):  # of all layers, stacked
+        if path.startswith("layers/"):  # all layers, stacked
             each = [path.replace("layers", f"layer{i + 1}", 1) for i in range(like.shape[0])]
             return jnp.asarray(np.stack([self._value(part, like.shape[1:]) for part in each]), like.dtype)
         return jnp.asarray(self._value(path, like.shape), like.dtype)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from experiments.models.layers import Transformer, embedding, layers_of, stack, with_positions
 
-EPSILON = 1e-6  # of the layer normalisation of `Encoder`
+EPSILON = 1e-6  # epsilon of the layer normalisation of `Encoder`
 
 
 class Encoder(nn.Module):

@@ -13,7 +13,7 @@ import sa_plus_plus as sapp
 from experiments.training.rows import Row
 
 _SHORT = 10  # steps of a phase
-_LINES = 20  # of a run's rows, about as many become a line where there is no terminal
+_LINES = 20  # about how many of a run's rows are printed where there is no terminal
 
 
 def console() -> Console:

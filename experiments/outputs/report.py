@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the libraries and the device that computed."""
+    """Versions of Python and the libraries, and the device."""
     packages = {"jax": jax, "flax": flax, "optax": optax, "numpy": np, "sa_plus_plus": sapp}
     return {
         "python": platform.python_version(),

@@ -67,7 +67,7 @@ class Cell(NamedTuple):
         return changes | own | {"sparsifier.block": (self.block, self.block), "sparsifier.sparsity": self.sparsity}
 
     def config(self) -> ml_collections.ConfigDict:
-        """Of its run."""
+        """The config of its run."""
         module = self.sweep.options["file"].removesuffix(".py").replace("/", ".")
         config = importlib.import_module(module).get_config()
         config.update_from_flattened_dict(self.changes)

@@ -17,7 +17,7 @@ from experiments.utils import files
 
 PAPER = json.loads((pathlib.Path(__file__).parent / "paper.json").read_text())
 Key = tuple[str, int, float]  # variant, block, sparsity
-Part = tuple[str, Any]  # of a page: its kind, and what it holds
+Part = tuple[str, Any]  # a part of a page: its kind, and its content
 
 
 class Measured(NamedTuple):

@@ -12,7 +12,7 @@ from experiments.theory.instances import KINDS, SIZES, Amount, Kind, instance, k
 from sa_plus_plus.convex import greedy, group_lasso, groups, masked, penalised
 from sa_plus_plus.convex.masked import Form
 
-LAMBDA = 0.2  # of tau
+LAMBDA = 0.2  # as a share of tau
 FORMS = {"Hoff": masked.hoff(), "2.1": masked.exponential(), "2.2": masked.l1(), "2.3": masked.own_norm()}
 
 

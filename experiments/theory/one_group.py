@@ -21,7 +21,7 @@ PENALTIES = (
 )
 BROKEN = penalties.lambert()
 RATIOS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
-SLACK = 1e-10  # of objectives, relative
+SLACK = 1e-10  # relative tolerance of objectives
 
 
 def edges(amount: Amount) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from sa_plus_plus.convex import constants, greedy, groups, problems
 from sa_plus_plus.convex.problems import Problem
 
 GROUPS, SIZE, ROUNDS, STARTS = 8, 2, 40, 6
-EPS = 1e-3  # of the distance from the loss at 0 to the best
+EPS = 1e-3  # relative to the distance from the loss at 0 to the best
 SETTINGS = (  # kind, samples, groups to compete with, correlation, ridge
     ("least squares", 400, 1, 0.0, 0.0),
     ("least squares", 4000, 1, 0.3, 0.0),

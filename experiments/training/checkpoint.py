@@ -275,7 +275,7 @@ def damage(folder: pathlib.Path) -> str | None:
 
 
 def superseded(metrics: Mapping[int, float | None], keep: int) -> list[int]:
-    """Of checkpoints `{step: metric}` those neither among the newest `keep` nor the best, the newest of equals."""
+    """Checkpoints `{step: metric}` to delete: neither among the newest `keep` nor the best (the newest of equals)."""
     rated = [(metric, step) for step, metric in metrics.items() if metric is not None and not np.isnan(metric)]
     return sorted(metrics.keys() - set(sorted(metrics)[-keep:]) - {step for _, step in sorted(rated)[-1:]})
 

@@ -139,7 +139,7 @@ def _steps(session: _Session, state: TrainState, first: int) -> tuple[TrainState
         if done == first + 1:
             jax.block_until_ready(means)
             first_step_at = time.perf_counter()
-        rows.write()  # of the step before, while the device is busy with the one just sent
+        rows.write()  # the previous step's row, while the device works on the one just sent
         if rows.lost:
             break
         stopping = session.hooks.on_step(done)

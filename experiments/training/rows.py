@@ -46,7 +46,7 @@ class Rows:
         self.all: list[Row] = []
         self._phases, self._on_row = phases, on_row
         self._added: tuple[int, Mapping[str, jax.Array | np.ndarray]] | None = None
-        self._step, self._time = first, time.perf_counter()  # of the last row
+        self._step, self._time = first, time.perf_counter()  # when the last row was written
 
     def add(self, done: int, values: Mapping[str, jax.Array | np.ndarray]) -> None:
         """The values after `done` steps, `learning_rate` among them; they may still be being computed."""

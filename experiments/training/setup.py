@@ -126,7 +126,9 @@ def _keeping_features(config: ml_collections.ConfigDict, task: tasks.Task) -> ml
     if not 1 <= config.features <= count:
         raise ValueError(f"config.features={config.features} must be from 1 to the {count} features that the data have")
     config = config.copy_and_resolve_references()
-    config.sparsifier.sparsity = (count - config.features) / count  # nearest to it, so exactly so many are kept
+    config.sparsifier.sparsity = (
+        count - config.features
+    ) / count  # the nearest float, so that exactly `features` are kept
     return config
 
 

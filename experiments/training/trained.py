@@ -32,7 +32,7 @@ class Trained(NamedTuple):
         return self.setup.task.outputs(params, self.model_state, batch, training=False)[0]
 
     def calibration(self, examples: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-        """Training batches, together of about so many examples, drawn once each."""
+        """Training batches that hold about `examples` different examples together."""
         train = self.setup.task.dataset.train
         size = min(examples, self.setup.config.batch_size, len(train))
         batches = data.train_iterator(train, size, seed)
@@ -84,7 +84,7 @@ def finetuned(
 ) -> loop.Outcome:
     """Train a pruned network on, its blocks fixed.
 
-    The blocks are those of the largest norm, which are all that are not zero. The learning rate goes its way in so many
+    The blocks kept are those of the largest norm: all that are not zero. The learning-rate schedule runs over these
     steps, without warm-up.
 
     Args:

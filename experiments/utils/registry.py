@@ -1,4 +1,4 @@
-"""Names in a config stand for things in a module; a wrong one is answered with the nearest right one."""
+"""Look up names from a config in a module; an unknown name is an error that suggests the closest match."""
 
 import difflib
 from collections.abc import Mapping, Sequence

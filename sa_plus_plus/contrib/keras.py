@@ -67,7 +67,7 @@ def _optimizer_class() -> Any:
         learning_rate = base.learning_rate.setter(refuse)
 
         def __init__(self, tx: optax.GradientTransformation, name: str):
-            super().__init__(learning_rate=1.0, name=name)  # of the updates, which are added as they are
+            super().__init__(learning_rate=1.0, name=name)  # updates are added as they are
             self._start, self._advance = optax.with_extra_args_support(tx)
 
         def build(self, variables: Sequence[Any]) -> None:

@@ -46,7 +46,7 @@ def lbfgs(
       fn: a smooth function of a pytree; a scalar.
       x: where to start.
       tol: stop when the gradient's 2-norm is at most this.
-      max_steps: stop after so many steps, or after five that gain nothing.
+      max_steps: largest number of steps; five steps without a gain also end the descent.
       memory: pairs kept.
 
     Returns:

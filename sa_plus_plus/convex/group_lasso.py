@@ -153,13 +153,13 @@ def lambda_grid(problem: Problem, groups: Groups, count: int = 100, ratio: float
 
 
 def check_grid(count: int, ratio: float) -> None:
-    """Raise ValueError where there is no grid of so many lambdas down to such a ratio."""
+    """Raise ValueError unless `count` and `ratio` describe a grid of lambdas."""
     if count < 2 or not 0 < ratio < 1:
         raise ValueError(f"a path takes at least 2 lambdas and a ratio in (0, 1), got {count} and {ratio}")
 
 
 def default_tolerance(problem: Problem) -> float:
-    """Of the relative optimality conditions: 1e-9 in float64, 2e-5 in float32."""
+    """Default tolerance of the relative optimality conditions: 1e-9 in float64, 2e-5 in float32."""
     return 1e-9 if problem.origin.dtype.itemsize > 4 else 2e-5
 
 

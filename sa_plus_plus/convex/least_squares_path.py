@@ -55,8 +55,8 @@ class _State(NamedTuple):
     slope: jax.Array  # X'(Y - X beta) / n, minus the gradient
     value: jax.Array
     gap: jax.Array
-    lengths: jax.Array  # of the slope, by group
-    scale: jax.Array  # of the residual to a dual feasible point
+    lengths: jax.Array  # norm of the slope, by group
+    scale: jax.Array  # factor that scales the residual to a dual feasible point
 
 
 class _Gram(NamedTuple):
@@ -111,7 +111,7 @@ def solve(
     index, inside = _layout(groups)
     natural = groups.kind == "equal"
     c, column_norms, square = _moments(x, responses, index, inside, natural)
-    bound = np.asarray(column_norms)  # of the largest eigenvalue of each group's own Gram matrix
+    bound = np.asarray(column_norms)  # bounds the largest eigenvalue of each group's Gram matrix
     state = _start(c)
     top = float(jnp.max(state.lengths))
     if lams is None:

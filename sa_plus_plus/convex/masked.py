@@ -176,7 +176,7 @@ def solve(
       w: where the mask starts, `(count,)`; ones make `beta` the effective coefficients (zeros for `exponential`).
       beta: where the coefficients start.
       tol: on the gradient's 2-norm.
-      max_steps: at most so many.
+      max_steps: largest number of steps.
 
     Raises:
       ValueError: on a lambda that is not positive, or shapes that do not fit.

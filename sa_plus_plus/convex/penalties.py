@@ -282,7 +282,7 @@ def shrink_by_search(value: Scalar, derivative: Scalar, v: jax.Array, t: jax.Arr
 
 
 def _lowest(value: Scalar, v: jax.Array, t: jax.Array, candidates: list[jax.Array]) -> jax.Array:
-    """Of several candidates the one with the least `(x - v)^2 / 2 + t q(x)`; of equals the first."""
+    """The candidate with the least `(x - v)^2 / 2 + t q(x)`; ties go to the first."""
     best = candidates[0]
     height = jnp.square(best - v) / 2 + t * value(best)
     for x in candidates[1:]:

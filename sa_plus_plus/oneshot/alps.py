@@ -14,20 +14,23 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus import select
 from sa_plus_plus.oneshot.layers import Problem, Solved, magnitude, top
 
-FIRST_PENALTY = 0.1  # of a matrix with ones on its diagonal
+FIRST_PENALTY = 0.1  # relative to a Hessian with ones on its diagonal
 CHECK_EVERY = 3  # iterations between two looks at how much the choice still changes
 MOST_LOOKS = 200  # by when the penalty exceeds all else; some tens are usual
 LARGE, LARGE_GROWTH = 1.5e11, 1.3  # operations of a factorisation and a solution, beyond which the penalty grows faster
-ROUNDS = 100  # of conjugate gradients at most
-TOLERANCE = 1e-5  # of a column's residual, relative
+ROUNDS = 100  # most iterations of conjugate gradients
+TOLERANCE = 1e-5  # relative residual of each column
 
 
 def alps(problem: Problem, kept: int) -> Solved:
     """Mask and weights by ALPS, never worse than the largest blocks with refitted weights.
 
-    ADMM on `min tr((V - W)^T H (V - W)) / 2` with `V = D`, `D` of so many blocks: `V = (H + ρI)^-1 (H W - U + ρD)`, `D`
-    the largest blocks of `V + U / ρ`, `U += ρ (V - D)`; `H` is scaled to ones on its diagonal, and `ρ` grows until
-    the choice stands still. Both that and the largest blocks' weights are solved for, and the better is returned.
+    ADMM on `min tr((V - W)^T H (V - W)) / 2` with `V = D`, where `D` has `kept` blocks:
+
+        V = (H + ρI)^-1 (H W - U + ρD);  D = the largest blocks of V + U / ρ;  U += ρ (V - D)
+
+    `H` is scaled to ones on its diagonal, and `ρ` grows until the choice stands still. Weights are then solved for, for
+    this choice and for the largest blocks, and the better of both is returned.
     """
     candidates = [_admm(problem, kept), top(magnitude(problem), kept)]
     if (candidates[0] == candidates[1]).all():

@@ -18,7 +18,7 @@ from sa_plus_plus.sparse.convolution import patches
 from sa_plus_plus.sparse.steps import Call, Constant, Linear, Traced, Variable, inputs_of
 from sa_plus_plus.sparse.tracing import trace_kernels
 
-CHUNK_BYTES = 1 << 26  # of inputs that are multiplied at once
+CHUNK_BYTES = 1 << 26  # memory for the inputs that are multiplied at once
 Visit = Callable[[Use, np.ndarray, np.ndarray, int], np.ndarray]
 Values = dict[Variable, Any]
 
@@ -32,7 +32,7 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Iterable[Any]
       calibration: batches, each an array or a tuple of arguments, all of one shape.
       plan: what is pruned.
       visit: `visit(use, gram, matrix, rows) -> matrix`: `gram` is `X^T X` in float64, `(inputs, inputs)`, over all
-        uses of the matrix; the matrix is `(inputs, outputs)` in float64; `X` has so many rows.
+        uses of the matrix; the matrix is `(inputs, outputs)` in float64; `rows` is the number of rows of `X`.
 
     Returns:
       The parameters with the matrices replaced.

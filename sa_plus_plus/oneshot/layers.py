@@ -123,5 +123,5 @@ def wanda(problem: Problem) -> np.ndarray:
 
 
 def pieces(count: int, most: int) -> int:
-    """How many at a time, so that there are at most so many steps."""
+    """How many items to process at a time, so that `count` items take at most `most` steps."""
     return max(1, math.ceil(count / most))

@@ -12,7 +12,7 @@ from sa_plus_plus.sparse.steps import Call, Linear, Traced, Variable
 
 
 def batches_of(traced: Traced[Any], calibration: Iterable[Any], pieces: int = 1) -> list[tuple[Any, ...]]:
-    """The batches as tuples of arguments, checked, and each cut into so many pieces, of which `traced` takes one."""
+    """The batches as tuples of arguments, checked; each is cut into `pieces`, since `traced` takes one at a time."""
     batches: list[tuple[Any, ...]] = []
     want = [(batch_of(v.shape, pieces), v.dtype) for v in traced.inputs]
     for number, batch in enumerate(calibration):
@@ -83,7 +83,7 @@ def _plain(traced: Traced[Call | Linear]) -> tuple[Program, list[Any]]:
 
 
 def batch_of(shape: tuple[int, ...], pieces: int) -> tuple[int, ...]:
-    """The shape of so many pieces together, along their first axis."""
+    """The shape of `pieces` arrays concatenated along their first axis."""
     return shape if pieces == 1 else (pieces * shape[0], *shape[1:])
 
 
@@ -92,7 +92,7 @@ def _cut(x: Any, pieces: int) -> Sequence[Any]:
 
 
 def shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
-    """Of what is not an array of JAX's: as it will be when it is made one."""
+    """Shape and dtype; for a value that is not a JAX array, those of the array that it becomes."""
     return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
 
 

@@ -13,7 +13,7 @@ import sa_plus_plus.sparse.native as native
 from sa_plus_plus.sparse.array import BlockSparse, Layout
 from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul, check, chosen
 
-PATCH_BYTES = 2**22  # of patches at a time: they stay in a CPU's caches, and are never all there
+PATCH_BYTES = 2**22  # patches made at a time: they fit a CPU's caches, and never exist all at once
 
 Padding = str | Sequence[tuple[int, int]]
 

@@ -16,7 +16,7 @@ from sa_plus_plus.sparse.forms import BFLOAT16, FLOAT32, UINT8, Form, converted,
 from sa_plus_plus.sparse.steps import Call, Layer, Linear, Variable
 from sa_plus_plus.sparse.windows import NO_BORDER, Window
 
-REGISTER_BYTES = 64  # of a block's column that matrix registers take at once
+REGISTER_BYTES = 64  # part of a block's column that matrix registers take at once
 DENSE_ROWS, DENSE_COLUMNS = 128, 32  # at most, of the blocks in which a float32 kernel is packed that is not pruned
 
 

@@ -27,7 +27,7 @@ from sa_plus_plus.sparse.tracing import trace
 from sa_plus_plus.sparse.windows import window_of
 
 Precision = Literal["float32", "bfloat16", "int8"]
-_ROUNDS, _ROUND_SECONDS = 5, 0.01  # of measuring
+_ROUNDS, _ROUND_SECONDS = 5, 0.01  # rounds of measurement, and the least duration of one
 _NAMES = {FLOAT32: "float32", BFLOAT16: "bfloat16", UINT8: "int8"}
 
 

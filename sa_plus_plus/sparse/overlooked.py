@@ -9,9 +9,9 @@ from jax.extend import core
 
 from sa_plus_plus.sparse.steps import Call, Constant, Linear, Traced, Variable
 
-MOST_STEPS = 128  # of a loop that is unrolled
+MOST_STEPS = 128  # longest loop that is unrolled
 MOST_EXPERTS = 64  # kernels in one batched product that are layers each
-MOST_BYTES = 2**28  # of kernels that a loop is to repeat when it is unrolled
+MOST_BYTES = 2**28  # limit on kernels that unrolling a loop would repeat
 _PRODUCTS = {"dot_general": "product", "conv_general_dilated": "convolution"}
 
 

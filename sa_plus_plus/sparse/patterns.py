@@ -11,7 +11,7 @@ from sa_plus_plus.planning import Plan
 SQUARES = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are tried where zeros stand in no blocks
 MOST_SIDE = 128
 STRAY = 0.1  # share of changes between zero and not zero that may be within blocks
-ALIKE = 1.1  # a larger block is preferred whose share is at most so many times the least
+ALIKE = 1.1  # a larger block is preferred if its share of kept weights is at most this times the least
 
 
 def pruned_in(kernel: np.ndarray, candidates: Sequence[blk.Block] = ()) -> tuple[blk.Block | None, float]:

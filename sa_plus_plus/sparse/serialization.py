@@ -21,7 +21,7 @@ FORMAT = "block-sparse 1"
 ESCAPED = "block-sparse 2"  # the same with keys escaped; written only where a key has `~` or `/`
 VIEWED = "block-sparse 3"  # that with views of kernels; written only where a kernel has one
 _NAMED = 3  # layers in a warning
-_KEY = "sa_plus_plus"  # of the JSON text in the file's metadata
+_KEY = "sa_plus_plus"  # key of the JSON text in the file's metadata
 
 
 class Saved(NamedTuple):
@@ -214,7 +214,7 @@ def _named(tree: Any) -> dict[str, Any]:
             raise ValueError(f"leaf {name!r} is {dtype}, which cannot be stored: make it one of {', '.join(STORABLE)}")
         leaves[name] = leaf
     reserved = {f"{name}:{part}": name for name, leaf in leaves.items() if _is_sparse(leaf) for part in PARTS}
-    reserved["__metadata__"] = "the file's metadata"  # of the safetensors format
+    reserved["__metadata__"] = "the file's metadata"  # reserved by the safetensors format
     for name in leaves:
         if name in reserved:
             raise ValueError(f"the leaf {name!r} has the name of a tensor kept for {reserved[name]!r}: rename its key")

@@ -27,7 +27,7 @@ _ELEMENTWISE = (
     *("add", "sub", "mul", "div", "neg", "max", "min", "sqrt", "rsqrt", "exp", "log", "square", "integer_pow", "pow"),
     *("convert_element_type", "copy", "copy_p", "stop_gradient"),
 )
-_ANY_ORDER = (  # of axes: what may be done before a transposition as well as after it
+_ANY_ORDER = (  # operations that commute with a transposition
     *_ELEMENTWISE,
     *("abs", "sign", "tanh", "logistic", "erf", "erfc", "exp2", "log1p", "expm1", "sin", "cos", "floor", "ceil"),
     *("add_any", "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "clamp"),

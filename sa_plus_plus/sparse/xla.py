@@ -14,7 +14,7 @@ from sa_plus_plus.sparse.array import Layout
 FEW = 32  # rows of x below which it does not pay to bring the weights into another order
 TILE = 32  # rows of x at once on a CPU: what is gathered for them stays in its caches
 LARGE_TILE = 2048  # elsewhere, and for gradients: what is gathered for them fits the memory
-WASTE = 1 / 8  # of the work on a group of columns may be on padding
+WASTE = 1 / 8  # largest share of the work on a group of columns that may be padding
 
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -113,7 +113,7 @@ def _tiles(x: jax.Array, most: int) -> jax.Array:
 
 
 def _tiled(product: Product, most: int, layout: Layout, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    """`_by_columns` over at most so many rows of `x` at a time, as for each all that its columns meet is gathered."""
+    """`_by_columns` over a limited number of rows of `x` at a time, since it gathers all blocks that a row meets."""
     y = jax.lax.map(lambda tile: _by_columns(product, layout, tile, weights), _tiles(x, most))
     return y.reshape(-1, *y.shape[2:])[: x.shape[0]]
 
@@ -194,5 +194,5 @@ def weight_gradient(x: jax.Array, g: jax.Array, layout: Layout) -> jax.Array:
     numbers = np.concatenate([group.at.ravel() for group in groups(layout)])
     place = np.argsort(numbers, kind="stable")[: layout.nse]  # behind them is padding
     tiles = _tiles(_in_blocks(x, shape[1]), LARGE_TILE), _tiles(_in_blocks(g, shape[2]), LARGE_TILE)
-    nothing = jnp.sum(x[:0].astype(dtype)) + jnp.sum(g[:0].astype(dtype))  # of the type that sums have in `shard_map`
+    nothing = jnp.sum(x[:0].astype(dtype)) + jnp.sum(g[:0].astype(dtype))  # a zero, typed as sums in `shard_map` are
     return jax.lax.scan(add, jnp.broadcast_to(nothing, shape), tiles)[0]

@@ -140,7 +140,7 @@ class _Progress:
         self._say, self._next = say, time.monotonic() + _SECONDS
 
     def each(self, what: str, items: Iterable[_T], rows: Callable[[_T], int]) -> Iterator[_T]:
-        """The items, each with so many rows."""
+        """The items, with a progress report after each."""
         started, done = time.monotonic(), 0
         for item in items:
             done += rows(item)

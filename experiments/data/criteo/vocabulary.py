@@ -80,7 +80,7 @@ class _Table(NamedTuple):
 
 
 def vocabulary(total: np.ndarray, minimum_count: int) -> Vocabulary:
-    """Of the values that a tally has at least so often."""
+    """Vocabulary of the values that occur at least `minimum_count` times."""
     frequent = total[(total & _LOW) >= minimum_count]
     keys, counts = (frequent >> np.uint64(32)).astype(np.uint32), (frequent & _LOW).astype(np.int64)
     keys = keys[np.lexsort((keys, -counts))]
