@@ -5,9 +5,10 @@
     python -m experiments.one_shot --config=configs/mnist.py --weights=runs/dense --budget=weights --finetune=160
 
 For each it shows the metric on the test set, the file's size, the milliseconds of the specialised network beside the
-dense one's, and the seconds that pruning took. Blocks are those of `config.sparsifier`: its block, min_blocks, only,
-overrides and views. `--refit` also adjusts the weights that `magnitude` and `wanda` leave; `--budget` adds, for each
-method, sparsities for each layer by its sensitivity, the layers together costing as much as at one sparsity for all.
+dense one's, and the seconds that pruning took. Averages of batch normalisation are estimated anew for each. Blocks are
+those of `config.sparsifier`: its block, min_blocks, only, overrides and views. `--refit` also adjusts the weights that
+`magnitude` and `wanda` leave; `--budget` adds, for each method, sparsities for each layer by its sensitivity, the
+layers together costing as much as at one sparsity for all.
 The work directory gets `one_shot.json`, `one_shot.png`, the pruned networks in `networks`, and with a budget the
 sensitivity of each layer as a table and a picture.
 """
@@ -151,8 +152,9 @@ def measure(
     x = jnp.asarray(tasks.random_inputs(network.setup.task, _BATCH.value))
     dense = network.served(network.params, x)
 
-    def row(params: Any, plan: sapp.Plan, name: str, **about: Any) -> dict[str, Any]:
-        means, served = test(params), network.served(params, x, plan=plan) if plan.sparsity else dense
+    def row(own: Trained, params: Any, plan: sapp.Plan, name: str, **about: Any) -> dict[str, Any]:
+        means = test(params, own.model_state)
+        served = own.served(params, x, plan=plan) if plan.sparsity else dense
         file = path / NETWORKS / f"{name}.safetensors"
         calls = {"dense": lambda: jax.block_until_ready(dense(x)), "pruned": lambda: jax.block_until_ready(served(x))}
         seconds = timing.alternate(calls, _ROUNDS, at_least=0.05)
@@ -160,13 +162,13 @@ def measure(
             **about,
             "metric": means[metric],
             "loss": means["loss"],
-            "bytes": network.save(file, params, plan),
+            "bytes": own.save(file, params, plan),
             "milliseconds": 1e3 * float(np.median(seconds["pruned"])),
             "dense_to_pruned": timing.spread(seconds["dense"] / seconds["pruned"]),
             "file": f"{NETWORKS}/{file.name}",
         }
 
-    yield row(network.params, plan_of(network, 0.0), "dense", method="dense", sparsity=0.0)
+    yield row(network, network.params, plan_of(network, 0.0), "dense", method="dense", sparsity=0.0)
     for variant in variants:
         if variant.budget:
             console.print(f"Sensitivity of each layer, {variant.method}", highlight=False)
@@ -180,7 +182,8 @@ def measure(
             pruned = prune(network, variant, sparsity, calibration, **own)
             taken = time.perf_counter() - started
             name = f"{_file_name(variant)}-{sparsity:g}"
-            done = row(pruned.params, pruned.plan, name, method=str(variant), sparsity=sparsity)
+            again = network.recalibrated(pruned.params, calibration)
+            done = row(again, pruned.params, pruned.plan, name, method=str(variant), sparsity=sparsity)
             done |= {"seconds": taken, "layers": {layer.plan.path: _layer(layer) for layer in pruned.layers}}
             if _FINETUNE.value:
                 done |= _trained_on(config, path / done["file"], sparsity, own, network, metric)

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shutil
+import types
 
 import commands
 import jax
@@ -18,7 +19,7 @@ import sa_plus_plus as sapp
 from configs import mnist, mnist_autoencoder
 from experiments import cli, main, tasks
 from experiments.outputs import progress, workdir
-from experiments.training import checkpoint, loop, program, sharding, step, weights
+from experiments.training import checkpoint, loop, program, sharding, step, trained, weights
 from experiments.training.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -370,3 +371,25 @@ def test_teachers_that_cannot_teach_are_refused(dense):
     autoencoder.distil.weight = 0.5
     with pytest.raises(ValueError, match=r"config\.task='reconstruction' cannot"):
         prepare(autoencoder, one_device(), problems.digits())
+
+
+def test_batch_averages_are_estimated_anew():
+    """Against the mean over batches with weights `m^(k-i)`, as an average that began long ago would have them."""
+    momentum = 0.9
+    batches = [{"x": np.random.default_rng(i).normal(i, 1 + i, (50, 3)).astype(np.float32)} for i in range(4)]
+
+    def outputs(params, model_state, batch, training):
+        assert training
+        x = batch["x"] * params
+        found = {"mean": x.mean(0), "var": x.var(0)}
+        old = model_state["batch_stats"]
+        return {}, {"batch_stats": jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * b, old, found)}
+
+    setup = types.SimpleNamespace(task=types.SimpleNamespace(outputs=outputs))
+    state = {"batch_stats": {"mean": jnp.full(3, 7.0), "var": jnp.full(3, 9.0)}}
+    again = trained.Trained(setup, None, state).recalibrated(2.0, batches)
+    weights = momentum ** np.arange(3, -1, -1)
+    for name, of in (("mean", np.mean), ("var", np.var)):
+        want = sum(w * of(2 * b["x"], 0) for w, b in zip(weights, batches, strict=True)) / weights.sum()
+        np.testing.assert_allclose(again.model_state["batch_stats"][name], want, rtol=1e-4)
+    assert trained.Trained(setup, None, {}).recalibrated(2.0, batches).model_state == {}

@@ -1,9 +1,12 @@
 """A trained network by itself: as a function of its parameters, on the test set, stored, served, and trained on."""
 
+import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -38,17 +41,42 @@ class Trained(NamedTuple):
         batches = data.train_iterator(train, size, seed)
         return [next(batches) for _ in range(max(1, min(examples, len(train)) // size))]
 
+    def recalibrated(self, params: Any, calibration: Sequence[Any]) -> "Trained":
+        """The network with the averages of batch normalisation estimated anew, for parameters that are pruned.
+
+        The averages are exponential, `s = m s + (1 - m) b` for each batch. From 0 and from 1 they end `m^k` apart,
+        which gives the bias of the former to correct.
+
+        Args:
+          params: the pruned parameters.
+          calibration: batches as `calibration` gives them.
+        """
+        if "batch_stats" not in self.model_state:
+            return self
+        outputs = self.setup.task.outputs
+
+        @jax.jit
+        def updated(stats: Any, batch: Any) -> Any:
+            return outputs(params, {**self.model_state, "batch_stats": stats}, batch, training=True)[1]["batch_stats"]
+
+        def from_constant(value: float) -> Any:
+            start = jax.tree.map(lambda a: jnp.full_like(a, value), self.model_state["batch_stats"])
+            return functools.reduce(updated, calibration, start)
+
+        stats = jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), from_constant(0), from_constant(1))
+        return self._replace(model_state={**self.model_state, "batch_stats": stats})
+
     def tester(self) -> Any:
-        """`test(params) -> {name: mean over the test set}`, compiled once."""
+        """`test(params, model_state=None) -> {name: mean over the test set}`, compiled once."""
         task, size = self.setup.task, self.setup.config.eval_batch_size
 
         @jax.jit
         def of_batch(params: Any, model_state: Any, batch: Any) -> Any:
             return evaluate(task, params, model_state, batch)
 
-        def test(params: Any) -> dict[str, float]:
-            batches = data.eval_batches(task.dataset.test, size)
-            means = evaluation.means(lambda batch: of_batch(params, self.model_state, batch), batches)
+        def test(params: Any, model_state: Any = None) -> dict[str, float]:
+            batches, own = data.eval_batches(task.dataset.test, size), model_state or self.model_state
+            means = evaluation.means(lambda batch: of_batch(params, own, batch), batches)
             return {name: float(np.squeeze(x)) for name, x in task.finish(means).items()}
 
         return test
@@ -76,7 +104,7 @@ def read(config: ml_collections.ConfigDict, source: str, where: str, dataset: da
     found = weights.read(source, params, model_state, where)
     if model_state and found.model_state is None:
         raise ValueError(f"{where}={source} has no {', '.join(model_state)}, which the model needs")
-    return Trained(setup, jax.tree.map(jax.numpy.asarray, found.params), found.model_state or {})
+    return Trained(setup, jax.tree.map(jnp.asarray, found.params), found.model_state or {})
 
 
 def finetuned(
