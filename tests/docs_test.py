@@ -11,7 +11,11 @@ import sa_plus_plus as sapp
 from benchmarks import page
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
-MODULES = ("blocks", "metrics", "phases", "select", "serve", "sparse", "views", "contrib.keras")
+CONVEX = "constants greedy group_lasso groups least_squares_path masked penalised penalties problems"
+MODULES = (
+    *("blocks", "metrics", "phases", "select", "serve", "sparse", "views", "contrib.keras"),
+    *(f"convex.{name}" for name in CONVEX.split()),
+)
 
 
 def public():
