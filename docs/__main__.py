@@ -1,0 +1,21 @@
+"""Build the site: `python -m docs`, to `docs/_build/html`; a warning is an error.
+
+    pip install -e '.[docs]' && python -m docs
+
+Arguments are handed to sphinx-build: `python -m docs -E` reads every page again.
+"""
+
+import pathlib
+import sys
+
+from sphinx.cmd.build import main
+
+HERE = pathlib.Path(__file__).resolve().parent
+FLAGS = ["-W", "--keep-going", "-q", "-b", "html", "-c", str(HERE), "-d", str(HERE / "_build" / "doctrees")]
+
+if __name__ == "__main__":
+    # The sources are the repository's own pages, so that a link between two of them is the same on the site.
+    status = main([*FLAGS, *sys.argv[1:], str(HERE.parent), str(HERE / "_build" / "html")])
+    if not status:
+        print(HERE / "_build" / "html" / "index.html")
+    sys.exit(status)
