@@ -26,7 +26,7 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 highlight_language = "none"
 
 # Docstrings: Google's sections, single backticks for code.
-default_role = "code"
+default_role = "py:obj"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True
 napoleon_preprocess_types = False
