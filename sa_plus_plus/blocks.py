@@ -21,7 +21,12 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def view_of(shape: Sequence[int], view: View | None) -> View:
-    """`view`, or that of all axes but the last as rows, which takes 2 to 5 dimensions."""
+    """`view`, or that of all axes but the last as rows, which takes 2 to 5 dimensions.
+
+    Args:
+      shape: of the kernel.
+      view: or None for the default.
+    """
     if view is not None:
         return view
     if not 2 <= len(shape) <= 5:
@@ -32,6 +37,10 @@ def view_of(shape: Sequence[int], view: View | None) -> View:
 def matrix_shape(shape: Sequence[int], view: View | None = None) -> tuple[int, int]:
     """Rows and columns of a kernel's matrix: all axes but the last, and the last, unless its view says otherwise.
 
+    Args:
+      shape: of the kernel.
+      view: how it is read as matrices; by default as one, all axes but the last its rows.
+
     >>> matrix_shape((3, 3, 64, 128))
     (576, 128)
     """
@@ -40,6 +49,10 @@ def matrix_shape(shape: Sequence[int], view: View | None = None) -> tuple[int, i
 
 def matrices(kernel: Array, view: View | None = None) -> Array:
     """A kernel as `(*stack, rows, cols)`; no data moves where the view has its axes in order.
+
+    Args:
+      kernel: a JAX or NumPy array; the result is of the same kind.
+      view: how it is read as matrices; by default as one, all axes but the last its rows.
 
     >>> matrices(np.zeros((6, 512, 8, 64)), View((0,), (1,), (2, 3))).shape
     (6, 512, 512)
@@ -50,7 +63,13 @@ def matrices(kernel: Array, view: View | None = None) -> Array:
 
 
 def from_matrices(matrices: Array, shape: Sequence[int], view: View | None = None) -> Array:
-    """Inverse of `matrices`: a kernel of `shape`."""
+    """Inverse of `matrices`: a kernel of `shape`.
+
+    Args:
+      matrices: `(*stack, rows, cols)`.
+      shape: of the kernel.
+      view: as in `matrices`.
+    """
     view = view_of(shape, view)
     ordered = matrices.reshape([shape[axis] for axis in view.order])
     return ordered if view.in_order else ordered.transpose(np.argsort(view.order))
@@ -79,6 +98,9 @@ def as_block(block: int | Sequence[int | None], matrix: tuple[int, int] | None =
 def as_sides(block: int | Sequence[int | None]) -> tuple[int | None, int | None]:
     """The two sides of a block, None for the whole side of a matrix.
 
+    Args:
+      block: one integer for a square, or a pair of integers or None.
+
     Raises:
       ValueError: if a side is neither a positive integer nor None in a pair, or there are not two of them.
     """
@@ -101,6 +123,11 @@ def as_sides(block: int | Sequence[int | None]) -> tuple[int | None, int | None]
 def grid_shape(shape: Sequence[int], block: Block, view: View | None = None) -> tuple[int, int]:
     """Number of blocks down and across each matrix: `(ceil(rows / b_r), ceil(cols / b_c))`.
 
+    Args:
+      shape: of the kernel.
+      block: `(b_r, b_c)`.
+      view: as in `to_blocks`.
+
     >>> grid_shape((390, 400), (20, 20))
     (20, 20)
     """
@@ -109,7 +136,13 @@ def grid_shape(shape: Sequence[int], block: Block, view: View | None = None) -> 
 
 
 def block_sizes(shape: Sequence[int], block: Block, view: View | None = None) -> np.ndarray:
-    """How many real weights each block of a matrix's grid holds: fewer than `b_r * b_c` on a ragged edge."""
+    """How many real weights each block of a matrix's grid holds: fewer than `b_r * b_c` on a ragged edge.
+
+    Args:
+      shape: of the kernel.
+      block: `(b_r, b_c)`.
+      view: as in `to_blocks`.
+    """
     sides = []
     for length, b, n in zip(matrix_shape(shape, view), block, grid_shape(shape, block, view), strict=True):
         sides.append(np.minimum(b, length - b * np.arange(n)))
@@ -160,7 +193,13 @@ def from_blocks(blocks: jax.Array, shape: Sequence[int], view: View | None = Non
 
 
 def full_grid(shape: Sequence[int], block: Block, view: View | None = None) -> tuple[int, ...]:
-    """`(*stack, grid_r, grid_c)`: a number for each block of a kernel."""
+    """`(*stack, grid_r, grid_c)`: a number for each block of a kernel.
+
+    Args:
+      shape: of the kernel.
+      block: `(b_r, b_c)`.
+      view: as in `to_blocks`.
+    """
     return *view_of(shape, view).stack(shape), *grid_shape(shape, block, view)
 
 
@@ -188,12 +227,22 @@ def spread(grid: jax.Array, shape: Sequence[int], block: Block, view: View | Non
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """`x` in float32 if its own floating type is narrower."""
+    """`x` in float32 if its own floating type is narrower.
+
+    Args:
+      x: of any floating type.
+    """
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
 def sum_of_squares(kernel: jax.Array, block: Block, view: View | None = None) -> jax.Array:
-    """Squared Frobenius norm of each block, `(*stack, grid_r, grid_c)`, accumulated in at least float32."""
+    """Squared Frobenius norm of each block, `(*stack, grid_r, grid_c)`, accumulated in at least float32.
+
+    Args:
+      kernel: of which the blocks are.
+      block: `(b_r, b_c)`.
+      view: as in `to_blocks`.
+    """
     blocks = widened(to_blocks(kernel, block, view))
     return jnp.sum(jnp.sum(jnp.square(blocks), axis=-3), axis=-1)  # down first: adds up whole rows
 

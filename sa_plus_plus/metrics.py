@@ -58,6 +58,9 @@ def churn(before: Masks, after: Masks) -> dict[str, jax.Array]:
 def attention(trainable: Trainable) -> dict[str, dict[str, jax.Array]]:
     """Entropy and range of the attention weights `A = N softmax(L)` of each layer that has them.
 
+    Args:
+      trainable: its logits are `(*stack, grid_r, grid_c)` by path.
+
     Returns:
       By path: `entropy` of `A / N` over its maximum `log N`, so in [0, 1]: 1 where all blocks weigh the same, near 0
       where a single one has all the weight, the mean over stacked layers; `min` and `max` of `A`, before clipping.

@@ -179,7 +179,11 @@ class Phases:
 
 
 def check_total_steps(total_steps: Any) -> None:
-    """Refuse a length that is not a whole number of steps."""
+    """Refuse a length that is not a whole number of steps.
+
+    Args:
+      total_steps: a Python or NumPy integer, at least 1.
+    """
     if isinstance(total_steps, bool) or not isinstance(total_steps, int | np.integer):
         raise ValueError(f"total_steps must be a whole number of steps, an integer, got {total_steps!r}")
     if total_steps < 1:
@@ -308,7 +312,12 @@ _RISING_ONCE: Mapping[str, Callable[..., Phases]] = {"gradual": gradual, "finetu
 
 
 def dense(total_steps: int, *, recipe: str = "imagenet") -> Phases:
-    """The dense baseline: one dense phase."""
+    """The dense baseline: one dense phase.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: any of the recipes, all of which give the same.
+    """
     _recipe(recipe)
     return _percent(total_steps, (DENSE, 100))
 
@@ -317,6 +326,10 @@ def magnitude(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     """Dense, then sparse for fine-tuning: the last 15% (`imagenet`) or 20% (`criteo`) of the run.
 
     `finetune`: sparse from the first step: one shot at the trained weights.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: `imagenet` (also for `gradual`), `criteo` or `finetune`.
     """
     if _recipe(recipe) == "finetune":
         return _percent(total_steps, (SPARSE, 100))
@@ -328,7 +341,12 @@ powerpropagation = group_lasso = d_gating = magnitude
 
 
 def random(total_steps: int, *, recipe: str = "imagenet") -> Phases:
-    """A control: sparse from the first step to the last."""
+    """A control: sparse from the first step to the last.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: any of the recipes, all of which give the same.
+    """
     _recipe(recipe)
     return _percent(total_steps, (SPARSE, 100))
 
@@ -340,6 +358,11 @@ def gradual_magnitude(total_steps: int, *, recipe: str = "imagenet", exponent: f
     """A control: dense, one long sparsification phase, sparse; outer phases as long as the other algorithms'.
 
     `finetune`: without the dense phase, see `finetune`. `gradual`: with a longer sparse phase, see `gradual`.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: `imagenet`, `criteo`, `gradual` or `finetune`.
+      exponent: `c` of the sparsification curve.
     """
     if _recipe(recipe) in _RISING_ONCE:
         return _RISING_ONCE[recipe](total_steps, exponent=exponent)
@@ -358,6 +381,10 @@ def acdc(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     `criteo`: 20% dense; 10 x (3% sparse, 3% dense); 20% sparse.
     `finetune`: 5 x (5% sparse, 5% dense); 50% sparse. Only `form="masking"` of the algorithm keeps the trained weights
     of masked blocks: `pruning` sets them to zero in the first step.
+
+    Args:
+      total_steps: length of the run in steps.
+      recipe: `imagenet` (also for `gradual`), `criteo` or `finetune`.
     """
     if _recipe(recipe) in ("imagenet", "gradual"):
         cycles = [(SPARSE, 5), (DENSE, 5)] * 6 + [(SPARSE, 5), (DENSE, 10)]

@@ -131,7 +131,11 @@ def _by(sides: Sequence[int]) -> str:
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """A leaf's key path as text, `Dense_0/kernel`; the `.value` that flax.nnx puts under each variable is left out."""
+    """A leaf's key path as text, `Dense_0/kernel`; the `.value` that flax.nnx puts under each variable is left out.
+
+    Args:
+      path: the keys of a leaf, as `jax.tree_util.tree_leaves_with_path` gives them.
+    """
     if len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -144,6 +148,9 @@ def named_as_kernel(path: str) -> bool:
     (`lora_a`), and collections of a flax model's variables other than its parameters (`batch_stats`).
 
     Biases and scales may well be 2-D: an attention layer's biases by head, or what `nn.scan` stacks.
+
+    Args:
+      path: of the leaf, keys joined by `/`.
     """
     return not _other_name(path)
 

@@ -56,6 +56,9 @@ Viewable = Any  # a `View`, text such as "d (h k)", or optax's `MuonDimensionNum
 def default(ndim: int) -> View:
     """All axes but the last are rows.
 
+    Args:
+      ndim: number of axes of the leaf, at least 2.
+
     >>> default(4)
     View(batch=(), rows=(0, 1, 2), cols=(3,))
     """

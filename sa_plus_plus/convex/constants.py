@@ -42,6 +42,9 @@ def hessian_bounds(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     For least squares both are the Hessian itself; for binary logistic regression they are `ridge I`, all that holds
     everywhere, and the Hessian at 0, where `p (1 - p)` is largest.
 
+    Args:
+      problem: least squares or binary logistic regression.
+
     Raises:
       ValueError: for another loss.
     """
@@ -57,17 +60,34 @@ def hessian_bounds(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def restricted_smoothness(hessian: np.ndarray, groups: Groups, size: int) -> float:
-    """The largest eigenvalue over all supports of `size` groups."""
+    """The largest eigenvalue over all supports of `size` groups.
+
+    Args:
+      hessian: `(p, p)` over the flat coefficients.
+      groups: partition of the `p` coefficients.
+      size: groups in a support.
+    """
     return max(float(e[-1]) for e in _eigenvalues(hessian, groups, size))
 
 
 def restricted_convexity(hessian: np.ndarray, groups: Groups, size: int) -> float:
-    """The least eigenvalue over all supports of `size` groups (of all groups, if there are no more)."""
+    """The least eigenvalue over all supports of `size` groups (of all groups, if there are no more).
+
+    Args:
+      hessian: `(p, p)` over the flat coefficients.
+      groups: partition of the `p` coefficients.
+      size: groups in a support.
+    """
     return min(float(e[0]) for e in _eigenvalues(hessian, groups, min(size, groups.count)))
 
 
 def guarantee(problem: Problem, groups: Groups, k: int) -> Guarantee | None:
     """The least `k'` for which Theorem B.3 speaks, or None where none below the number of groups does.
+
+    Args:
+      problem: as `hessian_bounds` takes it.
+      groups: partition of its coefficients.
+      k: size of the support to compare with.
 
     Raises:
       ValueError: where bounds of the Hessian are not known or there are more than 50,000 supports to enumerate.

@@ -125,7 +125,12 @@ def proximal_step(
 
 
 def curvature_along_gradient(fn: Callable[[jax.Array], jax.Array], at: jax.Array) -> jax.Array:
-    """Second derivative of `fn` along its gradient, 1 where that is 0: a first curvature for `proximal_step`."""
+    """Second derivative of `fn` along its gradient, 1 where that is 0: a first curvature for `proximal_step`.
+
+    Args:
+      fn: a scalar function, twice differentiable.
+      at: where.
+    """
     gradient = jax.grad(fn)
     g = gradient(at)
     length = jnp.sqrt(jnp.sum(jnp.square(g)))

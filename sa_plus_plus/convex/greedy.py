@@ -163,6 +163,12 @@ def iht(
 def magnitude(problem: Problem, groups: Groups, k: int, tol: float | None = None) -> Selection:
     """One shot: minimise over all groups, keep the `k` of largest norm, minimise over those.
 
+    Args:
+      problem: the loss.
+      groups: partition of its coefficients.
+      k: how many groups to keep.
+      tol: as `refit` takes it.
+
     Raises:
       ValueError: if `k` is not between 1 and the number of groups.
     """
@@ -220,7 +226,12 @@ def from_group_lasso(
 
 
 def supports(count: int, k: int) -> np.ndarray:
-    """Masks of all supports of `k` of `count` groups, `(number, count)`."""
+    """Masks of all supports of `k` of `count` groups, `(number, count)`.
+
+    Args:
+      count: number of groups.
+      k: size of a support.
+    """
     index = np.array(list(itertools.combinations(range(count), k)))
     masks = np.zeros((len(index), count), bool)
     np.put_along_axis(masks, index, True, axis=1)
@@ -228,12 +239,23 @@ def supports(count: int, k: int) -> np.ndarray:
 
 
 def random_support(key: jax.Array, count: int, k: int | jax.Array) -> jax.Array:
-    """A mask of `k` of `count` groups, drawn uniformly."""
+    """A mask of `k` of `count` groups, drawn uniformly.
+
+    Args:
+      key: a `jax.random.key`.
+      count: number of groups.
+      k: size of the support, may be traced.
+    """
     return select.top_k(jax.random.uniform(key, (count,)), k)
 
 
 def as_support(groups: Groups, chosen: Sequence[int]) -> jax.Array:
-    """The mask of some groups given by their numbers."""
+    """The mask of some groups given by their numbers.
+
+    Args:
+      groups: a partition of coefficients.
+      chosen: their numbers, from 0.
+    """
     index = np.asarray(chosen, int)
     if index.size and (index.min() < 0 or index.max() >= groups.count):
         raise ValueError(f"groups are numbered 0 to {groups.count - 1}, got {sorted(int(i) for i in index)}")
@@ -241,7 +263,12 @@ def as_support(groups: Groups, chosen: Sequence[int]) -> jax.Array:
 
 
 def check_k(groups: Groups, k: int) -> None:
-    """Raise ValueError where `k` is no number of groups."""
+    """Raise ValueError where `k` is no number of groups.
+
+    Args:
+      groups: a partition of coefficients.
+      k: how many are to be kept.
+    """
     if not 1 <= k <= groups.count:
         raise ValueError(f"k must be between 1 and the number of groups, {groups.count}; got {k}")
 

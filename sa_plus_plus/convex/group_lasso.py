@@ -45,12 +45,24 @@ class _State(NamedTuple):
 
 
 def critical_lambda(problem: Problem, groups: Groups) -> jax.Array:
-    """`tau = max_i ||grad L(0)_i||`: from there on up the minimiser is 0 (Theorem 1.1)."""
+    """`tau = max_i ||grad L(0)_i||`: from there on up the minimiser is 0 (Theorem 1.1).
+
+    Args:
+      problem: the loss.
+      groups: partition of its coefficients.
+    """
     return jnp.max(norms(groups, gradient_at_zero(problem)))
 
 
 def objective(problem: Problem, groups: Groups, lam: jax.Array | float, beta: jax.Array) -> jax.Array:
-    """`L(beta) + lambda sum_i ||beta_i||`; `lam` is a scalar or one value a group."""
+    """`L(beta) + lambda sum_i ||beta_i||`; `lam` is a scalar or one value a group.
+
+    Args:
+      problem: the loss.
+      groups: partition of its coefficients.
+      lam: a scalar, or one value a group.
+      beta: coefficients, of the groups' shape.
+    """
     return problem.value(beta) + jnp.sum(lam * norms(groups, beta))
 
 
@@ -58,6 +70,12 @@ def kkt_residual(groups: Groups, lam: jax.Array | float, beta: jax.Array, gradie
     """Distance of the subgradient's nearest element from 0, the largest over the groups.
 
     ||g_i + lambda beta_i / ||beta_i|| ||  where beta_i is not 0,   max(||g_i|| - lambda, 0)  where it is
+
+    Args:
+      groups: a partition of coefficients.
+      lam: a scalar, or one value a group.
+      beta: coefficients, of the groups' shape.
+      gradient: of the loss at `beta`, of the same shape.
     """
     length = norms(groups, beta)
     weight = jnp.where(length > 0, lam / jnp.where(length > 0, length, 1), 0)
@@ -70,6 +88,12 @@ def duality_gap(problem: Problem, groups: Groups, lam: jax.Array | float, beta: 
     """An upper bound on how far the objective at `beta` is above its minimum.
 
     The dual point is the residual, scaled where there is no ridge until it is feasible.
+
+    Args:
+      problem: the loss.
+      groups: partition of its coefficients.
+      lam: a scalar, or one value a group.
+      beta: coefficients, of the groups' shape.
 
     Raises:
       ValueError: for a problem made by `problems.function`, of whose dual nothing is known.
@@ -146,25 +170,46 @@ def path(
 
 
 def lambda_grid(problem: Problem, groups: Groups, count: int = 100, ratio: float = 1e-2) -> jax.Array:
-    """`count` lambdas from `critical_lambda` down to `ratio` of it, evenly spaced in logarithm."""
+    """`count` lambdas from `critical_lambda` down to `ratio` of it, evenly spaced in logarithm.
+
+    Args:
+      problem: the loss.
+      groups: partition of its coefficients.
+      count: of lambdas, at least 2.
+      ratio: of the last to the first, in (0, 1).
+    """
     check_grid(count, ratio)
     steps = jnp.linspace(0, 1, count, dtype=problem.origin.dtype)
     return critical_lambda(problem, groups) * jnp.exp(math.log(ratio) * steps)
 
 
 def check_grid(count: int, ratio: float) -> None:
-    """Raise ValueError where there is no grid of so many lambdas down to such a ratio."""
+    """Raise ValueError where there is no grid of so many lambdas down to such a ratio.
+
+    Args:
+      count: of lambdas.
+      ratio: of the last to the first.
+    """
     if count < 2 or not 0 < ratio < 1:
         raise ValueError(f"a path takes at least 2 lambdas and a ratio in (0, 1), got {count} and {ratio}")
 
 
 def default_tolerance(problem: Problem) -> float:
-    """Of the relative optimality conditions: 1e-9 in float64, 2e-5 in float32."""
+    """Of the relative optimality conditions: 1e-9 in float64, 2e-5 in float32.
+
+    Args:
+      problem: the loss. Its type decides.
+    """
     return 1e-9 if problem.origin.dtype.itemsize > 4 else 2e-5
 
 
 def check_groups(problem: Problem, groups: Groups) -> None:
-    """Raise ValueError where groups are not of the problem's coefficients."""
+    """Raise ValueError where groups are not of the problem's coefficients.
+
+    Args:
+      problem: the loss.
+      groups: to be compared with its coefficients.
+    """
     if groups.shape != problem.origin.shape:
         raise ValueError(
             f"the groups are of coefficients of shape {groups.shape}, the problem's have {problem.origin.shape}: make "
@@ -173,7 +218,11 @@ def check_groups(problem: Problem, groups: Groups) -> None:
 
 
 def check_lambda(lam: jax.Array | np.ndarray | float) -> None:
-    """Raise ValueError where a lambda is not positive (some of one value a group may be 0) or not finite."""
+    """Raise ValueError where a lambda is not positive (some of one value a group may be 0) or not finite.
+
+    Args:
+      lam: a scalar, or one value a group.
+    """
     if isinstance(lam, jax.core.Tracer):
         return
     values = jnp.asarray(lam)
@@ -228,7 +277,13 @@ def _solve(
 
 
 def shrink(groups: Groups, beta: jax.Array, t: jax.Array) -> jax.Array:
-    """Proximal operator of `sum_i t_i ||beta_i||`."""
+    """Proximal operator of `sum_i t_i ||beta_i||`.
+
+    Args:
+      groups: a partition of coefficients.
+      beta: coefficients, of the groups' shape.
+      t: `(count,)`, or a scalar.
+    """
     length = norms(groups, beta)
     keep = jnp.where(length > t, 1 - t / jnp.where(length > t, length, 1), 0)
     return spread(groups, jnp.broadcast_to(keep, length.shape)) * beta

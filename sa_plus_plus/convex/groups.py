@@ -104,7 +104,12 @@ def partition(shape: int | Sequence[int], members: Sequence[Sequence[int]]) -> G
 
 
 def sum_per_group(groups: Groups, x: jax.Array) -> jax.Array:
-    """Sum of `x` (of the groups' shape) over each group, `(count,)`."""
+    """Sum of `x` (of the groups' shape) over each group, `(count,)`.
+
+    Args:
+      groups: a partition of coefficients.
+      x: of the groups' shape.
+    """
     _check(groups, x.shape)
     if groups.kind == "equal":
         return jnp.sum(x.reshape(groups.count, -1), axis=1)
@@ -115,7 +120,12 @@ def sum_per_group(groups: Groups, x: jax.Array) -> jax.Array:
 
 
 def spread(groups: Groups, s: jax.Array) -> jax.Array:
-    """The array of the groups' shape that is `s[i]` on group `i`; `s` has shape `(count,)`."""
+    """The array of the groups' shape that is `s[i]` on group `i`; `s` has shape `(count,)`.
+
+    Args:
+      groups: a partition of coefficients.
+      s: `(count,)`.
+    """
     if s.shape != (groups.count,):
         raise ValueError(f"expected one value for each of {groups.count} groups, got shape {s.shape}")
     if groups.kind == "equal":
@@ -128,19 +138,34 @@ def spread(groups: Groups, s: jax.Array) -> jax.Array:
 
 
 def norms(groups: Groups, x: jax.Array) -> jax.Array:
-    """2-norm of each group, `(count,)`, with gradient 0 (not NaN) at a group of zeros."""
+    """2-norm of each group, `(count,)`, with gradient 0 (not NaN) at a group of zeros.
+
+    Args:
+      groups: a partition of coefficients.
+      x: of the groups' shape.
+    """
     squares = sum_per_group(groups, jnp.square(x))
     zero = squares == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 
 
 def scale(groups: Groups, s: jax.Array, x: jax.Array) -> jax.Array:
-    """`x` with group `i` multiplied by `s[i]`."""
+    """`x` with group `i` multiplied by `s[i]`.
+
+    Args:
+      groups: a partition of coefficients.
+      s: `(count,)`.
+      x: of the groups' shape.
+    """
     return spread(groups, s.astype(x.dtype)) * x
 
 
 def sizes(groups: Groups) -> np.ndarray:
-    """Coordinates in each group, `(count,)`."""
+    """Coordinates in each group, `(count,)`.
+
+    Args:
+      groups: a partition of coefficients.
+    """
     if groups.kind == "equal":
         return np.full(groups.count, int(np.prod(groups.shape)) // groups.count)
     if groups.kind == "blocks":
@@ -149,7 +174,11 @@ def sizes(groups: Groups) -> np.ndarray:
 
 
 def members(groups: Groups) -> list[np.ndarray]:
-    """Flat coordinates of each group, in increasing order."""
+    """Flat coordinates of each group, in increasing order.
+
+    Args:
+      groups: a partition of coefficients.
+    """
     ids = np.asarray(spread(groups, jnp.arange(groups.count))).ravel()
     order = np.argsort(ids, kind="stable")
     return np.split(order, np.cumsum(sizes(groups))[:-1])

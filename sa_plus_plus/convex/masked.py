@@ -134,19 +134,41 @@ def own_norm() -> Form:
 
 
 def effective(form: Form, groups: Groups, w: jax.Array, beta: jax.Array) -> jax.Array:
-    """The coefficients that the loss sees."""
+    """The coefficients that the loss sees.
+
+    Args:
+      form: which masked problem.
+      groups: a partition of coefficients.
+      w: mask, `(count,)`.
+      beta: coefficients, of the groups' shape.
+    """
     return scale(groups, form.mask(groups, w, beta), beta)
 
 
 def objective(
     problem: Problem, groups: Groups, form: Form, lam: jax.Array | float, w: jax.Array, beta: jax.Array
 ) -> jax.Array:
-    """`L(effective(w, beta)) + lambda cost(w, beta)`."""
+    """`L(effective(w, beta)) + lambda cost(w, beta)`.
+
+    Args:
+      problem: the loss.
+      groups: partition of its coefficients.
+      form: which masked problem.
+      lam: a scalar.
+      w: mask, `(count,)`.
+      beta: coefficients, of the groups' shape.
+    """
     return problem.value(effective(form, groups, w, beta)) + lam * form.cost(w, beta)
 
 
 def split(form: Form, groups: Groups, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The `(w, beta)` of least cost with `effective(w, beta) = u`: how minimisers of the two problems map."""
+    """The `(w, beta)` of least cost with `effective(w, beta) = u`: how minimisers of the two problems map.
+
+    Args:
+      form: which masked problem.
+      groups: a partition of coefficients.
+      u: effective coefficients, of the groups' shape.
+    """
     lengths = norms(groups, u)
     w = form.best_mask(lengths)
     mask = form.multiplier(w)

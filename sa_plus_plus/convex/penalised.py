@@ -38,7 +38,13 @@ class OneGroup(NamedTuple):
 
 
 def regulariser(penalty: Penalty, form: Form, lengths: jax.Array) -> jax.Array:
-    """`sum q` or `q^{-1}(sum q)` of the groups' norms `(count,)`; infinite where the sum reaches `q`'s ceiling."""
+    """`sum q` or `q^{-1}(sum q)` of the groups' norms `(count,)`; infinite where the sum reaches `q`'s ceiling.
+
+    Args:
+      penalty: `q`.
+      form: `"sum"` or `"composite"`.
+      lengths: norms of the groups, `(count,)`.
+    """
     if form not in get_args(Form):
         raise ValueError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
     total = jnp.sum(penalty.value(lengths))
@@ -48,7 +54,16 @@ def regulariser(penalty: Penalty, form: Form, lengths: jax.Array) -> jax.Array:
 def objective(
     problem: Problem, groups: Groups, penalty: Penalty, lam: jax.Array | float, beta: jax.Array, form: Form
 ) -> jax.Array:
-    """`L(beta)` plus lambda times the regulariser."""
+    """`L(beta)` plus lambda times the regulariser.
+
+    Args:
+      problem: the loss.
+      groups: partition of its coefficients.
+      penalty: `q`.
+      lam: a scalar.
+      beta: coefficients, of the groups' shape.
+      form: `"sum"` or `"composite"`.
+    """
     return problem.value(beta) + lam * regulariser(penalty, form, norms(groups, beta))
 
 
@@ -125,7 +140,11 @@ def one_group(
 
 
 def require_subadditive(penalty: Penalty) -> None:
-    """Raise ValueError for a penalty that Theorem 1.1 does not cover."""
+    """Raise ValueError for a penalty that Theorem 1.1 does not cover.
+
+    Args:
+      penalty: `q`.
+    """
     if not penalty.subadditive:
         raise ValueError(
             f"Theorem 1.1 needs a subadditive penalty, and {penalty.name} is not one: its objective (1) may have a "
@@ -174,7 +193,16 @@ def _solve(
 def polish(
     problem: Problem, groups: Groups, penalty: Penalty, lam: jax.Array | float, form: Form, beta: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """L-BFGS over the non-zero groups, where the objective is smooth: the point, its value and gradient norm."""
+    """L-BFGS over the non-zero groups, where the objective is smooth: the point, its value and gradient norm.
+
+    Args:
+      problem: the loss.
+      groups: partition of its coefficients.
+      penalty: `q`.
+      lam: a scalar.
+      form: `"sum"` or `"composite"`.
+      beta: where to start; its groups of zeros stay zero.
+    """
     alive = norms(groups, beta) > 0
     mask = spread(groups, alive.astype(beta.dtype))
 

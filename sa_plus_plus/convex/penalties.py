@@ -86,6 +86,9 @@ def power(p: float) -> Penalty:
     The shrinkage has no closed form for most `p`: Newton's method from `v` on the stationarity condition, which is
     convex and increasing where the minimiser lies, so that every step stays on its safe side.
 
+    Args:
+      p: the exponent.
+
     Raises:
       ValueError: if `p` is outside of `(0, 1]`.
     """
@@ -123,6 +126,9 @@ def power(p: float) -> Penalty:
 
 def log(eps: float = 1.0) -> Penalty:
     """`q(x) = log(1 + x / eps)`.
+
+    Args:
+      eps: the norm from which the curve is flatter than half its slope at 0.
 
     Raises:
       ValueError: if `eps` is not positive.
@@ -182,6 +188,9 @@ def lambert() -> Penalty:
 def mcp(gamma: float = 3.0) -> Penalty:
     """Minimax concave penalty with slope 1 at 0: `x - x^2 / (2 gamma)` up to `gamma`, constant beyond.
 
+    Args:
+      gamma: where it becomes constant.
+
     Raises:
       ValueError: if `gamma` is not positive.
     """
@@ -210,6 +219,10 @@ def mcp(gamma: float = 3.0) -> Penalty:
 
 def scad(a: float = 3.7, knee: float = 1.0) -> Penalty:
     """Smoothly clipped absolute deviation with slope 1 up to `knee`, falling to 0 at `a * knee`, constant beyond.
+
+    Args:
+      a: where it becomes constant, in multiples of `knee`.
+      knee: where the slope begins to fall.
 
     Raises:
       ValueError: if `a` is not above 1 or `knee` not positive.

@@ -131,12 +131,20 @@ def multinomial(x: jax.Array, labels: jax.Array, classes: int, ridge: float = 0.
 
 
 def value_and_grad(problem: Problem) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """`beta -> (L(beta), gradient)`."""
+    """`beta -> (L(beta), gradient)`.
+
+    Args:
+      problem: the loss.
+    """
     return jax.value_and_grad(problem.value)
 
 
 def gradient_at_zero(problem: Problem) -> jax.Array:
-    """`grad L(0)`, of the coefficients' shape."""
+    """`grad L(0)`, of the coefficients' shape.
+
+    Args:
+      problem: the loss.
+    """
     return jax.grad(problem.value)(problem.origin)
 
 
@@ -202,6 +210,12 @@ def _transpose_rows(x: jax.Array, r: jax.Array) -> jax.Array:
 
 
 def squares_loss(y: jax.Array, z: jax.Array) -> jax.Array:
+    """`||z - y||^2 / (2 n)`.
+
+    Args:
+      y: labels, `(n,)` or `(n, responses)`.
+      z: predictions, of the same shape.
+    """
     return jnp.sum(jnp.square(z - y)) / (2 * y.shape[0])
 
 
@@ -212,6 +226,12 @@ def _squares_conjugate(y: jax.Array, z: jax.Array, c: jax.Array) -> jax.Array:
 
 
 def logistic_loss(y: jax.Array, z: jax.Array) -> jax.Array:
+    """`mean(log(1 + exp(z)) - y z)`.
+
+    Args:
+      y: labels 0 and 1, `(n,)`.
+      z: logits, `(n,)`.
+    """
     return jnp.mean(jnp.logaddexp(0, z) - y * z)
 
 
@@ -221,6 +241,12 @@ def _logistic_conjugate(y: jax.Array, z: jax.Array, c: jax.Array) -> jax.Array:
 
 
 def softmax_loss(y: jax.Array, z: jax.Array) -> jax.Array:
+    """`mean(log sum_c exp(z_c) - y . z)`.
+
+    Args:
+      y: labels as one-hot rows, `(n, classes)`.
+      z: logits, `(n, classes)`.
+    """
     return jnp.mean(jax.nn.logsumexp(z, axis=1) - jnp.sum(y * z, axis=1))
 
 

@@ -69,7 +69,11 @@ def export(params: Any, plan: Plan) -> Any:
 
 
 def todense(tree: Any) -> Any:
-    """The tree with every `BlockSparse` in full: what `export` was given, but for the sign of blocks of `-0.0`."""
+    """The tree with every `BlockSparse` in full: what `export` was given, but for the sign of blocks of `-0.0`.
+
+    Args:
+      tree: a pytree, such as `export` and `load` return.
+    """
     return jax.tree.map(lambda x: _in_full(x) if _is_sparse(x) else x, tree, is_leaf=_is_sparse)
 
 
