@@ -1,11 +1,6 @@
 """Sphinx settings. The source directory is the repository's root: see `docs/__main__.py`."""
 
-import pathlib
-import sys
 from typing import Any
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import sa_plus_plus
 
@@ -22,7 +17,7 @@ root_doc = "docs/index"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are shown as they were saved
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = ["mystnb.unknown_mime_type", "toc.empty_glob"]
 highlight_language = "none"
 
 # Docstrings: Google's sections, single backticks for code.
