@@ -13,14 +13,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from experiments.utils import files
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "benchmarks.md"
 HEAD = """\
 <!-- made by `python -m benchmarks.page` from benchmarks/results: do not edit -->
 # Benchmarks
 
-Every table is made from a file in `benchmarks/results/`, by the command under its heading. Contenders take turns within
-one run. Times are medians; a ratio is the median over rounds, and in brackets are its quartiles.
+Every table is made from a file in `benchmarks/results/`; the command below it measures again. Contenders take turns
+within one run. Times are medians. A ratio is the median over rounds, and in brackets are its quartiles.
 """
 Content = Mapping[str, Any]
 Row = Sequence[str]
@@ -107,8 +109,8 @@ def feed_forward(content: Content) -> str:
     ]
     block = content["block"]
     return (
-        f"Llama-3.1-8B's shape, {content['features']} to {content['hidden']} and back, {content['sparsity']:.0%} of the "
-        f"{block} × {block} blocks zero, {content['dtype']}. {_sentence(content['note'])}\n\n{table(head, rows)}"
+        f"Llama-3.1-8B's shape, {content['features']} to {content['hidden']} and back, {content['sparsity']:.0%} of "
+        f"the {block} × {block} blocks zero, {content['dtype']}. {_sentence(content['note'])}\n\n{table(head, rows)}"
     )
 
 
@@ -121,9 +123,11 @@ def recipes(content: Content) -> str:
     head = ["", *(f"{data.replace('_', ' ')}, {b} × {b}, {sparsity:.0%}" for data, b, sparsity in cells)]
     lines = [[v, *(mean_error(found.get((v, *cell))) for cell in cells)] for v in variants]
     chosen = ", ".join(f"{family}: `{variant}`" for family, variant in content["chosen"].items())
+    seeds = len(rows[0]["seeds"])
     return (
-        "Test accuracy of Fashion-MNIST and AUC of planted click data in percent, mean ± standard error over five seeds. "
-        f"Chosen on other cells and seeds: {chosen}. See [which recipe](choosing.md).\n\n{table(head, lines)}"
+        "Test accuracy of Fashion-MNIST and AUC of planted click data in percent, mean ± standard error over "
+        f"{seeds} seeds. Chosen on other cells and seeds: {chosen}. See [which recipe](choosing.md)."
+        f"\n\n{table(head, lines)}"
     )
 
 
@@ -152,17 +156,23 @@ def one_shot(content: Content) -> str:
             [network, f"{block} × {block}", variant, *(f"{statistics.mean(v):.3f}" if v else "-" for v in values)]
         )
     head = ["network", "block", "method", *(f"{s:.0%}" for s in sparsities)]
+    seeds = f"mean of {content['seeds']} seeds" if content["seeds"] > 1 else "one seed"
     return (
-        f"Test accuracy, for bytes bits per byte (lower is better); {content['seeds']} seed(s). `a tenth`: trained for a "
-        f"tenth of the dense network's steps.\n\n{table(head, lines)}"
+        f"Test accuracy, for bytes bits per byte (lower is better), {seeds}. "
+        f"`a tenth`: trained for a tenth of the dense network's steps.\n\n{table(head, lines)}"
     )
 
 
 SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
     ("Training step", "train_step", "train_step", train_step),
-    ("Training step of the byte GPT", "train_step_gpt", "train_step --workloads=gpt,gpt_scanned", train_step),
+    (
+        "Training step of the byte GPT",
+        "train_step_gpt",
+        "train_step --workloads=gpt,gpt_scanned --name=train_step_gpt",
+        train_step,
+    ),
     ("Whole networks: ResNet-50", "serve_engines_resnet50", "serve_engines --network=resnet50 --batches=1,32", engines),
-    ("Whole networks: BERT-base's shape", "serve_engines_bert", "serve_engines --network=bert", engines),
+    ("Whole networks: BERT-base's shape", "serve_engines_bert", "serve_engines --network=bert --batches=1", engines),
     ("Products on a GPU", "block_sparse_matmul_gpu", "block_sparse_matmul_gpu", gpu_products),
     ("A feed-forward block on a GPU", "feed_forward_gpu", "feed_forward_gpu", feed_forward),
     ("Recipes", "recipes", "recipes", recipes),
@@ -222,7 +232,7 @@ def _sentence(text: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     text = page()
     if "--check" not in arguments:
-        PAGE.write_text(text)
+        files.write_text(PAGE, text)
         print(PAGE)
         return 0
     if not PAGE.exists() or PAGE.read_text() != text:
