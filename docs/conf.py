@@ -1,11 +1,13 @@
 """Sphinx settings. The source directory is the repository's root: see `docs/__main__.py`."""
 
+import pathlib
+import re
 from typing import Any
 
 import sa_plus_plus
 
 project = "sa_plus_plus"
-author = "the sa_plus_plus authors"
+project_copyright = "the sa_plus_plus authors, Apache-2.0"
 version = release = sa_plus_plus.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
@@ -17,7 +19,7 @@ root_doc = "docs/index"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are shown as they were saved
-suppress_warnings = ["mystnb.unknown_mime_type", "toc.empty_glob"]
+suppress_warnings = ["mystnb.unknown_mime_type"]
 highlight_language = "none"
 
 # Docstrings: Google's sections, single backticks for code.
@@ -56,6 +58,14 @@ def indented_as_code(app: Any, what: str, name: str, obj: Any, options: Any, lin
             lines[i:i] = ["::", ""]
 
 
+def without_notebooks(app: Any, docname: str, source: list[str]) -> None:
+    """Where there are no notebooks, the contents have no section for them: an empty one is a warning."""
+    if docname == root_doc and not any((pathlib.Path(app.srcdir) / "notebooks").glob("*.ipynb")):
+        blocks = re.split(r"(?<=^```\n)", source[0], flags=re.M)
+        source[0] = "".join(block for block in blocks if "../notebooks/" not in block)
+
+
 def setup(app: Any) -> None:
+    app.connect("source-read", without_notebooks)
     app.connect("autodoc-skip-member", skip_alias)
     app.connect("autodoc-process-docstring", indented_as_code, priority=400)  # before napoleon reads sections
