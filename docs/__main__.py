@@ -1,8 +1,6 @@
 """Build the site: `python -m docs`, to `docs/_build/html`; a warning is an error.
 
     pip install -e '.[docs]' && python -m docs
-
-Arguments are handed to sphinx-build: `python -m docs -E` reads every page again.
 """
 
 import pathlib
@@ -11,11 +9,12 @@ import sys
 from sphinx.cmd.build import main
 
 HERE = pathlib.Path(__file__).resolve().parent
-FLAGS = ["-W", "--keep-going", "-q", "-b", "html", "-c", str(HERE), "-d", str(HERE / "_build" / "doctrees")]
+# -E reads every page again: Sphinx does not see that a docstring or the list of notebooks has changed.
+FLAGS = ["-W", "--keep-going", "-E", "-q", "-b", "html", "-c", str(HERE), "-d", str(HERE / "_build" / "doctrees")]
 
 if __name__ == "__main__":
     # The sources are the repository's own pages, so that a link between two of them is the same on the site.
-    status = main([*FLAGS, *sys.argv[1:], str(HERE.parent), str(HERE / "_build" / "html")])
+    status = main([*FLAGS, str(HERE.parent), str(HERE / "_build" / "html")])
     if not status:
         print(HERE / "_build" / "html" / "index.html")
     sys.exit(status)

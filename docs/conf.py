@@ -19,7 +19,7 @@ root_doc = "docs/index"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are shown as they were saved
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = ["mystnb.unknown_mime_type", "myst-nb.lexer"]  # of notebooks without metadata
 highlight_language = "none"
 
 # Docstrings: Google's sections, single backticks for code.
