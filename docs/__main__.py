@@ -1,7 +1,4 @@
-"""Build the site: `python -m docs`, to `docs/_build/html`; a warning is an error.
-
-    pip install -e '.[docs]' && python -m docs
-"""
+"""Build the site with Sphinx, from the extra `docs`: `python -m docs`, to `docs/_build/html`. A warning is an error."""
 
 import pathlib
 import sys

@@ -26,7 +26,9 @@ highlight_language = "none"
 default_role = "py:obj"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 napoleon_preprocess_types = False
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
@@ -51,6 +53,8 @@ def skip_alias(app: Any, what: str, name: str, obj: Any, skip: bool, options: An
 
 def indented_as_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Equations and examples in docstrings are indented paragraphs, as code is in Markdown: say so in reST."""
+    if what == "property":  # or napoleon takes what stands before a colon for the type
+        lines[:1] = lines[0].replace(": ", ":\n", 1).split("\n")
     for i in range(len(lines) - 1, 1, -1):
         begins = lines[i].startswith("    ") and not lines[i - 1].strip()
         before = next((line for line in reversed(lines[:i]) if line.strip()), "")
