@@ -28,7 +28,6 @@ napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
-autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
@@ -62,6 +61,13 @@ def indented_as_code(app: Any, what: str, name: str, obj: Any, options: Any, lin
             lines[i:i] = ["::", ""]
 
 
+def functions_by_name(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """A default `<function f>` cannot be read as Python, and the signature would be set as one line of text."""
+    return signature and re.sub(r"<function (\w+)>", r"\1", signature), returned
+
+
 def without_notebooks(app: Any, docname: str, source: list[str]) -> None:
     """Where there are no notebooks, the contents have no section for them: an empty one is a warning."""
     if docname == root_doc and not any((pathlib.Path(app.srcdir) / "notebooks").glob("*.ipynb")):
@@ -71,5 +77,6 @@ def without_notebooks(app: Any, docname: str, source: list[str]) -> None:
 
 def setup(app: Any) -> None:
     app.connect("source-read", without_notebooks)
+    app.connect("autodoc-process-signature", functions_by_name)
     app.connect("autodoc-skip-member", skip_alias)
     app.connect("autodoc-process-docstring", indented_as_code, priority=400)  # before napoleon reads sections
