@@ -1,171 +1,245 @@
-"""Write docs/benchmarks.md, the measurements in tables, from benchmarks/results/*.json.
+"""`docs/benchmarks.md` from `benchmarks/results/*.json`.
 
-    python -m benchmarks.page
+    python -m benchmarks.page           # writes the page
+    python -m benchmarks.page --check   # exit status 1 if the page is not what the results give
 
-Each file has its date, device and versions. A test compares the page with what this writes.
+A section is a function of a file's content that returns Markdown. A file that is not there has no section.
 """
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from benchmarks.timing import RESULTS
 from experiments.utils import files
 
-PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+RESULTS = pathlib.Path(__file__).parent / "results"
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "benchmarks.md"
+HEAD = """\
+<!-- made by `python -m benchmarks.page` from benchmarks/results: do not edit -->
+# Benchmarks
+
+Every table is made from a file in `benchmarks/results/`; the command below it measures again. Contenders take turns
+within one run. Times are medians. A ratio is the median over rounds, and in brackets are its quartiles.
+"""
+Content = Mapping[str, Any]
+Row = Sequence[str]
 
 
-class Section(NamedTuple):
-    """A table of the page.
+def train_step(content: Content) -> str:
+    """Time and memory of a training step as multiples of the bare optax step's: a column a workload."""
+    names = {
+        "mlp_256": "MLP, batch 256",
+        "mlp_8192": "MLP, batch 8,192",
+        "cnn_32": "residual CNN, batch 32",
+        "gpt": "byte GPT, layers in a list",
+        "gpt_scanned": "byte GPT, layers in a loop",
+    }
+    by_workload: dict[str, dict[str, Content]] = {}
+    for row in content["rows"]:
+        by_workload.setdefault(row["workload"], {})[row["contender"]] = row
+    contenders = [name for name in next(iter(by_workload.values())) if name != "bare optax"]
+    head = ["", *(f"{names[w]} ({rows['bare optax']['milliseconds']:.0f} ms)" for w, rows in by_workload.items())]
+    rows = [
+        [name, *(f"{quartiles(of[name]['time_ratio'])}; {of[name]['memory_ratio']:.2f}" for of in by_workload.values())]
+        for name in contenders
+    ]
+    block, sparsity = " × ".join(map(str, content["block"])), content["sparsity"]
+    return (
+        f"Time of a step; memory. Multiples of the optax step without this library, whose time is in the head; blocks "
+        f"{block}, {sparsity:.0%}, {content['rounds']} rounds. The words after the algorithm are the phase, and `one "
+        f"line` is `sparsify`.\n\n{table(head, rows)}"
+    )
 
-    Attributes:
-      file: name in `benchmarks/results`, without `.json`.
-      title: heading.
-      command: what measures it.
-      about: what is measured, and in which units.
-      columns: by heading, the key of a row.
-      rows: the rows of the file's content.
-    """
 
-    file: str
-    title: str
-    command: str
-    about: str
-    columns: Mapping[str, str]
-    rows: Callable[[Any], list[dict[str, Any]]] = lambda content: content["rows"]
+def engines(content: Content) -> str:
+    """Milliseconds of whole networks, and the speed-up over the fastest dense engine of the same precision."""
+    batches = list(dict.fromkeys(row["batch"] for row in content["rows"]))
+    found = {(row["name"], row["batch"]): row for row in content["rows"]}
+    names = list(dict.fromkeys(row["name"] for row in content["rows"]))
+    images = {batch: f"batch {batch}, ms" for batch in batches}
+    head = ["", *(column for batch in batches for column in (images[batch], "speed-up"))]
+    rows = []
+    for name in names:
+        cells = [found.get((name, batch)) for batch in batches]
+        shown = [pair for row in cells for pair in _engine_cells(row)]
+        rows.append([name.replace(" 0%", ", dense").replace(" blocks 16", ", blocks 16 × 16"), *shown])
+    return (
+        f"{content['cores']} cores. The speed-up is over the fastest dense engine of the same precision.\n\n"
+        f"{table(head, rows)}"
+    )
 
 
-SECTIONS = (
-    Section(
-        "serve_engines_resnet50",
-        "ResNet-50 against dense engines",
-        "python -m benchmarks.serve_engines --network=resnet50 --batches=1,32",
-        "Images of 224 pixels, random blocks of 16 × 16. Speed-up: over the fastest dense engine of the same "
-        "precision; all contenders take turns.",
-        {"batch": "batch", "contender": "name", "milliseconds": "ms", "speed-up": "to_engine"},
-    ),
-    Section(
-        "serve_engines_bert",
-        "An encoder of BERT-base's shape against dense engines",
-        "python -m benchmarks.serve_engines --network=bert --batches=1 --sparsities=0,0.9",
-        "One sequence of 128 tokens.",
-        {"contender": "name", "milliseconds": "ms", "speed-up": "to_engine"},
-    ),
-    Section(
-        "serve_accuracy",
-        "What low precision costs",
-        "python -m benchmarks.serve_accuracy --config=configs/cifar10_resnet20.py --weights=…",
-        "ResNet-20 on CIFAR-10, 90% of 8 × 8 blocks removed: test accuracy in percent, and predictions that differ "
-        "from the model's in percent.",
-        {"precision": "precision", "test accuracy": "top1", "changed": "changed"},
-        lambda content: [{"precision": name, **row} for name, row in content["rows"].items()],
-    ),
-    Section(
-        "block_sparse_matmul_gpu",
-        "Products on a GPU",
-        "python -m benchmarks.block_sparse_matmul_gpu",
-        "A kernel of side × side in bfloat16; microseconds of the dense product by cuBLAS and of the Pallas kernel.",
-        {
-            "side": "side",
-            "rows": "batch",
-            "block": "block",
-            "sparsity": "sparsity",
-            "dense": "dense_us",
-            "by blocks": "pallas_us",
-            "speed-up": "pallas_times_as_fast",
-        },
-        lambda content: content["cells"],
-    ),
-    Section(
-        "feed_forward_gpu",
-        "A feed-forward block on a GPU",
-        "python -m benchmarks.feed_forward_gpu",
-        "Llama-3.1-8B's shape in bfloat16, 64 × 64 blocks, 90%; microseconds of a layer.",
-        {"tokens": "tokens", "dense": "dense_us", "pruned": "pruned_us", "speed-up": "times_as_fast"},
-    ),
-    Section(
-        "train_step",
-        "The training step",
-        "python -m benchmarks.train_step",
-        "Time and memory relative to the bare optax step.",
-        {
-            "network": "workload",
-            "step": "contender",
-            "milliseconds": "milliseconds",
-            "time": "time_ratio",
-            "memory": "memory_ratio",
-        },
-    ),
-    Section(
+def _engine_cells(row: Content | None) -> tuple[str, str]:
+    return ("-", "-") if row is None else (significant(row["ms"]["median"]), quartiles(row["to_engine"]))
+
+
+def gpu_products(content: Content) -> str:
+    """One kernel times a batch on a GPU, by block size and sparsity."""
+    head = ["rows of x", "block", "sparsity", "dense, µs", "by blocks, µs", "speed-up", "queued"]
+    cells = sorted(content["cells"], key=lambda c: (c["batch"], c["block"], c["sparsity"]))
+    rows = [
+        [
+            *(f"{c['batch']:,}", f"{c['block']} × {c['block']}", f"{c['sparsity']:.0%}"),
+            *(significant(c["dense_us"]), significant(c["pallas_us"]), f"{c['pallas_times_as_fast']:.2f}"),
+            "yes" if c["queued"] else "no",
+        ]
+        for c in cells
+    ]
+    side = cells[0]["side"]
+    return (
+        f"A {side} × {side} kernel in {content['dtype']} against cuBLAS's dense product. {_sentence(content['note'])}"
+        f"\n\n{table(head, rows)}"
+    )
+
+
+def feed_forward(content: Content) -> str:
+    """A feed-forward block on a GPU, by number of tokens."""
+    head = ["tokens", "dense, µs", "pruned, µs", "speed-up"]
+    rows = [
+        [
+            f"{r['tokens']:,}",
+            significant(r["dense_us"]),
+            significant(r["pruned_us"]),
+            quartiles(r["times_as_fast"]),
+        ]
+        for r in content["rows"]
+    ]
+    block = content["block"]
+    return (
+        f"Llama-3.1-8B's shape, {content['features']} to {content['hidden']} and back, {content['sparsity']:.0%} of "
+        f"the {block} × {block} blocks zero, {content['dtype']}. {_sentence(content['note'])}\n\n{table(head, rows)}"
+    )
+
+
+def recipes(content: Content) -> str:
+    """Mean and standard error over seeds of the confirming cells: a line a variant, a column a cell."""
+    rows = content["confirming"]
+    cells = list(dict.fromkeys((r["data"], r["block"], r["sparsity"]) for r in rows))
+    found = {(r["variant"], r["data"], r["block"], r["sparsity"]): r["values"] for r in rows}
+    variants = list(dict.fromkeys(r["variant"] for r in rows))
+    head = ["", *(f"{data.replace('_', ' ')}, {b} × {b}, {sparsity:.0%}" for data, b, sparsity in cells)]
+    lines = [[v, *(mean_error(found.get((v, *cell))) for cell in cells)] for v in variants]
+    chosen = ", ".join(f"{family}: `{variant}`" for family, variant in content["chosen"].items())
+    seeds = len(rows[0]["seeds"])
+    return (
+        "Test accuracy of Fashion-MNIST and AUC of planted click data in percent, mean ± standard error over "
+        f"{seeds} seeds. Chosen on other cells and seeds: {chosen}. See [which recipe](choosing.md)."
+        f"\n\n{table(head, lines)}"
+    )
+
+
+def serve_accuracy(content: Content) -> str:
+    """Accuracy of one network in three precisions."""
+    rows = [
+        [name.replace("model", "the model itself"), f"{r['top1']:.2f}", f"{r['changed']:.2f}"]
+        for name, r in content["rows"].items()
+    ]
+    block = " × ".join(map(str, content["block"]))
+    return (
+        f"`configs/{content['config']}.py`, {block} blocks, {content['sparsity']:.0%}; {content['test_images']:,} test "
+        f"images.\n\n{table(['', 'test accuracy, %', 'predictions changed, %'], rows)}"
+    )
+
+
+def one_shot(content: Content) -> str:
+    """Mean over seeds of the test metric: a line a network, block size and variant, a column a sparsity."""
+    rows = content["rows"]
+    sparsities = sorted({r["sparsity"] for r in rows if r["variant"] != "dense"})
+    lines = []
+    for network, block, variant in dict.fromkeys((r["network"], r["block"], r["variant"]) for r in rows):
+        mine = [r for r in rows if (r["network"], r["block"], r["variant"]) == (network, block, variant)]
+        values = [[r["metric"] for r in mine if r["sparsity"] in (s, 0.0)] for s in sparsities]
+        lines.append(
+            [network, f"{block} × {block}", variant, *(f"{statistics.mean(v):.3f}" if v else "-" for v in values)]
+        )
+    head = ["network", "block", "method", *(f"{s:.0%}" for s in sparsities)]
+    seeds = f"mean of {content['seeds']} seeds" if content["seeds"] > 1 else "one seed"
+    return (
+        f"Test accuracy, for bytes bits per byte (lower is better), {seeds}. "
+        f"`a tenth`: trained for a tenth of the dense network's steps.\n\n{table(head, lines)}"
+    )
+
+
+SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
+    ("Training step", "train_step", "train_step", train_step),
+    (
+        "Training step of the byte GPT",
         "train_step_gpt",
-        "The training step of a GPT",
-        "python -m benchmarks.train_step --workloads=gpt,gpt_scanned --algorithms=sequential_attention",
-        "A GPT on bytes, 32 × 256 tokens; relative to the bare optax step.",
-        {"network": "workload", "step": "contender", "milliseconds": "milliseconds", "time": "time_ratio"},
+        "train_step --workloads=gpt,gpt_scanned --name=train_step_gpt",
+        train_step,
     ),
-    Section(
-        "one_shot_speed",
-        "Pruning one large layer without training",
-        "python -m benchmarks.one_shot_speed",
-        "A 4096 × 4096 kernel, blocks of 16 × 16; seconds and peak memory of the process, each run.",
-        {"method": "method", "sparsity": "sparsity", "seconds": "seconds", "GiB": "peak_gib"},
-    ),
-    Section(
-        "criteo_step",
-        "The step of the click network",
-        "python -m benchmarks.criteo_step",
-        "32,768 rows.",
-        {"step": "step", "milliseconds": "milliseconds", "time to dense": "time_to_dense"},
-    ),
-    Section(
-        "many_layers",
-        "A network of 1,000 layers before its first step",
-        "python -m benchmarks.many_layers",
-        "Seconds.",
-        {"what": "what", "seconds": "seconds"},
-    ),
+    ("Whole networks: ResNet-50", "serve_engines_resnet50", "serve_engines --network=resnet50 --batches=1,32", engines),
+    ("Whole networks: BERT-base's shape", "serve_engines_bert", "serve_engines --network=bert --batches=1", engines),
+    ("Products on a GPU", "block_sparse_matmul_gpu", "block_sparse_matmul_gpu", gpu_products),
+    ("A feed-forward block on a GPU", "feed_forward_gpu", "feed_forward_gpu", feed_forward),
+    ("Recipes", "recipes", "recipes", recipes),
+    ("Accuracy of a served network", "serve_accuracy", "serve_accuracy", serve_accuracy),
+    ("Pruning without training", "one_shot", "one_shot", one_shot),
 )
 
 
 def page() -> str:
-    """The page's text."""
-    lines = ["# Benchmarks", ""]
-    lines += [
-        "Made from `benchmarks/results/` by `python -m benchmarks.page`. Medians, with quartiles in brackets.",
-        "",
-    ]
-    lines += ["The comparison of algorithms and recipes is on [its own page](choosing.md).", ""]
-    for section in SECTIONS:
-        path = RESULTS / f"{section.file}.json"
-        if not path.exists():
+    """The whole page."""
+    parts = [HEAD]
+    for title, name, command, section in SECTIONS:
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
             continue
-        content = json.loads(path.read_text())
-        versions = content["versions"]
-        lines += [f"## {section.title}", "", section.about, ""]
-        lines += [f"`{section.command}`; {versions['device']}, jax {versions['jax']}, {content['date']}.", ""]
-        if note := content.get("note"):
-            lines += [f"Note: {note}.", ""]
-        lines += [_line(section.columns), _line(["---"] * len(section.columns))]
-        lines += [_line(_shown(row.get(key, "")) for key in section.columns.values()) for row in section.rows(content)]
-        lines.append("")
-        if path.with_suffix(".png").exists():
-            lines += [f"![{section.title}](../benchmarks/results/{section.file}.png)", ""]
-    return "\n".join(lines)
+        content = json.loads(file.read_text())
+        picture = f"\n![{title}](../benchmarks/results/{name}.png)\n" if file.with_suffix(".png").exists() else ""
+        made = f"`python -m benchmarks.{command}`; {provenance(content)}"
+        parts.append(f"## {title}\n\n{section(content)}\n{picture}\n{made}.\n")
+    return "\n".join(parts)
 
 
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
+def provenance(content: Content) -> str:
+    """When, on what and with what a file was measured."""
+    versions = dict(content["versions"])
+    device = versions.pop("device")
+    return f"{content['date']}, {device}, {', '.join(f'{name} {version}' for name, version in versions.items())}"
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{value['median']:.4g} [{value['q25']:.4g}, {value['q75']:.4g}]"
-    if isinstance(value, list):
-        return ", ".join(map(_shown, value))
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+def table(head: Row, rows: Sequence[Row]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def quartiles(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['q25']:.2f}–{ratio['q75']:.2f})"
+
+
+def significant(value: float) -> str:
+    """Three significant digits, more where the number has more before its point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def mean_error(values: Sequence[float] | None) -> str:
+    """Mean and standard error in percent."""
+    if not values:
+        return "-"
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{100 * statistics.mean(values):.2f} ± {100 * error:.2f}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+def main(arguments: Sequence[str]) -> int:
+    text = page()
+    if "--check" not in arguments:
+        files.write_text(PAGE, text)
+        print(PAGE)
+        return 0
+    if not PAGE.exists() or PAGE.read_text() != text:
+        print(f"{PAGE} is not what benchmarks/results give: run `python -m benchmarks.page`", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    files.write_text(PAGE, page())
-    print(PAGE)
+    sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,17 @@
-"""Build the site: `python -m docs`.
+"""Build the site with Sphinx, from the extra `docs`: `python -m docs`, to `docs/_build/html`. A warning is an error."""
 
-Warnings are errors. With SAPP_RUN_NOTEBOOKS=1 the notebooks are run, and their outputs are on the pages.
-"""
-
+import pathlib
 import sys
-from pathlib import Path
 
 from sphinx.cmd.build import main
 
+HERE = pathlib.Path(__file__).resolve().parent
+# -E reads every page again: Sphinx does not see that a docstring or the list of notebooks has changed.
+FLAGS = ["-W", "--keep-going", "-E", "-q", "-b", "html", "-c", str(HERE), "-d", str(HERE / "_build" / "doctrees")]
+
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    sys.exit(main(["-W", "--keep-going", "-q", "-b", "html", str(here), str(here / "_build" / "html")]))
+    # The sources are the repository's own pages, so that a link between two of them is the same on the site.
+    status = main([*FLAGS, str(HERE.parent), str(HERE / "_build" / "html")])
+    if not status:
+        print(HERE / "_build" / "html" / "index.html")
+    sys.exit(status)

@@ -1,39 +1,82 @@
-"""The documentation site: `python -m docs` builds it."""
+"""Sphinx settings. The source directory is the repository's root: see `docs/__main__.py`."""
 
-import os
-import sys
-from pathlib import Path
+import pathlib
+import re
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sa_plus_plus
 
-project, author, release = "sa_plus_plus", "The sa_plus_plus authors", sa_plus_plus.__version__
-copyright = author  # which Sphinx shows
+project = "sa_plus_plus"
+project_copyright = "the sa_plus_plus authors, Apache-2.0"
+version = release = sa_plus_plus.__version__
+
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
-exclude_patterns = ["_build"]
-html_theme, html_title = "furo", f"sa_plus_plus {release}"
-html_static_path: list[str] = []
+include_patterns = ["docs/*.md", "docs/api/*.rst", "notebooks/*.ipynb", "CHANGELOG.md", "CONTRIBUTING.md"]
+exclude_patterns = ["docs/_build", ".*", "runs", "build", "tests", "experiments", "benchmarks"]
+root_doc = "docs/index"
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+# Pages, which are read on GitHub too.
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-# Pages are read on GitHub too, where these lead somewhere; here they are files that stand outside the site.
-suppress_warnings = ["myst.xref_missing", "myst.header"]
-nb_execution_mode = "auto" if os.environ.get("SAPP_RUN_NOTEBOOKS") else "off"
-nb_execution_timeout = 1800
+nb_execution_mode = "off"  # notebooks are shown as they were saved
+suppress_warnings = ["mystnb.unknown_mime_type", "myst-nb.lexer"]  # of notebooks without metadata
+highlight_language = "none"
 
-default_role = "code"  # single backquotes in docstrings
-autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # docstrings say what arguments are
-napoleon_use_rtype = False
+# Docstrings: Google's sections, single backticks for code.
+default_role = "py:obj"
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_preprocess_types = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_class_signature = "mixed"
+python_maximum_signature_line_length = 100
+python_use_unqualified_type_names = True
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+
+html_theme = "furo"
+html_title = "sa_plus_plus"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+templates_path = ["_templates"]
+html_additional_pages = {"index": "redirect.html"}  # the first page is docs/index.html
+copybutton_exclude = ".linenos, .gp, .go"
 
 
-def _field(app: Any, what: str, name: str, member: Any, skip: bool, options: Any) -> bool | None:
-    """Leave out the fields of named tuples: the class's docstring has them."""
-    return True if type(member).__name__ == "_tuplegetter" else None
+def skip_alias(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Fields of named tuples are described by their class's docstring."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def indented_as_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Equations and examples in docstrings are indented paragraphs, as code is in Markdown: say so in reST."""
+    if what == "property":  # or napoleon takes what stands before a colon for the type
+        lines[:1] = lines[0].replace(": ", ":\n", 1).split("\n")
+    for i in range(len(lines) - 1, 1, -1):
+        begins = lines[i].startswith("    ") and not lines[i - 1].strip()
+        before = next((line for line in reversed(lines[:i]) if line.strip()), "")
+        if begins and before and not before.startswith((" ", "- ", ">>>")):
+            lines[i:i] = ["::", ""]
+
+
+def functions_by_name(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """A default `<function f>` cannot be read as Python, and the signature would be set as one line of text."""
+    return signature and re.sub(r"<function (\w+)>", r"\1", signature), returned
+
+
+def without_notebooks(app: Any, docname: str, source: list[str]) -> None:
+    """Where there are no notebooks, the contents have no section for them: an empty one is a warning."""
+    if docname == root_doc and not any((pathlib.Path(app.srcdir) / "notebooks").glob("*.ipynb")):
+        blocks = re.split(r"(?<=^```\n)", source[0], flags=re.M)
+        source[0] = "".join(block for block in blocks if "../notebooks/" not in block)
 
 
 def setup(app: Any) -> None:
-    app.connect("autodoc-skip-member", _field)
+    app.connect("source-read", without_notebooks)
+    app.connect("autodoc-process-signature", functions_by_name)
+    app.connect("autodoc-skip-member", skip_alias)
+    app.connect("autodoc-process-docstring", indented_as_code, priority=400)  # before napoleon reads sections

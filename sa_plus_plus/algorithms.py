@@ -35,16 +35,23 @@ def block_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> ja
     """The score of `magnitude` and others: the Frobenius norm of each block.
 
     Args:
-      weights: the kernel.
-      logits: not used, as the next but one: these are what every score takes.
-      layer: its plan.
+      weights: the kernel, of `layer.shape`.
+      logits: not used.
+      layer: its blocks and its view.
       key: not used.
     """
     return blk.frobenius(weights, layer.block, layer.view)
 
 
 def drawn(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
-    """The score of `random` and others: drawn uniformly."""
+    """The score of `random` and others: drawn uniformly.
+
+    Args:
+      weights: not used.
+      logits: not used.
+      layer: which has the grid.
+      key: a `jax.random.key`.
+    """
     return jax.random.uniform(key, layer.full_grid, jnp.float32)
 
 

@@ -21,14 +21,11 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def view_of(shape: Sequence[int], view: View | None) -> View:
-    """A view that is given, or that of all axes but the last as rows.
+    """`view`, or that of all axes but the last as rows, which takes 2 to 5 dimensions.
 
     Args:
-      shape: the kernel's shape.
-      view: how it is read as matrices, or None.
-
-    Raises:
-      ValueError: without a view, for a kernel that does not have 2 to 5 dimensions.
+      shape: of the kernel.
+      view: or None for the default.
     """
     if view is not None:
         return view
@@ -41,7 +38,7 @@ def matrix_shape(shape: Sequence[int], view: View | None = None) -> tuple[int, i
     """Rows and columns of a kernel's matrix: all axes but the last, and the last, unless its view says otherwise.
 
     Args:
-      shape: the kernel's shape.
+      shape: of the kernel.
       view: how it is read as matrices; by default as one, all axes but the last its rows.
 
     >>> matrix_shape((3, 3, 64, 128))
@@ -52,6 +49,10 @@ def matrix_shape(shape: Sequence[int], view: View | None = None) -> tuple[int, i
 
 def matrices(kernel: Array, view: View | None = None) -> Array:
     """A kernel as `(*stack, rows, cols)`; no data moves where the view has its axes in order.
+
+    Args:
+      kernel: a JAX or NumPy array; the result is of the same kind.
+      view: how it is read as matrices; by default as one, all axes but the last its rows.
 
     >>> matrices(np.zeros((6, 512, 8, 64)), View((0,), (1,), (2, 3))).shape
     (6, 512, 512)
@@ -66,8 +67,8 @@ def from_matrices(matrices: Array, shape: Sequence[int], view: View | None = Non
 
     Args:
       matrices: `(*stack, rows, cols)`.
-      shape: the kernel's shape.
-      view: how it is read as matrices; by default as one, all axes but the last its rows.
+      shape: of the kernel.
+      view: as in `matrices`.
     """
     view = view_of(shape, view)
     ordered = matrices.reshape([shape[axis] for axis in view.order])
@@ -97,6 +98,9 @@ def as_block(block: int | Sequence[int | None], matrix: tuple[int, int] | None =
 def as_sides(block: int | Sequence[int | None]) -> tuple[int | None, int | None]:
     """The two sides of a block, None for the whole side of a matrix.
 
+    Args:
+      block: one integer for a square, or a pair of integers or None.
+
     Raises:
       ValueError: if a side is neither a positive integer nor None in a pair, or there are not two of them.
     """
@@ -120,7 +124,7 @@ def grid_shape(shape: Sequence[int], block: Block, view: View | None = None) -> 
     """Number of blocks down and across each matrix: `(ceil(rows / b_r), ceil(cols / b_c))`.
 
     Args:
-      shape: the kernel's shape.
+      shape: of the kernel.
       block: `(b_r, b_c)`.
       view: as in `to_blocks`.
 
@@ -135,12 +139,9 @@ def block_sizes(shape: Sequence[int], block: Block, view: View | None = None) ->
     """How many real weights each block of a matrix's grid holds: fewer than `b_r * b_c` on a ragged edge.
 
     Args:
-      shape: the kernel's shape.
+      shape: of the kernel.
       block: `(b_r, b_c)`.
       view: as in `to_blocks`.
-
-    Returns:
-      `(grid_r, grid_c)`.
     """
     sides = []
     for length, b, n in zip(matrix_shape(shape, view), block, grid_shape(shape, block, view), strict=True):
@@ -192,10 +193,10 @@ def from_blocks(blocks: jax.Array, shape: Sequence[int], view: View | None = Non
 
 
 def full_grid(shape: Sequence[int], block: Block, view: View | None = None) -> tuple[int, ...]:
-    """`(*stack, grid_r, grid_c)`: the shape of an array with a number for each block of a kernel.
+    """`(*stack, grid_r, grid_c)`: a number for each block of a kernel.
 
     Args:
-      shape: the kernel's shape.
+      shape: of the kernel.
       block: `(b_r, b_c)`.
       view: as in `to_blocks`.
     """
@@ -226,7 +227,11 @@ def spread(grid: jax.Array, shape: Sequence[int], block: Block, view: View | Non
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """`x` in float32 if its own floating type is narrower."""
+    """`x` in float32 if its own floating type is narrower.
+
+    Args:
+      x: of any floating type.
+    """
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
@@ -234,7 +239,7 @@ def sum_of_squares(kernel: jax.Array, block: Block, view: View | None = None) ->
     """Squared Frobenius norm of each block, `(*stack, grid_r, grid_c)`, accumulated in at least float32.
 
     Args:
-      kernel: floating point.
+      kernel: of which the blocks are.
       block: `(b_r, b_c)`.
       view: as in `to_blocks`.
     """

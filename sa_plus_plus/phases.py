@@ -179,7 +179,11 @@ class Phases:
 
 
 def check_total_steps(total_steps: Any) -> None:
-    """Refuse a length that is not a whole number of steps."""
+    """Refuse a length that is not a whole number of steps.
+
+    Args:
+      total_steps: a Python or NumPy integer, at least 1.
+    """
     if isinstance(total_steps, bool) or not isinstance(total_steps, int | np.integer):
         raise ValueError(f"total_steps must be a whole number of steps, an integer, got {total_steps!r}")
     if total_steps < 1:
@@ -312,7 +316,7 @@ def dense(total_steps: int, *, recipe: str = "imagenet") -> Phases:
 
     Args:
       total_steps: length of the run in steps.
-      recipe: `imagenet`, `criteo`, `gradual` or `finetune`, which are the same here.
+      recipe: any of the recipes, all of which give the same.
     """
     _recipe(recipe)
     return _percent(total_steps, (DENSE, 100))
@@ -325,7 +329,7 @@ def magnitude(total_steps: int, *, recipe: str = "imagenet") -> Phases:
 
     Args:
       total_steps: length of the run in steps.
-      recipe: `imagenet`, `criteo`, `gradual` or `finetune`.
+      recipe: `imagenet` (also for `gradual`), `criteo` or `finetune`.
     """
     if _recipe(recipe) == "finetune":
         return _percent(total_steps, (SPARSE, 100))
@@ -341,7 +345,7 @@ def random(total_steps: int, *, recipe: str = "imagenet") -> Phases:
 
     Args:
       total_steps: length of the run in steps.
-      recipe: `imagenet`, `criteo`, `gradual` or `finetune`, which are the same here.
+      recipe: any of the recipes, all of which give the same.
     """
     _recipe(recipe)
     return _percent(total_steps, (SPARSE, 100))
@@ -380,7 +384,7 @@ def acdc(total_steps: int, *, recipe: str = "imagenet") -> Phases:
 
     Args:
       total_steps: length of the run in steps.
-      recipe: `imagenet`, `criteo`, `gradual` or `finetune`.
+      recipe: `imagenet` (also for `gradual`), `criteo` or `finetune`.
     """
     if _recipe(recipe) in ("imagenet", "gradual"):
         cycles = [(SPARSE, 5), (DENSE, 5)] * 6 + [(SPARSE, 5), (DENSE, 10)]

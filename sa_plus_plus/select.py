@@ -19,6 +19,10 @@ def kept_blocks(blocks: int, sparsity: float) -> int:
 
     Binary floats would give 35 for 360 blocks at 0.9, since `1 - 0.9` is just below 0.1.
 
+    Args:
+      blocks: number of blocks `N`.
+      sparsity: share removed, in [0, 1).
+
     >>> kept_blocks(360, 0.9)
     36
     """
@@ -112,8 +116,8 @@ def top_k_global(
     A layer may lose all its blocks: the paper (C.1) argues for `top_k_per_layer`.
 
     Args:
-      scores: `(*stack, grid_r, grid_c)` by path.
-      k: how many blocks of each matrix, by path; their sum is what counts.
+      scores: `(*stack, grid_r, grid_c)` by path, comparable between layers.
+      k: how many blocks of each matrix, by path: as many as these are together are kept.
       among: as in `top_k`, by path.
     """
     paths = list(scores)

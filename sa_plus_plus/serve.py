@@ -1,9 +1,11 @@
-"""Specialised networks as files, called in other processes without the model's code, at any of several batch sizes.
+"""Specialised networks as files, called in other processes without the model's code.
 
-network = sapp.specialize(fn, example)
-network.save("network.safetensors")
-fast = sapp.serve.load("network.safetensors")  # in another process
-y = fast(x)
+    network = sapp.specialize(fn, example)
+    network.save("network.safetensors")
+    fast = sapp.serve.load("network.safetensors")  # in another process
+    y = fast(x)
+
+A file may hold networks for several batch sizes, and then takes any batch.
 """
 
 import importlib.util

@@ -1,67 +1,112 @@
-"""The site's sources: every public name is documented and on a page, and the page of benchmarks is up to date."""
+"""The pages say what the library does: each public name is described, errors are quoted, the first example runs."""
 
+import builtins
 import importlib
 import inspect
-import pathlib
 import re
+import sys
+import warnings
 
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+import readme_test
 
 import sa_plus_plus as sapp
 from benchmarks import page
 
-DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
-CONVEX = "constants greedy group_lasso groups least_squares_path masked penalised penalties problems"
-MODULES = (
-    *("blocks", "metrics", "phases", "select", "serve", "sparse", "views", "contrib.keras"),
-    *(f"convex.{name}" for name in CONVEX.split()),
-)
+DOCS = readme_test.ROOT / "docs"
+CONVEX = [f"convex.{name}" for name in sapp.convex.__all__ if inspect.ismodule(getattr(sapp.convex, name))]
+MODULES = ["blocks", "metrics", "phases", "select", "serve", "sparse", "views", "contrib.keras", *CONVEX]
 
 
-def public():
-    """Callables by their name: those of the package, and those that its public modules define."""
+def public(module):
+    """`{name: function or class}` of a module: those that it exports or, where it does not say, those made in it."""
+    named = getattr(module, "__all__", None)
+    members = {n: o for n, o in vars(module).items() if callable(o) and not n.startswith("_")}
+    if named is not None:
+        return {name: members[name] for name in named if name in members}
+    own = {n: o for n, o in members.items() if getattr(o, "__module__", None) == module.__name__}
+    return {n: o for n, o in own.items() if inspect.isclass(o) or inspect.isroutine(inspect.unwrap(o))}
+
+
+def described():
+    for module in (sapp, *(importlib.import_module(f"sa_plus_plus.{name}") for name in MODULES)):
+        yield from ((f"{module.__name__}.{name}", found) for name, found in public(module).items())
+
+
+@pytest.mark.parametrize(("name", "found"), [pytest.param(*pair, id=pair[0]) for pair in described()])
+def test_public_names_have_docstrings(name, found):
+    text = inspect.getdoc(found)
+    assert text, f"{name} has no docstring"
+    if inspect.isclass(found):
+        methods = {n: m for n, m in vars(found).items() if inspect.isfunction(m) and n == m.__name__}
+        silent = [n for n, m in methods.items() if not n.startswith("_") and not m.__doc__]
+        assert not silent, f"methods of {name} have no docstring: {silent}"
+    elif taken := list(inspect.signature(found).parameters):
+        section = re.search(r"^Args:\n((?:  .*\n?|\n)*)", text, flags=re.M)
+        assert section, f"the docstring of {name} has no section Args"
+        told, words = re.findall(r"^  \*{0,2}(\w+):", section[1], flags=re.M), re.findall(r"\w+", section[1])
+        assert set(told) <= set(taken) <= set(words), f"{name} takes {taken}, its docstring tells of {told}"
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(file.read_text() for file in (DOCS / "api").glob("*.rst"))
     for name in sapp.__all__:
-        if callable(value := getattr(sapp, name)):
-            yield name, value
-    for module in MODULES:
+        assert re.search(rf":: sa_plus_plus\.{name}$", text, flags=re.M) or inspect.ismodule(getattr(sapp, name)), name
+    for name in sapp.sparse.__all__:
+        assert re.search(rf":: sa_plus_plus\.(sparse\.)?{name}$", text, flags=re.M), f"sparse.{name}"
+    for name in set(MODULES) - {"sparse"}:
+        assert f".. automodule:: sa_plus_plus.{name}\n" in text, name
+
+
+def test_the_page_of_benchmarks_is_that_of_the_results():
+    assert page.main(["--check"]) == 0, "run `python -m benchmarks.page`"
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_first_example_needs_the_library_alone(monkeypatch):
+    imported, usual = set(), builtins.__import__
+
+    def noting(name, globals=None, locals=None, fromlist=(), level=0):
+        if (globals or {}).get("__name__", "").startswith(("sa_plus_plus", "page")):
+            imported.add(name.partition(".")[0])
+        return usual(name, globals, locals, fromlist, level)
+
+    monkeypatch.setattr(builtins, "__import__", noting)
+    namespace = {"__name__": "page"}
+    for snippet in readme_test.snippets_of((DOCS / "getting_started.md").read_text()):
+        exec(compile(snippet, "getting_started.md", "exec"), namespace)
+    assert imported - set(sys.stdlib_module_names) <= {"jax", "jaxlib", "optax", "numpy", "sa_plus_plus"}
+    assert np.mean(np.asarray(namespace["params"]["in"]) == 0) == pytest.approx(0.9, abs=0.01)
+    assert namespace["loss_fn"](namespace["params"]) < 0.5 * jnp.var(namespace["y"])
+
+
+def messages(act):
+    """What an act raises and warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
-            found = importlib.import_module(f"sa_plus_plus.{module}")
-        except ImportError:  # an optional package
-            continue
-        for name in getattr(found, "__all__", vars(found)):
-            value = getattr(found, name)
-            if callable(value) and not name.startswith("_") and value.__module__.startswith(f"sa_plus_plus.{module}"):
-                yield f"{module}.{name}", value
+            act()
+        except (ValueError, TypeError) as error:
+            return [str(error)]
+    return [str(warning.message) for warning in caught]
 
 
-PUBLIC = dict(public())
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_is_documented(name):
-    value = PUBLIC[name]
-    text = inspect.getdoc(value)
-    assert text
-    assert not text.startswith(f"{getattr(value, '__name__', '')}("), "a docstring of its own"
-    if inspect.isclass(value):
-        return
-    parameters = [p for p in inspect.signature(value).parameters if not p.startswith("_")]
-    if len(parameters) > 1:
-        assert "Args:" in text or all(re.search(rf"`{p}`|\b{p}\b", text) for p in parameters), parameters
-
-
-def test_every_public_name_is_on_a_page_of_the_reference():
-    pages = {path.stem: path.read_text() for path in (DOCS / "api").glob("*.md")}
-    told = " ".join(pages.values())
-    for name in sapp.__all__:
-        if inspect.ismodule(getattr(sapp, name)):
-            assert name in pages, f"docs/api/{name}.md"
-        elif name != "Phases":  # which is with its module
-            assert re.search(rf":: {name}$|`{name}`", told, flags=re.M), name
-    index = pages.pop("index")
-    assert all(stem in index for stem in pages)
-
-
-def test_the_page_of_benchmarks_is_what_the_script_writes():
-    """After a measurement: `python -m benchmarks.page`."""
-    assert page.PAGE.read_text() == page.page()
+def test_troubleshooting_quotes_what_the_library_says():
+    params, x = {"in": jnp.ones((64, 96))}, jnp.ones((2, 64))
+    phases = sapp.phases.magnitude(100)
+    sp = sapp.magnitude(block=4, sparsity=0.9, phases=phases)
+    acts = (
+        lambda: sp.init({"in": params["in"].at[0, 0].set(jnp.nan)}),
+        lambda: sapp.check_pruned(params, sp.plan(params)),
+        lambda: sp.finalize(*sp.init(params)),
+        lambda: sapp.plan(params, block=16, sparsity=0.9),
+        lambda: sapp.sparsify(optax.adam(1e-3), sp).init(params),
+        lambda: sapp.specialize(lambda w, x: x @ w, params["in"], x),
+        lambda: sapp.specialize(lambda x: x + 1, x),
+        lambda: sapp.magnitude(block=4, sparsty=0.9, phases=phases),
+    )
+    quoted = re.findall(r"```text\n(.*?)\n```", (DOCS / "troubleshooting.md").read_text(), flags=re.S)
+    assert [message for act in acts for message in messages(act)] == quoted

@@ -1,4 +1,4 @@
-"""Python snippets of the README and of the pages that follow it run, in order, in one namespace; frameworks apart."""
+"""Python snippets run: of the README and of the pages that follow it in one namespace, of other pages by themselves."""
 
 import pathlib
 import re
@@ -10,11 +10,9 @@ import sa_plus_plus as sapp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-NAMES = (
-    *("training", "inference", "algorithms", "theory", "one_shot", "choosing_blocks", "several_devices"),
-    *("your_own_data", "getting_started"),
-)
+NAMES = ("training", "inference", "algorithms", "theory", "one_shot")
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
+APART = ("what_to_prune", "trained_weights", "devices", "own_algorithm", "own_data")  # getting_started: docs_test.py
 FRAMEWORKS = (ROOT / "docs" / "frameworks.md").read_text()
 
 
@@ -39,6 +37,20 @@ def test_snippets_run(monkeypatch, tmp_path):
     assert str(namespace["sp"].plan(namespace["params"])) in README.read_text()
     assert losses["one line"] < 0.25 * np.square(np.sin(namespace["x"][:, :16]).sum(-1)).mean()  # of the output 0
     assert losses["explicit"] == pytest.approx(losses["one line"], rel=0.1)  # rounding apart; contract_test.py is exact
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", APART)
+def test_a_page_by_itself(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    page, namespace = ROOT / "docs" / f"{name}.md", {"__name__": "page"}
+    known = set(sapp.ALGORITHMS)
+    try:
+        for snippet in snippets_of(page.read_text()):
+            exec(compile(snippet, page.name, "exec"), namespace)
+    finally:
+        for added in set(sapp.ALGORITHMS) - known:
+            del sapp.ALGORITHMS[added]
 
 
 @pytest.mark.usefixtures("standard_promotion")

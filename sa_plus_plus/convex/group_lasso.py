@@ -69,7 +69,7 @@ def objective(problem: Problem, groups: Groups, lam: jax.Array | float, beta: ja
 def kkt_residual(groups: Groups, lam: jax.Array | float, beta: jax.Array, gradient: jax.Array) -> jax.Array:
     """Distance of the subgradient's nearest element from 0, the largest over the groups.
 
-    ||g_i + lambda beta_i / ||beta_i|| ||  where beta_i is not 0,   max(||g_i|| - lambda, 0)  where it is
+        ||g_i + lambda beta_i / ||beta_i|| ||  where beta_i is not 0,   max(||g_i|| - lambda, 0)  where it is
 
     Args:
       groups: a partition of coefficients.

@@ -1,7 +1,9 @@
-"""Problems with a non-convex group penalty, plain or as the paper's objective (1), and Theorem 1.1's shortcut.
+"""Problems with a non-convex group penalty, and Theorem 1.1's shortcut. There are two forms:
 
-sum:         L(beta) + lambda sum_i q(||beta_i||)
-composite:   L(beta) + lambda q^{-1}(sum_i q(||beta_i||))          (objective (1))
+    sum:         L(beta) + lambda sum_i q(||beta_i||)
+    composite:   L(beta) + lambda q^{-1}(sum_i q(||beta_i||))
+
+The second is the paper's objective (1).
 """
 
 import functools

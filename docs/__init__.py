@@ -1,1 +1,0 @@
-"""The project's pages, and the site made of them."""
