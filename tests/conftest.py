@@ -31,7 +31,7 @@ collect_ignore = ["killed.py"]  # a program, not to be imported for its docstrin
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-hypothesis.settings.register_profile("tests", deadline=None, max_examples=30, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.register_profile("campaign", deadline=None, max_examples=int(os.environ.get("EXAMPLES", "1000")))
 hypothesis.settings.load_profile("tests")
 

@@ -41,6 +41,7 @@ def test_runs_from_start_to_end(text, monkeypatch, tmp_path):
     monkeypatch.setenv("SAPP_SHORT", "1")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel has its own
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a user has
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     notebook = jupytext.read(text)
     # Through files: kernels that start at a time may choose the same ports.

@@ -55,7 +55,6 @@ def test_killed_again_and_again_ends_bit_for_bit_the_same(uninterrupted):
         first,
         "0.000s",
         checkpoint,
-        "0.040s",
         checkpoint + 1,
         evaluation,
         "0.110s",
