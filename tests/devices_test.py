@@ -99,6 +99,7 @@ def two_processes(workdir, *flags):
     return [start(workdir, 2, *hosts, f"--process_id={i}", *flags) for i in range(2)]
 
 
+@pytest.mark.long
 def test_two_processes_equal_one_and_checkpoints_move_between_them(tmp_path):
     finish(start(tmp_path / "one", 4))
     finish(*two_processes(tmp_path / "two", "--config.mesh.fsdp=2", "--resume_changed"))

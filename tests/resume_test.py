@@ -46,6 +46,7 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.long
 def test_killed_again_and_again_ends_bit_for_bit_the_same(uninterrupted):
     """One run, killed at moments of every kind; `tests/campaign_kills.py` kills many at random ones."""
     starts = [p.start for p in sapp.phases.sequential_attention(STEPS).phases[1:]]
