@@ -4,6 +4,7 @@
     python -m experiments.reproduce table2 --scale=small --plan
     python -m experiments.reproduce figure2
     python -m experiments.reproduce all --scale=smoke
+    python -m experiments.reproduce all --scale=paper --local=path/to/imagenet --local=table2=path/to/criteo
 
 table1 to table4 are sweeps over algorithms, block sizes, sparsities and seeds (`configs/reproduce/`); figure3 and
 figure4 are made of the runs of table1, figure5 of those of table2; figure2, the schedules, needs none. `--scale=paper`
@@ -50,11 +51,13 @@ def main() -> None:
     with cli.users_mistakes():
         names = _names(arguments.what)
         needed = dict.fromkeys(NEEDS[name] for name in names if NEEDS[name])
-        sweeps = [sweep(need, arguments.scale, arguments.local, arguments.seeds) for need in needed]
+        local = _local(arguments.local)
+        sweeps = [sweep(n, arguments.scale, local.get(n, local.get("", "")), arguments.seeds) for n in needed]
         for one in sweeps:
             check(cells_of(one), directory)
         if arguments.plan:
-            console.print(progress.table("What would be run", [plan(one, directory) for one in sweeps]))
+            rows = [plan(one, directory) for one in sweeps]
+            console.print(progress.table("What would be run", rows) if rows else "No runs are needed.")
             return
         if sweeps and not arguments.report:
             prepare(cells_of(sweeps[0])[0].config())  # the data are there, and the config is right
@@ -110,8 +113,8 @@ def plan(one: Sweep, directory: pathlib.Path) -> dict[str, str]:
     row = {"sweep": one.folder, "cells": str(len(cells)), "left": str(len(left))}
     try:
         setup = prepare(left[0].config() if left else cells[0].config())
-    except FileNotFoundError as error:
-        return row | {"steps each": "?", "hours left": f"no data: {error}"}
+    except (FileNotFoundError, ValueError) as error:
+        return row | {"steps each": "?", "hours left": f"not here: {error}"}
     steps = setup.config.steps
     if done:
         seconds = float(np.median([result["seconds"] for result in done]))
@@ -160,7 +163,8 @@ def helpers(arguments: argparse.Namespace, directory: pathlib.Path) -> Iterator[
         if number == 0:
             os.environ.update(environment)  # before JAX looks for devices
             continue
-        own = [f"--{name}={getattr(arguments, name)}" for name in ("scale", "local", "seeds", "directory")]
+        own = [f"--{name}={getattr(arguments, name)}" for name in ("scale", "seeds", "directory")]
+        own += [f"--local={path}" for path in arguments.local]
         line = [sys.executable, "-m", "experiments.reproduce", *arguments.what, *own]
         with (directory / f"job{number}.log").open("ab") as log:
             started.append(subprocess.Popen(line, env=os.environ | environment, stdout=log, stderr=log))
@@ -179,13 +183,24 @@ def _names(asked: Sequence[str]) -> list[str]:
     return list(NEEDS) if "all" in asked else list(dict.fromkeys(asked))
 
 
+def _local(values: Sequence[str]) -> dict[str, str]:
+    """By table where its data are; by the empty name, those of all others."""
+    found = {}
+    for value in values:
+        table, is_one, path = value.partition("=")
+        is_one = is_one and table in SWEEPS
+        found[table if is_one else ""] = path if is_one else value
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     description = __doc__ or ""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m experiments.reproduce", description=description, formatter_class=form)
     parser.add_argument("what", nargs="+", help=f"{', '.join(NEEDS)}, all")
     parser.add_argument("--scale", default="small", help="paper, small or smoke")
-    parser.add_argument("--local", default="", help="where the data are, for data sets read from files")
+    local = "where the data are, for data sets read from files; TABLE=PATH for one table alone, may be repeated"
+    parser.add_argument("--local", action="append", default=[], metavar="[TABLE=]PATH", help=local)
     parser.add_argument("--seeds", type=_whole, default=0, help="how many; 0: as many as the sweep says")
     parser.add_argument("--directory", default="runs/reproduce", help="where runs and pages go")
     parser.add_argument("--jobs", type=_whole, default=1, help="processes here, each with a GPU of its own if any")

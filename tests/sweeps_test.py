@@ -10,6 +10,7 @@ import commands
 import numpy as np
 import pytest
 
+from experiments import reproduce
 from experiments.outputs import workdir
 from experiments.sweeps import page, work
 from experiments.sweeps.cells import DENSE, SWEEPS, Cell, cells_of, check, sweep
@@ -141,10 +142,18 @@ def test_what_cannot_be_reproduced_is_said(tmp_path, what, flags, match):
     assert not (tmp_path / "out").exists()
 
 
+def test_each_table_finds_its_own_data():
+    local = reproduce._local(["pictures", "table2=clicks=1"])
+    assert local == {"": "pictures", "table2": "clicks=1"}
+    assert sweep("table2", "small", "pictures").local == ""  # planted features need no files
+    assert sweep("table2", "paper", "clicks").local == "clicks"
+
+
 def test_a_plan_is_told_and_a_figure_without_runs_is_drawn(tmp_path):
     done = command(tmp_path, "--plan", what="table4").finish()
     assert done.returncode == 0, done.output
     assert re.search(r"table4-smoke\s+│ 8\s+│ 8\s+│ 60\s+│ 0\.\d", done.stdout), done.stdout
     assert not any(tmp_path.iterdir())
+    assert "No runs are needed" in command(tmp_path, "--plan", what="figure2").finish().stdout
     assert command(tmp_path, what="figure2").finish().returncode == 0
     assert (tmp_path / "figure2.png").stat().st_size > 20_000

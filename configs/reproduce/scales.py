@@ -20,6 +20,13 @@ CONTROLS = {
     },
     "random": {"sparsifier.name": "random"},
 }
+BASELINES = {
+    "RigL": {"sparsifier.name": "rigl"},
+    "SET": {"sparsifier.name": "sparse_evolutionary"},
+    "movement": {"sparsifier.name": "movement"},
+    "group LASSO": {"sparsifier.name": "group_lasso"},
+    "D-Gating": {"sparsifier.name": "d_gating"},
+}
 
 
 def sweep(title: str, file: str, **options: Any) -> ConfigDict:
@@ -30,9 +37,11 @@ def sweep(title: str, file: str, **options: Any) -> ConfigDict:
       file: the config that each cell changes.
       options: `variants`, by name what each changes in the config; `blocks`, `sparsities`, `seeds`; `changes`, those of
         all cells; `dense`, whether the dense network is trained too; `metric`, which output of the test is shown;
-        `percent`, whether in percent; `paper`, its table in `experiments/sweeps/paper.json`.
+        `percent`, whether in percent; `files`, whether the data are read from files; `paper`, its table in
+        `experiments/sweeps/paper.json`.
     """
     defaults: dict[str, Any] = {"changes": {}, "dense": True, "percent": False, "paper": "", "metric": "accuracy"}
+    defaults["files"] = True
     return ConfigDict({"title": title, "file": file, **defaults, **options}, convert_dict=False)
 
 

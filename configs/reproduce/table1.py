@@ -4,12 +4,12 @@
     python -m experiments.reproduce table1 --scale=small --local=path/to/fashion/mnist
 
 At scale `paper` ResNet-50 on ImageNet, ACDC and SequentialAttention++; at scale `small` LeNet-300-100 on Fashion-MNIST,
-the paper's four algorithms and controls.
+the paper's four algorithms, controls, and algorithms of other papers.
 """
 
 from ml_collections import ConfigDict
 
-from configs.reproduce.scales import CONTROLS, PAPERS, fashion, mnist, sweep
+from configs.reproduce.scales import BASELINES, CONTROLS, PAPERS, fashion, mnist, sweep
 
 
 def get_config(scale: str = "small") -> ConfigDict:
@@ -24,7 +24,7 @@ def get_config(scale: str = "small") -> ConfigDict:
     if scale == "small":
         return fashion(
             "LeNet-300-100 on Fashion-MNIST: accuracy, %",
-            variants=PAPERS | CONTROLS,
+            variants=PAPERS | CONTROLS | BASELINES,
             **{"blocks": (4, 8, 16, 32), "sparsities": (0.9, 0.95, 0.97, 0.98), "paper": "table1"},
         )
     return mnist("LeNet-300-100 on MNIST digits: accuracy, %", variants=PAPERS, paper="table1")

@@ -19,6 +19,7 @@ def get_config(scale: str = "small") -> ConfigDict:
         "sparsities": (0.9, 0.95, 0.97, 0.98, 0.99),
         "metric": "loss",
         "paper": "table2",
+        "files": scale == "paper",
     }
     if scale == "paper":
         title = "Click network on Criteo: validation loss"

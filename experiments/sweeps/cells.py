@@ -86,7 +86,7 @@ def sweep(name: str, scale: str, local: str = "", seeds: int = 0) -> Sweep:
     Args:
       name: one of `SWEEPS`.
       scale: one of those of `configs/reproduce/scales.py`.
-      local: where the data are.
+      local: where the data are; ignored by sweeps on data that need no files.
       seeds: how many instead of the sweep's own; 0 for these.
 
     Raises:
@@ -97,7 +97,7 @@ def sweep(name: str, scale: str, local: str = "", seeds: int = 0) -> Sweep:
     options = importlib.import_module(f"configs.reproduce.{name}").get_config(scale).to_dict()
     if seeds:
         options["seeds"] = tuple(range(seeds))
-    return Sweep(name, scale, options, local)
+    return Sweep(name, scale, options, local if options["files"] else "")
 
 
 def cells_of(sweep: Sweep) -> list[Cell]:
