@@ -187,9 +187,9 @@ def _local(values: Sequence[str]) -> dict[str, str]:
     """By table where its data are; by the empty name, those of all others."""
     found = {}
     for value in values:
-        table, is_one, path = value.partition("=")
-        is_one = is_one and table in SWEEPS
-        found[table if is_one else ""] = path if is_one else value
+        table, _, path = value.partition("=")
+        alone = table in SWEEPS and bool(path)
+        found[table if alone else ""] = path if alone else value
     return found
 
 

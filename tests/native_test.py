@@ -116,11 +116,32 @@ def test_max_pool(dtype, window, strides, padding):
     np.testing.assert_array_equal(np.asarray(got, np.float32), windows.max((-1, -2)))
 
 
-def test_max_pool_keeps_nan():
-    x = np.array([1, np.nan, 3, 4], np.float32).reshape(1, 1, 4, 1)
+@pytest.mark.parametrize("channels", [1, 16, 33, 64, 131, 260])  # some, and none, beyond whole vectors
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.uint8])
+def test_pooling_of_any_number_of_channels(channels, dtype):
+    x = np.random.default_rng(channels).integers(0, 256, (1, 3, 4, channels)).astype(dtype)
+    args = ((2, 2), (1, 2), ((0, 0), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.float32), (2, 2), (1, 2))[:, :, ::2]
+    got = native.max_pool(jnp.asarray(x), *args)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), windows.max((-1, -2)))
+    if dtype == np.float32:
+        np.testing.assert_array_equal(native.sum_pool(jnp.asarray(x), *args), windows.sum((-1, -2)))
+
+
+def test_sums_of_windows_leave_out_what_is_beyond_the_edges():
+    x = np.random.default_rng(0).standard_normal((2, 5, 6, 20), np.float32)
+    got = native.sum_pool(jnp.asarray(x), (3, 3), (2, 1), ((1, 1), (1, 1)))
+    want = jax.lax.reduce_window(
+        x, np.float32(0), jax.lax.add, (1, 3, 3, 1), (1, 2, 1, 1), [(0, 0), (1, 1), (1, 1), (0, 0)]
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_pooling_keeps_nan():
+    x = np.array([1, np.nan, np.nan, 2, 3, 4], np.float32).reshape(1, 1, 6, 1)
     for dtype in (np.float32, jnp.bfloat16):
         got = native.max_pool(jnp.asarray(x.astype(dtype)), (1, 2), (1, 2), ((0, 0), (0, 0)))
-        np.testing.assert_array_equal(np.asarray(got, np.float32).ravel(), [np.nan, 4])
+        np.testing.assert_array_equal(np.asarray(got, np.float32).ravel(), [np.nan, np.nan, 4])
 
 
 def test_rounding_of_images():

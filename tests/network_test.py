@@ -4,6 +4,7 @@ import gc
 import re
 
 import chex
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -436,3 +437,59 @@ def test_blocks_wider_than_their_kernel_are_found():
     fast = sapp.specialize(lambda x: x @ kernel, x, choose="all")
     assert (fast.choices[0].block, fast.choices[0].sparse) == ((16, 16), True)
     np.testing.assert_allclose(fast(x), x.astype(np.float64) @ np.asarray(kernel, np.float64), rtol=1e-4, atol=1e-4)
+
+
+def image_network(seed=0):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((2, 7, 8, 16)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((16, 32)), jnp.float32).at[:8].set(0)
+    return x, w, jnp.asarray(rng.standard_normal((32, 32)), jnp.float32).at[:, 16:].set(0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(slice(None, None, 2), slice(None, None, 3)), (slice(1, None, 2), slice(4))]
+)
+def test_a_product_with_every_nth_position_is_a_convolution(rows, columns):
+    x, w, _ = image_network()
+
+    def fn(x):
+        return jax.nn.relu(x[:, rows, columns] @ w + 1)
+
+    fast = sapp.specialize(fn, x, choose="all")
+    np.testing.assert_allclose(fast(x), fn(x), rtol=1e-5, atol=1e-5)
+    regular = rows.start is None
+    assert fast.choices[0].layer == ("convolution 1×1, strides 2×3" if regular else "dense")
+
+
+def test_a_residual_whose_place_the_result_takes_may_be_needed_again():
+    x, w, v = image_network()
+
+    def fn(x):
+        residual = jax.nn.relu(x @ w)
+        y = jax.nn.relu(residual @ v + residual)
+        return y, residual, y @ v + x @ w
+
+    fast = sapp.specialize(fn, x, choose="all")
+    for got, want in zip(fast(x), fn(x), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [(1, 2), (1,), (0, 1, 2), (1, 3), (3,)])
+def test_means_over_positions(axes):
+    x, w, _ = image_network()
+
+    def fn(x):
+        return (x @ w).mean(axes)
+
+    fast = sapp.specialize(fn, x, choose="all")
+    np.testing.assert_allclose(fast(x), fn(x), rtol=1e-5, atol=1e-5)
+
+
+def test_average_pooling():
+    x, w, _ = image_network()
+
+    def fn(x):
+        return nn.avg_pool(x @ w, (3, 3), (2, 2), padding=((1, 1), (0, 1)), count_include_pad=False)
+
+    fast = sapp.specialize(fn, x, choose="all")
+    np.testing.assert_allclose(fast(x), fn(x), rtol=1e-5, atol=1e-5)

@@ -15,8 +15,9 @@ def alternate(
     """Seconds per call of each contender, one figure a round.
 
     In every round each contender is called, in turn, often enough to take `at_least` seconds; a contender's call must
-    return only when its work is done. Figures of one round were taken next to each other, so ratios between them hold
-    though the machine's speed drifts.
+    return only when its work is done. Its first call of a round is not timed: threads of the one before may still be
+    spinning in wait of work, as those of ONNX Runtime do for about 20 ms. Figures of one round were taken next to each
+    other, so ratios between them hold though the machine's speed drifts.
     """
     repeats = {}
     for name, call in contenders.items():
@@ -28,6 +29,7 @@ def alternate(
     seconds: dict[Name, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
+            call()
             started = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

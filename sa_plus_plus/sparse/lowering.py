@@ -1,7 +1,7 @@
 """Layers as the compiled kernel runs them: kernels packed for a number type, float32, bfloat16 or int8."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from sa_plus_plus.sparse.steps import Call, Layer, Linear, Variable
 from sa_plus_plus.sparse.windows import NO_BORDER, Window
 
 REGISTER_BYTES = 64  # part of a block's column that matrix registers take at once
+MOST_SUMMED = 2**18  # numbers that one thread sums
 DENSE_ROWS, DENSE_COLUMNS = 128, 32  # at most, of the blocks in which a float32 kernel is packed that is not pruned
 
 
@@ -65,16 +66,34 @@ class Compiled(NamedTuple):
 
 
 def pooled(call: Call, x: Any) -> Any | None:
-    """The result of an operation that takes the largest of windows of images, or None if it does anything else."""
-    options = call.options
-    if call.primitive.name != "reduce_window_max" or x.ndim != 4 or x.dtype not in (FLOAT32, BFLOAT16, UINT8):
+    """The result of an operation that takes the largest or the sum of windows of images, or None if it does not.
+
+    So are sums over neighbouring axes that are small: XLA's take longer to start than to run.
+    """
+    options, name = call.options, call.primitive.name
+    if name == "reduce_sum" and x.dtype == FLOAT32:
+        return _summed(x, options["axes"], call.outputs[0].shape)
+    types = {"reduce_window_max": (FLOAT32, BFLOAT16, UINT8), "reduce_window_sum": (FLOAT32,)}.get(name, ())
+    if x.ndim != 4 or x.dtype not in types:
         return None
     plain = {*options["base_dilation"], *options["window_dilation"]} == {1}
     window, strides, padding = (tuple(options[name]) for name in ("window_dimensions", "window_strides", "padding"))
     others = [(window[i], strides[i], tuple(padding[i])) for i in (0, 3)]
     if not plain or others != [(1, 1, (0, 0))] * 2 or any(p < 0 for pair in padding for p in pair):
         return None
-    return native.max_pool(x, window[1:3], strides[1:3], padding[1:3])
+    pool = native.max_pool if name == "reduce_window_max" else native.sum_pool
+    return pool(x, window[1:3], strides[1:3], padding[1:3])
+
+
+def _summed(x: Any, axes: Sequence[int], shape: Sequence[int]) -> Any | None:
+    first, last = min(axes, default=0), max(axes, default=0)
+    before, over, after = (
+        math.prod(part) for part in (x.shape[:first], x.shape[first : last + 1], x.shape[last + 1 :])
+    )
+    if last + 1 - first != len(axes) or over * after > MOST_SUMMED or after < native.WIDE or not before * over:
+        return None
+    image = x.reshape(before, 1, over, after)
+    return native.sum_pool(image, (1, over), (1, 1), ((0, 0), (0, 0))).reshape(shape)
 
 
 def packed_float(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:

@@ -13,9 +13,10 @@ import numpy as np
 from sa_plus_plus.sparse.array import Layout
 from sa_plus_plus.sparse.steps import Activation
 
-CONV, MAX_POOL, ROUND = TARGETS = (
+CONV, MAX_POOL, SUM_POOL, ROUND = TARGETS = (
     "sa_plus_plus_block_sparse_conv",
     "sa_plus_plus_max_pool",
+    "sa_plus_plus_sum_pool",
     "sa_plus_plus_round_images",
 )
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
@@ -146,8 +147,15 @@ def conv(
     floats = {"residual_scale": epilogue.residual_factor, "residual_zero": epilogue.residual_zero}
     floats |= {"y_zero": epilogue.zero, "y_unit": epilogue.unit}
     scale, bias = (jnp.zeros(0, jnp.float32) if a is None else a.astype(jnp.float32) for a in (scale, bias))
+    # Where the residual is needed no more the result takes its place, which is in the caches; otherwise XLA copies it.
+    in_place = residual is not None and (residual.shape, residual.dtype) == (shape, epilogue.dtype)
     residual = jnp.zeros(0, epilogue.dtype) if residual is None else residual
-    call = jax.ffi.ffi_call(CONV, jax.ShapeDtypeStruct(shape, epilogue.dtype), vmap_method="sequential")
+    call = jax.ffi.ffi_call(
+        CONV,
+        jax.ShapeDtypeStruct(shape, epilogue.dtype),
+        vmap_method="sequential",
+        input_output_aliases={6: 0} if in_place else None,
+    )
     y = call(
         *(x, blocks, layout.indices, layout.indptr, scale, bias, residual),
         **{name: np.int64(n) for name, n in integers.items()},
@@ -173,11 +181,25 @@ def max_pool(
       strides: down and across.
       padding: `((top, bottom), (left, right))`.
     """
+    return _pool(MAX_POOL, x, window, strides, padding)
+
+
+def sum_pool(
+    x: jax.Array,
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> jax.Array:
+    """The sum of each window of images; arguments as of `max_pool`, `x` in float32."""
+    return _pool(SUM_POOL, x, window, strides, padding)
+
+
+def _pool(target: str, x: jax.Array, window: Any, strides: Any, padding: Any) -> jax.Array:
     sizes = [(n + sum(pads) - k) // s + 1 for n, pads, k, s in zip(x.shape[1:3], padding, window, strides, strict=True)]
     out = jax.ShapeDtypeStruct((x.shape[0], *sizes, x.shape[3]), x.dtype)
     options = {"window_rows": window[0], "window_columns": window[1], "stride_down": strides[0]}
     options |= {"stride_across": strides[1], "top": padding[0][0], "left": padding[1][0]}
-    call = jax.ffi.ffi_call(MAX_POOL, out, vmap_method="sequential")
+    call = jax.ffi.ffi_call(target, out, vmap_method="sequential")
     return call(x, **{name: np.int64(n) for name, n in options.items()})
 
 
@@ -189,11 +211,11 @@ def round_images(
     border: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
     channels: int | None = None,
 ) -> jax.Array:
-    """Images in bfloat16, or in uint8 as `round(x / factor) + zero`, with zeros around them and more channels of zeros.
+    """Images in float32, bfloat16, or uint8 as `round(x / factor) + zero`, with zeros around them and as more channels.
 
     Args:
       x: `(batch, height, width, channels)`, float32.
-      dtype: bfloat16 or uint8.
+      dtype: float32, bfloat16 or uint8.
       factor: what 1 in uint8 stands for.
       zero: what stands for 0 in uint8.
       border: `((top, bottom), (left, right))`.

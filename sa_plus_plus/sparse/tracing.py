@@ -91,6 +91,7 @@ class _Recorder:
         self.permuted: dict[Variable, tuple[Variable, tuple[int, ...]]] = {}
         self.transpositions: dict[tuple[Variable, tuple[int, ...]], Variable] = {}
         self.reshaped: dict[Variable, Variable] = {}
+        self.strided: dict[Variable, tuple[Variable, tuple[int, int]]] = {}
         self.count = 0
 
     def variable(self, shape: Sequence[int], dtype: Any) -> Variable:
@@ -132,6 +133,7 @@ class _Recorder:
             "dot_general": self.product,
             "conv_general_dilated": self.convolution,
             "transpose": self.transpose,
+            "slice": self.slice,
             **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), self.reshape),
             **dict.fromkeys((*_ANY_ORDER, *_WINDOWS), self.before_transposition),
         }.get(eqn.primitive.name)
@@ -159,6 +161,8 @@ class _Recorder:
             [i for i in range(len(v.shape)) if i not in (*over, *along)]
             for v, over, along in ((x, over_x, batch_x), (kernel, over_kernel, batch_kernel))
         )
+        if x in self.strided and x is left and (over_x, over_kernel, len(kernel.shape)) == ((3,), (0,), 2):
+            return self.strided_product(x, kernel, eqn.params["precision"], out.aval.dtype)
         lengths = tuple(kernel.shape[i] for i in batch_kernel)
         columns = tuple(kernel.shape[i] for i in rest_kernel)
         inputs, number = int(np.prod([kernel.shape[i] for i in over_kernel])), int(np.prod(lengths))
@@ -184,6 +188,29 @@ class _Recorder:
             axes = range(len(result.shape))
             return self.transposed(result, (*axes[:n], *axes[n + m :], *axes[n : n + m]))
         return result
+
+    def slice(self, eqn: Any, values: list[Value]) -> Variable:
+        """A slice; if it takes every n-th row and column of images, a product with it can have that as its strides."""
+        (x,), options = values, eqn.params
+        (output,) = self.called(eqn, values)
+        strides = options["strides"] or (1,) * len(x.shape)
+        whole = all((n - 1) // s + 1 == m for n, s, m in zip(x.shape, strides, output.shape, strict=True))
+        assert isinstance(x, Variable)  # what depends on constants alone is computed
+        images = len(x.shape) == 4 and strides[0] == strides[3] == 1
+        if images and whole and not any(options["start_indices"]):
+            self.strided[output] = x, (strides[1], strides[2])
+        return output
+
+    def strided_product(self, x: Variable, kernel: Constant, precision: Any, dtype: Any) -> Value:
+        """A product with every n-th row and column of images as a convolution of them: nothing need be copied."""
+        images, strides = self.strided[x]
+
+        def convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            how: dict[str, Any] = {"precision": precision, "preferred_element_type": dtype}
+            order = ("NHWC", "HWIO", "NHWC")
+            return lax.conv_general_dilated(x, kernel[None, None], strides, "VALID", dimension_numbers=order, **how)
+
+        return self.inlined(convolved, images, kernel)[0]
 
     def linear(self, x: Value, matrix: Value, lead: int, columns: tuple[int, ...], precision: Any, dtype: Any) -> Value:
         """A product of `x`, its contracted axes last, with `(K, N)`; its own outputs are last in the result."""

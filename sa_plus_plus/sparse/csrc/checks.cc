@@ -49,6 +49,15 @@ bool amx(int bit) {  // the system gives a process matrix registers when it asks
 }
 #endif
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
 struct Choices {
   Choice of[3][7] = {};
 
@@ -63,9 +72,7 @@ struct Choices {
     };
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = has_avx512(), avx2 = has_avx2();
 #if defined(__linux__)
     if (avx512 && amx(25)) add(Type::kByte, kernel_amx, "amx");
     if (avx512 && amx(22)) add(Type::kHalf, kernel_amx, "amx");
@@ -81,6 +88,15 @@ struct Choices {
 };
 
 }  // namespace
+
+Pool pool() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (has_avx512()) return pool_avx512;
+  if (has_avx2()) return pool_avx2;
+#endif
+  return pool_baseline;
+}
 
 const Choice* kernels(Type x_type) {
   static const Choices choices;

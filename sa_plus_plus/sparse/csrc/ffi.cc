@@ -15,13 +15,18 @@ namespace ffi = xla::ffi;
 namespace sa_plus_plus {
 namespace {
 
+constexpr int64_t kFewRows = 96;  // in a part, so that their sums and x stay in the caches
 constexpr int64_t kWorthAThread = int64_t{1} << 15;  // operations; some microseconds
 
 // Bands of rows, and in each as many groups of columns as give every thread something to do to the end.
 std::vector<Part> cut(const Product& p, int64_t threads) {
   // Some runs, or pieces of one, about as many rows in each; if possible a whole number of bands for each thread, so that
-  // a layer's threads read what they wrote themselves in the layer before.
-  const int64_t most = kMostRows;
+  // a layer's threads read what they wrote themselves in the layer before. But where the blocks are much larger than x,
+  // each of them is best read by one thread alone, which then takes as many rows as it can.
+  const int64_t x_numbers = p.run < p.batch ? p.batch / p.run * p.run_stride : p.batch * p.stride;
+  const bool by_columns = threads > 1 && p.grid_c() >= 2 * threads &&
+                          p.kept * p.b_r * p.b_c * size_of(p.w_type) > 4 * x_numbers * size_of(p.x_type);
+  const int64_t most = by_columns ? kMostRows : kFewRows, multiple = by_columns ? 1 : threads;
   std::vector<std::pair<int64_t, int64_t>> bands;
   auto divide = [&](int64_t top, int64_t bottom, int64_t unit, int64_t most, int64_t multiple) {
     const int64_t units = (bottom - top + unit - 1) / unit, each = std::max<int64_t>(1, most / unit);
@@ -32,24 +37,28 @@ std::vector<Part> cut(const Product& p, int64_t threads) {
       bands.emplace_back(from, std::min(bottom, to));
     }
   };
-  if (p.run >= p.batch) divide(0, p.batch, 16, most, threads);
-  else if (p.run <= kMostRows) divide(0, p.batch, p.run, most, threads);
+  if (p.run >= p.batch) divide(0, p.batch, 16, most, multiple);
+  else if (p.run <= kMostRows) divide(0, p.batch, p.run, most, multiple);
   else for (int64_t top = 0; top < p.batch; top += p.run) divide(top, std::min(p.batch, top + p.run), 1, kMostRows, 1);
   // An operation is 16 multiplications of floats, a tenth of the time for types that have matrix registers.
   const int64_t multiplications = p.batch * p.kept * p.b_r * p.b_c;
   const int64_t work = multiplications / (p.grouped() ? 4 : 1) + p.batch * p.width * 4;
   const int64_t count = bands.size();
   const int64_t wanted = threads < 2 ? 1 : std::clamp<int64_t>(work / kWorthAThread, 1, 4 * threads);
-  const int64_t groups = std::min((wanted + count - 1) / std::max<int64_t>(count, 1), p.grid_c());
+  const int64_t each = by_columns ? 4 * threads : (wanted + count - 1) / std::max<int64_t>(count, 1);
+  const int64_t groups = std::min(each, p.grid_c());
   std::vector<int64_t> bounds{0};
   for (int64_t g = 1, j = 0; g < groups; ++g) {  // a column costs its blocks, and one for storing
     while (j < p.grid_c() && (p.starts[j] + j) * groups < (p.kept + p.grid_c()) * g) ++j;
     if (j > bounds.back()) bounds.push_back(j);
   }
   if (bounds.back() < p.grid_c()) bounds.push_back(p.grid_c());
+  const int64_t pieces = bounds.size() - 1;
   std::vector<Part> parts;
-  for (const auto& [top, bottom] : bands) {
-    for (size_t g = 0; g + 1 < bounds.size(); ++g) parts.push_back({top, bottom, bounds[g], bounds[g + 1]});
+  for (int64_t i = 0; i < count * pieces; ++i) {  // a thread's parts follow one another
+    const auto [top, bottom] = bands[by_columns ? i % count : i / pieces];
+    const int64_t g = by_columns ? i / count : i % pieces;
+    parts.push_back({top, bottom, bounds[g], bounds[g + 1]});
   }
   return parts;
 }
@@ -170,67 +179,41 @@ ffi::Error block_sparse_conv(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
   return ffi::Error::Success();
 }
 
-struct Pooling {
+struct Windows {
   int64_t window_rows, window_columns, stride_down, stride_across, top, left;
 };
 
-float widened(uint16_t half) {
-  const uint32_t bits = uint32_t{half} << 16;
-  float number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
-}
-
-// One line of the result; `greater(a, b)` is b unless a is larger, or no number.
-template <class Number, class Greater>
-void pool_line(const Number* x, Number* y, int64_t rows, int64_t columns, int64_t channels, int64_t width, int64_t line,
-               Number least, const Pooling& o, Greater greater) {
-  const int64_t first = line * o.stride_down - o.top;
-  for (int64_t j = 0; j < width; ++j, y += channels) {
-    std::fill_n(y, channels, least);
-    const int64_t begin = j * o.stride_across - o.left;
-    for (int64_t r = std::max<int64_t>(first, 0); r < std::min(first + o.window_rows, rows); ++r) {
-      for (int64_t c = std::max<int64_t>(begin, 0); c < std::min(begin + o.window_columns, columns); ++c) {
-        const Number* from = x + (r * columns + c) * channels;
-        for (int64_t k = 0; k < channels; ++k) y[k] = greater(from[k], y[k]);
-      }
-    }
+// The largest number, or the sum, of each window of images; what is beyond their edges does not count.
+ffi::Error pool_images(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer y, const Windows& o, bool sums) {
+  const auto in = x.dimensions(), out = y.dimensions();
+  Pooling p{};
+  if (in.size() != 4 || out.size() != 4 || in[0] != out[0] || in[3] != out[3] || x.element_type() != y.element_type() ||
+      !type_of(x.element_type(), &p.type) || (sums && p.type != Type::kFloat) || o.window_rows < 1 ||
+      o.window_columns < 1 || o.stride_down < 1 || o.stride_across < 1) {
+    return ffi::Error::InvalidArgument("pooling: x and y do not go together");
   }
-}
-
-// The largest of each window of images (images, rows, columns, channels); what is beyond their edges does not count.
-ffi::Error max_pool(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y, const Pooling& o) {
+  p.sums = sums, p.x = x.untyped_data(), p.y = y.untyped_data();
+  p.rows = in[1], p.columns = in[2], p.channels = in[3], p.y_rows = out[1], p.y_columns = out[2];
+  p.window_rows = o.window_rows, p.window_columns = o.window_columns;
+  p.stride_down = o.stride_down, p.stride_across = o.stride_across, p.top = o.top, p.left = o.left;
   struct Work {
-    ffi::AnyBuffer x;
-    ffi::AnyBuffer y;
-    const Pooling& o;
-    Type type;
-  } const work{x, *y, o, Type::kFloat};
-  const auto in = x.dimensions(), out = y->dimensions();
-  if (in.size() != 4 || out.size() != 4 || in[0] != out[0] || in[3] != out[3] || x.element_type() != y->element_type() ||
-      !type_of(x.element_type(), const_cast<Type*>(&work.type)) || o.window_rows < 1 || o.window_columns < 1 ||
-      o.stride_down < 1 || o.stride_across < 1) {
-    return ffi::Error::InvalidArgument("max_pool: x and y do not go together");
-  }
-  auto task = [](const void* context, int64_t i) {
+    const Pooling& pooling;
+    const Pool pool;
+  } const work{p, pool()};
+  auto task = [](const void* context, int64_t line) {
     const Work& work = *static_cast<const Work*>(context);
-    const auto in = work.x.dimensions(), out = work.y.dimensions();
-    const int64_t image = i / out[1], line = i % out[1], from = image * in[1] * in[2] * in[3], to = i * out[2] * out[3];
-    auto run = [&](auto least, auto greater) {
-      using Number = decltype(least);
-      pool_line(static_cast<const Number*>(work.x.untyped_data()) + from, static_cast<Number*>(work.y.untyped_data()) + to,
-                in[1], in[2], in[3], out[2], line, least, work.o, greater);
-    };
-    if (work.type == Type::kByte) {
-      run(uint8_t{0}, [](uint8_t a, uint8_t b) { return a > b ? a : b; });
-    } else if (work.type == Type::kFloat) {
-      run(-std::numeric_limits<float>::infinity(), [](float a, float b) { return a <= b ? b : a; });
-    } else {
-      run(uint16_t{0xff80}, [](uint16_t a, uint16_t b) { return widened(a) <= widened(b) ? b : a; });
-    }
+    work.pool(work.pooling, line);
   };
-  parallel(out[0] * out[1], std::max<int64_t>(1, pool.num_threads()), task, &work);
+  parallel(out[0] * out[1], std::max<int64_t>(1, threads.num_threads()), task, &work);
   return ffi::Error::Success();
+}
+
+ffi::Error max_pool(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y, const Windows& o) {
+  return pool_images(threads, x, *y, o, false);
+}
+
+ffi::Error sum_pool(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y, const Windows& o) {
+  return pool_images(threads, x, *y, o, true);
 }
 
 struct Rounding {
@@ -244,22 +227,22 @@ uint16_t narrowed(float number) {  // to the nearest bfloat16, ties to even
   return number != number ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// Images in bfloat16 or bytes, round(x * scale) + zero, with borders and more channels, both zeros.
+// Images as they are, in bfloat16, or in bytes as round(x * scale) + zero, with borders and more channels, both zeros.
 ffi::Error round_images(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Result<ffi::AnyBuffer> y, const Rounding& o) {
   struct Work {
     const float* x;
     void* y;
     int64_t rows, columns, channels, out_rows, out_columns, out_channels;
-    bool half;
+    Type type;
     const Rounding& o;
   };
   const auto in = x.dimensions(), out = y->dimensions();
-  const bool half = y->element_type() == ffi::BF16;
+  Type type;
   if (out.size() != 4 || in[0] != out[0] || o.top < 0 || o.left < 0 || out[1] < in[1] + o.top ||
-      out[2] < in[2] + o.left || out[3] < in[3] || (!half && y->element_type() != ffi::U8)) {
+      out[2] < in[2] + o.left || out[3] < in[3] || !type_of(y->element_type(), &type)) {
     return ffi::Error::InvalidArgument("round_images: x and y do not go together");
   }
-  const Work work{x.typed_data(), y->untyped_data(), in[1], in[2], in[3], out[1], out[2], out[3], half, o};
+  const Work work{x.typed_data(), y->untyped_data(), in[1], in[2], in[3], out[1], out[2], out[3], type, o};
   auto task = [](const void* context, int64_t i) {
     const Work& w = *static_cast<const Work*>(context);
     const int64_t image = i / w.out_rows, row = i % w.out_rows - w.o.top;
@@ -278,7 +261,8 @@ ffi::Error round_images(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Re
         for (int64_t k = 0; k < w.channels; ++k) y[k] = round(x[k]);
       }
     };
-    if (w.half) return run(static_cast<uint16_t*>(w.y), uint16_t{0}, narrowed);
+    if (w.type == Type::kFloat) return run(static_cast<float*>(w.y), 0.0f, [](float number) { return number; });
+    if (w.type == Type::kHalf) return run(static_cast<uint16_t*>(w.y), uint16_t{0}, narrowed);
     const float scale = w.o.scale, zero = w.o.zero;
     run(static_cast<uint8_t*>(w.y), static_cast<uint8_t>(zero), [=](float number) {
       number = number * scale + zero;
@@ -309,7 +293,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_round_images, sa_plus_plus::round_ima
                                   .Attrs<sa_plus_plus::Rounding>());
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    sa_plus_plus::Pooling, ffi::StructMember<int64_t>("window_rows"), ffi::StructMember<int64_t>("window_columns"),
+    sa_plus_plus::Windows, ffi::StructMember<int64_t>("window_rows"), ffi::StructMember<int64_t>("window_columns"),
     ffi::StructMember<int64_t>("stride_down"), ffi::StructMember<int64_t>("stride_across"),
     ffi::StructMember<int64_t>("top"), ffi::StructMember<int64_t>("left"));
 
@@ -318,7 +302,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_max_pool, sa_plus_plus::max_pool,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attrs<sa_plus_plus::Pooling>());
+                                  .Attrs<sa_plus_plus::Windows>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_sum_pool, sa_plus_plus::sum_pool,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attrs<sa_plus_plus::Windows>());
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     sa_plus_plus::Options, ffi::StructMember<int64_t>("window_rows"), ffi::StructMember<int64_t>("window_columns"),

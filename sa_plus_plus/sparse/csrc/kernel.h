@@ -60,7 +60,7 @@ struct Product {
 };
 
 constexpr int64_t kWide = 16;   // columns of grouped blocks come in so many
-constexpr int64_t kMostRows = 96;  // in a part
+constexpr int64_t kMostRows = 224;  // in a part
 
 // Rows of y, at most kMostRows, and the columns of y that grid columns cover; ends are exclusive.
 struct Part {
@@ -79,6 +79,24 @@ void kernel_avx512(const Product& product, const Part& part);
 void kernel_avx512vnni(const Product& product, const Part& part);  // bytes alone
 void kernel_avx512bf16(const Product& product, const Part& part);  // bfloat16 alone
 void kernel_amx(const Product& product, const Part& part);         // bytes or bfloat16
+
+// Windows of images (images, rows, columns, channels): the largest number in each, or their sum. What is beyond an image's
+// edges does not count.
+struct Pooling {
+  Type type;  // of x and y; sums are of floats
+  bool sums;
+  const void* x;
+  void* y;
+  int64_t rows, columns, channels, y_rows, y_columns;
+  int64_t window_rows, window_columns, stride_down, stride_across, top, left;  // the latter two are the padding
+};
+
+// Line `line` of y, counted through all images.
+using Pool = void (*)(const Pooling&, int64_t line);
+void pool_baseline(const Pooling& pooling, int64_t line);
+void pool_avx2(const Pooling& pooling, int64_t line);
+void pool_avx512(const Pooling& pooling, int64_t line);
+Pool pool();  // the best that this processor can run
 
 // Those that this processor can run on such types, the best first, and null at the end. `names` gets their names.
 struct Choice {

@@ -1,4 +1,5 @@
 #define KERNEL kernel_baseline
+#define POOL pool_baseline
 #define LANES 4
 #define TALL 6
 #define TALLER 12
