@@ -7,11 +7,11 @@
     python -m experiments.reproduce all --scale=paper --local=path/to/imagenet --local=table2=path/to/criteo
 
 table1 to table4 are sweeps over algorithms, block sizes, sparsities and seeds (`configs/reproduce/`); figure3 and
-figure4 are made of the runs of table1, figure5 of those of table2; figure2, the schedules, needs none. `--scale=paper`
-is for accelerators, `small` takes two cores hours, `smoke` minutes. Each cell of a sweep is a work directory of
-`experiments.main` below `--directory`. What was interrupted, the same command takes up again; any number of processes
-and hosts may work on one directory at a time. `--plan` tells what would be run, `--report` writes what there is. Exit
-status: 0 done, 2 bad input, 3 cells failed.
+figure4 are made of the runs of table1, figure5 of those of table2; figure2, the schedules, needs none; `bytes` is a
+sweep that the paper does not have. `--scale=paper` is for accelerators, `small` takes two cores hours, `smoke` minutes.
+Each cell of a sweep is a work directory of `experiments.main` below `--directory`. What was interrupted, the same
+command takes up again; any number of processes and hosts may work on one directory at a time. `--plan` tells what would
+be run, `--report` writes what there is. Exit status: 0 done, 2 bad input, 3 cells failed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from rich.live import Live
 from experiments import cli
 from experiments.outputs import progress, report
 from experiments.sweeps import page, work
-from experiments.sweeps.cells import SWEEPS, Cell, Sweep, cells_of, check, result_of, sweep
+from experiments.sweeps.cells import SWEEPS, TABLES, Cell, Sweep, cells_of, check, result_of, sweep
 from experiments.training import loop, program
 from experiments.training.setup import prepare
 from experiments.utils import registry
@@ -180,7 +180,7 @@ def helpers(arguments: argparse.Namespace, directory: pathlib.Path) -> Iterator[
 def _names(asked: Sequence[str]) -> list[str]:
     for name in asked:
         registry.check(name, [*NEEDS, "all"], "what to reproduce")
-    return list(NEEDS) if "all" in asked else list(dict.fromkeys(asked))
+    return [*TABLES, *FIGURES] if "all" in asked else list(dict.fromkeys(asked))
 
 
 def _local(values: Sequence[str]) -> dict[str, str]:

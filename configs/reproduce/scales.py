@@ -36,12 +36,13 @@ def sweep(title: str, file: str, **options: Any) -> ConfigDict:
       title: of its table.
       file: the config that each cell changes.
       options: `variants`, by name what each changes in the config; `blocks`, `sparsities`, `seeds`; `changes`, those of
-        all cells; `dense`, whether the dense network is trained too; `metric`, which output of the test is shown;
+        all cells; `dense`, whether the dense network is trained too; `metric`, which output of the test is shown, and
+        `lower_is_better`;
         `percent`, whether in percent; `files`, whether the data are read from files; `paper`, its table in
         `experiments/sweeps/paper.json`.
     """
     defaults: dict[str, Any] = {"changes": {}, "dense": True, "percent": False, "paper": "", "metric": "accuracy"}
-    defaults["files"] = True
+    defaults |= {"files": True, "lower_is_better": False}
     return ConfigDict({"title": title, "file": file, **defaults, **options}, convert_dict=False)
 
 

@@ -18,6 +18,7 @@ def get_config(scale: str = "small") -> ConfigDict:
         "blocks": (1, 5, 10, 20),
         "sparsities": (0.9, 0.95, 0.97, 0.98, 0.99),
         "metric": "loss",
+        "lower_is_better": True,
         "paper": "table2",
         "files": scale == "paper",
     }

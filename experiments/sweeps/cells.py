@@ -14,7 +14,8 @@ import ml_collections
 from experiments.outputs import workdir
 from experiments.utils import registry
 
-SWEEPS = ("table1", "table2", "table3", "table4")
+TABLES = ("table1", "table2", "table3", "table4")  # of the paper
+SWEEPS = (*TABLES, "bytes")
 DENSE = "dense"
 
 

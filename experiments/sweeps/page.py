@@ -78,7 +78,8 @@ def parts(sweep: Sweep, directory: pathlib.Path) -> list[Part]:
     digits = 2 if options["percent"] else 4
     dense = found.get((DENSE, 0, 0.0), Measured({}, []))
     page: list[Part] = [("title", options["title"]), ("text", _about(sweep, found))]
-    page.append(("text", f"Dense: {_ours(dense, digits)}; in the paper {of_paper(sweep, DENSE, 0, 0.0)[1]}."))
+    theirs = f"; in the paper {of_paper(sweep, DENSE, 0, 0.0)[1]}" if options["paper"] else ""
+    page.append(("text", f"Dense: {_ours(dense, digits)}{theirs}."))
     page.append(("picture", f"{sweep.name}.png"))
     for block in options["blocks"]:
         head = [f"blocks {block} × {block}", *(f"{s:.0%}" for s in options["sparsities"])]
@@ -86,10 +87,10 @@ def parts(sweep: Sweep, directory: pathlib.Path) -> list[Part]:
         for variant in options["variants"]:
             cells = [found[variant, block, s] for s in options["sparsities"]]
             rows.append([variant, *(_cell(ours, dense, digits) for ours in cells)])
-            theirs = [of_paper(sweep, variant, block, s) for s in options["sparsities"]]
-            if any(there for there, _ in theirs):
+            paper = [of_paper(sweep, variant, block, s) for s in options["sparsities"]]
+            if any(there for there, _ in paper):
                 minus = of_paper(sweep, DENSE, 0, 0.0)[1]
-                rows.append([f"{variant}, the paper's", *(_theirs(*cell, minus, digits) for cell in theirs)])
+                rows.append([f"{variant}, the paper's", *(_theirs(*cell, minus, digits) for cell in paper)])
         page.append(("table", (head, rows)))
     if note := PAPER.get(options["paper"], {}).get("note"):
         page.append(("text", f"On the paper's figures: {note}"))
@@ -104,9 +105,10 @@ def _about(sweep: Sweep, found: Mapping[Key, Measured]) -> str:
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     seeds = len(sweep.options["seeds"])
     runs = "run" if seeds == 1 else f"runs, mean ± standard deviation of {seeds} seeds"
+    source = f" Source of the paper's figures: {PAPER['source']}" if sweep.options["paper"] else ""
     return (
         f"Scale {sweep.scale}: {sweep.options['file']}. {len(states)} {runs}: {told}. In brackets, the difference from "
-        f"the dense network. Source of the paper's figures: {PAPER['source']}"
+        f"the dense network.{source}"
     )
 
 
@@ -133,7 +135,7 @@ def _theirs(there: bool, value: float, dense: float, digits: int) -> str:
 def _orders(sweep: Sweep, found: Mapping[Key, Measured], digits: int) -> list[Part]:
     """The first variant against each other, seed by seed: ahead, behind, or within two standard errors."""
     first, *others = sweep.options["variants"]
-    better = -1 if sweep.options["metric"] == "loss" else 1
+    better = -1 if sweep.options["lower_is_better"] else 1
     head = [f"{first} minus", "ahead", "level", "behind", "mean difference"]
     rows = []
     for other in others:
@@ -222,7 +224,7 @@ def against_sparsity(sweep: Sweep, directory: pathlib.Path, metrics: Sequence[st
             axis.set(title=f"blocks {block} × {block}", xlabel="sparsity, %")
         line[0].set_ylabel(f"{metric} minus that of the dense network")
     axes[0, 0].legend(fontsize="x-small")
-    fig.suptitle(f"{options['title']} (dashed: the paper's)")
+    fig.suptitle(options["title"] + (" (dashed: the paper's)" if options["paper"] else ""))
     return fig
 
 
