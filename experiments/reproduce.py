@@ -11,7 +11,7 @@ figure4 are made of the runs of table1, figure5 of those of table2; figure2, the
 sweep that the paper does not have. `--scale=paper` is for accelerators, `small` takes two cores hours, `smoke` minutes.
 Each cell of a sweep is a work directory of `experiments.main` below `--directory`. What was interrupted, the same
 command takes up again; any number of processes and hosts may work on one directory at a time. `--plan` tells what would
-be run, `--report` writes what there is. Exit status: 0 done, 2 bad input, 3 cells failed.
+be run, `--report` writes what there is. Exit status: 0 done, 2 bad input, 3 cells failed, 4 stopped by SIGTERM.
 """
 
 import argparse
@@ -66,8 +66,12 @@ def main() -> None:
         cli.cache_compilations(directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         with helpers(arguments, directory):
-            for one in sweeps:
-                run(one, directory, console)
+            try:
+                for one in sweeps:
+                    run(one, directory, console)
+            except loop.Preempted:
+                console.print("Saved and stopped on SIGTERM: the same command goes on")
+                sys.exit(cli.PREEMPTED)
     for path in written(names, sweeps, directory):
         console.print(path, highlight=False)
     failed = [cell for one in sweeps for cell in cells_of(one) if work.state(cell, directory) == "failed"]

@@ -11,12 +11,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.reproduce.scales import CONTROLS, PAPERS, sweep
+from configs.reproduce.scales import CONTROLS, PAPERS, orders, sweep
 
 
 def get_config(scale: str = "small") -> ConfigDict:
     title = "GPT on bytes: bits per byte"
-    common = {"metric": "bits_per_byte", "lower_is_better": True}
+    common = {"metric": "bits_per_byte", "lower_is_better": True, "compared": orders(PAPERS | CONTROLS)}
     variants = PAPERS | CONTROLS
     if scale == "paper":
         grid: dict[str, Any] = {"blocks": (16, 32), "sparsities": (0.8, 0.9, 0.95), "seeds": (0, 1, 2)}

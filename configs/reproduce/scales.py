@@ -1,5 +1,6 @@
 """What the sweeps share: how large they are at each scale, and the algorithms beside the paper's."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,9 +12,10 @@ PAPERS = {
     "PowerPropagation": {"sparsifier.name": "powerpropagation"},
     "magnitude": {"sparsifier.name": "magnitude"},
 }
+RECOMMENDED = "SA++, effective norm, one rise"  # docs/choosing.md
 CONTROLS = {
     "gradual magnitude": {"sparsifier.name": "gradual_magnitude"},
-    "SA++, effective norm, one rise": {
+    RECOMMENDED: {
         "sparsifier.name": "sequential_attention",
         "sparsifier.recipe": "finetune",
         "sparsifier.sequential_attention.score": "effective",
@@ -29,6 +31,12 @@ BASELINES = {
 }
 
 
+def orders(variants: Iterable[str]) -> dict[str, list[str]]:
+    """The comparisons of a table: SA++ and what is recommended with all others, and the order that the paper found."""
+    others = [name for name in variants if name not in ("SA++", RECOMMENDED)]
+    return {"SA++": others, RECOMMENDED: ["SA++", *others], "ACDC": ["magnitude"], "magnitude": ["random"]}
+
+
 def sweep(title: str, file: str, **options: Any) -> ConfigDict:
     """A sweep.
 
@@ -38,11 +46,12 @@ def sweep(title: str, file: str, **options: Any) -> ConfigDict:
       options: `variants`, by name what each changes in the config; `blocks`, `sparsities`, `seeds`; `changes`, those of
         all cells; `dense`, whether the dense network is trained too; `metric`, which output of the test is shown, and
         `lower_is_better`;
-        `percent`, whether in percent; `files`, whether the data are read from files; `paper`, its table in
+        `compared`, by variant which others it is compared with, seed by seed, or the first with all others; `percent`,
+        whether in percent; `files`, whether the data are read from files; `paper`, its table in
         `experiments/sweeps/paper.json`.
     """
     defaults: dict[str, Any] = {"changes": {}, "dense": True, "percent": False, "paper": "", "metric": "accuracy"}
-    defaults |= {"files": True, "lower_is_better": False}
+    defaults |= {"files": True, "lower_is_better": False, "compared": {}}
     return ConfigDict({"title": title, "file": file, **defaults, **options}, convert_dict=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.reproduce.scales import CONTROLS, PAPERS, sweep
+from configs.reproduce.scales import CONTROLS, PAPERS, orders, sweep
 
 
 def get_config(scale: str = "small") -> ConfigDict:
@@ -28,7 +28,14 @@ def get_config(scale: str = "small") -> ConfigDict:
     title = "Click network on planted features: validation loss"
     if scale == "small":
         grid |= {"blocks": (5, 10, 20), "changes": {"dense_twin": False}}
-        return sweep(title, "configs/planted.py", variants=PAPERS | CONTROLS, seeds=(0, 1, 2), **grid)
+        return sweep(
+            title,
+            "configs/planted.py",
+            variants=PAPERS | CONTROLS,
+            compared=orders(PAPERS | CONTROLS),
+            seeds=(0, 1, 2),
+            **grid,
+        )
     changes: dict[str, Any] = {"steps": 40, "eval_every": 40, "checkpoint_every": 40, "dense_twin": False}
     changes |= {"data.options.rows": 30_000, "data.options.held_out": 10_000}
     grid |= {"blocks": (10,), "sparsities": (0.9,), "seeds": (0,), "changes": changes}

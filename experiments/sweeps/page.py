@@ -133,12 +133,13 @@ def _theirs(there: bool, value: float, dense: float, digits: int) -> str:
 
 
 def _orders(sweep: Sweep, found: Mapping[Key, Measured], digits: int) -> list[Part]:
-    """The first variant against each other, seed by seed: ahead, behind, or within two standard errors."""
+    """Some variants against others, seed by seed: ahead, behind, or within two standard errors."""
     first, *others = sweep.options["variants"]
+    compared = sweep.options["compared"] or {first: others}
     better = -1 if sweep.options["lower_is_better"] else 1
-    head = [f"{first} minus", "ahead", "level", "behind", "mean difference"]
+    head = ["", "minus", "ahead", "level", "behind", "mean difference"]
     rows = []
-    for other in others:
+    for first, other in ((a, b) for a, others in compared.items() for b in others):
         verdicts, means = {"ahead": 0, "level": 0, "behind": 0}, []
         for block in sweep.options["blocks"]:
             for sparsity in sweep.options["sparsities"]:
@@ -151,7 +152,7 @@ def _orders(sweep: Sweep, found: Mapping[Key, Measured], digits: int) -> list[Pa
                 verdicts["level" if level else "ahead" if better * mean > 0 else "behind"] += 1
                 means.append(mean)
         if means:
-            rows.append([other, *map(str, verdicts.values()), f"{np.mean(means):+.{digits}f}"])
+            rows.append([first, other, *map(str, verdicts.values()), f"{np.mean(means):+.{digits}f}"])
     if not rows:
         return []
     told = "Pairs of runs of one seed: cells where the difference exceeds two standard errors, and where it does not."
@@ -196,10 +197,21 @@ def write(sweep: Sweep, directory: pathlib.Path) -> list[pathlib.Path]:
     page, name = parts(sweep, directory), sweep.name
     files.write_text(folder / f"{name}.md", markdown(page))
     files.write_text(folder / f"{name}.html", as_html(page))
+    files.write_json(folder / f"{name}.json", as_json(sweep, directory))
     rows = [f"{state(cell, directory):9} {cell.command(directory)}" for cell in cells_of(sweep)]
     files.write_text(folder / "commands.txt", "\n".join(rows) + "\n")
     report.save_figure(folder / f"{name}.png", against_sparsity(sweep, directory, [sweep.options["metric"]]))
-    return [folder / name for name in (f"{name}.md", f"{name}.html", f"{name}.png", "commands.txt")]
+    return [folder / name for name in (*(f"{name}.{kind}" for kind in ("md", "html", "png", "json")), "commands.txt")]
+
+
+def as_json(sweep: Sweep, directory: pathlib.Path) -> dict[str, Any]:
+    """What was measured, by variant, block size and sparsity: values in the order of `seeds`, None of a run without."""
+    about = {key: sweep.options[key] for key in ("title", "file", "changes", "metric", "percent", "seeds", "variants")}
+    rows = [
+        {"variant": v, "block": b, "sparsity": s, "values": [entry.values.get(seed) for seed in sweep.options["seeds"]]}
+        for (v, b, s), entry in measured(sweep, directory).items()
+    ]
+    return {"name": sweep.name, "scale": sweep.scale, **about, "rows": rows, "versions": report.versions()}
 
 
 def against_sparsity(sweep: Sweep, directory: pathlib.Path, metrics: Sequence[str]) -> Any:

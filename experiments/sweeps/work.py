@@ -15,7 +15,7 @@ import sa_plus_plus as sapp  # noqa: F401 - registers the algorithms
 from experiments import data, main, tasks
 from experiments.outputs import workdir
 from experiments.sweeps.cells import Cell, result_of
-from experiments.training import program
+from experiments.training import loop, program
 from experiments.training.setup import Setup, prepare
 from experiments.utils import files
 
@@ -47,6 +47,9 @@ def work(cells: Sequence[Cell], directory: pathlib.Path, console: Console) -> It
 
     Yields:
       Each cell that this process has done, and the content of its `result.json`.
+
+    Raises:
+      loop.Preempted: on SIGTERM, once the cell at hand is saved.
     """
     for cell in cells:  # what an earlier call gave up is tried again
         if _idle(cell, directory):
@@ -76,6 +79,8 @@ def _do(
             try:
                 setup = prepare(config, dataset=_dataset(json.dumps(config.data.to_dict())))
                 return main.run(setup, folder, console, compiled=compiled)
+            except loop.Preempted:  # by SIGTERM, which is for all cells
+                raise
             except Exception as error:
                 files.write_text(folder / FAILED, traceback.format_exc())
                 console.print(f"{cell.folder} failed: {error!r}; see {folder / FAILED}", style="red", highlight=False)
