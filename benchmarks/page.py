@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from experiments.sweeps import page as sweep_page
 from experiments.utils import files
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -163,6 +164,13 @@ def one_shot(content: Content) -> str:
     )
 
 
+def sweep(content: Content) -> str:
+    """Tables of a sweep of `experiments.reproduce`, the paper's figures in them, and what is ahead of what."""
+    parts = sweep_page.parts(*sweep_page.of_json(content))
+    shown = [(kind, part) for kind, part in parts if kind in ("text", "table")]
+    return sweep_page.markdown(shown[:-1]).strip()  # the last is of files beside the page
+
+
 SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
     ("Training step", "train_step", "train_step", train_step),
     (
@@ -178,6 +186,10 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
     ("Recipes", "recipes", "recipes", recipes),
     ("Accuracy of a served network", "serve_accuracy", "serve_accuracy", serve_accuracy),
     ("Pruning without training", "one_shot", "one_shot", one_shot),
+    ("Table 1 in small", "table1_small", "experiments.reproduce table1 --scale=small", sweep),
+    ("Table 3 in small", "table3_small", "experiments.reproduce table3 --scale=small", sweep),
+    ("Table 4 in small", "table4_small", "experiments.reproduce table4 --scale=small", sweep),
+    ("A GPT on bytes", "bytes_small", "experiments.reproduce bytes --scale=small", sweep),
 )
 
 
@@ -190,7 +202,8 @@ def page() -> str:
             continue
         content = json.loads(file.read_text())
         picture = f"\n![{title}](../benchmarks/results/{name}.png)\n" if file.with_suffix(".png").exists() else ""
-        made = f"`python -m benchmarks.{command}`; {provenance(content)}"
+        module = "" if command.startswith("experiments.") else "benchmarks."
+        made = f"`python -m {module}{command}`; {provenance(content)}"
         parts.append(f"## {title}\n\n{section(content)}\n{picture}\n{made}.\n")
     return "\n".join(parts)
 

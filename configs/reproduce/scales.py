@@ -15,6 +15,7 @@ PAPERS = {
 RECOMMENDED = "SA++, effective norm, one rise"  # docs/choosing.md
 CONTROLS = {
     "gradual magnitude": {"sparsifier.name": "gradual_magnitude"},
+    "gradual magnitude, long sparse phase": {"sparsifier.name": "gradual_magnitude", "sparsifier.recipe": "gradual"},
     RECOMMENDED: {
         "sparsifier.name": "sequential_attention",
         "sparsifier.recipe": "finetune",

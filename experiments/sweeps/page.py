@@ -1,5 +1,6 @@
 """A sweep as a page: the paper's figures beside ours, what is ahead of what, and what was not run."""
 
+import datetime
 import html
 import json
 import pathlib
@@ -12,6 +13,7 @@ from matplotlib import pyplot as plt
 import sa_plus_plus as sapp
 from experiments.outputs import report, workdir
 from experiments.sweeps.cells import DENSE, Cell, Sweep, cells_of, result_of
+from experiments.sweeps.cells import sweep as get_sweep
 from experiments.sweeps.work import state
 from experiments.utils import files
 
@@ -72,9 +74,9 @@ def of_paper(sweep: Sweep, variant: str, block: int, sparsity: float) -> tuple[b
     return True, float("nan") if value is None else value
 
 
-def parts(sweep: Sweep, directory: pathlib.Path) -> list[Part]:
+def parts(sweep: Sweep, found: Mapping[Key, Measured]) -> list[Part]:
     """The page."""
-    found, options = measured(sweep, directory), sweep.options
+    options = sweep.options
     digits = 2 if options["percent"] else 4
     dense = found.get((DENSE, 0, 0.0), Measured({}, []))
     page: list[Part] = [("title", options["title"]), ("text", _about(sweep, found))]
@@ -194,7 +196,7 @@ def write(sweep: Sweep, directory: pathlib.Path) -> list[pathlib.Path]:
     """Write the page of a sweep, its pictures, and the commands of its cells, into its directory."""
     folder = directory / sweep.folder
     folder.mkdir(parents=True, exist_ok=True)
-    page, name = parts(sweep, directory), sweep.name
+    page, name = parts(sweep, measured(sweep, directory)), sweep.name
     files.write_text(folder / f"{name}.md", markdown(page))
     files.write_text(folder / f"{name}.html", as_html(page))
     files.write_json(folder / f"{name}.json", as_json(sweep, directory))
@@ -211,33 +213,53 @@ def as_json(sweep: Sweep, directory: pathlib.Path) -> dict[str, Any]:
         {"variant": v, "block": b, "sparsity": s, "values": [entry.values.get(seed) for seed in sweep.options["seeds"]]}
         for (v, b, s), entry in measured(sweep, directory).items()
     ]
-    return {"name": sweep.name, "scale": sweep.scale, **about, "rows": rows, "versions": report.versions()}
+    made = {"versions": report.versions(), "date": datetime.date.today().isoformat()}
+    return {"name": sweep.name, "scale": sweep.scale, **about, "rows": rows, **made}
+
+
+def of_json(content: Mapping[str, Any]) -> tuple[Sweep, dict[Key, Measured]]:
+    """The sweep, and what was measured, from what `as_json` made."""
+    found = {}
+    for row in content["rows"]:
+        values = {seed: v for seed, v in zip(content["seeds"], row["values"], strict=True) if v is not None}
+        states = ["waiting" if v is None else "done" for v in row["values"]]
+        found[row["variant"], row["block"], row["sparsity"]] = Measured(values, states)
+    return get_sweep(content["name"], content["scale"]), found
 
 
 def against_sparsity(sweep: Sweep, directory: pathlib.Path, metrics: Sequence[str]) -> Any:
     """The difference from dense against sparsity (Figures 4 and 5): ours with its spread, the paper's dashed."""
     options = sweep.options
     blocks = options["blocks"]
-    size = (4 * len(blocks), 3.4 * len(metrics))
+    size = (3.4 * len(blocks) + 3, 4.2 * len(metrics))
     fig, axes = plt.subplots(len(metrics), len(blocks), figsize=size, layout="constrained", squeeze=False, sharey="row")
     for line, metric in zip(axes, metrics, strict=True):
-        found = measured(sweep, directory, metric)
+        found, shown = measured(sweep, directory, metric), []
         dense = found.get((DENSE, 0, 0.0), Measured({}, [])).mean
         for axis, block in zip(line, blocks, strict=True):
             for i, variant in enumerate(options["variants"]):
                 ours = [found[variant, block, s] for s in options["sparsities"]]
                 x = [100 * s for s in options["sparsities"]]
                 means, spread = [o.mean - dense for o in ours], [np.nan_to_num(o.deviation) for o in ours]
-                axis.errorbar(x, means, spread, fmt="o-", ms=3, lw=1, capsize=2, color=f"C{i}", label=variant)
+                axis.errorbar(x, means, spread, fmt="o-", ms=3, lw=1, capsize=2, color=_color(i), label=variant)
+                shown += np.array(means)[np.isfinite(means)].tolist()
                 if metric == options["metric"]:
                     minus = of_paper(sweep, DENSE, 0, 0.0)[1]
                     theirs = [of_paper(sweep, variant, block, s)[1] - minus for s in options["sparsities"]]
-                    axis.plot(x, theirs, "x--", ms=4, lw=0.8, color=f"C{i}")
+                    axis.plot(x, theirs, "x--", ms=4, lw=0.8, color=_color(i))
             axis.set(title=f"blocks {block} × {block}", xlabel="sparsity, %")
         line[0].set_ylabel(f"{metric} minus that of the dense network")
-    axes[0, 0].legend(fontsize="x-small")
+        if shown:  # logarithmic, so that a few that failed do not hide how the rest differ
+            line[0].set_yscale("symlog", linthresh=max(float(np.median(np.abs(shown))), 1e-6))
+            line[0].set_ylim(1.5 * min(*shown, 0), 1.5 * max(*shown, 0, -0.1 * min(shown)))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     fig.suptitle(options["title"] + (" (dashed: the paper's)" if options["paper"] else ""))
     return fig
+
+
+def _color(i: int) -> Any:
+    """Twenty colours, neighbours far apart."""
+    return plt.get_cmap("tab20")(2 * i % 20 + i // 10)
 
 
 def curves(sweep: Sweep, directory: pathlib.Path) -> Any:
@@ -254,7 +276,7 @@ def curves(sweep: Sweep, directory: pathlib.Path) -> Any:
             if runs:
                 steps = [row["step"] for row in runs[0]]
                 losses = np.array([[row["train_loss"] for row in rows] for rows in runs if len(rows) == len(steps)])
-                axis.plot(steps, losses.mean(0), lw=1, color="black" if variant == DENSE else f"C{i}", label=variant)
+                axis.plot(steps, losses.mean(0), lw=1, color="black" if variant == DENSE else _color(i), label=variant)
         axis.set(title=f"blocks {block} × {block}, {sparsity:.0%}", xlabel="step", yscale="log")
     axes[0, 0].set_ylabel("loss of a training batch")
     axes[0, 0].legend(fontsize="x-small")
