@@ -9,8 +9,9 @@ are pruned, 99% of the weights; the patch embedding and the head are not. Nothin
 
 Top-1 that others published for ViT-B/16 at 90% sparsity, in percent:
 
-    SuperBlock, blocks 32 x 32    76.09, and 78.39 dense
-    Spartan                       less than one point below its dense network
+    SuperBlock, blocks 32 x 32    76.09, and 78.39 dense; README of github.com/pytorch-labs/superblock, on ImageNet with
+                                  faces blurred
+    Spartan, in blocks            less than one point below its dense network; abstract of arXiv:2205.14107
 
 Images here are cropped and flipped at random, without the stronger augmentation that vision transformers are usually
 trained with from scratch, so the dense network may end below theirs: compare what pruning costs.

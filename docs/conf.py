@@ -18,7 +18,10 @@ root_doc = "docs/index"
 # Pages, which are read on GitHub too.
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # notebooks are shown as they were saved
+nb_execution_mode = "off"  # notebooks are shown as they were saved, without outputs: see `docs/__main__.py`
+nb_execution_timeout = -1
+nb_execution_raise_on_error = True
+nb_output_stderr = "remove"
 suppress_warnings = ["mystnb.unknown_mime_type", "myst-nb.lexer"]  # of notebooks without metadata
 highlight_language = "none"
 

@@ -20,24 +20,25 @@
 # test the notebook.
 
 # %%
+import os
 import sys
 
 if "google.colab" in sys.modules:  # elsewhere the package is installed already
-    import os
     import subprocess
 
     source = "https://github.com/sa-plus-plus/sa_plus_plus"
     subprocess.run(["git", "clone", "--depth=1", source], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "sa_plus_plus[experiments]"], check=True)
-    os.chdir("sa_plus_plus")  # the experiments run from a clone
-    sys.path.insert(0, os.getcwd())
+    os.chdir("sa_plus_plus")
+elif not os.path.isdir("configs"):  # Jupyter starts beside the notebook
+    os.chdir("..")
+sys.path.insert(0, os.getcwd())  # the experiments run from a clone's root
 
 
 # %% tags=["parameters"]
-import os
-
-SHORT = os.environ.get("SAPP_SHORT") == "1"  # a small network on drawn images, to test the notebook
 DATA_DIR = "gs://your-bucket/tensorflow_datasets"  # where TensorFlow Datasets has prepared imagenet2012
+# A small network on drawn images, until you name your bucket.
+SHORT = os.environ.get("SAPP_SHORT") == "1" or "your-bucket" in DATA_DIR
 WORKDIR = "/content/drive/MyDrive/sapp/resnet50_block8"  # survives a disconnected runtime
 CHANGES = ["--config.sparsifier.sparsity=0.9", "--config.batch_size=1024"]
 

@@ -19,22 +19,22 @@
 # has to be fetched by hand; without it the notebook makes rows in the same layout, to show every step.
 
 # %%
+import os
 import sys
 
 if "google.colab" in sys.modules:  # elsewhere the package is installed already
-    import os
     import subprocess
 
     source = "https://github.com/sa-plus-plus/sa_plus_plus"
     subprocess.run(["git", "clone", "--depth=1", source], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "sa_plus_plus[experiments]"], check=True)
-    os.chdir("sa_plus_plus")  # the experiments run from a clone
-    sys.path.insert(0, os.getcwd())
+    os.chdir("sa_plus_plus")
+elif not os.path.isdir("configs"):  # Jupyter starts beside the notebook
+    os.chdir("..")
+sys.path.insert(0, os.getcwd())  # the experiments run from a clone's root
 
 
 # %% tags=["parameters"]
-import os
-
 SHORT = os.environ.get("SAPP_SHORT") == "1"  # few steps on made-up rows, to test the notebook
 LOG = ""  # path of Kaggle's train.txt (or .gz, .zst); empty: made-up rows
 BLOCK, SPARSITY, SEEDS = 10, 0.9, 1 if SHORT else 3

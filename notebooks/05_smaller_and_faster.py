@@ -19,10 +19,10 @@
 # specialised in three precisions, compared with dense engines, and saved for serving without the model's code.
 
 # %%
+import os
 import sys
 
 if "google.colab" in sys.modules:  # elsewhere the package is installed already
-    import os
     import subprocess
 
     source = "https://github.com/sa-plus-plus/sa_plus_plus"
@@ -30,13 +30,13 @@ if "google.colab" in sys.modules:  # elsewhere the package is installed already
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "-e", "sa_plus_plus[experiments,engines]"], check=True
     )
-    os.chdir("sa_plus_plus")  # the experiments run from a clone
-    sys.path.insert(0, os.getcwd())
+    os.chdir("sa_plus_plus")
+elif not os.path.isdir("configs"):  # Jupyter starts beside the notebook
+    os.chdir("..")
+sys.path.insert(0, os.getcwd())  # the experiments run from a clone's root
 
 
 # %% tags=["parameters"]
-import os
-
 SHORT = os.environ.get("SAPP_SHORT") == "1"  # small and without engines, to test the notebook
 WIDTH, HIDDEN, LAYERS, ROWS = (64, 256, 1, 32) if SHORT else (768, 3072, 4, 128)
 SPARSITIES = (0.9,) if SHORT else (0.5, 0.8, 0.9, 0.95)

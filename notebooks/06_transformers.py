@@ -19,22 +19,22 @@
 # bits per byte before and after, and which blocks of attention and feed-forward stay.
 
 # %%
+import os
 import sys
 
 if "google.colab" in sys.modules:  # elsewhere the package is installed already
-    import os
     import subprocess
 
     source = "https://github.com/sa-plus-plus/sa_plus_plus"
     subprocess.run(["git", "clone", "--depth=1", source], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "sa_plus_plus[experiments]"], check=True)
-    os.chdir("sa_plus_plus")  # the experiments run from a clone
-    sys.path.insert(0, os.getcwd())
+    os.chdir("sa_plus_plus")
+elif not os.path.isdir("configs"):  # Jupyter starts beside the notebook
+    os.chdir("..")
+sys.path.insert(0, os.getcwd())  # the experiments run from a clone's root
 
 
 # %% tags=["parameters"]
-import os
-
 SHORT = os.environ.get("SAPP_SHORT") == "1"  # a tiny network and a few steps, to test the notebook
 STEPS, WIDTH, LAYERS = (20, 32, 1) if SHORT else (1500, 256, 4)
 PRUNING_STEPS = 20 if SHORT else 150
