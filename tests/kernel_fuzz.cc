@@ -169,6 +169,11 @@ void one() {
   for (const Choice* choice = sa_plus_plus::kernels(p.x_type); choice->kernel; ++choice) {
     const auto y_memory = exactly(std::vector<char>(places * bytes, 0x7f));
     p.y = y_memory.get();
+    if (p.residual) p.residual = residual_memory.get();
+    if (p.residual && p.residual_type == p.y_type && places == p.batch * p.width && between(0, 1)) {  // in its place
+      std::memcpy(p.y, residual_memory.get(), places * bytes);
+      p.residual = p.y;
+    }
     const int64_t column = between(0, p.grid_c());
     for (int64_t top = 0, bottom; top < p.batch; top = bottom) {
       bottom = std::min(p.batch, top + between(1, sa_plus_plus::kMostRows));

@@ -31,6 +31,7 @@ class Compiled(NamedTuple):
       x: how it takes its input.
       y: how it leaves its result.
       residual: how it takes its residual, if it has one: in any type, without a border.
+      in_place: whether its result may take the place of the residual.
     """
 
     layer: Layer
@@ -39,6 +40,7 @@ class Compiled(NamedTuple):
     x: Form
     y: Form
     residual: Form | None
+    in_place: bool = False
 
     def run(self, x: Any, residual: Any, blocks: Any, scale: Any, bias: Any) -> Any:
         """The layer's result in the form `y`, from arrays in the forms `x` and `residual`."""
@@ -58,10 +60,9 @@ class Compiled(NamedTuple):
             residual_zero=self.residual.zero if self.residual else 0,
             border=self.y.border,
         )
-        strides = self.window.strides
-        y = native.conv(
-            x, blocks, self.layout, strides=strides, scale=scale, bias=bias, residual=residual, epilogue=epilogue
-        )
+        how: dict[str, Any] = {"scale": scale, "bias": bias, "residual": residual, "epilogue": epilogue}
+        strides, in_place = self.window.strides, self.in_place
+        y = native.conv(x, blocks, self.layout, strides=strides, in_place=in_place, **how)
         return y if self.y.border != NO_BORDER else y.reshape(self.layer.output.shape)
 
 

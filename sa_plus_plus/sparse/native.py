@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import pathlib
 import re
 from typing import Any, NamedTuple, get_args
@@ -118,6 +119,7 @@ def conv(
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
+    in_place: bool = False,
 ) -> jax.Array:
     """Convolution of images that are padded already, and what follows it; no patch is ever made.
 
@@ -132,6 +134,8 @@ def conv(
       bias: `(outputs,)` float32.
       residual: like the result, without borders.
       epilogue: what follows.
+      in_place: whether the result may take the place of the residual, which is in the caches, if it has its type and no
+        borders. XLA copies a residual that is needed later.
 
     Returns:
       `(batch, rows + top + bottom, columns + left + right, outputs)`.
@@ -147,9 +151,10 @@ def conv(
     floats = {"residual_scale": epilogue.residual_factor, "residual_zero": epilogue.residual_zero}
     floats |= {"y_zero": epilogue.zero, "y_unit": epilogue.unit}
     scale, bias = (jnp.zeros(0, jnp.float32) if a is None else a.astype(jnp.float32) for a in (scale, bias))
-    # Where the residual is needed no more the result takes its place, which is in the caches; otherwise XLA copies it.
-    in_place = residual is not None and (residual.shape, residual.dtype) == (shape, epilogue.dtype)
-    residual = jnp.zeros(0, epilogue.dtype) if residual is None else residual
+    if residual is None:
+        residual, in_place = jnp.zeros(0, epilogue.dtype), False
+    elif in_place := in_place and (residual.size, residual.dtype) == (math.prod(shape), epilogue.dtype):
+        residual = residual.reshape(shape)
     call = jax.ffi.ffi_call(
         CONV,
         jax.ShapeDtypeStruct(shape, epilogue.dtype),

@@ -13,7 +13,7 @@ from sa_plus_plus.sparse.convolution import block_sparse_conv
 from sa_plus_plus.sparse.forms import Form, converted, forms_of, keeps_type
 from sa_plus_plus.sparse.lowering import Compiled
 from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul
-from sa_plus_plus.sparse.steps import Call, Constant, Layer, Linear, Traced, Variable, activate
+from sa_plus_plus.sparse.steps import Call, Constant, Layer, Linear, Traced, Variable, activate, users_of
 
 _INLINE = 1024  # numbers of a constant that are compiled into the program rather than handed to it
 
@@ -44,11 +44,14 @@ def assembled(
     forms = forms_of(traced, types, ranges)
     steps: list[Any] = []
     weights: list[Any] = []
-    for step, kernel in zip(traced.steps, kernels, strict=True):
+    users = users_of(traced.steps, traced.outputs)
+    for number, (step, kernel) in enumerate(zip(traced.steps, kernels, strict=True)):
         if isinstance(kernel, lowering.Packed):
             assert isinstance(step, Linear)
             compiled, needs = lowering.assembled(step, kernel, forms, ranges)
-            steps.append(compiled)
+            residual = step.layer.residual
+            gone = residual is not None and residual not in traced.inputs and max(users[residual]) == number
+            steps.append(compiled._replace(in_place=gone and residual != step.layer.x))
             weights.append(needs)
         else:
             steps.append(_without_weights(step))

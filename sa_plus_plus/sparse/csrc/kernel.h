@@ -31,7 +31,7 @@ struct Product {
   const int32_t* starts;  // (grid_c() + 1): the blocks of grid column j are numbers starts[j] to starts[j + 1]
   const float* scale;     // (width), or null
   const float* bias;      // (width), or null
-  const void* residual;   // (batch, width) in any type, or null
+  const void* residual;   // (batch, width) in any type, or null; may be y, if that is of the same type without borders
   float residual_scale, residual_zero, y_zero, y_unit;
   Activation activation;
   void* y;

@@ -86,8 +86,9 @@ void kernel_amx(const Product& p, const Part& part) {
   int64_t configured = 0;
   alignas(64) float sums[kSums * 16 * kWide];
   for (int64_t top = part.top; top < part.bottom;) {
-    // Tiles of equal height. The last of a run begins early enough to be whole: some rows are computed twice.
-    int64_t tall = 0, count = 0, first[kSums] = {};
+    // Tiles of equal height. The last of a run begins early enough to be whole: its rows that another has are not
+    // finished again, for the residual may be where y is.
+    int64_t tall = 0, count = 0, first[kSums] = {}, again[kSums] = {};
     const uint8_t* from[kSums] = {};
     while (count < kSums && top < part.bottom) {
       const int64_t end = (top / p.run + 1) * p.run, bottom = end < part.bottom ? end : part.bottom;
@@ -98,6 +99,7 @@ void kernel_amx(const Product& p, const Part& part) {
         tall = each;
       }
       first[count] = left < tall ? bottom - tall : top;
+      again[count] = top - first[count];
       from[count] = x + p.row(first[count]) * size;
       ++count;
       top = left <= tall ? bottom : top + tall;
@@ -114,7 +116,8 @@ void kernel_amx(const Product& p, const Part& part) {
                                 : any_tiles<false>(p, count, from, tall, depth, j, offset, sums);
         const int64_t wide = end - offset < kWide ? end - offset : kWide;
         for (int64_t t = 0; t < count; ++t) {
-          finish<16>(p, rows, first[t] - part.top, tall, sums + t * tall * kWide, kWide, j * p.b_c + offset, wide);
+          finish<16>(p, rows, first[t] + again[t] - part.top, tall - again[t], sums + (t * tall + again[t]) * kWide,
+                     kWide, j * p.b_c + offset, wide);
         }
       }
     }
