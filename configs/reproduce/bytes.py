@@ -3,8 +3,8 @@
     python -m experiments.reproduce bytes --scale=small
     python -m experiments.reproduce bytes --scale=small --local=path/to/text
 
-The sources of Python's standard library unless `--local` says another text. At scale `small` two layers of width 256,
-trained on 600 batches of 16 windows of 64 bytes: a minute a run on one core. That is far from trained out.
+The text is the source code of Python's standard library unless `--local` names another. Scale `small` trains two
+layers of width 256 on 600 batches of 16 windows of 64 bytes, a minute a run on one core. That is far from convergence.
 """
 
 from typing import Any

@@ -33,7 +33,7 @@ BASELINES = {
 
 
 def orders(variants: Iterable[str]) -> dict[str, list[str]]:
-    """The comparisons of a table: SA++ and what is recommended with all others, and the order that the paper found."""
+    """The comparisons of a table: SA++ and the recommended recipe with all others, then ACDC > magnitude > random."""
     others = [name for name in variants if name not in ("SA++", RECOMMENDED)]
     return {"SA++": others, RECOMMENDED: ["SA++", *others], "ACDC": ["magnitude"], "magnitude": ["random"]}
 
@@ -46,10 +46,9 @@ def sweep(title: str, file: str, **options: Any) -> ConfigDict:
       file: the config that each cell changes.
       options: `variants`, by name what each changes in the config; `blocks`, `sparsities`, `seeds`; `changes`, those of
         all cells; `dense`, whether the dense network is trained too; `metric`, which output of the test is shown, and
-        `lower_is_better`;
-        `compared`, by variant which others it is compared with, seed by seed, or the first with all others; `percent`,
-        whether in percent; `files`, whether the data are read from files; `paper`, its table in
-        `experiments/sweeps/paper.json`.
+        `percent`, whether in percent; `lower_is_better`, of that metric; `compared`, the other variants that a variant
+        is compared with, seed by seed, by default the first with all others; `files`, whether the data are read from
+        files; `paper`, its table in `experiments/sweeps/paper.json`.
     """
     defaults: dict[str, Any] = {"changes": {}, "dense": True, "percent": False, "paper": "", "metric": "accuracy"}
     defaults |= {"files": True, "lower_is_better": False, "compared": {}}

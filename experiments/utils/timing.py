@@ -16,7 +16,7 @@ def alternate(
 
     In every round each contender is called, in turn, often enough to take `at_least` seconds; a contender's call must
     return only when its work is done. Its first call of a round is not timed: threads of the one before may still be
-    spinning in wait of work, as those of ONNX Runtime do for about 20 ms. Figures of one round were taken next to each
+    busy-waiting for work, as ONNX Runtime's do for some tens of ms. Figures of one round were taken next to each
     other, so ratios between them hold though the machine's speed drifts.
     """
     repeats = {}

@@ -67,9 +67,9 @@ class Compiled(NamedTuple):
 
 
 def pooled(call: Call, x: Any) -> Any | None:
-    """The result of an operation that takes the largest or the sum of windows of images, or None if it does not.
+    """The result of max or sum pooling, or of a small sum over adjacent axes; None for any other operation.
 
-    So are sums over neighbouring axes that are small: XLA's take longer to start than to run.
+    XLA's own small sums take longer to start than to run.
     """
     options, name = call.options, call.primitive.name
     if name == "reduce_sum" and x.dtype == FLOAT32:

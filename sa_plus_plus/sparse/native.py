@@ -216,7 +216,7 @@ def round_images(
     border: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
     channels: int | None = None,
 ) -> jax.Array:
-    """Images in float32, bfloat16, or uint8 as `round(x / factor) + zero`, with zeros around them and as more channels.
+    """Images in float32, bfloat16, or uint8 as `round(x / factor) + zero`, padded with zeros.
 
     Args:
       x: `(batch, height, width, channels)`, float32.
