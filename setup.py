@@ -11,8 +11,8 @@ from setuptools.errors import CompileError
 
 SOURCES = pathlib.Path("sa_plus_plus/sparse/csrc")
 FLAGS = ["-O3", "-g0", "-std=c++17", "-DNDEBUG", "-ffp-contract=fast"]
-AVX2 = ["-mavx2", "-mfma"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
+AVX2 = ["-mavx2", "-mfma", "-mprfchw"]  # processors that cannot prefetch for writing skip the instruction
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprfchw", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {  # one source, compiled for several processors; which of them runs is decided there
     "kernel_avx2": AVX2,
     "kernel_avxvnni": [*AVX2, "-mavxvnni"],

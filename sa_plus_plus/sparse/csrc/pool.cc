@@ -14,7 +14,7 @@
 namespace sa_plus_plus {
 namespace {
 
-constexpr std::chrono::microseconds kSpin{200};
+constexpr std::chrono::microseconds kSpin{500};  // longer than JAX takes between two calls of a network
 
 inline void pause() {
 #if defined(__x86_64__)
