@@ -161,5 +161,6 @@ def test_instructions():
     assert {native.instructions(t) for t in (np.float32, jnp.bfloat16, np.uint8)} <= {
         *("amx", "avx512_vnni", "avx512_bf16", "avx512", "avx_vnni", "avx2", "baseline")
     }
+    assert native.halves_pay() is native.halves_pay()  # measured once
     with jax.enable_x64(True), pytest.raises(KeyError):
         native.instructions(np.float64)

@@ -175,7 +175,8 @@ def specialize(
     In `"int8"`, the kernels of layers are rounded to 8 bits with a scale for each output, and what layers take with a
     scale for each tensor, from the largest and smallest value seen in the calibration data. Sums are exact, in 32 bits.
     The first and the last layer, where rounding costs the most accuracy, are in bfloat16 if the processor multiplies
-    that, otherwise in float32. In `"bfloat16"` kernels and activations are rounded to that, and sums are in float32.
+    that faster, otherwise in float32. In `"bfloat16"` kernels and activations are rounded to that, and sums are in
+    float32.
 
     Args:
       fn: jittable, the weights closed over, dropout off and averages running: the network as it serves.
@@ -311,7 +312,7 @@ def _check_precision(precision: Any, calibration: Any, implementation: Any, comp
 def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[int, np.dtype]:
     """By the number of a step: in which type a layer that can run in the compiled kernel takes its input."""
     layers = [i for i, step in enumerate(traced.steps) if isinstance(step, Linear)]
-    fast_halves = native.instructions(BFLOAT16) in ("amx", "avx512_bf16")
+    exact = BFLOAT16 if precision == "int8" and native.halves_pay() else FLOAT32  # where rounding costs the most
     types = {}
     for i in layers:
         layer = traced.steps[i].layer  # type: ignore[union-attr]
@@ -321,7 +322,7 @@ def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[i
         if dtype == BFLOAT16:
             types[i] = BFLOAT16
         elif dtype == FLOAT32 and precision == "int8" and i in (layers[0], layers[-1]):
-            types[i] = BFLOAT16 if fast_halves else FLOAT32
+            types[i] = exact
         elif dtype == FLOAT32:
             types[i] = {"bfloat16": BFLOAT16, "int8": UINT8}.get(precision or "", FLOAT32)
     return types
