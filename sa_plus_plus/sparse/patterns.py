@@ -69,7 +69,7 @@ def _suggested(nonzero: np.ndarray) -> list[blk.Block]:
 
 
 def _side(length: int, spacing: int, other: int) -> int:
-    """A block's side along an axis; without an edge there, that of a square if it spans the axis, else the whole axis."""
+    """A block's side along an axis; without an edge there, a square's if that spans the axis, else the whole axis."""
     if not spacing:
         return other if length <= other else min(length, MOST_SIDE)
     return next(side for side in range(min(spacing, MOST_SIDE), 0, -1) if spacing % side == 0)

@@ -84,8 +84,8 @@ def save(
 
     A block-sparse kernel becomes two tensors: `<path>:blocks`, the concatenated weights of its kept blocks without
     padding, and `<path>:index`, `grid_column * grid_rows + grid_row` of each. With `int8`, `<path>:scales` has the
-    scale of each block. All other leaves are stored as they are. The metadata describes each kernel in JSON and has a SHA-256
-    of each tensor.
+    scale of each block. All other leaves are stored as they are. The metadata describes each kernel in JSON and has a
+    SHA-256 of each tensor.
 
     A leaf's path is its keys joined by slashes, with `~` and `/` within a key written `~0` and `~1` as in a JSON
     Pointer (RFC 6901): Haiku's `{"mlp/~/linear_0": {"w": x}}` has the path `mlp~1~0~1linear_0/w` and is restored

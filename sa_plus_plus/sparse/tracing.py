@@ -342,7 +342,7 @@ def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
 
 
 def _does_nothing(eqn: Any) -> bool:
-    """Whether an operation returns its first operand unchanged, such as padding by zero."""
+    """Whether an operation returns its first operand unchanged, such as padding of width 0."""
     name, operands = eqn.primitive.name, eqn.invars
     if name == "pad":
         return all(pad == (0, 0, 0) for pad in eqn.params["padding_config"])
