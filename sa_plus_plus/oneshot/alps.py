@@ -1,4 +1,4 @@
-"""ALPS: which blocks stay by ADMM with an exact choice of the largest blocks, then conjugate gradients on them.
+"""ALPS: choose blocks by ADMM with an exact projection onto the largest blocks, then refit by conjugate gradients.
 
 Meng et al., NeurIPS 2024: ALPS, improved optimisation for highly sparse one-shot pruning; here with blocks.
 """
@@ -29,8 +29,8 @@ def alps(problem: Problem, kept: int) -> Solved:
 
         V = (H + ρI)^-1 (H W - U + ρD);  D = the largest blocks of V + U / ρ;  U += ρ (V - D)
 
-    `H` is scaled to ones on its diagonal, and `ρ` grows until the choice stands still. Weights are then solved for, for
-    this choice and for the largest blocks, and the better of both is returned.
+    `H` is scaled to ones on its diagonal, and `ρ` grows until the choice no longer changes. The weights are then solved
+    for with this choice and with the largest blocks, and the better result is returned.
     """
     candidates = [_admm(problem, kept), top(magnitude(problem), kept)]
     if (candidates[0] == candidates[1]).all():
