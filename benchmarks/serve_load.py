@@ -26,7 +26,7 @@ from experiments.outputs import progress
 
 PROCESSES = flags.DEFINE_integer("processes", 5, "Fresh processes for each file.")
 PRECISION_NAMES = flags.DEFINE_list("served", ["float32", "int8"], "Precisions.")
-CALLS = 20  # later ones, of which the median counts
+CALLS = 20  # later calls, whose median is reported
 
 LOADER = f"""
 import json, sys, time, jax, numpy as np, sa_plus_plus as sapp

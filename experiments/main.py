@@ -145,7 +145,7 @@ def _one(
         report.plot_run(path / "run.png", outcome, rows, metric, heading)
         if "features" in config and outcome.plan.pruned:
             files.write_json(path / FEATURES, report.chosen_features(outcome, setup.task.dataset.features))
-        files.write_json(path / workdir.RESULT, result)  # last: where it stands, the run is complete
+        files.write_json(path / workdir.RESULT, result)  # last: this file marks the run as complete
     return files.finite(result)
 
 

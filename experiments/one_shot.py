@@ -35,7 +35,7 @@ from experiments.utils import files, registry, timing
 
 flags.declare_key_flag("config")  # for --help
 METHODS = ("magnitude", "wanda", "obs", "alps")
-REFITTED = ("magnitude", "wanda")  # whose weights `refit` changes
+REFITTED = ("magnitude", "wanda")  # methods whose weights `refit` changes
 COSTS = ("weights", "multiply_adds", "milliseconds")
 _WEIGHTS = flags.DEFINE_string("weights", "", "Trained weights: a run's directory, a checkpoint or a safetensors file.")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.5", "0.7", "0.8", "0.9"], "Sparsities.")

@@ -46,7 +46,7 @@ _RATE_STEPS = 60
 
 def main() -> None:
     arguments = _parser().parse_args()
-    flags.FLAGS.mark_as_parsed()  # which the processes that read data ask for
+    flags.FLAGS.mark_as_parsed()  # the processes that read data check this
     console, directory = progress.console(), pathlib.Path(arguments.directory)
     with cli.users_mistakes():
         names = _names(arguments.what)

@@ -188,7 +188,7 @@ class Tree:
 
     def __init__(self, shapes: Mapping[str, Shape]):
         self.shapes = shapes
-        self._leading: dict[str, Shape] = {}  # by module: the axes that all its leaves begin with, but for their last
+        self._leading: dict[str, Shape] = {}  # by module: leading axes shared by all its leaves, excluding their last
         marked, deep = set(), set()  # modules that have a bias or a scale; those with a leaf of three axes and more
         for path, shape in shapes.items():
             mark = path.rpartition("/")[2] in _MARKS

@@ -73,7 +73,7 @@ def contenders(
     return Engines(calls, missing)
 
 
-_FORMS = {  # in which forms an engine has a precision
+_FORMS = {  # the forms of a precision in each engine
     "onnxruntime": {"float32": ["float32"], "bfloat16": ["bfloat16"], "int8": ["int8", "int8 dynamic"]},
     "openvino": {"float32": ["float32"], "bfloat16": ["bfloat16"], "int8": ["int8"]},
 }

@@ -97,7 +97,7 @@ class Checkpoints:
           TypeError: if `host` is not in terms of JSON or `state` not of arrays.
         """
         leaves = _leaves(state)
-        # To text now, since the loop goes on changing what `host` is made of.
+        # Convert to text now, since the loop keeps changing the parts of `host`.
         metric = None if metric is None else float(metric)
         content = json.dumps({"step": step, "metric": metric, "arrays": _shapes(leaves), "host": host}, indent=1)
         self.wait()

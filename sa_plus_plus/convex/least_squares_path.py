@@ -21,9 +21,9 @@ import sa_plus_plus.convex.problems as problems
 from sa_plus_plus.convex.group_lasso import check_grid, check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, members
 
-_SWEEPS = 5_000  # at most, in one visit to a working set
-_WRITTEN_OUT = 32  # rows of a product
-_ROUNDS = 60  # visits at most for one lambda
+_SWEEPS = 5_000  # limit on sweeps in one visit to a working set
+_WRITTEN_OUT = 32  # limit on rows of a product that is written out
+_ROUNDS = 60  # limit on visits for one lambda
 
 
 class Path(NamedTuple):

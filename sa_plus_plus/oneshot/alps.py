@@ -15,10 +15,10 @@ from sa_plus_plus import select
 from sa_plus_plus.oneshot.layers import Problem, Solved, magnitude, top
 
 FIRST_PENALTY = 0.1  # relative to a Hessian with ones on its diagonal
-CHECK_EVERY = 3  # iterations between two looks at how much the choice still changes
-MOST_LOOKS = 200  # by when the penalty exceeds all else; some tens are usual
-LARGE, LARGE_GROWTH = 1.5e11, 1.3  # operations of a factorisation and a solution, beyond which the penalty grows faster
-ROUNDS = 100  # most iterations of conjugate gradients
+CHECK_EVERY = 3  # iterations between checks of how much the choice still changes
+MOST_LOOKS = 200  # by then the penalty dominates; a few tens are usual
+LARGE, LARGE_GROWTH = 1.5e11, 1.3  # above this many operations per solve, the penalty grows faster
+ROUNDS = 100  # limit on iterations of conjugate gradients
 TOLERANCE = 1e-5  # relative residual of each column
 
 

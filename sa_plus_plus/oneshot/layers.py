@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
 
 Solved = tuple[np.ndarray, np.ndarray]  # a layer's mask and weights
-Choose = Callable[[int], Solved]  # by the number of blocks that stay
+Choose = Callable[[int], Solved]  # takes the number of kept blocks
 
 
 def top(scores: np.ndarray, kept: int) -> np.ndarray:

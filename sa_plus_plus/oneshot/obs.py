@@ -12,8 +12,8 @@ import numpy as np
 
 from sa_plus_plus.oneshot.layers import Choose, Problem, Solved, pieces, refitted
 
-MOST_ROUNDS = 64  # in which a column's costs are computed anew
-MOST_OPERATIONS = 4e11  # for orders by column; beyond, the rows have one order for all columns
+MOST_ROUNDS = 64  # limit on how often the costs of a column are recomputed
+MOST_OPERATIONS = 4e11  # limit for a separate order per column; above it, one pass over the rows
 
 
 def obs(problem: Problem) -> Choose:

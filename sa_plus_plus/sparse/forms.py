@@ -134,7 +134,7 @@ def _wanted(
         if isinstance(step, Linear) and number in types:
             if step.layer.x == value:
                 kinds.add(types[number])
-            elif step.layer.residual == value:  # which it takes in any type
+            elif step.layer.residual == value:  # residuals are taken in any type
                 preferred = wanted[step.layer.output] or types[number]
         elif isinstance(step, Call) and keeps_type(step):
             kinds.add(wanted[step.outputs[0]])
@@ -151,7 +151,7 @@ def _border(
     if len(users) != 1 or users[0] not in types or len(value.shape) != 4:
         return NO_BORDER
     user = steps[users[0]]
-    assert isinstance(user, Linear)  # as all that have a type
+    assert isinstance(user, Linear)  # like all steps that have a type
     layer, window = user.layer, window_of(user.layer)
     if layer.x != value or layer.residual == value or isinstance(window, str) or layer.call is None:
         return NO_BORDER

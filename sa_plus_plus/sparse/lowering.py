@@ -17,8 +17,8 @@ from sa_plus_plus.sparse.steps import Call, Layer, Linear, Variable
 from sa_plus_plus.sparse.windows import NO_BORDER, Window
 
 REGISTER_BYTES = 64  # part of a block's column that matrix registers process at once
-MOST_SUMMED = 2**18  # numbers that one thread sums
-DENSE_ROWS, DENSE_COLUMNS = 128, 32  # at most, of the blocks in which a float32 kernel is packed that is not pruned
+MOST_SUMMED = 2**18  # limit on the numbers that one thread sums
+DENSE_ROWS, DENSE_COLUMNS = 128, 32  # largest blocks for packing an unpruned float32 kernel
 
 
 class Compiled(NamedTuple):

@@ -10,8 +10,8 @@ from jax.extend import core
 from sa_plus_plus.sparse.steps import Call, Constant, Linear, Traced, Variable
 
 MOST_STEPS = 128  # longest loop that is unrolled
-MOST_EXPERTS = 64  # kernels in one batched product that are layers each
-MOST_BYTES = 2**28  # limit on kernels that unrolling a loop would repeat
+MOST_EXPERTS = 64  # limit on kernels in one batched product, each of which becomes a layer
+MOST_BYTES = 2**28  # limit on kernel bytes that unrolling a loop would duplicate
 _PRODUCTS = {"dot_general": "product", "conv_general_dilated": "convolution"}
 
 

@@ -10,8 +10,8 @@ from sa_plus_plus.planning import Plan
 
 SQUARES = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are tried if zeros form no blocks
 MOST_SIDE = 128
-STRAY = 0.1  # share of changes between zero and not zero that may be within blocks
-ALIKE = 1.1  # a larger block is preferred if its share of kept weights is at most this times the least
+STRAY = 0.1  # largest share of zero/nonzero transitions that may be within blocks
+ALIKE = 1.1  # a larger block is preferred if its share of kept weights is at most this times the lowest
 
 
 def pruned_in(kernel: np.ndarray, candidates: Sequence[blk.Block] = ()) -> tuple[blk.Block | None, float]:

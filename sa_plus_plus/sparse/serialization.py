@@ -18,9 +18,9 @@ from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.packing import PARTS, STORABLE, STORAGE, as_jax, narrowed, packed, unpacked
 
 FORMAT = "block-sparse 1"
-ESCAPED = "block-sparse 2"  # the same with keys escaped; written only where a key has `~` or `/`
-VIEWED = "block-sparse 3"  # that with views of kernels; written only where a kernel has one
-_NAMED = 3  # layers in a warning
+ESCAPED = "block-sparse 2"  # with escaped keys; written only if a key has `~` or `/`
+VIEWED = "block-sparse 3"  # with escaped keys and views of kernels; written only if a kernel has a view
+_NAMED = 3  # number of layers named in a warning
 _KEY = "sa_plus_plus"  # key of the JSON text in the file's metadata
 
 
@@ -172,7 +172,7 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     if twice := sorted(leaves.keys() & tensors.keys()):
         raise ValueError(f"{path} is damaged: {twice[0]!r} is both a kernel and a tensor")
     leaves |= {name: as_jax(tensor) for name, tensor in tensors.items()}
-    if about["format"] == FORMAT:  # its names are not escaped, so that a tilde stands for itself
+    if about["format"] == FORMAT:  # its names are not escaped, so a tilde is literal
         leaves = {name.replace("~", "~0"): leaf for name, leaf in leaves.items()}
     if like is None:
         try:

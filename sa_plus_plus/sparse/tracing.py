@@ -184,7 +184,7 @@ class _Recorder:
             if n > 1:
                 (result,) = self.inlined(lambda y: lax.reshape(y, (*lengths, *y.shape[1:])), result)
         assert isinstance(result, Variable)
-        if left is kernel:  # whose axes come first in the result
+        if left is kernel:  # the kernel's axes come first in the result
             axes = range(len(result.shape))
             return self.transposed(result, (*axes[:n], *axes[n + m :], *axes[n : n + m]))
         return result

@@ -30,7 +30,7 @@ from experiments.data.criteo.vocabulary import Count, Vocabulary, encode, tally,
 from experiments.utils.files import sha256
 
 _EXAMPLES = 5  # line numbers to name of each kind of malformed line
-_START, _HOPELESS = 1 << 16, 100  # bytes to look at first, and the lines there of which one at least must be good
+_START, _HOPELESS = 1 << 16, 100  # bytes to examine first, and the number of lines of which one must be valid
 _SECONDS = 2.0  # between two reports of progress
 _T = TypeVar("_T")
 _R = TypeVar("_R")
