@@ -1,1 +1,1 @@
-"""Measurements: each script compares contenders in one run, alternating, and writes ratios with their spread."""
+"""Benchmarks: each script alternates contenders in one run, and writes ratios with their spread."""

@@ -1,4 +1,4 @@
-"""Batches a second from memory: 60,000 images of 28 x 28 bytes, batches of 128.
+"""Batches per second from memory: 60,000 images of 28 x 28 bytes, batches of 128.
 
 python -m benchmarks.batches
 """

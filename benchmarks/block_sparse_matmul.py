@@ -1,9 +1,9 @@
-"""Products with a block-sparse kernel: this library, dense ones, and the block-sparse ones of PyTorch and SciPy.
+"""Block-sparse matmul: this library against dense matmuls and the block-sparse ones of PyTorch and SciPy.
 
     python -m benchmarks.block_sparse_matmul
 
-Random positions of blocks, float32, all cores. A contender whose package is not installed is left out. Each one's
-result is compared with a product in double before anything is timed.
+Random positions of blocks, float32, all cores. Contenders whose packages are not installed are skipped. Each result is
+compared with a double-precision product before anything is timed.
 """
 
 import functools
@@ -28,8 +28,8 @@ BATCHES = flags.DEFINE_list("batches", ["1", "32", "256"], "Rows of x.")
 SPARSITIES = flags.DEFINE_list("sparsities", ["0.8", "0.9", "0.95"], "Shares of the blocks that are zero.")
 BLOCKS = flags.DEFINE_list("blocks", ["8", "16", "32", "64"], "Sides of a block.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
-SECONDS = flags.DEFINE_float("seconds", 0.02, "At least so long is each contender called in a round.")
-NAME = flags.DEFINE_string("name", "block_sparse_matmul", "Of the files written to benchmarks/results; empty for none.")
+SECONDS = flags.DEFINE_float("seconds", 0.02, "Minimum time for which each contender is called in a round.")
+NAME = flags.DEFINE_string("name", "block_sparse_matmul", "Name of the result files; empty for none.")
 
 DENSE, OURS = {"jax_dense", "torch_dense"}, ("xla", "native")
 
@@ -37,7 +37,7 @@ DENSE, OURS = {"jax_dense", "torch_dense"}, ("xla", "native")
 def kernel(
     rows: int, cols: int, block: int, sparsity: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix of which a random share of the blocks is zero, and which are not."""
+    """A matrix with a random share of its blocks zero, and the mask of the others."""
     grid = (-(-rows // block), -(-cols // block))
     mask = rng.random(grid) >= sparsity
     matrix = rng.standard_normal((rows, cols), np.float32)
@@ -100,7 +100,7 @@ def cells_of(
 def result(
     shape: tuple[int, int], batch: int, block: int, sparsity: float, seconds: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """What is kept of a cell's measurement."""
+    """The recorded part of a cell's measurement."""
     ours = [name for name in OURS if name in seconds]
     return {
         **{"rows": shape[0], "cols": shape[1], "batch": batch, "sparsity": sparsity, "block": block},
@@ -114,9 +114,9 @@ def result(
 
 
 def plot(cells: list[dict[str, Any]], path: Any) -> None:
-    """Speed-up against sparsity: a panel for each shape and batch, a line for each block size.
+    """Plot speed-up against sparsity: one panel per shape and batch, one line per block size.
 
-    Over the faster of the dense products, jax's and PyTorch's.
+    The speed-up is over the faster of the dense products of jax and PyTorch.
     """
     shapes = list(dict.fromkeys((c["rows"], c["cols"]) for c in cells))
     batches = list(dict.fromkeys(c["batch"] for c in cells))

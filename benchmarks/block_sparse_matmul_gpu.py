@@ -1,10 +1,10 @@
-"""Products with a block-sparse kernel on a GPU: the Pallas kernel and plain JAX against the dense product of cuBLAS.
+"""Block-sparse matmul on a GPU: the Pallas kernel and plain JAX against the dense matmul of cuBLAS.
 
     python -m benchmarks.block_sparse_matmul_gpu
 
 Random positions of blocks, bfloat16. Each contender's result is compared with the dense product in float32 before it is
-timed. One program computes several products, each with an x of its own, and several programs are queued before their
-results are waited for: a small product takes less time than starting a program.
+timed. One program computes several products, each with its own x, and several programs are queued before
+waiting for their results, because a small product takes less time than launching a program.
 """
 
 import itertools
@@ -25,10 +25,10 @@ SIDES = flags.DEFINE_list("sides", ["4096"], "Rows and columns of the kernel.")
 BATCHES = flags.DEFINE_list("batches", ["256", "2048", "8192"], "Rows of x.")
 SPARSITIES = flags.DEFINE_list("sparsities", ["0.8", "0.9", "0.95"], "Shares of the blocks that are zero.")
 BLOCKS = flags.DEFINE_list("blocks", ["16", "32", "64", "128"], "Sides of a block.")
-IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["pallas", "xla"], "Of block_sparse_matmul.")
+IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["pallas", "xla"], "Implementations of block_sparse_matmul.")
 CHAIN = flags.DEFINE_integer("chain", 8, "Products in one program.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds of alternating measurement.")
-NAME = flags.DEFINE_string("name", "block_sparse_matmul_gpu", "Of the file in benchmarks/results; empty for none.")
+NAME = flags.DEFINE_string("name", "block_sparse_matmul_gpu", "Name of the result file; empty for none.")
 
 QUEUED = 5  # programs
 
@@ -59,7 +59,7 @@ def cell(side: int, batch: int, block: int, sparsity: float) -> dict[str, Any]:
         )
         try:
             got = np.asarray(product(xs[0], w), np.float32)
-        except Exception as error:  # a compiler that cannot, or memory that is not enough: say so and go on
+        except Exception as error:  # a failed compilation, or too little memory: report it and continue
             print(f"{implementation} failed: {row}: {type(error).__name__}: {str(error)[:500]}")
             row |= {f"{implementation}_us": None, f"{implementation}_times_as_fast": None}
             continue

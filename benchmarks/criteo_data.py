@@ -1,11 +1,11 @@
-"""Criteo's click data: rows a second prepared, with the memory that takes, and rows a second in batches.
+"""Criteo's click data: rows per second of preparation, with its memory, and rows per second in batches.
 
-The log is made of a real sample's columns, each shuffled for itself, with ever new values in the larger vocabularies.
+The log is made from a real sample's columns, each shuffled on its own, with ever new values in the larger vocabularies.
 
 python -m benchmarks.criteo_data --sample criteo_head_10k.tsv.gz
 python -m benchmarks.criteo_data --sample criteo_head_10k.tsv.gz --rows=45840617 --name=criteo_data_full
 
-The second has as many rows as the challenge's log; it takes 20 GB of disk.
+The second command has as many rows as the challenge's log, and takes 20 GB of disk.
 """
 
 import gzip
@@ -31,7 +31,7 @@ from experiments.outputs import progress
 
 _SAMPLE = flags.DEFINE_string("sample", None, "A file of real rows, gzip.", required=True)
 _ROWS = flags.DEFINE_integer("rows", 2_500_000, "Rows of the log to make of it.")
-_NAME = flags.DEFINE_string("name", "criteo_data", "Of the file in benchmarks/results.")
+_NAME = flags.DEFINE_string("name", "criteo_data", "Name of the result file.")
 
 BATCH = 32_768
 CHUNK = 100_000
@@ -39,7 +39,7 @@ LARGE = {2: 0.3, 3: 0.1, 11: 0.25, 15: 0.2, 20: 0.2, 23: 0.02, 25: 0.02}  # by c
 
 
 def make_log(path: pathlib.Path, sample: pathlib.Path, rows: int) -> None:
-    """Write a log of so many rows."""
+    """Write a log with this many rows."""
     lines = gzip.decompress(sample.read_bytes()).decode().splitlines()
     columns = [pa.array(values) for values in zip(*(line.split("\t") for line in lines), strict=True)]
     rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def _pool(rng: np.random.Generator, count: int) -> pa.Array:
 
 
 def prepare(path: pathlib.Path, output: pathlib.Path) -> dict[str, float]:
-    """Prepare the log by a process of its own."""
+    """Prepare the log in a separate process."""
     command = [sys.executable, "-m", "experiments.data.criteo", "prepare", "--input", str(path)]
     command += ["--output", str(output)]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -82,7 +82,7 @@ def prepare(path: pathlib.Path, output: pathlib.Path) -> dict[str, float]:
 
 
 def batches(output: pathlib.Path) -> dict[str, float]:
-    """Batches from what was prepared."""
+    """Batches from the prepared data."""
     iterator = data.train_iterator(criteo(output).train, BATCH, 0)
     started = time.perf_counter()
     next(iterator)
@@ -92,7 +92,7 @@ def batches(output: pathlib.Path) -> dict[str, float]:
 
 
 def epoch(output: pathlib.Path) -> dict[str, float]:
-    """All batches of an epoch, without a step between them."""
+    """All batches of an epoch, without training steps between them."""
     source = criteo(output).train
     iterator, count = data.train_iterator(source, BATCH, 0), len(source) // BATCH
     started = time.perf_counter()
@@ -109,7 +109,7 @@ def epoch(output: pathlib.Path) -> dict[str, float]:
 
 
 def far_epochs(rows: int = 33_000_000) -> dict[str, float]:
-    """The order of as many rows as the whole data set trains on, and the first batch of a far epoch."""
+    """The order of as many training rows as in the whole data set, and the first batch of a late epoch."""
     iterator = data.train_iterator(_Numbers(rows), BATCH, 0)
     next(iterator)
     iterator.set_state(iterator.get_state() | {"step": 24 * rows // BATCH})

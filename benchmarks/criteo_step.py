@@ -1,13 +1,13 @@
-"""Rows a second of the click network's training step: pruned against dense, and where the time goes.
+"""Rows per second of the click network's training step: pruned against dense, and a breakdown of the time.
 
     python -m benchmarks.criteo_step
     python -m benchmarks.criteo_step --table=10000000 --blocks=10 --name=criteo_step_large_table
     python -m benchmarks.criteo_step --batch=4096 --table=200000 --rounds=5 --name=
 
-The steps are those of the training loop, for configs/criteo_block*.py, on one batch of Zipf-distributed ids that is on
-the device already. `dense, rows of the batch` is the step whose optimizer touches no other rows of the table. The parts
-are timed on their own: looking up and adding up the table's rows, forwards and backwards through the layers, and Adam
-on all parameters; their sum is not the step's time, since that is compiled as one.
+The steps are those of the training loop, for configs/criteo_block*.py, on one batch of Zipf-distributed ids that is
+already on the device. `dense, rows of the batch` is the step whose optimizer touches only those rows of the table. The
+parts are timed separately: lookup and accumulation of the table's rows, the forward and backward pass of the layers,
+and Adam on all parameters. Their sum is not the step's time, since the step is compiled as one program.
 """
 
 import functools

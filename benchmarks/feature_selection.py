@@ -1,15 +1,15 @@
-"""Who chooses the best 50 pixels: every algorithm and three simpler ways, on MNIST and Fashion-MNIST.
+"""Selecting the best 50 pixels: every algorithm and three simpler methods, on MNIST and Fashion-MNIST.
 
     python -m benchmarks.feature_selection --data=mnist --local=path/to/its/files
     python -m benchmarks.feature_selection --data=fashion_mnist --local=path/to/its/files
 
-Features are chosen on the training part; then a fresh network, configs/feature_selection.py without pruning, is trained
-on these alone, and its accuracy on the test part is what counts. Each algorithm has its own schedule, but Sequential
-Attention that of the config; `sequential_attention_cycles` has the one of SequentialAttention++. The simpler ways are
-scikit-learn's estimate of the mutual information of each feature with the label, the group LASSO of multinomial
-regression (a group is a feature's coefficients of all classes; of the first lambda of a path that gives enough features
-those of the largest norm), and all features. The first two look at a part of the training rows. What is measured is
-written after each way; the same command goes on from there.
+Features are chosen on the training part; then a new network, configs/feature_selection.py without pruning, is trained
+on these features alone and judged by its accuracy on the test part. Each algorithm has its own schedule, except that
+Sequential Attention has that of the config; `sequential_attention_cycles` has that of SequentialAttention++. The
+simpler methods are scikit-learn's estimate of the mutual information of each feature with the label, the group LASSO of
+multinomial regression (a group is a feature's coefficients of all classes; the features of largest norm at the first
+lambda of the path with enough features), and all features. The first two use a part of the training rows. Results are
+written after each method; the same command resumes from there.
 """
 
 import functools
@@ -36,7 +36,7 @@ from sa_plus_plus import convex
 
 _DATA = flags.DEFINE_enum("data", "mnist", ["mnist", "fashion_mnist"], "Data set.")
 _LOCAL = flags.DEFINE_string("local", "", "Directory with its four files; empty for TensorFlow Datasets.")
-_FEATURES = flags.DEFINE_integer("features", 50, "How many are kept.")
+_FEATURES = flags.DEFINE_integer("features", 50, "Number of features to keep.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds of the networks, of the order of the data and of the random masks.")
 _EPOCHS = flags.DEFINE_float("epochs", 20.0, "Length of each run, of selection and of training afterwards.")
 _METHODS = flags.DEFINE_list("methods", ["all"], "Names of algorithms, mutual_information, group_lasso, all_features.")
@@ -63,14 +63,14 @@ def config_of(name: str) -> ml_collections.ConfigDict:
 
 
 def by_algorithm(name: str, dataset: data.Dataset) -> list[Chosen]:
-    """The features that an algorithm keeps, one list a seed."""
+    """The features that an algorithm keeps, one list per seed."""
     run = program.compiled(prepare(config_of(name), dataset=dataset), _SEEDS.value)
     outcomes = loop.train(run, range(_SEEDS.value))
     return [[row["index"] for row in report.chosen_features(o, dataset.features)] for o in outcomes]
 
 
 def by_mutual_information(dataset: data.Dataset) -> list[Chosen]:
-    """The features that tell most about the label, each by itself."""
+    """The features that are individually most informative about the label."""
     x, label = some_rows(dataset, INFORMATION_ROWS)
     return [best(mutual_info_classif(x, label, random_state=0))]
 
@@ -106,7 +106,7 @@ def best(scores: np.ndarray) -> Chosen:
 
 
 def some_rows(dataset: data.Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features, as networks see them, and labels of so many training rows, drawn at random."""
+    """Features, as networks see them, and labels of this many random training rows."""
     rows = np.random.default_rng(0).permutation(len(dataset.train))[:count]
     batch = dataset.train.gather(rows)
     x = flat(batch)
@@ -132,7 +132,7 @@ def restricted(dataset: data.Dataset, features: Chosen) -> data.Dataset:
 
 
 def retrained(dataset: data.Dataset, chosen: list[Chosen]) -> list[float]:
-    """Test accuracy of fresh networks that see only what was chosen, one a seed; one choice serves all seeds."""
+    """Test accuracy of new networks on only the chosen features, one per seed; a single choice serves all seeds."""
     seeds = list(range(_SEEDS.value))
     groups = [(features, [seed]) for features, seed in zip(chosen, seeds, strict=False)]
     outcomes: list[loop.Outcome] = []
@@ -160,7 +160,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def plot(rows: list[dict[str, Any]]) -> Any:
-    """Accuracy by method, a point a seed; a panel for each data set."""
+    """Plot accuracy by method, one point per seed and one panel per data set."""
     names = list(dict.fromkeys(row["data"] for row in rows))
     fig, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -175,7 +175,7 @@ def plot(rows: list[dict[str, Any]]) -> Any:
 
 
 def measure(name: str, dataset: data.Dataset) -> dict[str, Any]:
-    """One row of the table; `seconds` of choosing, per seed, compilation included."""
+    """One row of the table; `seconds` is the selection time per seed, compilation included."""
     started = time.perf_counter()
     chosen = METHODS[name](dataset)
     seconds = round((time.perf_counter() - started) / len(chosen), 1)

@@ -3,8 +3,8 @@
     python -m benchmarks.feed_forward_gpu
 
 `x + W_down (silu(W_gate n) * (W_up n))` with `n = x / rms(x)`, 4096 features and 14336 hidden ones, bfloat16, random
-weights and random positions of blocks. Several layers follow one another in one program, so that their weights come
-from memory, as in a network, and not from the cache. The result is compared with the dense one before it is timed.
+weights and random positions of blocks. One program runs several layers in sequence, so that their weights come from
+memory, as in a network, and not from the cache. The result is compared with the dense one before it is timed.
 """
 
 import functools
@@ -27,9 +27,9 @@ SPARSITY = flags.DEFINE_float("sparsity", 0.9, "Share of the blocks that are zer
 FEATURES = flags.DEFINE_integer("features", 4096, "Width of the residual stream.")
 HIDDEN = flags.DEFINE_integer("hidden", 14336, "Width of the hidden layer.")
 LAYERS = flags.DEFINE_integer("layers", 4, "Feed-forward blocks in one program.")
-IMPLEMENTATION = flags.DEFINE_enum("implementation", "pallas", ["pallas", "xla"], "Of block_sparse_matmul.")
+IMPLEMENTATION = flags.DEFINE_enum("implementation", "pallas", ["pallas", "xla"], "Of the block-sparse matmul.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
-NAME = flags.DEFINE_string("name", "feed_forward_gpu", "Of the file in benchmarks/results; empty for none.")
+NAME = flags.DEFINE_string("name", "feed_forward_gpu", "Name of the result file; empty for none.")
 
 QUEUED = 10  # programs
 
@@ -61,7 +61,7 @@ def network(x: jax.Array, layers: list[dict[str, Any]]) -> jax.Array:
 
 
 def queued(run: Any, x: jax.Array, layers: Any) -> jax.Array:
-    """Several calls before their results are waited for, as starting one takes longer than a few tokens' work."""
+    """Queue several calls before waiting for results, since a launch takes longer than the work of a few tokens."""
     for _ in range(QUEUED):
         y = run(x, layers)
     return jax.block_until_ready(y)

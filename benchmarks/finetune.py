@@ -1,11 +1,11 @@
-"""Pruning a trained network in a tenth of its steps, against pruning while it is trained: LeNet-300-100, Fashion-MNIST.
+"""Pruning a trained network in a tenth of its steps, against pruning during training: LeNet-300-100, Fashion-MNIST.
 
     python -m benchmarks.finetune --local=path/to/its/four/files
 
-For each seed a dense network is trained. Then every algorithm prunes it by the recipe `finetune`, with and without
-learning from the dense network, and by the recipe `imagenet`; and prunes from scratch, in as many steps and in as many
-as the dense network took. What is measured is written after each cell; the same command goes on from there. ACDC has
-its form `masking` where it starts from trained weights, which `pruning` would throw away.
+For each seed a dense network is trained. Then every algorithm prunes it by the recipe `finetune`, with and without the
+dense network as teacher, and by the recipe `imagenet`; and it prunes from scratch, in the same number of steps and in
+the dense network's number of steps. Results are written after each cell; the same command resumes from there. From
+trained weights, ACDC uses `form="masking"`, since `pruning` would discard them.
 """
 
 import json
@@ -36,8 +36,8 @@ _NAME = flags.DEFINE_string("name", "finetune", "Write benchmarks/results/<name>
 
 
 class Variant(NamedTuple):
-    """A way to a pruned network: whence, for what part of the dense network's steps, by which recipe, how much of the
-    loss is the dense network's."""
+    """A way to a pruned network: its start, its share of the dense network's steps, its recipe, and the weight of the
+    teacher in the loss."""
 
     trained: bool
     length: float
@@ -55,7 +55,7 @@ VARIANTS = {
 
 
 def config_of(name: str, variant: Variant, block: int = 8, sparsity: float = 0.9) -> ml_collections.ConfigDict:
-    """A run's config, but for the weights that it starts from."""
+    """A run's config, except for its initial weights."""
     config = fashion_mnist.get_config()
     config.data.local = _LOCAL.value
     config.steps = config.eval_every = config.log_every = round(_STEPS.value * variant.length)
@@ -82,7 +82,7 @@ def train_dense(dataset: data.Dataset, seeds: Sequence[int]) -> dict[str, Any]:
 def measure(
     variant: str, name: str, block: int, sparsity: float, dataset: data.Dataset, seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """One cell: side by side, or in turn where each seed starts from a network of its own."""
+    """Measure one cell, with seeds side by side, or in turn if each starts from its own network."""
     outcomes: list[loop.Outcome] = []
     for group in [[seed] for seed in seeds] if VARIANTS[variant].trained else [seeds]:
         config = config_of(name, VARIANTS[variant], block, sparsity)
@@ -111,7 +111,7 @@ def measured() -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Mean and standard deviation over seeds in percent: a line a cell and algorithm, a column a variant."""
+    """Mean and standard deviation over seeds in percent: one line per cell and algorithm, one column per variant."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         cell = f"{row['block']} × {row['block']}, {row['sparsity']:.0%}" if row["block"] else "-"
@@ -127,7 +127,7 @@ def _mean_std(values: list[float]) -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> Any:
-    """Accuracy of each algorithm by each variant, mean and standard deviation; dense accuracy as a line."""
+    """Plot accuracy of each algorithm and variant, mean and standard deviation, with dense accuracy as a line."""
     cells = sorted({(row["block"], row["sparsity"]) for row in rows if row["block"]})
     fig, axes = plt.subplots(len(cells), 1, figsize=(9, 3.2 * len(cells)), layout="constrained", squeeze=False)
     names = list(dict.fromkeys(row["algorithm"] for row in rows if row["block"]))

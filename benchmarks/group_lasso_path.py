@@ -2,9 +2,9 @@
 
     pip install celer && python -m benchmarks.group_lasso_path
 
-Both solve the same problem at the same lambdas to the same relative duality gap, alternating. What each reached is
-computed afterwards in one way for both: objectives and gaps in NumPy, from the coefficients alone. Memory is by
-how much one path raises the peak of a process that holds the data. celer is no dependency of this project.
+Both solve the same problem at the same lambdas to the same relative duality gap, alternating. Objectives and gaps are
+computed afterwards in the same way for both, in NumPy from the coefficients alone. Memory is the increase of the peak
+of a process that holds the data, due to one path. celer is not a dependency of this project.
 """
 
 import json
@@ -140,7 +140,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def memory(name: str, ratio: float, tol: float) -> float:
-    """By how many MB solving one path raises the peak of this process, which holds the data in one layout."""
+    """Increase in MB of this process's peak by solving one path; it holds the data in one layout."""
     design, y = data()
     lams = critical(design, y) * np.geomspace(1, ratio, LAMBDAS)
     if name == "celer":

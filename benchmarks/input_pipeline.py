@@ -1,12 +1,12 @@
-"""Photographs a second and core: JPEG files to randomly cropped batches, against the same transform done plainly.
+"""Photographs per second and core: JPEG files to randomly cropped batches, against a plain implementation.
 
     python -m benchmarks.input_pipeline --images=path/with/train/and/val
 
-The plain contender is what one writes first, with Pillow alone: decode, crop, resize, flip, floats of mean 0 and
-variance 1. Ours decodes coarsely where that is enough, resizes the crop in place, and leaves floats to the device; the
-crops are the same. Files are read once into memory, so that decoding is measured and not the disk. One core: run it on
-one, or it pins itself. ImageNet's photographs have 500 x 375 pixels or so; smaller ones are enlarged to that and
-encoded anew, at the quality of the originals, unless `--as_stored` is given.
+The plain contender is the obvious code with Pillow alone: decode, crop, resize, flip, floats of mean 0 and variance 1.
+Ours decodes at reduced resolution if that is enough, resizes the crop in place, and leaves floats to the device; the
+crops are the same. Files are read into memory once, so that decoding is measured and not the disk. It runs on one core,
+and pins itself if necessary. ImageNet's photographs have about 500 x 375 pixels; smaller ones are enlarged to that and
+encoded again, at the quality of the originals, unless `--as_stored` is given.
 """
 
 import functools
@@ -31,12 +31,12 @@ MEAN, STD = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224,
 
 
 def plain(content: bytes, size: int, random: np.ndarray) -> np.ndarray:
-    """The training transform in the order of its description."""
+    """The training transform, step by step."""
     return (plain_bytes(content, size, random).astype(np.float32) / 255 - MEAN) / STD
 
 
 def plain_bytes(content: bytes, size: int, random: np.ndarray) -> np.ndarray:
-    """As `plain`, the floats left to the device."""
+    """Like `plain`, with conversion to floats left to the device."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
     box = images.random_box(*image.size, random, 0.08)
     left, top, right, bottom = (round(x) for x in box)

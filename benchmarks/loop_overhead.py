@@ -1,10 +1,10 @@
-"""What the training loop costs on top of its own jitted step, at about 5 ms a step.
+"""Overhead of the training loop over its own jitted step, at about 5 ms per step.
 
     python -m benchmarks.loop_overhead
 
-The bare contender calls the compiled step over and over on one batch that is on the device already. The loop does what
-it does in a run: draws and places batches, reads a row of metrics every `log_every` steps, and, as a third contender,
-also saves a checkpoint every 100 steps. Start-up is reported beside it: compiling, with an empty and with a warm cache.
+The bare contender calls the compiled step repeatedly on one batch that is already on the device. The loop does what it
+does in a run: it draws and places batches and reads a row of metrics every `log_every` steps. A third contender also
+saves a checkpoint every 100 steps. Start-up time is reported too: compilation, with an empty and with a warm cache.
 """
 
 import functools

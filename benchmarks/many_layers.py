@@ -1,9 +1,9 @@
-"""What a network of many layers costs before its first step: planning, initialising and tracing.
+"""Cost of a network with many layers before its first step: planning, initialising and tracing.
 
     python -m benchmarks.many_layers [--layers=1000]
 
-Each layer has a kernel, a bias and the scale of a normalisation; half of the layers are convolutions. JAX tracing
-the bare optax step stands beside it.
+Each layer has a kernel, a bias and the scale of a normalisation; half of the layers are convolutions. For
+comparison, JAX traces the bare optax step.
 """
 
 import time
@@ -24,7 +24,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds, of which the median is repor
 
 
 def network(layers: int) -> dict[str, Any]:
-    """Parameters of that many layers."""
+    """Parameters of this many layers."""
     shapes = [(64, 64), (3, 3, 16, 64)]
     return {
         f"layer{i}": {"kernel": jnp.ones(shapes[i % 2]), "bias": jnp.zeros(64), "norm": {"scale": jnp.ones(64)}}

@@ -1,13 +1,13 @@
-"""Pruning without training against training on: MNIST digits, bytes and CIFAR-10, from networks trained dense.
+"""Pruning without training against further training: MNIST digits, bytes and CIFAR-10, from dense networks.
 
     python -m benchmarks.one_shot --cifar=path/to/cifar10.tar
     python -m benchmarks.one_shot --report
 
 For each seed a dense network is trained, and pruned by every method at each block size and sparsity: as it is, with the
-weights that stay adjusted, and with sparsities by sensitivity at equal numbers of weights. Beside them, from the same
-trained weights in a tenth of the steps: SequentialAttention++, and fine-tuning of what `obs` leaves. Each network, seed
-and block size has a directory in `--directory`, locked while it is measured: several processes may share the work.
-Writes benchmarks/results/one_shot.json and .png.
+remaining weights adjusted, and with sparsities by sensitivity at equal numbers of weights. For comparison, from the
+same trained weights in a tenth of the steps: SequentialAttention++, and fine-tuning after `obs`. Each network, seed and
+block size has a directory in `--directory`, locked while it is measured: several processes may share the work. Writes
+benchmarks/results/one_shot.json and .png.
 """
 
 import functools
@@ -51,7 +51,7 @@ TUNED, SEARCHED = "obs, then a tenth", "SA++, a tenth"
 
 
 class Job(NamedTuple):
-    """What one process measures at a time."""
+    """The unit of work of one process."""
 
     network: str
     seed: int
@@ -63,7 +63,7 @@ class Job(NamedTuple):
 
 
 def config_of(network: str, seed: int) -> ml_collections.ConfigDict:
-    """The config that a network is trained dense by."""
+    """The config for training a dense network."""
     config = {"mnist": mnist, "bytes": bytes_gpt, "cifar": cifar10_resnet20}[network].get_config()
     config.seed = seed
     if network == "bytes":
@@ -81,7 +81,7 @@ def config_of(network: str, seed: int) -> ml_collections.ConfigDict:
 
 @functools.cache
 def dataset(network: str) -> data.Dataset:
-    """A network's data; of CIFAR-10's test images a sample."""
+    """A network's data, with a sample of the test images for CIFAR-10."""
     whole = tasks.dataset_of(config_of(network, 0).data)
     if network != "cifar":
         return whole
@@ -90,7 +90,7 @@ def dataset(network: str) -> data.Dataset:
 
 
 def dense_network(network: str, seed: int) -> pathlib.Path:
-    """The file of a network trained dense, which is trained where it is not there yet."""
+    """The file of a dense network, which is trained if the file does not exist yet."""
     folder = pathlib.Path(_DIRECTORY.value) / f"{network}-{seed}"
     with workdir.claim(folder):
         if not (file := folder / "pruned.safetensors").exists():
@@ -188,7 +188,7 @@ def done(job: Job) -> list[dict[str, Any]] | None:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Mean and standard deviation over seeds: a line a network, block size and variant, a column a sparsity."""
+    """Mean and standard deviation over seeds: one line per network, block size and variant, one column per sparsity."""
     lines = []
     for network, block, variant in dict.fromkeys((r["network"], r["block"], r["variant"]) for r in rows):
         mine = [r for r in rows if (r["network"], r["block"], r["variant"]) == (network, block, variant)]
@@ -209,7 +209,7 @@ def _mean_std(values: list[float]) -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> Any:
-    """The metric against sparsity, mean and spread over seeds: a panel for each network and block size."""
+    """Plot the metric against sparsity, mean and spread over seeds: one panel per network and block size."""
     panels = list(dict.fromkeys((row["network"], row["block"]) for row in rows))
     names = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "dense"]
     columns = max(len(BLOCKS[network]) for network, _ in panels)

@@ -1,9 +1,9 @@
-"""How long pruning one large layer without training takes, and its peak memory.
+"""Time and peak memory of pruning one large layer without training.
 
     python -m benchmarks.one_shot_speed [--size=4096] [--block=16] [--sparsities=0.5,0.7]
 
-A kernel of `size × size` of normal weights, and twice as many rows of correlated inputs. Each measurement runs in a
-process of its own, whose peak memory is the largest that the system counted. Writes
+A kernel of `size × size` normal weights, and twice as many rows of correlated inputs. Each measurement runs in its own
+process, whose peak memory is the maximum reported by the system. Writes
 benchmarks/results/one_shot_speed.json.
 """
 
@@ -27,7 +27,7 @@ _BLOCK = flags.DEFINE_integer("block", 16, "Side of a block.")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.5", "0.7"], "Sparsities.")
 _METHODS = flags.DEFINE_list("methods", ["magnitude", "wanda", "obs", "alps"], "Methods.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes for each.")
-_NAME = flags.DEFINE_string("name", "one_shot_speed", "Of the file in benchmarks/results; empty for none.")
+_NAME = flags.DEFINE_string("name", "one_shot_speed", "Name of the result file; empty for none.")
 _ALONE = flags.DEFINE_bool("alone", False, "Measure the first method and sparsity in this process, as JSON.")
 
 

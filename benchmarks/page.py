@@ -3,7 +3,7 @@
     python -m benchmarks.page           # writes the page
     python -m benchmarks.page --check   # exit status 1 if the page is not what the results give
 
-A section is a function of a file's content that returns Markdown. A file that is not there has no section.
+A section is a function of a file's content that returns Markdown. A missing file has no section.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Who finds what is planted: every algorithm on click data of which the features that matter are known.
+"""Recovery of planted features: every algorithm on click data in which the features that matter are known.
 
     python -m benchmarks.planted
     python -m benchmarks.planted --algorithms=acdc,sequential_attention --set=sparsifier.recipe=imagenet --name=
 
 For each block size and sparsity, means over seeds of: the share of kept blocks that lie on rows of the features that
-matter (`found`; of blocks kept at random it is `chance`), the share of those features that keep any block (`covered`),
-loss and AUC on held-out rows. What the teacher itself reaches is printed beside them: no student can do better.
+matter (`found`; `chance` for random blocks), the share of those features that keep any block (`covered`), loss and AUC
+on held-out rows. The teacher's own results are printed beside them as the upper bound.
 """
 
 import ast
@@ -31,7 +31,7 @@ _BLOCKS = flags.DEFINE_list("blocks", ["5", "10", "20"], "Block sizes.")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.97", "0.98", "0.99"], "Target sparsities.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of the student; the data stay the same.")
 _STEPS = flags.DEFINE_integer("steps", 800, "Steps of each run.")
-_SET = flags.DEFINE_multi_string("set", [], "Another value in configs/planted.py, sparsifier.exponent=2.0; repeatable.")
+_SET = flags.DEFINE_multi_string("set", [], "Override in configs/planted.py, sparsifier.exponent=2.0; repeatable.")
 _NAME = flags.DEFINE_string("name", "planted", "Write benchmarks/results/<name>.json and .png; empty for neither.")
 
 
@@ -54,7 +54,7 @@ def measure(name: str, block: int, sparsity: float, dataset: data.Dataset) -> di
 
 
 def changes() -> dict[str, Any]:
-    """What `--set` asks for."""
+    """The changes requested by `--set`."""
     pairs = [pair.partition("=") for pair in _SET.value]
     return {key: _literal(text) for key, _, text in pairs}
 

@@ -1,13 +1,13 @@
-"""Which recipe to recommend for SequentialAttention++: chosen on half of the cells, confirmed on the other half.
+"""The recommended recipe for SequentialAttention++: chosen on half of the cells, confirmed on the other half.
 
     python -m benchmarks.recipes --local=path/to/fashion/mnist            # any number of these share the cells
     python -m benchmarks.recipes --local=path/to/fashion/mnist --report   # the table and the picture
 
 A cell is a data set, a block size and a sparsity. On the cells of `CHOOSING` every variant is trained, and measured on
-examples taken from the training set. The best variant of each family by the mean share of the way from a random mask
-to the dense network is then trained on the cells of `CONFIRMING`, from other seeds and measured on the test set, beside
-the controls. All runs on a data set have the same number of steps. Each run has a directory in `--directory`, which is
-locked while it is trained: when a process dies, another takes its run over.
+examples taken from the training set. The best variant of each family, by the mean position between a random mask (0)
+and the dense network (1), is then trained on the cells of `CONFIRMING` with other seeds and measured on the test set,
+beside the controls. All runs on a data set have the same number of steps. Each run has a directory in `--directory`,
+which is locked while it is trained: when a process dies, another takes over its run.
 """
 
 import functools
@@ -74,7 +74,7 @@ HELD_OUT = {"fashion_mnist": 10_000, "planted": 100_000}  # training examples to
 
 
 def _rise(dense: int, sparse: int) -> Changes:
-    """One sparsification phase between a dense and a sparse one of so many percent of the run."""
+    """One sparsification phase between a dense and a sparse one that take these percentages of the run."""
     middle = 100 - dense - sparse
     schedule = [("dense", f"{dense}%"), ("sparsification", f"{middle}%"), ("sparse", f"{sparse}%")]
     return {"schedule": tuple(phase for phase in schedule if phase[1] != "0%")}
@@ -94,7 +94,7 @@ RATES = {  # multiples of the weights' learning rate that the logits have, by sc
 
 
 def variants() -> dict[str, dict[str, Changes]]:
-    """By family, what each of its variants changes in a config's sparsifier: the best of a family goes on."""
+    """By family, the changes of each variant to a config's sparsifier; the best of a family goes on."""
     attention: dict[str, Changes] = {}
     for (score, schedule), rates in RATES.items():
         for rate in rates:
@@ -154,7 +154,7 @@ def config_of(job: Job) -> ml_collections.ConfigDict:
 
 @functools.cache
 def dataset(name: str, stage: str) -> data.Dataset:
-    """The data set as it is, or, to choose on, with the last of its training examples for a test set."""
+    """The data set, or, for choosing, with the last of its training examples as the test set."""
     if stage == "choose":
         whole = dataset(name, "confirm")
         arrays, cut = in_memory(whole.train).arrays, len(whole.train) - HELD_OUT[name]
@@ -194,7 +194,7 @@ def done(job: Job) -> dict[str, Any] | None:
 
 
 def results(stage: list[Job]) -> list[dict[str, Any]]:
-    """What is measured so far."""
+    """The results so far."""
     return [json.loads(job.file.read_text()) for job in stage if job.file.exists()]
 
 
@@ -206,7 +206,7 @@ def work(stage: list[Job]) -> Iterator[dict[str, Any]]:
 
 
 def shares(rows: list[dict[str, Any]]) -> dict[str, dict[Cell, float]]:
-    """By variant and cell, the share of the way from a random mask to dense, `(x - random) / (dense - random)`."""
+    """By variant and cell, the position between a random mask and dense, `(x - random) / (dense - random)`."""
     means: dict[str, dict[Cell, float]] = {}
     for row in rows:
         cell = Cell(row["data"], row["block"], row["sparsity"])
@@ -223,8 +223,8 @@ def chosen(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def table(rows: list[dict[str, Any]], against: str) -> list[dict[str, str]]:
-    """Mean and standard error in percent: a line a variant, best first, a column a cell. After it, in brackets, the
-    mean and standard error of the difference from `against` seed by seed."""
+    """Mean and standard error in percent: one line per variant, best first, one column per cell. In brackets, the mean
+    and standard error of the difference from `against`, paired by seed."""
     base = {(r["data"], r["block"], r["sparsity"]): np.array(r["values"]) for r in rows if r["variant"] == against}
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -248,7 +248,7 @@ def _mean_error(values: np.ndarray, sign: str = "") -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> Any:
-    """Each seed and the mean, a panel a cell."""
+    """Plot each seed and the mean, one panel per cell."""
     cells = list(dict.fromkeys((r["data"], r["block"], r["sparsity"]) for r in rows))
     names = [line["variant"] for line in table(rows, "") if line["variant"] != "dense"]
     fig, axes = plt.subplots(1, len(cells), figsize=(3.4 * len(cells), 3.6), layout="constrained", squeeze=False)

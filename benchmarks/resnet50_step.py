@@ -1,12 +1,12 @@
-"""Images a second and memory of ResNet-50's training step: pruned against dense, in one alternating run.
+"""Images per second and memory of ResNet-50's training step: pruned against dense, in one alternating run.
 
     python -m benchmarks.resnet50_step
     python -m benchmarks.resnet50_step --size=64 --batch=32 --blocks=8 --dtype=float32 --rounds=5 --save=false  # a CPU
 
-The steps are those of the training loop, for configs/resnet50_block*.py, on one synthetic batch that is on the device
-already. SequentialAttention++ is timed in a dense phase, where all its weights are in use, and in a sparsification
-phase, where it chooses blocks anew at each step. Where PyTorch is installed and sees the device, its own ResNet-50
-(channels last, compiled, mixed precision) is timed beside them, as far as torchvision is there too.
+The steps are those of the training loop, for configs/resnet50_block*.py, on one synthetic batch that is already on
+the device. SequentialAttention++ is timed in a dense phase, where all its weights are in use, and in a sparsification
+phase, where it selects blocks at each step. If PyTorch and torchvision are installed and PyTorch sees the device, its
+ResNet-50 (channels last, compiled, mixed precision) is timed too.
 """
 
 import functools
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
 
 
 def _bytes(run: program.Program) -> int:
-    """What a step needs at its peak, as the compiler has planned it."""
+    """A step's peak memory as planned by the compiler."""
     step: Any = run.functions.step  # compiled
     plan = step.memory_analysis()
     return plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes

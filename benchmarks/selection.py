@@ -1,4 +1,4 @@
-"""Choosing blocks: exact top-k by bisection against sorting, on one CPU core where `taskset` gives it one.
+"""Block selection: exact top-k by bisection against sorting, on one CPU core if run under `taskset`.
 
 taskset -c 0 python -m benchmarks.selection
 """

@@ -1,4 +1,4 @@
-"""What low precision costs a trained, pruned network: top-1 on all test images in float32, bfloat16 and int8.
+"""Accuracy of a trained, pruned network in low precision: top-1 on all test images in float32, bfloat16 and int8.
 
     python -m experiments.main --config=configs/cifar10_resnet20.py --config.data.local=cifar10.tar --workdir=runs/cifar
     python -m benchmarks.serve_accuracy --config=configs/cifar10_resnet20.py --config.data.local=cifar10.tar \
@@ -24,7 +24,7 @@ from sa_plus_plus.sparse.network import Precision
 
 flags.declare_key_flag("config")
 _WEIGHTS = flags.DEFINE_string("weights", None, "A pruned.safetensors of a run with this config.", required=True)
-_CALIBRATION = flags.DEFINE_integer("calibration", 500, "Training images that scales are chosen on.")
+_CALIBRATION = flags.DEFINE_integer("calibration", 500, "Training images for choosing scales.")
 _BATCH = flags.DEFINE_integer("batch", 100, "Images at once.")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
 
 
 def batches(source: Any) -> Any:
-    """All examples but those that do not fill a batch, in order of a fixed shuffle."""
+    """All full batches of examples, in the order of a fixed shuffle."""
     order = np.random.default_rng(0).permutation(len(source))
     for start in range(0, len(source) - _BATCH.value + 1, _BATCH.value):
         yield source.gather(np.sort(order[start : start + _BATCH.value]))

@@ -1,14 +1,14 @@
-"""Whole networks: ours, pruned, against dense inference engines, in each precision.
+"""Whole networks: ours pruned, against dense inference engines, in each precision.
 
     pip install -e '.[engines]'
     python -m benchmarks.serve_engines --network=resnet50 --batches=1,32 --blocks=16 --sparsities=0,0.8,0.9
     python -m benchmarks.serve_engines --network=bert
 
-ONNX Runtime and OpenVINO serve the network in full, `sapp.specialize` serves it with random blocks zero, and all take
-turns, on all cores. Of ours, larger batches go through whole or in microbatches, whichever is faster in a first trial;
-engines take them whole. ResNet-50 is for images of 224 pixels, `bert` an encoder of the size of BERT-base for
-sequences of 128. Weights are random: how fast a network is does not depend on them. Each result is compared with that
-of the model with the same weights, in float32. A ratio is to the fastest engine of the same precision.
+ONNX Runtime and OpenVINO serve the dense network, `sapp.specialize` serves it with random blocks set to zero, and all
+alternate, on all cores. Ours runs larger batches whole or in microbatches, whichever is faster in a first trial;
+engines run them whole. ResNet-50 is for images of 224 pixels, `bert` is an encoder of the size of BERT-base for
+sequences of 128. Weights are random, since speed does not depend on them. Each result is compared with that of the
+model with the same weights, in float32. Ratios are to the fastest engine of the same precision.
 """
 
 import functools
@@ -45,9 +45,9 @@ TOLERANCE = {
 NETWORK = flags.DEFINE_enum("network", "resnet50", list(NETWORKS), "What is served.")
 BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Batch sizes.")
 BLOCKS = flags.DEFINE_list("blocks", ["16"], "Sides of a block.")
-MICROBATCHES = flags.DEFINE_list("microbatches", ["2", "4"], "Sizes that are tried with larger batches.")
-SPARSITIES = flags.DEFINE_list("sparsities", ["0", "0.8", "0.9"], "Of our networks; 0 is the network in full.")
-PRECISIONS = flags.DEFINE_list("precisions", list(runtimes.PRECISIONS), "That are compared.")
+MICROBATCHES = flags.DEFINE_list("microbatches", ["2", "4"], "Microbatch sizes to try with larger batches.")
+SPARSITIES = flags.DEFINE_list("sparsities", ["0", "0.8", "0.9"], "Sparsities of our networks; 0 is the dense network.")
+PRECISIONS = flags.DEFINE_list("precisions", list(runtimes.PRECISIONS), "Precisions to compare.")
 ENGINES = flags.DEFINE_list("engines", list(runtimes.ENGINES), "Dense inference engines.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
 SAVE = flags.DEFINE_bool("save", True, "Write benchmarks/results/serve_engines_<network>.json and .png.")
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(model: nn.Module, x: np.ndarray) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row for each contender, and why others are missing, by name."""
+    """A row for each contender, and by name the reasons why others are missing."""
     variables, whole = drawn(model, x), jax.jit(model.apply)
     want = whole(variables, x)
     dense = runtimes.contenders(
@@ -123,20 +123,20 @@ def ours(model: nn.Module, variables: Any, x: np.ndarray, precision: str) -> Cal
 
 
 def drawn(model: nn.Module, x: np.ndarray) -> dict[str, Any]:
-    """Random variables, with something everywhere, for batch normalisation may start with scales of zero."""
+    """Random variables, nonzero everywhere, since batch normalisation may start with scales of zero."""
     variables = dict(jax.jit(model.init)(jax.random.key(0), x[:1]))
     noise = functools.partial(jax.tree.map, lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape))
     return variables | {"params": noise(variables["params"])}
 
 
 def random_blocks(variables: Any, block: int, sparsity: float) -> dict[str, Any]:
-    """The variables with random blocks zero, in the kernels that would be pruned."""
+    """The variables with random blocks set to zero, in the kernels that would be pruned."""
     sp = sapp.random(block=(block, block), sparsity=sparsity, phases=sapp.phases.random(1))
     return variables | {"params": sp.finalize(*sp.init(variables["params"]))}
 
 
 def row(name: str, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Milliseconds of a contender, and how many times as fast as the fastest engine of its precision it is."""
+    """Milliseconds of a contender, and its speed-up over the fastest engine of its precision."""
     precision = runtimes.precision(name)
     best = runtimes.fastest(seconds, precision)
     ratio = timing.spread(seconds[best] / seconds[name]) if best else None
@@ -158,7 +158,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def plot(rows: list[dict[str, Any]]) -> Any:
-    """Milliseconds, a panel for each batch size and a colour for each precision; engines and JAX are hatched."""
+    """Plot milliseconds, one panel per batch size and one colour per precision; engines and JAX are hatched."""
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     height = 1 + 0.25 * len(rows) / len(batches)
     fig, axes = plt.subplots(1, len(batches), figsize=(7 * len(batches), height), layout="constrained", squeeze=False)

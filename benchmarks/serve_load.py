@@ -3,7 +3,7 @@
     python -m benchmarks.serve_load
 
 ResNet-50 for one image of 224 pixels, random weights, 90% of random 16 × 16 blocks zero. Once without and once with
-JAX's persistent compilation cache, filled by a process before. Times start after imports.
+JAX's persistent compilation cache, filled by an earlier process. Times start after imports.
 """
 
 import json
@@ -26,7 +26,7 @@ from experiments.outputs import progress
 
 PROCESSES = flags.DEFINE_integer("processes", 5, "Fresh processes for each file.")
 PRECISION_NAMES = flags.DEFINE_list("served", ["float32", "int8"], "Precisions.")
-CALLS = 20  # later ones, of which the median counts
+CALLS = 20  # later calls, whose median is reported
 
 LOADER = f"""
 import json, sys, time, jax, numpy as np, sa_plus_plus as sapp
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
 
 
 def write(precision: str, file: pathlib.Path, inputs: pathlib.Path) -> dict[str, Any]:
-    """The network and its input as files; what it took."""
+    """Write the network and its input to files; returns times and sizes."""
     model, shape = serve_engines.NETWORKS["resnet50"]
     x = np.random.default_rng(0).standard_normal((1, *shape), np.float32)
     variables = serve_engines.random_blocks(serve_engines.drawn(model, x), 16, 0.9)
@@ -79,7 +79,7 @@ def write(precision: str, file: pathlib.Path, inputs: pathlib.Path) -> dict[str,
 
 
 def loaded(file: pathlib.Path, inputs: pathlib.Path) -> list[dict[str, Any]]:
-    """Seconds of each part, over fresh processes, without and with a compilation cache."""
+    """Seconds of each part in fresh processes, without and with a compilation cache."""
     rows = []
     for cached in (False, True):
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}

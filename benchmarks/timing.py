@@ -1,4 +1,4 @@
-"""What all measurements have in common: timing in turn, and files of results."""
+"""Common parts of all benchmarks: alternating timing, and result files."""
 
 import datetime
 import pathlib

@@ -3,9 +3,9 @@
     python -m benchmarks.train_step [--rounds=15] [--workloads=mlp_256,mlp_8192,cnn_32]
     python -m benchmarks.train_step --workloads=gpt,gpt_scanned --algorithms=sequential_attention --name=train_step_gpt
 
-Each algorithm runs in a dense phase, where the network is trained whole, and in a sparsification phase with a new
-selection at every step (the most expensive the algorithm can be), where it has one. SequentialAttention++ also runs as
-one line, `sparsify`, in the bare loop.
+Each algorithm runs in a dense phase, where the whole network is trained, and, if it has one, in a sparsification phase
+with a new selection at every step (its most expensive case). SequentialAttention++ also runs as one line, `sparsify`,
+in the bare loop.
 """
 
 import functools
@@ -27,7 +27,7 @@ from experiments.outputs import progress
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds of alternating measurements.")
 _WORKLOADS = flags.DEFINE_list("workloads", ["mlp_256", "mlp_8192", "cnn_32"], "Which networks.")
 _ALGORITHMS = flags.DEFINE_list("algorithms", [], "Which of them, besides dense; all by default.")
-_NAME = flags.DEFINE_string("name", "train_step", "Of the file in benchmarks/results; empty for none.")
+_NAME = flags.DEFINE_string("name", "train_step", "Name of the result file; empty for none.")
 
 BLOCK, SPARSITY, LONG = (8, 8), 0.9, 10**6
 RISING = ("sequential_attention", "gradual_magnitude", "movement")
@@ -78,7 +78,7 @@ WORKLOADS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {  # and the shape of 
 
 
 def drawn(model: nn.Module, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """A batch: numbers and a class of each example, or bytes and the next of each."""
+    """A batch: inputs and a class per example, or bytes and the next byte of each."""
     keys = jax.random.split(jax.random.key(0))
     if isinstance(model, Decoder):
         return jax.random.randint(keys[0], shape, 0, 256), jax.random.randint(keys[1], shape, 0, 256)
@@ -90,7 +90,7 @@ def optimizer() -> optax.GradientTransformationExtraArgs:
 
 
 def bare_step(loss: Callable, params: Any) -> tuple[Callable, Any]:
-    """The step of a loop that knows nothing of pruning."""
+    """The step of a loop without pruning."""
     return plain_step(loss, params, optax.chain(optax.add_decayed_weights(1e-4), optax.trace(0.9), optax.scale(-1e-3)))
 
 

@@ -4,10 +4,10 @@
     python -m experiments.main --config=configs/bytes_gpt.py --config.data.local=path/to/text
     python -m experiments.compare --config=configs/bytes_gpt.py --config.steps=600 --seeds=1
 
-Blocks of 16 x 16 of the attention and feed-forward kernels are pruned; the embeddings, one of which is the output's
-kernel too, are not. Measured in bits per byte, lower is better, on files that are held out; `local` may be a text file,
-whose end is held out, or a folder of text files. Figures compare only within one version of Python, or one text.
-Some twenty minutes on two CPU cores. Nothing was tuned.
+Blocks of 16 x 16 of the attention and feed-forward kernels are pruned; the embeddings, one of which is also the output
+kernel, are not. The metric is bits per byte, lower is better, on held-out files; `local` may be a text file, whose end
+is held out, or a folder of text files. Results are comparable only within one version of Python, or one text.
+It takes about twenty minutes on two CPU cores. Nothing was tuned.
 """
 
 from ml_collections import ConfigDict

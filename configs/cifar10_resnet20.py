@@ -1,11 +1,11 @@
-"""ResNet-20 on CIFAR-10, shifted and flipped: between the small networks and ImageNet.
+"""ResNet-20 on CIFAR-10 with shifts and flips: a size between the small networks and ImageNet.
 
     python -m experiments.main --config=configs/cifar10_resnet20.py --config.data.local=path/to/cifar10.tar
     python -m experiments.compare --config=configs/cifar10_resnet20.py --config.sparsifier.block='(16,16)' --seeds=3
 
 For an accelerator: on two CPU cores a step of 128 images takes most of a second. The network has 270,896 kernel
-weights: `min_blocks` is lowered, so that 8 x 8 blocks leave all of its stages to be pruned.
-Nothing was tuned: learning rate and weight decay are those usual for ResNets on CIFAR-10.
+weights: `min_blocks` is lowered, so that with 8 x 8 blocks all stages are pruned.
+Nothing was tuned: learning rate and weight decay are the usual ones for ResNets on CIFAR-10.
 """
 
 from ml_collections import ConfigDict

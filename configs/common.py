@@ -1,4 +1,4 @@
-"""What the configs share: every option, with the default that most of them keep."""
+"""Common parts of the configs: every option, with the default that most of them keep."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from sa_plus_plus.registry import ALGORITHMS, own_options
 
 
 def experiment(name: str) -> ConfigDict:
-    """Everything but the data, the model and the length of the run."""
+    """Everything except the data, the model and the length of the run."""
     config = ConfigDict()
     config.name = name
     config.seed = 0
@@ -29,12 +29,12 @@ def experiment(name: str) -> ConfigDict:
     config.eval_every = 500
     config.checkpoint_every = 1000
     config.keep = 2  # newest checkpoints kept, besides the best
-    config.mesh = ConfigDict({"fsdp": 1})  # over how many devices the state is split; batches are split over all
+    config.mesh = ConfigDict({"fsdp": 1})  # number of devices that shard the state; batches are split over all
     config.dense_twin = True  # also train the same network without pruning, to compare with
     config.optimizer = ConfigDict(
         {
             "name": "sgd",  # or adamw
-            "learning_rate": 0.05,  # at a batch of `scale_batch`, in proportion at others; 0: at any
+            "learning_rate": 0.05,  # at batch size `scale_batch`, scaled linearly for others; 0: unscaled
             "scale_batch": 0,
             "momentum": 0.9,
             "weight_decay": 1e-4,
@@ -50,26 +50,26 @@ def experiment(name: str) -> ConfigDict:
 
 
 def dataset(name: str, **options: Any) -> ConfigDict:
-    """A data set of `experiments.data`, with the options that it has."""
+    """A data set of `experiments.data` with its options."""
     return ConfigDict(
         {
             "name": name,
-            "local": "",  # where its files are, for those that are read from files
+            "local": "",  # path of its files, for data sets that are read from files
             "workers": 0,  # processes that read and decode; with 0, threads do
             "mean": (),  # subtracted from images in [0, 1], per channel
-            "std": (),  # what they are divided by then
+            "std": (),  # then divided by this
             "options": options,
         }
     )
 
 
 def images(name: str) -> ConfigDict:
-    """A data set of images, from TensorFlow Datasets, or from files where `local` says so."""
+    """A data set of images, from TensorFlow Datasets, or from files if `local` is set."""
     return dataset(name, data_dir="", download=False)
 
 
 def photographs(name: str) -> ConfigDict:
-    """A data set of photographs, scaled as is usual for ImageNet."""
+    """A data set of photographs, normalised as usual for ImageNet."""
     config = images(name)
     config.mean, config.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     config.options.size = 224
@@ -124,7 +124,7 @@ def criteo(block: int) -> ConfigDict:
 
 
 def sparsifier() -> ConfigDict:
-    """Options of all algorithms: the common ones first, then a section for each that has its own."""
+    """Options of all algorithms: the common ones first, then a section for each algorithm with its own."""
     config = ConfigDict()
     config.name = "sequential_attention"  # or dense, magnitude, acdc, powerpropagation; controls: gradual_magnitude,
     # random, rigl, sparse_evolutionary, movement, group_lasso, d_gating

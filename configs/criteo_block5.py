@@ -4,7 +4,7 @@
     python -m experiments.main --config=configs/criteo_block5.py --config.data.local=path/to/criteo
     python -m experiments.compare --config=configs/criteo_block5.py --config.data.local=path/to/criteo --seeds=3
 
-Sparsity with `--config.sparsifier.sparsity=0.97`; Figure 5 has block size 1 too, `--config.sparsifier.block='(1,1)'`.
+Set the sparsity by `--config.sparsifier.sparsity=0.97`; Figure 5 also has `--config.sparsifier.block='(1,1)'`.
 
 Learning rate, batch size and epochs are the paper's (section 4); nothing was tuned here.
 

@@ -1,21 +1,21 @@
-"""Choosing the 50 input features that a network needs most, of a table or of the pixels of images.
+"""Feature selection: the 50 most useful input features, from a table or from the pixels of images.
 
     python -m experiments.main --config=configs/feature_selection.py --config.data.local=table.csv --config.features=10
     python -m experiments.main --config=configs/feature_selection.py:mnist --config.data.local=path/to/its/files
     python -m benchmarks.feature_selection --data=mnist --local=path/to/its/files
 
-The table is a CSV file with a header, whose last column is the target, or the one that --config.data.options.target
-names; classes may be called anything, all else must be numbers. --config.data.options.group names a column whose
-rows of one value stay together when test rows are drawn, --config.data.options.ignore columns to leave out. The run
-leaves `features.json`: the features that were kept, the one with the largest weights first.
+The table is a CSV file with a header. The target is the last column, or the one named by --config.data.options.target;
+classes may have any names, all other columns must be numeric. --config.data.options.group names a column for grouped
+splits: rows with the same value stay together. --config.data.options.ignore lists columns to leave out. The run writes
+`features.json`: the kept features, those with the largest weights first.
 
-A group of weights is a feature's row of the first kernel, so that Sequential Attention's softmax is over features, as
+A block is a feature's row of the first kernel, so the softmax of Sequential Attention is over features, as
 in Yasuda, Bateni, Chen, Fahrbach, Fu, Mirrokni: Sequential Attention for Feature Selection, ICLR 2023,
-arXiv:2209.14881, which has 50 features and one hidden layer of 67 units too. All algorithms have one sparsification
-phase here, in which features are dropped a few at a time, instead of SequentialAttention++'s cycles; with
---config.sparsifier.schedule='()' each has its own schedule. This, and the learning rate for images, were chosen on
-10,000 training digits that were held out, with one or two seeds. That for tables was not tuned; thousands of columns
-need a lower one.
+arXiv:2209.14881, which also uses 50 features and one hidden layer of 67 units. Here all algorithms have one
+sparsification phase, in which features are dropped a few at a time, instead of the cycles of SequentialAttention++;
+with --config.sparsifier.schedule='()' each uses its own schedule. This, and the learning rate for images, were chosen
+on 10,000 held-out training digits, with one or two seeds. The rate for tables was not tuned; thousands of columns need
+a lower one.
 """
 
 from ml_collections import ConfigDict

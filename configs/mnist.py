@@ -1,12 +1,13 @@
-"""LeNet-300-100 on 5,000 real MNIST digits: the quickest way to see a network being pruned.
+"""LeNet-300-100 on 5,000 real MNIST digits: the quickest way to watch a network being pruned.
 
     python -m experiments.main --config=configs/mnist.py --config.sparsifier.name=acdc
 
-Half a minute on two CPU cores, dense twin and compilation included; about 94% test accuracy at 90% sparsity with
-4 x 4 blocks. So small a problem shows that an algorithm works, not which one is best.
+It takes half a minute on two CPU cores, dense twin and compilation included; about 94% test accuracy at 90% sparsity
+with 4 x 4 blocks. A problem this small shows that an algorithm works, not which one is best.
 
-The learning rate was chosen on a validation part, a fifth of the 4,000 training digits, by the mean accuracy of all
-seven algorithms, 3 seeds each; the number of steps, as far as is known, on the test digits. Validation accuracy, %:
+The learning rate was chosen on a validation set, a fifth of the 4,000 training digits, by the mean accuracy of all
+seven algorithms, 3 seeds each; as far as is known, the number of steps was chosen on the test digits. Validation
+accuracy, %:
 
     learning rate              0.02   0.05   0.1    0.2    0.4
     mean of all                91.1   92.5   93.3   93.6   92.5

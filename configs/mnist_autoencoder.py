@@ -2,8 +2,8 @@
 
     python -m experiments.main --config=configs/mnist_autoencoder.py
 
-About a minute on two CPU cores, dense twin included; the metric is the peak signal-to-noise ratio in dB.
-Nothing was tuned: the learning rate is the one usual for Adam, and the rest is as in `configs/mnist.py`.
+It takes about a minute on two CPU cores, dense twin included; the metric is the peak signal-to-noise ratio in dB.
+Nothing was tuned: the learning rate is the usual one for Adam, and the rest is as in `configs/mnist.py`.
 """
 
 from ml_collections import ConfigDict

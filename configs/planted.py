@@ -1,10 +1,10 @@
-"""Click data with a known answer: which features' blocks should survive is planted.
+"""Click data with a known answer: the features whose blocks should survive are planted.
 
     python -m experiments.main --config=configs/planted.py --config.sparsifier.sparsity=0.98
     python -m benchmarks.planted
 
-A million rows are drawn in seconds. The second command runs every algorithm and measures how many of the blocks that
-they keep are on the planted rows. As far as is known, the learning rate and the number of steps were chosen on the
+A million rows are generated in seconds. The second command runs every algorithm and measures how many of its kept
+blocks are on the planted rows. As far as is known, the learning rate and the number of steps were chosen on the
 held-out rows that it reports.
 """
 

@@ -4,17 +4,17 @@
     python -m experiments.main --config=configs/vit_b16_imagenet.py --config.sparsifier.name=dense
 
 The data: `--config.data.local` or TensorFlow Datasets, see docs/experiments.md. Hours on eight accelerators are
-300 * 1,281,167 / (images per second) / 3600: eleven at 10,000 images per second altogether. The kernels of the layers
-are pruned, 99% of the weights; the patch embedding and the head are not. Nothing was tuned.
+300 * 1,281,167 / (images per second) / 3600: eleven at 10,000 images per second altogether. The kernels of the layers,
+99% of the weights, are pruned; the patch embedding and the head are not. Nothing was tuned.
 
-Top-1 that others published for ViT-B/16 at 90% sparsity, in percent:
+Published top-1 of ViT-B/16 at 90% sparsity, in percent:
 
     SuperBlock, blocks 32 x 32    76.09, and 78.39 dense; README of github.com/pytorch-labs/superblock, on ImageNet with
                                   faces blurred
     Spartan, in blocks            less than one point below its dense network; abstract of arXiv:2205.14107
 
-Images here are cropped and flipped at random, without the stronger augmentation that vision transformers are usually
-trained with from scratch, so the dense network may end below theirs: compare what pruning costs.
+Images here are randomly cropped and flipped, without the stronger augmentation that is usual for training vision
+transformers from scratch, so the dense network may end below theirs: compare the loss due to pruning.
 """
 
 from ml_collections import ConfigDict

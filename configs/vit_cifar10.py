@@ -1,4 +1,4 @@
-"""A small vision transformer on CIFAR-10, shifted and flipped: patches of 4 x 4, blocks of 16 x 16.
+"""A small vision transformer on CIFAR-10 with shifts and flips: patches of 4 x 4, blocks of 16 x 16.
 
     python -m experiments.main --config=configs/vit_cifar10.py --config.data.local=path/to/cifar10.tar
     python -m experiments.compare --config=configs/vit_cifar10.py --config.sparsifier.block='(32,32)' --seeds=3

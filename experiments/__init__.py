@@ -2,4 +2,4 @@
 
 import time
 
-STARTED = time.perf_counter()  # before the heavy imports: what start-up is counted from
+STARTED = time.perf_counter()  # before the heavy imports: the start of the start-up time

@@ -1,4 +1,4 @@
-"""Command lines: what the user got wrong is answered in a sentence and exit status 2, not in a traceback."""
+"""Command lines: user errors give one sentence and exit status 2, not a traceback."""
 
 import contextlib
 import datetime
@@ -19,12 +19,12 @@ from experiments.utils.registry import nearest
 BAD_INPUT, DIVERGED, PREEMPTED, DISK_FULL = 2, 3, 4, 5  # exit status
 DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "mnist.py"
 
-# No default here: it would be read, overrides and all, where the flag is defined, out of reach of `parse`.
+# No default here: it would be read with its overrides where the flag is defined, out of reach of `parse`.
 CONFIG = config_flags.DEFINE_config_file("config", None, f"What to run; by default configs/{DEFAULT_CONFIG.name}.")
 
 
 class _Parser(ConfigFileFlagParser):
-    """Answers a mistyped file with the nearest that there is, and keeps the config, to answer a mistyped key with."""
+    """Suggests the closest match for a mistyped file, and keeps the config to suggest one for a mistyped key."""
 
     config: Any = None
 
@@ -43,7 +43,7 @@ class _Parser(ConfigFileFlagParser):
 
 _PARSER = flags.FLAGS["config"].parser = _Parser("config")
 
-# As `jax.distributed.initialize` takes them; on clusters that JAX knows, `--distributed` alone is enough.
+# As for `jax.distributed.initialize`; on clusters that JAX detects, `--distributed` alone is enough.
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes of several hosts in one run.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes.")
@@ -62,7 +62,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """`absl.flags.FLAGS(argv)`; what is wrong with the arguments is answered as `fail` does."""
+    """`absl.flags.FLAGS(argv)`; invalid arguments are reported by `fail`."""
     if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:]):
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
     try:
@@ -94,7 +94,7 @@ def _keys(config: ConfigDict, prefix: str = "config.") -> Iterator[str]:
 
 @contextlib.contextmanager
 def users_mistakes() -> Iterator[None]:
-    """Around the checks of what the user asked for, not around the run itself: there a traceback is wanted."""
+    """For the checks of the user's input, not for the run itself, where a traceback is wanted."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -102,7 +102,7 @@ def users_mistakes() -> Iterator[None]:
 
 
 def workdir_path(path: str | None, name: str) -> pathlib.Path:
-    """The work directory asked for; where none is, a new one under runs/, called by `name` and the time."""
+    """The requested work directory, or a new one under runs/ named after `name` and the time."""
     if path is None:
         path = f"runs/{name}-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}"
     return pathlib.Path(path)
@@ -115,7 +115,7 @@ def cache_compilations(directory: pathlib.Path) -> None:
 
 
 def _join_hosts() -> None:
-    """Make one run of the processes of several hosts, where `--distributed` asks for it."""
+    """Join the processes of several hosts in one run, if `--distributed` is set."""
     if not _DISTRIBUTED.value:
         return
     jax.distributed.initialize(

@@ -1,9 +1,10 @@
-"""Run several algorithms on the same problem over several seeds, and show mean and spread side by side.
+"""Compare several algorithms on the same problem over several seeds, with mean and spread.
 
     python -m experiments.compare --config=configs/mnist.py --algorithms=all --seeds=3
 
 `all` is every algorithm and every control of the library. Each algorithm is compiled once; its seeds run side by side
-in that program where this pays, otherwise one after another. The work directory gets `compare.json` and `compare.png`.
+in that program if this is faster, otherwise one after another. It writes `compare.json` and `compare.png` to the work
+directory.
 Exit status: 0 done, 2 bad input, 3 every run diverged.
 """
 
@@ -27,7 +28,7 @@ from experiments.utils import files, registry
 
 flags.declare_key_flag("config")  # for --help
 _ALGORITHMS = flags.DEFINE_list("algorithms", ["all"], "Comma-separated names, or all.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds: config.seed and those that follow it.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds, starting at config.seed.", lower_bound=1)
 _TOGETHER = flags.DEFINE_enum("together", "auto", ["auto", "yes", "no"], "Run the seeds side by side, or in turn.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the results that the work directory holds.")
@@ -85,10 +86,10 @@ def main(argv: list[str]) -> None:
 
 
 def side_by_side_pays(plan: sapp.Plan) -> bool:
-    """Whether one program mapped over the seeds beats running them in turn.
+    """Whether one program vmapped over the seeds is faster than running them in turn.
 
-    On a CPU it does not where there are convolutions: each seed's kernel makes a group of its own, and grouped
-    convolutions there took 3 to 5 times as long (ConvNet, 3 seeds, two cores).
+    On a CPU it is not for convolutions: each seed's kernel becomes a separate group, and grouped convolutions took 3 to
+    5 times as long there (ConvNet, 3 seeds, two cores).
     """
     return jax.default_backend() != "cpu" or all(len(layer.shape) <= 2 for layer in plan.leaves)
 
@@ -137,7 +138,7 @@ def _plot(
     metric: str,
     lower_is_better: bool,
 ) -> None:
-    """Test metric against step, mean and spread of each algorithm; and at the end, a point a seed."""
+    """Plot mean and spread of the test metric against step for each algorithm, and the final value of each seed."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(2, 1), sharey=True)
     for i, (name, runs) in enumerate(outcomes.items()):
         tested = [{row["step"]: row[f"test_{metric}"] for row in o.rows if f"test_{metric}" in row} for o in runs]
@@ -155,7 +156,7 @@ def _plot(
     if np.isfinite(ends).any():  # NaN where a run diverged
         low, high = np.nanmin(ends), np.nanmax(ends)
         margin = 0.2 * (high - low + 0.01)
-        below, above = (1, 3) if lower_is_better else (3, 1)  # more room on the side that the curves come from
+        below, above = (1, 3) if lower_is_better else (3, 1)  # more room on the side where the curves start
         left.set_ylim(low - below * margin, high + above * margin)
     fig.legend(loc="outside lower center", ncols=len(outcomes), fontsize="small")
     right.set_xticks(range(len(outcomes)), list(outcomes), rotation=35, ha="right", fontsize="small")

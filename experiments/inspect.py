@@ -3,8 +3,8 @@
     python -m experiments.inspect --config=configs/resnet50_block8.py --config.sparsifier.sparsity=0.95
     python -m experiments.inspect --config=configs/resnet50_block8.py --sparsities=0.7,0.8,0.9,0.95
 
-The first prints each kernel's grid, kept blocks, weights and multiply-adds before and after, and the phases; the second
-the whole network's sparsity at each of several targets.
+The first prints the phases and, for each kernel, grid, kept blocks, and weights and multiply-adds before and after. The
+second prints the whole network's sparsity at each of several targets.
 """
 
 import jax

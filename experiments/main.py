@@ -4,11 +4,11 @@
     python -m experiments.main --config=configs/mnist.py --config.sparsifier.name=acdc --workdir=runs/acdc
     python -m experiments.main --config.init_from=runs/dense --config.sparsifier.recipe=finetune
 
-Without flags it runs configs/mnist.py. The third starts from the weights that a run has left in runs/dense. The work
-directory gets `result.json`, `metrics.jsonl`, `pruned.safetensors`, `run.png`, `tensorboard/` and `checkpoints/`, and
-`features.json` where features are selected (configs/feature_selection.py). The same command again resumes a run that
-was interrupted, and ends as if it had not been. Exit status: 0 done, 2 bad input, 3 diverged, 4 stopped by SIGTERM
-after saving, 5 disk full.
+Without flags it runs configs/mnist.py. The third command starts from the weights that a run has left in runs/dense. It
+writes `result.json`, `metrics.jsonl`, `pruned.safetensors`, `run.png`, `tensorboard/` and `checkpoints/` to the work
+directory, and `features.json` for feature selection (configs/feature_selection.py). The same command resumes an
+interrupted run and ends with the same result as an uninterrupted one. Exit status: 0 done, 2 bad input, 3 diverged,
+4 stopped by SIGTERM after saving, 5 disk full.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ from experiments.utils import files
 
 flags.declare_key_flag("config")  # for --help
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run that the work directory holds and begin anew.")
-_RESUME_CHANGED = flags.DEFINE_bool("resume_changed", False, "Resume though the config differs from the run's own.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in the work directory and start over.")
+_RESUME_CHANGED = flags.DEFINE_bool("resume_changed", False, "Resume even if the config differs from that of the run.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a JAX trace of a few steps to profile/ in the work directory.")
 
 
@@ -81,7 +81,7 @@ def run(
     started: float | None = None,
     compiled: Callable[[Setup], program.Program] = program.compiled,
 ) -> dict:
-    """One run, after its dense twin if the config asks for one.
+    """Do one run, after its dense twin if the config requests one.
 
     Args:
       setup: its parts.
@@ -123,7 +123,7 @@ def _one(
     twin: dict | None = None,
     profile: bool = False,
 ) -> dict:
-    """Run, or resume, or find done already, one network in one directory."""
+    """Run or resume one network in one directory, or return its result if it is already done."""
     if (path / workdir.RESULT).exists():
         return json.loads((path / workdir.RESULT).read_text())
     config, metric = setup.given, setup.task.metric
@@ -145,12 +145,12 @@ def _one(
         report.plot_run(path / "run.png", outcome, rows, metric, heading)
         if "features" in config and outcome.plan.pruned:
             files.write_json(path / FEATURES, report.chosen_features(outcome, setup.task.dataset.features))
-        files.write_json(path / workdir.RESULT, result)  # last: where it stands, the run is complete
+        files.write_json(path / workdir.RESULT, result)  # last: this file marks the run as complete
     return files.finite(result)
 
 
 def _clear(path: pathlib.Path) -> None:
-    """Delete what a run has left in a directory; nothing in one that holds no run."""
+    """Delete a run's files in a directory; nothing in a directory without a run."""
     if not (path / workdir.CONFIG).exists():
         return
     for name in (workdir.RESULT, workdir.METRICS, FEATURES, "pruned.safetensors", "run.png"):
@@ -197,7 +197,7 @@ def _summary(result: dict) -> str:
     if "dense_twin" in result:
         line += f"; the same network trained dense: {result['dense_twin']['metric']:.4f}"
     seconds, compiling = result["seconds"], result["compile_seconds"]
-    if result["startup_seconds"] is None:  # the run was complete but for its report
+    if result["startup_seconds"] is None:  # the run was complete except for its report
         return line
     startup = f"first step done after {result['startup_seconds']:.1f} s, {compiling:.1f} s of them compiling"
     return f"{line}\n{result['steps']} steps in {seconds:.1f} s; {startup}"

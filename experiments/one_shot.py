@@ -1,16 +1,16 @@
-"""Prune a trained network without training, by each method and to each sparsity; then train on, if asked.
+"""Prune a trained network without training, by each method and to each sparsity, and optionally fine-tune it.
 
     python -m experiments.main --config=configs/mnist.py --config.sparsifier.name=dense --workdir=runs/dense
     python -m experiments.one_shot --config=configs/mnist.py --weights=runs/dense --sparsities=0.5,0.8,0.9
     python -m experiments.one_shot --config=configs/mnist.py --weights=runs/dense --budget=weights --finetune=160
 
-For each it shows the metric on the test set, the file's size, the milliseconds of the specialised network beside the
-dense one's, and the seconds that pruning took. Averages of batch normalisation are estimated anew for each. Blocks are
-those of `config.sparsifier`: its block, min_blocks, only, overrides and views. `--refit` also adjusts the weights that
-`magnitude` and `wanda` leave; `--budget` adds, for each method, sparsities for each layer by its sensitivity, the
-layers together costing as much as at one sparsity for all.
-The work directory gets `one_shot.json`, `one_shot.png`, the pruned networks in `networks`, and with a budget the
-sensitivity of each layer as a table and a picture.
+For each network it shows the metric on the test set, the file size, the milliseconds of the specialised network beside
+those of the dense one, and the seconds that pruning took. Batch-norm averages are estimated again for each. Blocks
+follow `config.sparsifier`: its block, min_blocks, only, overrides and views. `--refit` adds variants of `magnitude` and
+`wanda` with adjusted weights; `--budget` adds, for each method, a sparsity per layer from its sensitivity, at the total
+cost of one sparsity for all layers.
+It writes `one_shot.json`, `one_shot.png`, the pruned networks in `networks`, and with a budget the sensitivity of each
+layer as a table and a picture to the work directory.
 """
 
 import pathlib
@@ -35,16 +35,16 @@ from experiments.utils import files, registry, timing
 
 flags.declare_key_flag("config")  # for --help
 METHODS = ("magnitude", "wanda", "obs", "alps")
-REFITTED = ("magnitude", "wanda")  # whose weights `refit` changes
+REFITTED = ("magnitude", "wanda")  # methods whose weights `refit` changes
 COSTS = ("weights", "multiply_adds", "milliseconds")
 _WEIGHTS = flags.DEFINE_string("weights", "", "Trained weights: a run's directory, a checkpoint or a safetensors file.")
 _SPARSITIES = flags.DEFINE_list("sparsities", ["0.5", "0.7", "0.8", "0.9"], "Sparsities.")
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods.")
-_REFIT = flags.DEFINE_bool("refit", False, "Also magnitude and wanda with the weights that stay adjusted.")
-_BUDGET = flags.DEFINE_enum("budget", "", ["", *COSTS], "Also a sparsity for each layer, at equal cost of this kind.")
-_CALIBRATION = flags.DEFINE_integer("calibration", 500, "Training examples to prune by.", lower_bound=1)
-_FINETUNE = flags.DEFINE_integer("finetune", 0, "Steps to train each pruned network on for.", lower_bound=0)
-_BATCH = flags.DEFINE_integer("batch", 1, "Examples at once where milliseconds are measured.", lower_bound=1)
+_REFIT = flags.DEFINE_bool("refit", False, "Add magnitude and wanda with the remaining weights adjusted.")
+_BUDGET = flags.DEFINE_enum("budget", "", ["", *COSTS], "Add a sparsity per layer, at equal cost of this kind.")
+_CALIBRATION = flags.DEFINE_integer("calibration", 500, "Number of training examples for calibration.", lower_bound=1)
+_FINETUNE = flags.DEFINE_integer("finetune", 0, "Steps of fine-tuning for each pruned network.", lower_bound=0)
+_BATCH = flags.DEFINE_integer("batch", 1, "Batch size for timing.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the results that the work directory holds.")
 RESULT, NETWORKS = "one_shot.json", "networks"
@@ -104,12 +104,12 @@ def main(argv: list[str]) -> None:
 
 
 def plan_options(network: Trained) -> dict[str, Any]:
-    """What `sapp.plan` takes besides the sparsity, as the config has it."""
+    """The options of `sapp.plan` besides the sparsity, from the config."""
     return factories.plan_options(network.setup.config.sparsifier)
 
 
 def plan_of(network: Trained, sparsity: float) -> sapp.Plan:
-    """What is pruned at a sparsity.
+    """The plan at a sparsity.
 
     Raises:
       ValueError: as `sapp.plan` does.
@@ -138,7 +138,7 @@ def sensitivity(
 
 
 def as_uniform(found: sapp.Sensitivity, costs: Any, sparsity: float) -> sapp.Budget:
-    """The budget under which the layers cost as much as at one sparsity for all."""
+    """The budget at which the layers cost as much as with one sparsity for all."""
     column = found.sparsities.index(sparsity)
     return sapp.budget(found, costs, limit=float(sum(row[column] for row in costs.values())))
 
@@ -230,7 +230,7 @@ def _keep(path: pathlib.Path, name: str, found: sapp.Sensitivity) -> None:
 
 
 def _variants() -> Iterator[Variant]:
-    """What the flags ask for."""
+    """The variants selected by the flags."""
     if not _METHODS.value:
         raise ValueError(f"--methods is empty; give some of {', '.join(METHODS)}")
     for budget in (False, True) if _BUDGET.value else (False,):
@@ -272,7 +272,7 @@ def _cells(row: dict[str, Any], network: Trained) -> dict[str, str]:
 
 
 def plot(rows: list[dict[str, Any]], network: Trained, title: str) -> Any:
-    """The metric against sparsity, size and milliseconds; a colour for each method, dotted after fine-tuning."""
+    """Plot the metric against sparsity, size and milliseconds; one colour per method, dotted after fine-tuning."""
     task = network.setup.task
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", sharey=True)
     keys = {

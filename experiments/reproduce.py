@@ -1,4 +1,4 @@
-"""The paper's tables and figures: run what they need, and write them with the paper's figures beside ours.
+"""Reproduce the paper's tables and figures, with the paper's values beside ours.
 
     python -m experiments.reproduce table1 --scale=small --local=path/to/fashion/mnist
     python -m experiments.reproduce table2 --scale=small --plan
@@ -7,11 +7,11 @@
     python -m experiments.reproduce all --scale=paper --local=path/to/imagenet --local=table2=path/to/criteo
 
 table1 to table4 are sweeps over algorithms, block sizes, sparsities and seeds (`configs/reproduce/`); figure3 and
-figure4 are made of the runs of table1, figure5 of those of table2; figure2, the schedules, needs none; `bytes` is a
-sweep that the paper does not have. `--scale=paper` is for accelerators, `small` takes two cores hours, `smoke` minutes.
-Each cell of a sweep is a work directory of `experiments.main` below `--directory`. What was interrupted, the same
-command takes up again; any number of processes and hosts may work on one directory at a time. `--plan` tells what would
-be run, `--report` writes what there is. Exit status: 0 done, 2 bad input, 3 cells failed, 4 stopped by SIGTERM.
+figure4 are drawn from the runs of table1, figure5 from those of table2; figure2, the schedules, needs no runs; `bytes`
+is a sweep that is not in the paper. `--scale=paper` is for accelerators; on two cores `small` takes hours and `smoke`
+minutes. Each cell of a sweep is a work directory of `experiments.main` below `--directory`. The same command resumes
+after an interruption; any number of processes and hosts may share one directory. `--plan` shows what would be run,
+`--report` writes the results so far. Exit status: 0 done, 2 bad input, 3 cells failed, 4 stopped by SIGTERM.
 """
 
 import argparse
@@ -46,7 +46,7 @@ _RATE_STEPS = 60
 
 def main() -> None:
     arguments = _parser().parse_args()
-    flags.FLAGS.mark_as_parsed()  # which the processes that read data ask for
+    flags.FLAGS.mark_as_parsed()  # the processes that read data check this
     console, directory = progress.console(), pathlib.Path(arguments.directory)
     with cli.users_mistakes():
         names = _names(arguments.what)
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def run(one: Sweep, directory: pathlib.Path, console: Console) -> None:
-    """Do the cells of a sweep, showing how many are done."""
+    """Run the cells of a sweep, and show progress."""
     cells, shown = cells_of(one), console if one.scale == "paper" else Console(quiet=True)
     started, mine = time.perf_counter(), 0
     with Live(console=console, auto_refresh=False) as live:
@@ -110,7 +110,7 @@ def counts(one: Sweep, directory: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def plan(one: Sweep, directory: pathlib.Path) -> dict[str, str]:
-    """Cells and steps of a sweep, and hours at the rate of runs that are done, or of one that is tried now."""
+    """Cells and steps of a sweep, and hours at the rate of completed runs, or of a trial run."""
     cells = cells_of(one)
     left = [cell for cell in cells if work.state(cell, directory) != "done"]
     done = [result for cell in cells if (result := result_of(cell, directory)) is not None]
@@ -129,7 +129,7 @@ def plan(one: Sweep, directory: pathlib.Path) -> dict[str, str]:
 
 
 def _rate(cell: Cell) -> float:
-    """Steps per second of a cell, tried on its first steps."""
+    """Steps per second of a cell, measured on its first steps."""
     config = cell.config()
     config.update({"steps": _RATE_STEPS, "epochs": 0.0, "eval_every": _RATE_STEPS, "log_every": 10})
     rates: list[float] = []
@@ -138,7 +138,7 @@ def _rate(cell: Cell) -> float:
 
 
 def written(names: Sequence[str], sweeps: Sequence[Sweep], directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Write the pages and pictures asked for, of what is done."""
+    """Write the requested pages and pictures from the results so far."""
     by_name = {one.name: one for one in sweeps}
     for name in names:
         if name in SWEEPS:
@@ -160,7 +160,7 @@ def written(names: Sequence[str], sweeps: Sequence[Sweep], directory: pathlib.Pa
 
 @contextlib.contextmanager
 def helpers(arguments: argparse.Namespace, directory: pathlib.Path) -> Iterator[None]:
-    """`--jobs` less one processes of the same command, which share the work; they end with this one."""
+    """Start `--jobs` - 1 more processes of the same command that share the work and end with this one."""
     started = []
     for number in range(arguments.jobs):
         environment = {"CUDA_VISIBLE_DEVICES": str(number)} if arguments.jobs > 1 else {}
@@ -188,7 +188,7 @@ def _names(asked: Sequence[str]) -> list[str]:
 
 
 def _local(values: Sequence[str]) -> dict[str, str]:
-    """By table where its data are; by the empty name, those of all others."""
+    """The data path of each table; the empty name stands for all others."""
     found = {}
     for value in values:
         table, _, path = value.partition("=")
@@ -207,9 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local", action="append", default=[], metavar="[TABLE=]PATH", help=local)
     parser.add_argument("--seeds", type=_whole, default=0, help="how many; 0: as many as the sweep says")
     parser.add_argument("--directory", default="runs/reproduce", help="where runs and pages go")
-    parser.add_argument("--jobs", type=_whole, default=1, help="processes here, each with a GPU of its own if any")
-    parser.add_argument("--plan", action="store_true", help="tell cells, steps and hours instead of running anything")
-    parser.add_argument("--report", action="store_true", help="write what there is instead of running anything")
+    parser.add_argument("--jobs", type=_whole, default=1, help="processes here, each with its own GPU if any")
+    parser.add_argument("--plan", action="store_true", help="print cells, steps and hours without running anything")
+    parser.add_argument("--report", action="store_true", help="write the results so far without running anything")
     return parser
 
 

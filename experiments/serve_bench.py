@@ -1,18 +1,18 @@
-"""How fast a pruned network serves: in full, with its layers folded, and by its blocks.
+"""Inference speed of a pruned network: dense, with folded layers, and by its blocks.
 
     python -m experiments.main --config=configs/mnist.py --workdir=runs/mnist
     python -m experiments.serve_bench --config=configs/mnist.py --weights=runs/mnist/pruned.safetensors
     python -m experiments.serve_bench --config=configs/resnet50_block32.py --blocks=16,32,64 --batches=1,32
 
-The second measures what the first, a run, has left. Without `--weights` the network gets random weights, of which
-random blocks are zero, for every block size and sparsity asked for: how fast it is does not depend on which. It needs
-no data.
-`model` is the network as it was trained, zeros multiplied; `folded` has batch normalisation and ReLU folded into its
-layers; `sparse` moreover multiplies by blocks where that is faster. They take turns, and the results of the last two
-are compared with the model's. Images are noise, and ids are drawn from the whole vocabulary, each as likely.
-Dense inference engines on all cores, ONNX Runtime and OpenVINO, take turns with them in the precision that the network
-computes in. `pip install -e '.[engines]'` installs them; `--engines=` leaves them out.
-The output directory gets `serve.json`, what became of each layer in `layers.txt`, and `serve.png`.
+The second command measures the network from the run of the first. Without `--weights` the network gets random weights
+with random blocks set to zero, for every requested block size and sparsity: speed does not depend on the values. It
+needs no data.
+`model` is the network as trained, with zeros multiplied; `folded` has batch normalisation and ReLU folded into its
+layers; `sparse` also multiplies by blocks where that is faster. They alternate, and the results of the last two are
+compared with the model's. Images are noise, and ids are drawn uniformly from the whole vocabulary.
+Dense inference engines on all cores, ONNX Runtime and OpenVINO, alternate with them in the precision of the network.
+`pip install -e '.[engines]'` installs them; `--engines=` leaves them out.
+It writes `serve.json`, the choice for each layer in `layers.txt`, and `serve.png` to the output directory.
 """
 
 import functools
@@ -38,8 +38,8 @@ from experiments.utils import files, registry, timing
 
 flags.declare_key_flag("config")  # for --help
 _WEIGHTS = flags.DEFINE_string("weights", "", "A pruned.safetensors of a run with this config.")
-_BLOCKS = flags.DEFINE_list("blocks", ["8", "16", "32"], "Block sizes, where there are no --weights.")
-_SPARSITIES = flags.DEFINE_list("sparsities", ["0.5", "0.8", "0.9", "0.95"], "Sparsities, where there are none.")
+_BLOCKS = flags.DEFINE_list("blocks", ["8", "16", "32"], "Block sizes, without --weights.")
+_SPARSITIES = flags.DEFINE_list("sparsities", ["0.5", "0.8", "0.9", "0.95"], "Sparsities, without --weights.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Batch sizes.")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
 _ENGINES = flags.DEFINE_list("engines", list(runtimes.ENGINES), "Dense engines to compare with; empty for none.")
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(setup: Setup, variables: Any, batch: int) -> tuple[dict[str, Any], sapp.sparse.Network]:
-    """Seconds of each contender for one batch, and how far its results are from the model's."""
+    """Seconds of each contender for one batch, and the deviation of its results from the model's."""
     model, x, precision = (
         setup.task.model,
         jnp.asarray(tasks.random_inputs(setup.task, batch)),
@@ -135,7 +135,7 @@ def _trained(config: ml_collections.ConfigDict) -> Iterator[Served]:
     for name in ("blocks", "sparsities"):
         if flags.FLAGS[name].present:
             raise ValueError(f"--{name} is for networks of random blocks, but --weights gives one: leave out either")
-    # Where the data are at hand, they know what they are like: the sizes of Criteo's vocabularies differ.
+    # Data that are available determine the shapes: the sizes of Criteo's vocabularies differ.
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     setup = prepare(config, mesh) if config.data.local else prepare_without_data(config)
     like = jax.eval_shape(setup.task.init, jax.random.key(0))
@@ -144,7 +144,7 @@ def _trained(config: ml_collections.ConfigDict) -> Iterator[Served]:
 
 
 def _random(config: ml_collections.ConfigDict) -> Iterator[Served]:
-    """Networks of which random blocks are zero, in the kernels that would be pruned."""
+    """Networks with random blocks set to zero, in the kernels that would be pruned."""
     blocks, sparsities = _numbers("blocks", int, 1, 2**20), _numbers("sparsities", float, 0, 1)
     dataset = blank(config)
     for block, sparsity in itertools.product(blocks, sparsities):
@@ -158,7 +158,7 @@ def _drawn(setup: Setup) -> dict[str, Any]:
     @jax.jit
     def drawn() -> dict[str, Any]:
         params, model_state = setup.task.init(jax.random.key(0))
-        # Something everywhere, for batch normalisation may start with scales of zero.
+        # Nonzero everywhere, since batch normalisation may start with scales of zero.
         params = jax.tree.map(lambda a: a + 0.01 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)
         return {"params": setup.sparsifier.finalize(*setup.sparsifier.init(params)), **model_state}
 
@@ -166,7 +166,7 @@ def _drawn(setup: Setup) -> dict[str, Any]:
 
 
 def _numbers(name: str, kind: Callable[[str], Any], low: Any, high: Any) -> list[Any]:
-    """The numbers of a flag that lists them."""
+    """The numbers of a list flag."""
     texts = flags.FLAGS[name].value
     if not texts:
         raise ValueError(f"--{name} is empty: give numbers with commas between them, or leave it out")
@@ -210,7 +210,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def plot(rows: list[dict[str, Any]], title: str) -> Any:
-    """Speed-up against sparsity, a panel for each batch size and a colour for each block size."""
+    """Plot speed-up against sparsity, one panel per batch size and one colour per block size."""
     batches, blocks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("batch", "block"))
     fig, axes = plt.subplots(1, len(batches), figsize=(4.5 * len(batches), 4), layout="constrained", squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):

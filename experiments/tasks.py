@@ -1,4 +1,4 @@
-"""What is trained: a model on a data set, with its loss and metric. The training loop knows nothing else of them."""
+"""Training tasks: a model on a data set, with its loss and metric. This is all that the training loop sees."""
 
 import functools
 import math
@@ -23,15 +23,15 @@ class Task(NamedTuple):
 
     Attributes:
       metric: name of the headline metric among the outputs.
-      model: what is trained, a flax linen module.
+      model: the flax linen module that is trained.
       dataset: training and test examples.
       init: `init(key) -> (params, model_state)`.
       outputs: `outputs(params, model_state, batch, training) -> ({name: (batch,)}, model_state)`: values per example,
-        `loss` among them. The loop minimises the mean of `loss`, and reports the mean of each.
-      input: name of what the model takes from a batch.
+        including `loss`. The loop minimises the mean of `loss`, and reports the mean of each.
+      input: name of the model's input in a batch.
       ranked: names of two outputs, scores and labels, whose area under the ROC curve is reported as `auc`.
-      finish: `finish(means) -> means`: adds to the means over the test set what follows from them.
-      table: its embedding table, for an optimizer that touches only the rows of the batch.
+      finish: `finish(means) -> means`: adds derived values to the means over the test set.
+      table: the embedding table, for an optimizer that touches only the rows of the batch.
       takes_teacher: whether `outputs` also takes `teacher=(params, model_state)`, a network to learn from.
       lower_is_better: whether a lower metric is better.
     """
@@ -75,7 +75,7 @@ def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> 
 def distilled(
     cross_entropy: jax.Array, logits: jax.Array, teacher: jax.Array, temperature: float, weight: float
 ) -> jax.Array:
-    """Loss of learning from labels and a teacher: `(1 - w) CE + w T² KL(softmax(teacher / T) ‖ softmax(logits / T))`.
+    """Loss of training on labels and a teacher: `(1 - w) CE + w T² KL(softmax(teacher / T) ‖ softmax(logits / T))`.
 
     Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015). `T²` keeps the gradients of the second
     term as large as those of the first, whatever the temperature.
@@ -83,7 +83,7 @@ def distilled(
     Args:
       cross_entropy: `(...,)`, with the labels, in nats.
       logits: `(..., classes)`.
-      teacher: likewise; no gradient goes to it.
+      teacher: likewise; gets no gradient.
       temperature: `T`, above 0.
       weight: `w`, in [0, 1].
     """
@@ -107,7 +107,7 @@ def reconstruction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> 
 
 
 def language_modelling(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
-    """The next byte by cross-entropy, measured in bits per byte; and how often the likeliest byte is the right one.
+    """Next-byte prediction by cross-entropy, measured in bits per byte, and the accuracy of the most likely byte.
 
     Each window of the text is predicted from its own bytes and the one before it.
     """
@@ -127,7 +127,7 @@ def language_modelling(config: ml_collections.ConfigDict, dataset: data.Dataset)
         return {name: jnp.mean(jnp.where(real, x, 0), axis=1) for name, x in values.items()}, model_state
 
     def finish(means: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Means over bytes, from those over windows, of which the last may be short."""
+        """Means over bytes, from those over windows, the last of which may be short."""
         return {name: x / means["counted"] for name, x in means.items() if name != "counted"}
 
     init = functools.partial(_init, model, dataset.example["tokens"])
@@ -135,7 +135,7 @@ def language_modelling(config: ml_collections.ConfigDict, dataset: data.Dataset)
 
 
 def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
-    """Whether a click follows, by cross-entropy; measured by AUC, and calibration: mean prediction to mean label."""
+    """Click prediction by cross-entropy, measured by AUC and calibration: mean prediction over mean label."""
     options = {"vocabulary": dataset.vocabulary, **config.model_options}
     model = registry.lookup(models, config.model, "config.model", options)
 
@@ -160,7 +160,7 @@ def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -
 
 
 def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:
-    """The data set of `config`: `name`, `options`, and where a data set may be read from local files, `local`."""
+    """The data set of `config`: `name`, `options`, and `local` if it can be read from local files."""
     options = {**config.options, **({"local": config.local} if config.local else {})}
     return registry.lookup(catalog, config.name, "config.data.name", options)
 
@@ -170,7 +170,7 @@ def random_inputs(task: Task, batch: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     example = task.dataset.example[task.input]
     shape = (batch, *example.shape[1:])
-    if task.input == "ids":  # all of the table: a few of its rows would stay in the caches
+    if task.input == "ids":  # the whole table: a few of its rows would stay in the caches
         return rng.integers(0, np.asarray(task.dataset.vocabulary), shape).astype(example.dtype)
     if task.input == "tokens":
         return rng.integers(0, task.dataset.classes, shape).astype(example.dtype)
@@ -178,14 +178,14 @@ def random_inputs(task: Task, batch: int) -> np.ndarray:
 
 
 def _unit(image: Any) -> Any:
-    """Images as float32 in [0, 1]; bytes are what travels to the device."""
+    """Images as float32 in [0, 1]; they are transferred to the device as bytes."""
     return image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
 
 
 def _init(model: Any, example: np.ndarray, key: jax.Array) -> tuple[Any, Any]:
-    """`(params, model_state)` of a flax linen model; the latter is what else it carries, such as batch statistics.
+    """`(params, model_state)` of a flax linen model; the latter is its other state, such as batch statistics.
 
-    With dropout that includes a key, so that a run that is resumed drops what it would have dropped.
+    With dropout that includes a key, so that a resumed run drops the same units.
     """
     state = dict(model.init(key, jnp.asarray(example)))
     params = state.pop("params")

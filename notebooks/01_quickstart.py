@@ -15,8 +15,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sa-plus-plus/sa_plus_plus/blob/main/notebooks/01_quickstart.ipynb)
 #
-# A network on MNIST digits loses 90% of its 4 × 4 blocks while it is trained. You will see which blocks stay, how accurate
-# the network is, how small its file is, and how fast it runs. It takes a minute on a CPU, GPU or TPU.
+# A network for MNIST digits loses 90% of its 4 × 4 blocks during training. You will see which blocks stay, how accurate
+# the network is, how small its file is, and how fast it runs. This takes a minute on a CPU, GPU or TPU.
 
 # %%
 import sys
@@ -88,7 +88,7 @@ def accuracy(params):
 # %% [markdown]
 # ## The loop
 #
-# `sequential_attention` gives each block an attention weight, which is trained along with the weights. The plan says what
+# `sequential_attention` gives each block an attention weight, which is trained along with the weights. The plan shows what
 # will be pruned.
 
 # %%
@@ -98,7 +98,7 @@ sp.phases.plot(sparsity=0.9)
 plt.show()
 
 # %% [markdown]
-# This is an ordinary optax loop. Only the line with `sapp.sparsify` is new (`reset_on` restarts the momentum with each phase).
+# This is an ordinary optax loop. Only the line with `sapp.sparsify` is new (`reset_on` resets the momentum at each phase).
 
 # %%
 before = params
@@ -139,8 +139,8 @@ plt.show()
 # %% [markdown]
 # ## Which blocks stay
 #
-# Left, the first kernel before training and after it; right, its mask. The mask's rows are groups of four pixels, so its
-# mean over columns is a picture of where the network looks.
+# On the left, the first kernel before and after training; on the right, its mask. Each row of the mask is a group of four
+# pixels, so the mean over columns is a picture of where the network looks.
 
 # %%
 mask = np.asarray(opt_state.prune.masks["layer0/kernel"])
@@ -158,8 +158,8 @@ plt.show()
 # %% [markdown]
 # ## Smaller and faster
 #
-# The file holds the blocks that stay. `specialize` makes a function of inputs of one shape, and measures for each layer
-# whether to multiply it by blocks.
+# The file holds only the kept blocks. `specialize` makes a function for inputs of one shape, and measures for each layer
+# whether the block-sparse matmul is faster.
 
 # %%
 import tempfile

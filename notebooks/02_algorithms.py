@@ -15,8 +15,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sa-plus-plus/sa_plus_plus/blob/main/notebooks/02_algorithms.ipynb)
 #
-# The paper's Figure 2 drawn, attention weights while they are trained, and every algorithm on the same small problem. It takes
-# a few minutes.
+# This notebook draws the paper's Figure 2, shows attention weights during training, and runs every algorithm on the same
+# small problem. It takes a few minutes.
 
 # %%
 import sys
@@ -56,9 +56,9 @@ print(f"{jax.device_count()} × {jax.devices()[0].device_kind}")
 # %% [markdown]
 # ## Schedules
 #
-# A schedule is a row of phases. In a dense phase all blocks take part, in a sparse one those that were chosen when it
-# began, and in a sparsification phase the sparsity rises along an exponential curve. These are two of the paper's, and two
-# that take one rise instead of several cycles.
+# A schedule is a sequence of phases. In a dense phase all blocks are active. In a sparse phase only those chosen at its
+# start are active. In a sparsification phase the sparsity rises along an exponential curve. Below are two schedules of
+# the paper, and two with one rise instead of several cycles.
 
 # %%
 schedules = {
@@ -76,8 +76,8 @@ plt.show()
 # %% [markdown]
 # ## One problem for all
 #
-# LeNet-300-100 on 5,000 digits, 90% of the 8 × 8 blocks removed. So small a problem shows that the algorithms work, not
-# how they rank: a random mask does nearly as well.
+# LeNet-300-100 on 5,000 digits, 90% of the 8 × 8 blocks removed. A problem this small shows that the algorithms work,
+# not how they rank: a random mask does nearly as well.
 
 # %%
 images, labels = mnist_data()
@@ -132,10 +132,10 @@ def trained(sp, seed, watch=lambda i, state: None):
 
 
 # %% [markdown]
-# ## Attention weights while they are trained
+# ## Attention weights during training
 #
-# Each line is the share of attention of one of the blocks that end with the most: they start at 1 and drift apart, until
-# those below the threshold are masked.
+# Each line is the attention weight of one block. The weights start at 1 and drift apart, until those below the threshold
+# are masked.
 
 # %%
 history = []
@@ -161,7 +161,7 @@ plt.show()
 # %% [markdown]
 # ## All algorithms
 #
-# `sapp.ALGORITHMS` has every constructor with the schedule that is its own.
+# `sapp.ALGORITHMS` has every constructor with its own schedule.
 
 # %%
 names = ["acdc", "random"] if SHORT else list(sapp.ALGORITHMS)

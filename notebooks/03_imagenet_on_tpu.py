@@ -15,9 +15,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sa-plus-plus/sa_plus_plus/blob/main/notebooks/03_imagenet_on_tpu.ipynb)
 #
-# One cell of the paper's Table 1: a ResNet-50 of which 90% of the 8 × 8 blocks are removed, 90 epochs. Choose a TPU runtime;
-# say below where the data are and where checkpoints go. The short form trains a small network on a few drawn photographs, to
-# test the notebook.
+# One cell of the paper's Table 1: a ResNet-50 with 90% of its 8 × 8 blocks removed, trained for 90 epochs. Choose a TPU
+# runtime, and set below where the data are and where checkpoints go. The short form trains a small network on a few
+# generated images, to test the notebook.
 
 # %%
 import os
@@ -62,7 +62,7 @@ if "google.colab" in sys.modules and not SHORT:
 # %% [markdown]
 # ## What will be pruned
 #
-# The plan of the network and its schedule; this needs no data. Layers with fewer than 100 blocks stay dense, as in the
+# This prints the plan of the network and its schedule, and needs no data. Layers with fewer than 100 blocks stay dense, as in the
 # paper.
 
 
@@ -84,8 +84,9 @@ if not SHORT:
 # %% [markdown]
 # ## Data
 #
-# ImageNet prepared by TensorFlow Datasets in a bucket: `tfds.builder("imagenet2012", file_format="array_record")`, see
-# the project's page on experiments. The short form draws some images of ten classes.
+# The data are ImageNet, prepared in a bucket by TensorFlow Datasets with
+# `tfds.builder("imagenet2012", file_format="array_record")`; see the project's page on experiments. The short form
+# generates some images of ten classes.
 
 # %%
 config, data = "configs/resnet50_block8.py", [f"--config.data.options.data_dir={DATA_DIR}"]
@@ -109,7 +110,7 @@ if SHORT:
 # %% [markdown]
 # ## Train and prune
 #
-# When the runtime is disconnected, run the same cell again: it goes on from the newest checkpoint and ends with the same
+# If the runtime is disconnected, run the same cell again: it resumes from the newest checkpoint and ends with the same
 # network. TensorBoard files are in the work directory too.
 
 # %%
@@ -122,7 +123,7 @@ print("Table 1 has 69.56% for SequentialAttention++ and 67.74% for ACDC, at 8 ×
 display(Image(filename=f"{WORKDIR}/run.png"))
 
 # %% [markdown]
-# All cells at once, resumable and shared by any number of machines:
+# To run all cells, resumable and shared by any number of machines:
 #
 # ```bash
 # python -m experiments.reproduce table1 --scale=paper --directory=... --plan

@@ -15,8 +15,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sa-plus-plus/sa_plus_plus/blob/main/notebooks/04_criteo.ipynb)
 #
-# One cell of the paper's Table 2: a network on 39 embeddings whose first layer is pruned. The display advertising challenge's log
-# has to be fetched by hand; without it the notebook makes rows in the same layout, to show every step.
+# One cell of the paper's Table 2: a network on 39 embeddings whose first layer is pruned. The log of the display advertising
+# challenge has to be downloaded by hand; without it the notebook generates rows in the same format, to show every step.
 
 # %%
 import os
@@ -68,8 +68,8 @@ def command(module, *arguments):
 # %% [markdown]
 # ## The log
 #
-# A row is a label, 13 numbers and 26 categories, separated by tabs; any may be missing. In the rows made up here the click
-# depends on two of the categories and one number.
+# A row is a label, 13 numbers and 26 categories, separated by tabs; any of them may be missing. In the generated rows the
+# click depends on two of the categories and one number.
 
 # %%
 log = pathlib.Path(LOG) if LOG else folder / "made_up.txt"
@@ -86,7 +86,7 @@ if not LOG:
 # %% [markdown]
 # ## Prepare it once
 #
-# Columns are mapped into memory; numbers are bucketised, rare categories share one id, malformed lines are counted.
+# Columns are memory-mapped, numbers are bucketised, rare categories share one id, and malformed lines are counted.
 
 # %%
 prepared = folder / "criteo"

@@ -15,8 +15,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sa-plus-plus/sa_plus_plus/blob/main/notebooks/05_smaller_and_faster.ipynb)
 #
-# From a trained network to one that is a tenth of the size and faster: pruned without training, stored by its blocks,
-# specialised in three precisions, compared with dense engines, and saved for serving without the model's code.
+# This notebook makes a trained network faster and a tenth of the size. The network is pruned without training, stored by
+# its kept blocks, specialised in three precisions, compared with dense engines, and saved for serving without the model's
+# code.
 
 # %%
 import os
@@ -60,8 +61,8 @@ print(f"{jax.device_count()} × {jax.devices()[0].device_kind}")
 # %% [markdown]
 # ## A network
 #
-# The feed-forward layers of a transformer, in flax. Its weights stand for trained ones; the inputs lie near a subspace, as
-# activations do.
+# The feed-forward layers of a transformer, in flax. Random weights stand in for trained ones; the inputs lie near a
+# subspace, as activations do.
 
 
 # %%
@@ -82,8 +83,8 @@ variables = model.init(keys[3], x)
 # %% [markdown]
 # ## Prune it without training
 #
-# From a few hundred inputs, `one_shot` chooses the blocks without which each layer's outputs change least, and adjusts the
-# weights that stay.
+# From a few hundred inputs, `one_shot` chooses the blocks whose removal changes each layer's outputs least, and adjusts
+# the remaining weights.
 
 # %%
 calibration = [inputs[ROWS : 2 * ROWS], inputs[2 * ROWS : 3 * ROWS]]
@@ -98,7 +99,7 @@ print(chosen)
 # %% [markdown]
 # ## Smaller
 #
-# The file has the blocks that stay, with checksums; `storage` may round them.
+# The file holds only the kept blocks, with checksums; `storage` can round them.
 
 # %%
 folder, sizes = tempfile.mkdtemp(), {"dense": sum(leaf.nbytes for leaf in jax.tree.leaves(variables))}
@@ -116,7 +117,7 @@ plt.show()
 # %% [markdown]
 # ## Faster
 #
-# `specialize` makes a function for inputs of one shape. In int8 it needs typical inputs, to choose scales.
+# `specialize` makes a function for inputs of one shape. For int8 it needs typical inputs, to choose scales.
 
 # %%
 native = sapp.sparse.native.missing() is None and jax.default_backend() == "cpu"
@@ -151,7 +152,7 @@ plt.show()
 # %% [markdown]
 # ## Serve it
 #
-# One file, which another process loads without the model's code.
+# Save the network to one file, which another process can load without the model's code.
 
 # %%
 fast = specialised(chosen.params, "float32")

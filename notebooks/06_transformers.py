@@ -15,8 +15,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sa-plus-plus/sa_plus_plus/blob/main/notebooks/06_transformers.ipynb)
 #
-# A GPT on bytes is trained, then pruned from its trained weights in a tenth of the steps, and without training. You will see
-# bits per byte before and after, and which blocks of attention and feed-forward stay.
+# A GPT on bytes is trained, then pruned twice: from its trained weights in a tenth of the steps, and without training. You
+# will see bits per byte before and after, and which blocks of attention and feed-forward layers stay.
 
 # %%
 import os
@@ -63,8 +63,8 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## A GPT on bytes
 #
-# The text is the sources of Python's standard library, of which some files are held out; the measure is bits per byte.
-# `config.data.local` takes any text file or folder instead.
+# The text is the source code of Python's standard library, with some files held out; the metric is bits per byte. For
+# other text, set `config.data.local` to a text file or folder.
 
 # %%
 config = bytes_gpt.get_config()
@@ -90,7 +90,7 @@ report.save_weights(folder / "dense.safetensors", dense)
 # %% [markdown]
 # ## Pruned from trained weights
 #
-# SequentialAttention++ in a tenth of the steps, on the schedule for networks that are trained already.
+# SequentialAttention++ in a tenth of the steps, with the schedule for networks that are already trained.
 
 # %%
 tuned = config.copy_and_resolve_references()
@@ -125,8 +125,8 @@ plt.show()
 # %% [markdown]
 # ## Which blocks stay
 #
-# The kernels of the first layer. Attention's kernels are read as matrices of inputs by heads × head size; a column of
-# blocks that is empty is a part of a head that is never computed.
+# The kernels of the first layer. Attention kernels are read as matrices of inputs by heads × head size; an empty column of
+# blocks is a part of a head that is never computed.
 
 # %%
 leaves = {sapp.path_string(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(pruned.params)}

@@ -15,8 +15,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sa-plus-plus/sa_plus_plus/blob/main/notebooks/07_theory.ipynb)
 #
-# The convex problems behind the method: the path of the group LASSO, the group that objective (1) chooses first, and orthogonal
-# matching pursuit with and without replacement. Half a minute.
+# The convex problems behind the method: the path of the group LASSO, the group that objective (1) chooses first, and
+# orthogonal matching pursuit with and without replacement. This takes half a minute.
 
 # %%
 import sys
@@ -66,7 +66,7 @@ groups = convex.groups.equal(GROUPS * SIZE, size=SIZE)
 # %% [markdown]
 # ## The group LASSO's path
 #
-# From the critical `λ = τ`, where the first group enters, downwards. Planted groups are coloured.
+# The path runs downwards from the critical `λ = τ`, where the first group enters. Planted groups are coloured.
 
 # %%
 critical = float(convex.group_lasso.critical_lambda(problem, groups))
@@ -87,7 +87,7 @@ print(f"first group to enter: {first}; group of the largest gradient at 0: {int(
 # %% [markdown]
 # ## Greedy selection
 #
-# Orthogonal matching pursuit adds the group of the largest gradient and solves again. OMPR, which replaces groups, starts
+# Orthogonal matching pursuit adds the group with the largest gradient and solves again. OMPR, which replaces groups, starts
 # from any support.
 
 # %%

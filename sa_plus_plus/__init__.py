@@ -1,4 +1,4 @@
-"""Block-wise pruning of neural networks in JAX: SequentialAttention++ and its rivals."""
+"""Block-wise pruning of neural networks in JAX: SequentialAttention++ and competing algorithms."""
 
 from sa_plus_plus import blocks, convex, metrics, phases, select, serve, sparse, views
 from sa_plus_plus.algorithms import (

@@ -1,7 +1,7 @@
-"""The pruning algorithms: each is a parametrisation x a score x a schedule of phases (paper, section 4.1).
+"""The pruning algorithms: each combines a parametrisation, a score and a schedule of phases (paper, section 4.1).
 
-A new algorithm is a constructor under `@algorithm(schedule)`: it is then in `ALGORITHMS`, in every test of
-`tests/contract_test.py`, and known to the experiments by its name.
+To add an algorithm, decorate a constructor with `@algorithm(schedule)`: this adds it to `ALGORITHMS` and to every test
+of `tests/contract_test.py`, and the experiments can select it by name.
 """
 
 import math
@@ -37,19 +37,19 @@ def block_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> ja
     Args:
       weights: the kernel, of `layer.shape`.
       logits: not used.
-      layer: its blocks and its view.
+      layer: gives the blocks and the view.
       key: not used.
     """
     return blk.frobenius(weights, layer.block, layer.view)
 
 
 def drawn(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
-    """The score of `random` and others: drawn uniformly.
+    """The score of `random` and others: uniformly random.
 
     Args:
       weights: not used.
       logits: not used.
-      layer: which has the grid.
+      layer: gives the grid.
       key: a `jax.random.key`.
     """
     return jax.random.uniform(key, layer.full_grid, jnp.float32)
@@ -57,7 +57,7 @@ def drawn(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Arr
 
 @algorithm(schedules.dense)
 def dense(*, phases: Phases) -> Sparsifier:
-    """No pruning: the dense baseline, for running through the same loop.
+    """No pruning: the dense baseline, in the same training loop.
 
     Args:
       phases: gives the length of the run; must be one dense phase.
@@ -93,7 +93,7 @@ def dense(*, phases: Phases) -> Sparsifier:
 def magnitude(
     *, block: int | Sequence[int | None], sparsity: float, phases: Phases, **options: Unpack[PruningOptions]
 ) -> Sparsifier:
-    """One-shot magnitude pruning: the blocks of largest Frobenius norm when the dense phase ends, then fine-tuning.
+    """One-shot magnitude pruning: keep the blocks of largest Frobenius norm when the dense phase ends, then fine-tune.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
@@ -123,7 +123,7 @@ def acdc(
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.acdc(total_steps)`.
       form: `pruning`: pruned weights restart from 0 in the next dense phase (the paper's choice for ImageNet);
-        `masking`: they are as they were when masked (its choice for Criteo).
+        `masking`: they keep the values that they had when masked (its choice for Criteo).
       **options: see `PruningOptions`.
 
     Raises:
@@ -146,8 +146,8 @@ def powerpropagation(
 ) -> Sparsifier:
     """Block PowerPropagation: the effective block is `W * ||W||_F^(alpha - 1)`, so that large blocks grow faster.
 
-    The trained weights start at `W = U / ||U||^((alpha - 1) / alpha)`, so that the effective kernel starts as the
-    model's own initialisation `U`. For `alpha > 1` a block of zeros has gradient 0 and stays zero.
+    The trained weights start at `W = U / ||U||^((alpha - 1) / alpha)`, so that the effective kernel starts at the
+    model's initialisation `U`. For `alpha > 1` a block of zeros has gradient 0 and stays zero.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
@@ -198,29 +198,29 @@ def sequential_attention(
     """SequentialAttention++ (Algorithm 1): a trainable attention weight per block guides the search.
 
     Each pruned layer of `N` blocks has a logit per block, all 0 at the start, and attention weights
-    `A = N * softmax(logits)` of mean 1. The effective kernel is `W * spread(clip(A) * mask)`. Blocks are chosen by `A`
-    as it is before clipping, which orders them the same way but leaves no ties at the ends of the range; or, which is
-    not in the paper, by the norm of the effective block, `clip(A) * ||W||_F`.
+    `A = N * softmax(logits)` of mean 1. The effective kernel is `W * spread(clip(A) * mask)`. Blocks are ranked by `A`
+    before clipping, which gives the same order but no ties at the ends of the range. Alternatively, which is not in the
+    paper, they are ranked by the norm of the effective block, `clip(A) * ||W||_F`.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.sequential_attention(total_steps)`.
-      score: what blocks are chosen by: `"attention"` for `A`, as in the paper, or `"effective"` for the norm of the
+      score: what blocks are ranked by: `"attention"` for `A`, as in the paper, or `"effective"` for the norm of the
         effective block.
       clip: `(low, high)` range of `A` in the forward pass (C.1); `"density"` for `(d, 1 / d)` with `d = 1 - sparsity`
         of the layer; None for no clipping.
-      monotone: in a sparsification phase a dropped block stays dropped to its end. Otherwise it may return, with
-        whatever momentum the optimizer's buffers still hold for it.
+      monotone: a block dropped in a sparsification phase stays dropped until the phase ends. Otherwise it may return,
+        with whatever momentum the optimizer still holds for it.
       mask_every: steps between selections in a sparsification phase.
-      logit_lr: learning rate of the logits as a multiple of the weights'.
-      reset_logits_at: kinds of phases (such as `("dense",)`) on entering which the logits return to 0; by default
-        they are kept throughout.
+      logit_lr: learning rate of the logits as a multiple of that of the weights.
+      reset_logits_at: kinds of phases (such as `("dense",)`) at whose start the logits are reset to 0; by default they
+        are never reset.
       **options: see `PruningOptions`.
 
     Raises:
-      ValueError: for options out of range, or a schedule that ends dense, or begins sparse where blocks are chosen by
-        attention.
+      ValueError: for options out of range, a schedule that ends dense, or one that begins sparse with blocks ranked
+        by attention.
     """
     if score not in ("attention", "effective"):
         raise ValueError(f'score must be "attention" or "effective", got {score!r}')
@@ -252,7 +252,7 @@ def sequential_attention(
         return scale(weights, logits, layer) * block_norm(weights, logits, layer, key)
 
     def log_attention(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
-        # log A, less a constant of the layer where layers do not compete: small logits keep all their digits.
+        # log A, minus a constant per layer unless layers compete: small logits keep all their digits.
         if options.get("scope") != "global":
             return logits
         return jnp.log(math.prod(layer.grid)) + jax.nn.log_softmax(logits, (-2, -1))
@@ -275,7 +275,7 @@ def attention_weights(logits: jax.Array) -> jax.Array:
     """`A = N * softmax(logits)` over the `N` blocks of a layer; mean 1 (Algorithm 1).
 
     Args:
-      logits: `(*stack, grid_r, grid_c)`; stacked layers have a softmax each.
+      logits: `(*stack, grid_r, grid_c)`; each stacked layer has its own softmax.
     """
     return math.prod(logits.shape[-2:]) * jax.nn.softmax(logits, axis=(-2, -1))
 
@@ -316,7 +316,7 @@ def random(
     seed: int | jax.Array = 0,
     **options: Unpack[PruningOptions],
 ) -> Sparsifier:
-    """A fixed random mask, a control: what the best of the others must beat.
+    """A fixed random mask, a control: every useful algorithm must beat it.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.

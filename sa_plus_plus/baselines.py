@@ -1,4 +1,4 @@
-"""Algorithms of other papers, brought to blocks: what a comparison asks for, as controls."""
+"""Algorithms of other papers, adapted to blocks, as controls for comparisons."""
 
 from collections.abc import Sequence
 from typing import Any, Unpack
@@ -34,11 +34,11 @@ def rigl(
     """RigL with blocks (Evci et al., Rigging the Lottery, ICML 2020, arXiv 1911.11134): sparse from the first step.
 
     It starts from a random mask. Every `mask_every` steps, in sparse phases, `fraction / 2 * (1 + cos(pi * t / end))`
-    of the blocks in use, `end = until * total_steps`, change places: those of least Frobenius norm go, and those of the
-    largest norm of the loss's gradient come, at zero. As many blocks are in use throughout. `update` needs the
-    gradients, as does an update in the paper: `sp.update(trainable, prune, updates, grads)`; `sparsify` hands them over
-    itself. Where blocks are about to change places, the optimizer too is given the gradients of masked blocks, so that
-    a block that comes in brings a momentum of one step; the paper does not say.
+    of the active blocks, with `end = until * total_steps`, are replaced: those with the smallest Frobenius norm are
+    dropped, and those with the largest gradient norm are grown, starting at zero. The number of active blocks stays
+    constant. `update` needs the gradients, as in the paper: `sp.update(trainable, prune, updates, grads)`; `sparsify`
+    passes them automatically. In a step that replaces blocks, the optimizer also sees the gradients of masked blocks,
+    so that a new block starts with one step of momentum; the paper does not specify this.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
@@ -75,9 +75,9 @@ def sparse_evolutionary(
 ) -> Sparsifier:
     """SET, sparse evolutionary training, with blocks (Mocanu et al., Nature Communications 2018, arXiv 1707.04780).
 
-    As `rigl`, but blocks come in at random. As in the comparisons of RigL's paper, blocks of least norm go, fewer and
-    fewer of them; SET's own drops the same share each time, of the weights nearest to zero on either side. New blocks
-    start at zero, where SET's own weights are drawn.
+    Like `rigl`, but new blocks are chosen at random. As in the RigL paper's comparisons, blocks of smallest norm are
+    dropped, fewer each time; the original SET drops the same share each time, of the positive and negative weights
+    nearest to zero. New blocks start at zero, where the original SET draws random weights.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
@@ -86,7 +86,7 @@ def sparse_evolutionary(
       mask_every: steps between changes.
       fraction: share of the blocks in use that change places at first, in (0, 1].
       until: share of the run after which the blocks stay as they are, in (0, 1].
-      seed: of the mask to start from and of what comes in, unless `init` is given a key; may be traced.
+      seed: for the initial mask and the new blocks, unless `init` is given a key; may be traced.
       **options: see `PruningOptions`.
 
     Raises:
@@ -116,11 +116,11 @@ def movement(
     """Block movement pruning (Lagunas et al., EMNLP 2021, arXiv 2109.04838), after Sanh et al. (NeurIPS 2020, arXiv
     2005.07683).
 
-    Each block has a trainable score, 0 at the start, whose gradient is that in the mask passed straight through:
+    Each block has a trainable score, 0 at the start, with the straight-through gradient of the mask:
     `dL/dS_B = sum over the block of dL/dW' * W`, with `W' = W * spread(mask)` the effective kernel. Under SGD of rate
     `r` the score is `-r` times the sum of these over the steps: high where weights moved away from zero. Masked blocks
-    keep their weights, their scores go on, and they may return until the last phase. The blocks of highest score are
-    kept, as in the version of Sanh et al. for a given sparsity (`top_v`), on this library's curve of sparsity.
+    keep their weights, their scores keep training, and they may return until the last phase. The highest-scoring blocks
+    are kept, as in the version of Sanh et al. for a given sparsity (`top_v`), along this library's sparsity curve.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
@@ -157,16 +157,16 @@ def group_lasso(
 
         W_B <- max(0, 1 - tau / ||W_B||_F) * W_B.
 
-    The penalty that leaves a given number of blocks is not known beforehand. So it is set by the target: in each step
-    and layer `tau` is `strength / total_steps` times the norm of the last block that is to stay, the `kept`-th largest,
+    The penalty that leaves a given number of blocks is not known beforehand, so it follows from the target: in each
+    step and layer `tau` is `strength / total_steps` times the `kept`-th largest norm, that of the last block to stay,
     which thus never becomes zero. When the sparse phase begins, the blocks of largest norm are kept.
 
     Args:
       block: `(b_r, b_c)`, or one integer for a square.
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.group_lasso(total_steps)`.
-      strength: of the penalty, positive and less than the number of steps: a block that no gradient supports is zero
-        after `1 / strength` of the run, if its norm is that of the last to stay. The default did as well as 20 and
+      strength: of the penalty, positive and less than the number of steps: a block without gradient is zero after
+        `1 / strength` of the run, if its norm is that of the last block to stay. The default did as well as 20 and
         better than 1 on held-out training images of Fashion-MNIST (LeNet-300-100, 97% of the 8 x 8 blocks).
       **options: see `PruningOptions`.
 
@@ -215,10 +215,10 @@ def d_gating(
 
     Each block is the product of trained weights and `D - 1` scalar gates, `W_B * g_1 * ... * g_(D-1)`. A squared norm
     on all factors, `lambda / D * (||W_B||^2 + sum of g_d^2)`, has the minima of the penalty `||W_B||^(2/D)` on the
-    products, which is that of the group LASSO for `D = 2` and non-convex above.
+    products, which is the group LASSO for `D = 2` and non-convex for larger `D`.
 
-    All gates of a block start at 1, so they stay equal: a single logit `l` stands for them, `g = 1 + l`, with the
-    gradient that each of them has. The penalty is decoupled from the optimizer: after each update outside sparse
+    All gates of a block start at 1, so they stay equal: a single logit `l` represents them, `g = 1 + l`, with the
+    gradient of one gate. The penalty is decoupled from the optimizer: after each update outside sparse
     phases weights and gates are multiplied by `1 - strength / total_steps`. When the sparse phase begins, the effective
     blocks of largest norm are kept.
 
@@ -226,10 +226,10 @@ def d_gating(
       block: `(b_r, b_c)`, or one integer for a square.
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.d_gating(total_steps)`.
-      depth: the number `D` of factors, an integer from 2.
-      strength: of the penalty, positive and less than the number of steps: a factor that no gradient supports is
-        `exp(-strength)` times what it was after a whole run. The default did best of 1, 4 and 8, on the same data as
-        `group_lasso`'s.
+      depth: the number `D` of factors, an integer of at least 2.
+      strength: of the penalty, positive and less than the number of steps: a factor without gradient shrinks to
+        `exp(-strength)` of its value over a whole run. The default did best of 1, 4 and 8, on the same data as that of
+        `group_lasso`.
       **options: see `PruningOptions`.
 
     Raises:

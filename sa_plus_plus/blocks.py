@@ -2,7 +2,7 @@
 
 A kernel of shape `(d1, ..., dr, c_out)` is read as a matrix of `rows = d1 * ... * dr` by `cols = c_out`
 (paper, section 4), or as its view says (`views.View`), and cut into tiles of `(b_r, b_c)`. Tiles on the far edges may
-be partial; they are completed with zeros wherever a full tile is needed. A stack of matrices is cut one by one: its
+be partial; they are padded with zeros wherever a full tile is needed. Each matrix of a stack is cut separately: the
 grids have the batch axes in front. Everything here is pure, differentiable and jittable.
 """
 
@@ -21,7 +21,7 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def view_of(shape: Sequence[int], view: View | None) -> View:
-    """`view`, or that of all axes but the last as rows, which takes 2 to 5 dimensions.
+    """`view`, or the default with all axes but the last as rows, which takes 2 to 5 dimensions.
 
     Args:
       shape: of the kernel.
@@ -35,7 +35,7 @@ def view_of(shape: Sequence[int], view: View | None) -> View:
 
 
 def matrix_shape(shape: Sequence[int], view: View | None = None) -> tuple[int, int]:
-    """Rows and columns of a kernel's matrix: all axes but the last, and the last, unless its view says otherwise.
+    """Rows and columns of a kernel's matrix: all axes but the last, and the last, unless the view differs.
 
     Args:
       shape: of the kernel.
@@ -48,7 +48,7 @@ def matrix_shape(shape: Sequence[int], view: View | None = None) -> tuple[int, i
 
 
 def matrices(kernel: Array, view: View | None = None) -> Array:
-    """A kernel as `(*stack, rows, cols)`; no data moves where the view has its axes in order.
+    """A kernel as `(*stack, rows, cols)`; no data moves if the view has its axes in order.
 
     Args:
       kernel: a JAX or NumPy array; the result is of the same kind.
@@ -136,7 +136,7 @@ def grid_shape(shape: Sequence[int], block: Block, view: View | None = None) -> 
 
 
 def block_sizes(shape: Sequence[int], block: Block, view: View | None = None) -> np.ndarray:
-    """How many real weights each block of a matrix's grid holds: fewer than `b_r * b_c` on a ragged edge.
+    """Number of real weights in each block of a matrix's grid: fewer than `b_r * b_c` on a ragged edge.
 
     Args:
       shape: of the kernel.
@@ -153,7 +153,7 @@ def to_blocks(kernel: Array, block: Block, view: View | None = None) -> Array:
     """Cut a kernel into its blocks.
 
     Args:
-      kernel: any dtype. Of a NumPy array the result is one too, and nothing is compiled.
+      kernel: any dtype. For a NumPy array the result is one too, and nothing is compiled.
       block: `(b_r, b_c)`.
       view: how it is read as matrices; by default as one, all axes but the last its rows.
 
@@ -172,7 +172,7 @@ def to_blocks(kernel: Array, block: Block, view: View | None = None) -> Array:
 
 
 def from_blocks(blocks: jax.Array, shape: Sequence[int], view: View | None = None) -> jax.Array:
-    """Inverse of `to_blocks`: put blocks together to a kernel of `shape`, dropping the padding.
+    """Inverse of `to_blocks`: assemble a kernel of `shape` from its blocks, dropping the padding.
 
     Args:
       blocks: `(*stack, grid_r, b_r, grid_c, b_c)`.
@@ -220,7 +220,7 @@ def spread(grid: jax.Array, shape: Sequence[int], block: Block, view: View | Non
             f"a kernel of shape {tuple(shape)} in blocks of {block} has a grid of {own}, got one of {grid.shape}"
         )
     (rows, cols), (*stack, g_r, g_c) = matrix_shape(shape, view), grid.shape
-    # Across first, then down: the second, large step copies whole rows, and its gradient adds up whole rows.
+    # Across first, then down: the second, larger step copies whole rows, and its gradient sums whole rows.
     strips = jnp.broadcast_to(grid[..., None], (*stack, g_r, g_c, block[1])).reshape(*stack, g_r, -1)[..., :cols]
     tall = jnp.broadcast_to(strips[..., :, None, :], (*stack, g_r, block[0], cols))
     return from_matrices(tall.reshape(*stack, -1, cols)[..., :rows, :], shape, view)
@@ -244,7 +244,7 @@ def sum_of_squares(kernel: jax.Array, block: Block, view: View | None = None) ->
       view: as in `to_blocks`.
     """
     blocks = widened(to_blocks(kernel, block, view))
-    return jnp.sum(jnp.sum(jnp.square(blocks), axis=-3), axis=-1)  # down first: adds up whole rows
+    return jnp.sum(jnp.sum(jnp.square(blocks), axis=-3), axis=-1)  # down first: sums whole rows
 
 
 def frobenius(kernel: jax.Array, block: Block, view: View | None = None) -> jax.Array:

@@ -11,9 +11,9 @@ from sa_plus_plus.views import View
 
 
 def check_pruned(params: Any, plan: Plan) -> None:
-    """Refuse a network whose layers keep more blocks than planned: its schedule was not finished, or not applied.
+    """Raise an error if layers keep more blocks than planned: the schedule was not finished, or not applied.
 
-    A block is kept if any of its weights is not zero. Fewer blocks than planned are no error.
+    A block is kept if any of its weights is not zero. Fewer blocks than planned are not an error.
 
     Args:
       params: what `Sparsifier.finalize`, or the loop around `sparsify`, ended with.
@@ -32,7 +32,7 @@ def check_pruned(params: Any, plan: Plan) -> None:
 
 
 def unpruned(params: Any, plan: Plan) -> list[str]:
-    """One sentence for each layer that keeps more blocks than planned, that with the largest surplus first.
+    """One sentence for each layer that keeps more blocks than planned, largest surplus first.
 
     Args:
       params: tree of JAX or NumPy arrays.

@@ -1,4 +1,4 @@
-"""A composed algorithm: the functions of a `Sparsifier`, made of a parametrisation, a score and a schedule."""
+"""A composed algorithm: the functions of a `Sparsifier`, built from a parametrisation, a score and a schedule."""
 
 import dataclasses
 import functools
@@ -26,9 +26,9 @@ from sa_plus_plus.sparsifier import Masks, Params, PruneState, State, Trainable
 
 
 class Parametrisation(NamedTuple):
-    """How the trained weights make the effective kernel, `W * spread(scale)`.
+    """How the effective kernel follows from the trained weights, `W * spread(scale)`.
 
-    Functions of a layer are traced once for all layers that differ by their paths alone, so `layer.path` is empty here,
+    Functions of a layer are traced once for all layers that differ only in their paths, so `layer.path` is empty here,
     in a `Score` and in a `Shrink`.
 
     Attributes:
@@ -36,9 +36,9 @@ class Parametrisation(NamedTuple):
         None before training, when all logits are 0, and where the algorithm has none.
       scale: `scale(weights, logits, layer)`: the `(grid_r, grid_c)` factors of the blocks, or None for 1 throughout.
       has_logits: whether each block has a trainable logit; otherwise `logits` is None above.
-      by_norm: whether `scale` depends on the weights. A block then changes as a whole, and one of zeros stays zero.
-      attention: whether the logits stand for attention weights, `N softmax(logits)`, which reports then show.
-      straight_through: whether each logit is given the gradient in its block's factor, masked or not.
+      by_norm: whether `scale` depends on the weights. A block then changes as a whole, and a block of zeros stays zero.
+      attention: whether the logits are those of attention weights, `N softmax(logits)`, which reports then show.
+      straight_through: whether each logit gets the gradient of its block's factor, even if the block is masked.
     """
 
     weights: Callable[[jax.Array, Any, LeafPlan], jax.Array]
@@ -51,16 +51,16 @@ class Parametrisation(NamedTuple):
 
 IDENTITY = Parametrisation(lambda kernel, logits, layer: kernel, lambda weights, logits, layer: None)
 
-# score(weights, logits, layer, key) -> a number a block, of the shape `layer.full_grid`: the higher, the more a block
+# score(weights, logits, layer, key) -> a number per block, of the shape `layer.full_grid`: the higher, the more a block
 # deserves to stay. `logits` is None without logits, `key` (the layer's own) without a seed.
 Score = Callable[[jax.Array, Any, LeafPlan, Any], jax.Array]
-# shrink(layer, weights, logits) -> (weights, logits): what a penalty makes of them in a step.
+# shrink(layer, weights, logits) -> (weights, logits): one step of a penalty.
 Shrink = Callable[[LeafPlan, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Composed:
-    """The parts of `compose`, and the functions of a `Sparsifier` made of them."""
+    """The parts of `compose`, and the functions of a `Sparsifier` built from them."""
 
     parametrisation: Parametrisation
     score: Score
@@ -154,7 +154,7 @@ class Composed:
                 )  # its norm is part of each weight
                 return keep(new, whole, layer, otherwise=weights)
 
-            # Norms take several passes over the weights, and a loop seldom changes any.
+            # Norms take several passes over the weights, and a loop rarely changes any.
             return lax.cond(moved.any(), changed, lambda: weights) if self.parametrisation.by_norm else changed()
 
         return trainable._replace(params=map_layers(own, trainable.params, self._layers(trainable), params))
@@ -182,7 +182,7 @@ class Composed:
         if self.shrink is not None and updates is not None:
             trainable = self._shrunk(trainable, ~self.phases.kind_in([SPARSE], prune.step), layers)
         step = prune.step + 1
-        # Only the choice of masks stands in the branch: small arrays out, weights read but never copied.
+        # Only the choice of masks is inside the branch: small arrays out, weights read but never copied.
         masks = lax.cond(
             self.phases.selects(step, self.mask_every),
             lambda: self._chosen(trainable, prune, step, layers),
@@ -255,7 +255,7 @@ class Composed:
         grads: Trainable | None,
         layers: dict[str, LeafPlan],
     ) -> Masks:
-        """The masks after blocks have changed places at a step."""
+        """The masks after blocks have been replaced at a step."""
         assert self.rewires is not None
         gradients = {} if grads is None else dict(_kernels(grads, layers))
 
@@ -292,7 +292,7 @@ class Composed:
 
 
 def _as_kernels_lie(state: State, params: Params, layers: dict[str, LeafPlan]) -> State:
-    """Masks and logits split over devices as their kernels are."""
+    """Masks and logits sharded like their kernels."""
     found = {path: of_grid(layers[path], w) for path, w in _kernels(Trainable(params, {}), layers)}
     split = {path: sharding for path, sharding in found.items() if sharding is not None}
 
@@ -309,9 +309,9 @@ def _placed(grid: jax.Array, sharding: Any) -> jax.Array:
 
 
 def traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn(layer, *arrays)`, which JAX traces once for all layers alike but for their paths.
+    """`fn(layer, *arrays)`, traced once for all layers that differ only in their paths.
 
-    A network of a thousand layers has few shapes; tracing each layer anew would take most of a first step.
+    A network of a thousand layers has few shapes; tracing each layer separately would dominate the first step.
     """
     compiled = jax.jit(fn, static_argnums=0)
     return lambda layer, *arrays: compiled(layer._replace(path=""), *arrays)
@@ -353,7 +353,7 @@ def _layer_key(data: jax.Array, path: str) -> jax.Array:
 
 
 def _check_values(params: Params, layers: dict[str, LeafPlan], stuck_at_zero: bool) -> None:
-    """Refuse kernels without meaning where there are values to look at: under `jit` there are none."""
+    """Refuse kernels that are not finite, or would stay zero; under `jit` there are no values to check."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = planning.path_string(keys)
         if path not in layers or isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
@@ -369,7 +369,7 @@ def _check_values(params: Params, layers: dict[str, LeafPlan], stuck_at_zero: bo
 
 
 def _warn_unfinished(phases: Phases, prune: PruneState, layers: dict[str, LeafPlan]) -> None:
-    """Say so where a network is finished before its schedule, if there are values to look at."""
+    """Warn if `finalize` runs before the schedule ends; under `jit` there are no values to check."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(prune)) or phases.reached(prune.step).all():
         return
     step, blocks = int(np.max(prune.step)), sum(layer.blocks for layer in layers.values())

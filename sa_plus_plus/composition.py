@@ -1,9 +1,9 @@
 """A pruning algorithm composed of a parametrisation, a score and a schedule of phases.
 
 Every algorithm here multiplies each block of a kernel by one number: the effective kernel is
-`W * spread(scale * mask)`. The *parametrisation* says what `scale` is (1, an attention weight, a norm), the *score*
-by which blocks are chosen, the *phases* when. `compose` makes a `Sparsifier` of the three; `algorithms.py` has the
-algorithms themselves.
+`W * spread(scale * mask)`. The *parametrisation* defines `scale` (1, an attention weight, a norm), the *score* ranks
+the blocks, and the *phases* say when they are chosen. `compose` builds a `Sparsifier` from the three; `algorithms.py`
+has the algorithms themselves.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,20 +67,20 @@ def compose(
     scope: str = "layer",
     **options: Unpack[PlanOptions],
 ) -> Sparsifier:
-    """Put an algorithm together.
+    """Build an algorithm from its parts.
 
     Args:
-      parametrisation: how weights and logits make the effective kernel.
+      parametrisation: how the effective kernel follows from weights and logits.
       score: how much each block deserves to stay.
       phases: the schedule.
       block: `(b_r, b_c)`, or one integer for a square.
       sparsity: share of the blocks removed, in [0, 1).
       mask_every: steps between selections in a sparsification phase.
-      monotone: in a sparsification phase, a dropped block stays dropped to its end.
+      monotone: a block dropped in a sparsification phase stays dropped until the phase ends.
       forget_masked: masked weights are set to zero; otherwise they stay as they were when masked.
       logit_lr: factor on the logits' updates.
-      reset_logits_at: kinds of phases on entering which the logits return to zero.
-      rewires: how blocks change places in sparse phases; None for not at all.
+      reset_logits_at: kinds of phases at whose start the logits are reset to zero.
+      rewires: how blocks are replaced in sparse phases; None for not at all.
       shrink: the step of a penalty, `shrink(layer, weights, logits) -> (weights, logits)`, after each update outside
         sparse phases.
       seed: seed of the random keys that `score` gets; may be traced. None for no keys.
@@ -131,12 +131,12 @@ def compose(
 
 
 def check_start(phases: Any, scores: str, otherwise: str = "") -> None:
-    """Refuse a schedule that chooses blocks before there is anything to choose by.
+    """Refuse a schedule that chooses blocks before their scores differ.
 
     Args:
       phases: the schedule.
       scores: what is equal for all blocks before training.
-      otherwise: another way out, for the message.
+      otherwise: an alternative to suggest in the message.
     """
     check_phases(phases)
     if phases.phases[0].kind == SPARSE:
@@ -147,6 +147,6 @@ def check_start(phases: Any, scores: str, otherwise: str = "") -> None:
 
 
 def check_phases(phases: Any) -> None:
-    """Refuse what is no schedule, such as a list of phases."""
+    """Refuse anything that is not a schedule, such as a list of phases."""
     if not isinstance(phases, Phases):
         raise TypeError(f"phases must be a schedule such as `phases.custom(total_steps, [...])` makes, got {phases!r}")

@@ -1,4 +1,4 @@
-"""What the masks and attention weights are doing: pure functions, cheap enough for every step."""
+"""Metrics of masks and attention weights: pure functions, cheap enough for every step."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def _zero_weights(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
 
 
 def layer_sparsity(masks: Masks, plan: Plan) -> dict[str, jax.Array]:
-    """Share of masked weights in each pruned layer, real weights counted: an edge block weighs what it holds.
+    """Share of masked weights in each pruned layer; an edge block counts only its real weights.
 
     Args:
       masks: `prune.masks`.
@@ -62,8 +62,8 @@ def attention(trainable: Trainable) -> dict[str, dict[str, jax.Array]]:
       trainable: its logits are `(*stack, grid_r, grid_c)` by path.
 
     Returns:
-      By path: `entropy` of `A / N` over its maximum `log N`, so in [0, 1]: 1 where all blocks weigh the same, near 0
-      where a single one has all the weight, the mean over stacked layers; `min` and `max` of `A`, before clipping.
+      By path: `entropy` of `A / N` over its maximum `log N`, so in [0, 1]: 1 if all blocks weigh the same, near 0
+      if one block has all the weight, averaged over stacked layers; `min` and `max` of `A`, before clipping.
     """
     result: dict[str, dict[str, Any]] = {}
     for path, logits in trainable.logits.items():

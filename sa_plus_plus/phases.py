@@ -1,13 +1,13 @@
-"""When the network is dense, being sparsified, or sparse: schedules of phases over a run (paper, sections 3.1, 4.2).
+"""Schedules of phases: when the network is dense, being sparsified, or sparse (paper, sections 3.1, 4.2).
 
 A schedule covers the steps `[0, total_steps)` with consecutive phases of three kinds:
 
-- `dense`: every block takes part;
+- `dense`: every block is active;
 - `sparsification`: the sparsity rises from 0 to its target along an exponential curve;
-- `sparse`: the blocks chosen on entering stay fixed.
+- `sparse`: the blocks chosen at the start of the phase stay fixed.
 
-There is a function for each algorithm's own schedule, of the same name as the algorithm, `gradual` for one long
-sparsification phase, `finetune` for pruning a network that is trained already, and `custom` for any other.
+There is a function for each algorithm's own schedule, with the name of the algorithm, `gradual` for one long
+sparsification phase, `finetune` for pruning an already trained network, and `custom` for anything else.
 """
 
 import dataclasses
@@ -45,8 +45,8 @@ class Phases:
     With `t` in [0, 1] the position in a sparsification phase, the sparsity there is its target times
     `(1 - exp(-c t)) / (1 - exp(-c))` (section 3.1); it is 0 in dense phases and the target in sparse ones.
 
-    Methods take a step (an integer or an array of them, traced or not): step `i` is the state of affairs at the
-    (i+1)-th gradient step. From `total_steps` on, everything stays as at the end of the last phase.
+    Methods take a step (an integer or an array of them, traced or not): step `i` is the state at the (i+1)-th gradient
+    step. From `total_steps` on, everything stays as at the end of the last phase.
 
     Attributes:
       total_steps: length of the run in steps.
@@ -87,7 +87,7 @@ class Phases:
         return np.asarray([p.start for p in self.phases], np.int32)
 
     def _of_phase(self, values: Any, step: Any) -> jax.Array:
-        """The entry of `values` (one a phase) for the phase that `step` lies in."""
+        """The entry of `values` (one per phase) for the phase that `step` lies in."""
         return jnp.asarray(np.asarray(values))[self.index(step)]
 
     def at(self, step: int) -> Phase:
@@ -121,7 +121,7 @@ class Phases:
         return self.kind_in([SPARSE], step) | over
 
     def selects(self, step: Any, every: int) -> jax.Array:
-        """Whether masks are chosen at a step: on entering a phase, every `every` steps of a sparsification, at its end.
+        """Whether masks are chosen at a step: at phase starts, every `every` steps of a sparsification, and at its end.
 
         A sparse phase that follows another sparse one keeps its mask.
         """
@@ -148,11 +148,11 @@ class Phases:
         return "\n".join(lines)
 
     def plot(self, sparsity: float = 1.0, ax: Any = None) -> Any:
-        """Draw sparsity against step, phases shaded (the paper's Figure 2). Needs matplotlib.
+        """Plot sparsity against step with shaded phases (the paper's Figure 2). Needs matplotlib.
 
         Args:
           sparsity: the target.
-          ax: matplotlib axes to draw on; a new figure's by default.
+          ax: matplotlib axes to draw on; by default those of a new figure.
 
         Returns:
           The axes.
@@ -169,7 +169,7 @@ class Phases:
         return ax
 
     def shade(self, ax: Any) -> None:
-        """Shade the phases on matplotlib axes, one legend entry a kind."""
+        """Shade the phases on matplotlib axes, one legend entry per kind."""
         colours = {DENSE: "#dfe7f2", SPARSIFICATION: "#f9e3c4", SPARSE: "#d5ead3"}
         named: set[str] = set()
         for p in self.phases:
@@ -179,7 +179,7 @@ class Phases:
 
 
 def check_total_steps(total_steps: Any) -> None:
-    """Refuse a length that is not a whole number of steps.
+    """Refuse a length that is not an integer number of steps.
 
     Args:
       total_steps: a Python or NumPy integer, at least 1.
@@ -203,7 +203,7 @@ def custom(
       total_steps: length of the run in steps.
       phases: durations (and starts and stops) are integers for steps, floats for fractions of the run, or text:
         `"10%"`, `"500 steps"`, `"2.5 epochs"`. Boundaries are rounded to the nearest step, not each duration.
-      steps_per_epoch: needed where a duration is in epochs.
+      steps_per_epoch: needed if a duration is in epochs.
       exponent: `c` of the sparsification curve.
 
     Raises:
@@ -258,8 +258,8 @@ def _percent(total_steps: int, *phases: tuple[str, Any], exponent: float = EXPON
 
 
 def gradual(total_steps: int, *, dense: float = 0.1, sparse: float = 0.6, exponent: float = EXPONENT) -> Phases:
-    """One long sparsification phase between a dense and a sparse one: `recipe="gradual"` of the two algorithms that
-    rise once, `sequential_attention` and `gradual_magnitude`; with the others that recipe is `imagenet`.
+    """One long sparsification phase between a dense and a sparse one: `recipe="gradual"` of `sequential_attention` and
+    `gradual_magnitude`, the two with a single rise; for the others that recipe equals `imagenet`.
 
     Args:
       total_steps: length of the run in steps.
@@ -284,11 +284,11 @@ def gradual(total_steps: int, *, dense: float = 0.1, sparse: float = 0.6, expone
 def finetune(total_steps: int, *, sparse: float = 0.5, exponent: float = EXPONENT) -> Phases:
     """Pruning of a trained network: one long sparsification phase from the first step, then a sparse phase.
 
-    A trained network needs no dense phase, and loses least when few blocks are dropped at a time. For any algorithm:
-    `sequential_attention`, whose logits are equal at the first step but rank nothing before blocks are dropped,
-    `gradual_magnitude`, `magnitude` and `powerpropagation` (which it makes gradual), and `acdc` (which then does not
-    alternate). `recipe="finetune"` of each algorithm's own schedule keeps to what the algorithm is, and is the same as
-    this for the first two.
+    A trained network needs no dense phase, and loses least when few blocks are dropped at a time. Works with any
+    algorithm: `sequential_attention`, whose logits are equal at the first step but rank nothing before blocks are
+    dropped, `gradual_magnitude`, `magnitude` and `powerpropagation` (which become gradual), and `acdc` (which then does
+    not alternate). `recipe="finetune"` of each algorithm's own schedule preserves the nature of the algorithm, and is
+    the same as this for the first two.
 
     Args:
       total_steps: length of the run in steps.
@@ -325,7 +325,7 @@ def dense(total_steps: int, *, recipe: str = "imagenet") -> Phases:
 def magnitude(total_steps: int, *, recipe: str = "imagenet") -> Phases:
     """Dense, then sparse for fine-tuning: the last 15% (`imagenet`) or 20% (`criteo`) of the run.
 
-    `finetune`: sparse from the first step: one shot at the trained weights.
+    `finetune`: sparse from the first step, that is, one-shot pruning of the trained weights.
 
     Args:
       total_steps: length of the run in steps.
@@ -355,7 +355,7 @@ rigl = sparse_evolutionary = random
 
 
 def gradual_magnitude(total_steps: int, *, recipe: str = "imagenet", exponent: float = EXPONENT) -> Phases:
-    """A control: dense, one long sparsification phase, sparse; outer phases as long as the other algorithms'.
+    """A control: dense, one long sparsification phase, sparse; outer phases as long as in the other algorithms.
 
     `finetune`: without the dense phase, see `finetune`. `gradual`: with a longer sparse phase, see `gradual`.
 
@@ -406,8 +406,8 @@ def sequential_attention(
     Args:
       total_steps: length of the run in steps.
       recipe: `imagenet`, `criteo`, `gradual` or `finetune`.
-      sparsification: False for the ablation without sparsification phases (D.1): ACDC's schedule, of which that for
-        `finetune` begins sparse and is refused by `sapp.sequential_attention`.
+      sparsification: False for the ablation without sparsification phases (D.1): ACDC's schedule. For `finetune` that
+        schedule begins sparse and is refused by `sapp.sequential_attention`.
       exponent: `c` of the sparsification curve (D.2).
     """
     if not sparsification:

@@ -25,18 +25,18 @@ Views = Mapping[str, views.Viewable]
 
 
 class LeafPlan(NamedTuple):
-    """What becomes of one leaf of the parameter tree.
+    """The plan for one leaf of the parameter tree.
 
     Attributes:
       path: keys from the root, joined by `/`.
       shape: shape of the leaf.
       block: `(b_r, b_c)`.
-      grid: blocks down and across each matrix; `(0, 0)` where the leaf is not a kernel.
-      kept: number of blocks that stay, as many of each matrix; all of them where the layer is not pruned.
+      grid: blocks down and across each matrix; `(0, 0)` if the leaf is not a kernel.
+      kept: number of blocks that stay, the same in each matrix; all of them if the layer is not pruned.
       sparsity: target share of the blocks removed, in [0, 1).
       skip_reason: empty for a pruned layer, else the reason why it stays dense.
       view: how the leaf is read as matrices; None for all axes but the last as rows.
-      assumed: whether that is a guess: the leaf could as well be meant otherwise.
+      assumed: whether the view is a guess because the leaf is ambiguous.
     """
 
     path: str
@@ -79,12 +79,12 @@ class LeafPlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What becomes of every leaf of a parameter tree; `print(plan)` shows it as a table.
+    """The plan for every leaf of a parameter tree; `print(plan)` shows it as a table.
 
     Attributes:
-      leaves: one `LeafPlan` a leaf, in the order of the tree.
-      scope: `"layer"` where each layer keeps its planned number of blocks, `"global"` where all layers together keep
-        the sum of these.
+      leaves: one `LeafPlan` per leaf, in the order of the tree.
+      scope: `"layer"` if each layer keeps its planned number of blocks, `"global"` if all layers together keep the sum
+        of these.
     """
 
     leaves: tuple[LeafPlan, ...]
@@ -102,7 +102,7 @@ class Plan(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """Share of all kernel weights that will be zero, an edge block counted like a full one of its layer."""
+        """Share of all kernel weights that will be zero, with edge blocks counted like full ones of their layer."""
         zero = sum(la.weights * (1 - la.kept / la.blocks) for la in self.pruned.values())
         return zero / max(self.kernel_weights, 1)
 
@@ -131,7 +131,7 @@ def _by(sides: Sequence[int]) -> str:
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """A leaf's key path as text, `Dense_0/kernel`; the `.value` that flax.nnx puts under each variable is left out.
+    """A leaf's key path as text, `Dense_0/kernel`; the `.value` that flax.nnx puts under each variable is omitted.
 
     Args:
       path: the keys of a leaf, as `jax.tree_util.tree_leaves_with_path` gives them.
@@ -142,12 +142,12 @@ def path_string(path: tuple[Any, ...]) -> str:
 
 
 def named_as_kernel(path: str) -> bool:
-    """The default predicate: false for what a leaf's path says is no kernel, by the names that flax and others use.
+    """The default predicate: false if a leaf's path shows that it is not a kernel, by the names in flax and others.
 
-    That is embeddings and all below them (`wte/embedding`, `pos_embed`), biases and norm scales, low-rank factors
-    (`lora_a`), and collections of a flax model's variables other than its parameters (`batch_stats`).
+    That is, embeddings and everything below them (`wte/embedding`, `pos_embed`), biases and norm scales, low-rank
+    factors (`lora_a`), and collections of a flax model's variables other than its parameters (`batch_stats`).
 
-    Biases and scales may well be 2-D: an attention layer's biases by head, or what `nn.scan` stacks.
+    Biases and scales can be 2-D: an attention layer's biases per head, or those stacked by `nn.scan`.
 
     Args:
       path: of the leaf, keys joined by `/`.
@@ -161,7 +161,7 @@ _COLLECTIONS = ("batch_stats", "cache", "intermediates")  # collections of varia
 
 
 def _other_name(path: str) -> str:
-    """What a leaf is, if its path says that it is no kernel; else empty."""
+    """What a leaf is, if its path shows that it is not a kernel; else empty."""
     *above, name = path.lower().split("/")
     if "embed" in name or any(_EMBEDDING.fullmatch(key) for key in (*above, name)):
         return "embedding"
@@ -173,7 +173,7 @@ def _other_name(path: str) -> str:
 
 
 def map_layers(fn: Callable[..., Any], params: Any, layers: Mapping[str, LeafPlan], *rest: Any) -> Any:
-    """`fn(layer or None, leaf, *leaves of rest)` over a parameter tree: layer is None where nothing is pruned."""
+    """`fn(layer or None, leaf, *leaves of rest)` over a parameter tree: layer is None if the leaf is not pruned."""
     return jax.tree_util.tree_map_with_path(lambda path, *x: fn(layers.get(path_string(path)), *x), params, *rest)
 
 
@@ -189,28 +189,28 @@ def plan(
 ) -> Plan:
     """Decide which leaves of a parameter tree are pruned (paper, C.1).
 
-    A leaf is read as one matrix, or as several where its layers are stacked, each pruned on its own. It is pruned when
-    it is a kernel of 2 to 5 dimensions besides those that number layers, `where(path)` holds, and a matrix's grid has
-    at least `min_blocks` blocks, those on its edges counted however little of them there is.
+    A leaf is read as one matrix or, if it holds stacked layers, as several, each pruned on its own. It is pruned if it
+    is a kernel of 2 to 5 dimensions (not counting axes of stacked layers), `where(path)` holds, and a matrix's grid has
+    at least `min_blocks` blocks, including partial blocks on the edges.
     `k = floor((1 - sparsity) * blocks)` blocks of each matrix are kept.
 
     Args:
       params: tree of arrays, or of anything with `shape` and `dtype` (`jax.eval_shape` will do).
       block: `(b_r, b_c)` over the kernel's matrix, or one integer for a square. None in a pair is the whole side:
-        `(1, None)` are rows (inputs), `(None, 1)` columns (neurons, channels, filters).
+        `(1, None)` prunes rows (inputs), `(None, 1)` columns (neurons, channels, filters).
       sparsity: share of the blocks to remove, in [0, 1).
       min_blocks: kernels with fewer blocks in a matrix stay dense.
       where: predicate on the path of a leaf, `Dense_0/kernel`. By default `named_as_kernel` decides, and depthwise
-        kernels `(height, width, 1, channels)` stay dense, which first layers for grey images cannot be told from.
+        kernels `(height, width, 1, channels)` stay dense, as do first layers for grey images, which look the same.
       overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...)` to
-        use there. The first pattern that matches counts.
+        use there. The first matching pattern applies.
       views: by path or pattern, how leaves are read as matrices: `"d (h k)"`, `"[l] i o"`, `"o i -> i o"` (see
-        `views.as_view`). By default `views.guess` decides by names and by biases; `print(plan)` shows how, and where
-        that is an assumption.
+        `views.as_view`). By default `views.guess` decides by names and biases; `print(plan)` shows the result, and
+        where it is an assumption.
 
     Raises:
-      ValueError: if an option is out of range, a pattern or the predicate matches nothing, or nothing that is pruned,
-        nothing is left to prune, a layer would keep no block, two leaves have the same path, or a view does not fit.
+      ValueError: if an option is out of range, a pattern or the predicate matches nothing, or no pruned leaf, nothing
+        is left to prune, a layer would keep no block, two leaves have the same path, or a view does not fit.
       TypeError: if a layer to be pruned is not floating point, or `where` is not callable.
     """
     defaults, checked = check_options(block, sparsity, min_blocks, where, overrides, views)
@@ -257,7 +257,7 @@ def check_options(
     overrides: Overrides | None = None,
     views: Views | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Refuse bad options of `plan`; return those for all leaves, and those of the overrides by pattern."""
+    """Refuse invalid options of `plan`; return the common ones, and those of the overrides by pattern."""
     if not callable(where):
         raise TypeError(f"where must be a predicate on the path of a leaf, such as lambda path: ..., got {where!r}")
     defaults = {
@@ -313,7 +313,7 @@ def _read(keyed: Sequence[tuple[Any, Any]], given: Views) -> dict[str, _Reading]
                 raise type(error)(f"{path}, of shape {shape}: {error}") from error
         elif len(shape) > 1:
             attribute = [key.name for key in keys if isinstance(key, jax.tree_util.GetAttrKey)][-1:]
-            name = path.rpartition("/")[2]  # in Equinox's modules an attribute, whatever the tree around them is
+            name = path.rpartition("/")[2]  # in Equinox modules an attribute, whatever the surrounding tree is
             outputs_first = attribute == [name] and name in _OUTPUTS_FIRST
             readings[path] = _Reading(*views.guess(path, shape, tree, outputs_first), given=False)
     return readings
@@ -365,7 +365,7 @@ def _layer(
 def _checked_sparsity(sparsity: float, name: str) -> float:
     if isinstance(sparsity, bool) or np.ndim(sparsity) or not isinstance(sparsity, _NUMBERS) or not 0 <= sparsity < 1:
         raise ValueError(f"{name} is the share of blocks to remove and must be in [0, 1), got {sparsity!r}")
-    # For an array scalar, the decimal number that is meant: float(np.float32(0.8)) is more than 0.8.
+    # For an array scalar, the intended decimal number: float(np.float32(0.8)) is more than 0.8.
     return float(str(sparsity)) if hasattr(sparsity, "dtype") else float(sparsity)
 
 

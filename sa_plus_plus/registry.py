@@ -19,7 +19,7 @@ class Algorithm(NamedTuple):
     Attributes:
       make: the constructor, `make(*, phases, **options) -> Sparsifier`.
       schedule: its own schedule, `schedule(total_steps, **options) -> Phases`.
-      control: whether it is here to be compared with, and not one of the paper's.
+      control: whether it is a control for comparison and not one of the paper's algorithms.
     """
 
     make: Callable[..., Sparsifier]
@@ -31,14 +31,14 @@ ALGORITHMS: dict[str, Algorithm] = {}
 
 
 def algorithm(schedule: Callable[..., Phases], control: bool = False) -> Callable[[Constructor], Constructor]:
-    """Enter a constructor into `ALGORITHMS` by its name, and let it answer unknown options itself.
+    """Register a constructor in `ALGORITHMS` by its name, and make it report unknown options itself.
 
     Args:
       schedule: `schedule(total_steps, **options) -> Phases`, the algorithm's own.
       control: whether it is a control.
 
     Raises:
-      ValueError: if there is an algorithm of that name.
+      ValueError: if an algorithm of that name exists.
       TypeError: if the constructor takes anything but keywords, or `schedule` does not take `total_steps`.
     """
     if not callable(schedule) or "total_steps" not in inspect.signature(schedule).parameters:
@@ -78,6 +78,6 @@ def options_of(make: Callable[..., Sparsifier]) -> tuple[str, ...]:
 
 
 def own_options(make: Callable[..., Sparsifier]) -> Mapping[str, Any]:
-    """The options that a constructor alone has, with their defaults."""
+    """The options that only this constructor has, with their defaults."""
     parameters = inspect.signature(make).parameters.values()
     return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is not p.empty}

@@ -1,4 +1,4 @@
-"""Dynamic sparse training: every so often the least of the blocks in use make way for as many others."""
+"""Dynamic sparse training: periodically, the weakest active blocks are replaced by as many others."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,14 +13,14 @@ from sa_plus_plus.sparsifier import Masks
 
 
 class Rewiring(NamedTuple):
-    """When blocks change places in sparse phases, and which come in. Those of least norm go out.
+    """When blocks are replaced in sparse phases, and which are grown. Those of smallest norm are dropped.
 
     Attributes:
-      growth: `growth(gradient, layer, key)`: a number a block, of the shape `layer.full_grid`: the higher, the sooner
-        the block comes in. `gradient` is None where `by_gradient` is false.
-      by_gradient: whether `growth` needs the loss's gradient in the weights of masked blocks.
+      growth: `growth(gradient, layer, key)`: a number per block, of the shape `layer.full_grid`: the higher, the sooner
+        the block is grown. `gradient` is None if `by_gradient` is false.
+      by_gradient: whether `growth` needs the loss's gradient with respect to the weights of masked blocks.
       every: steps between two changes.
-      fraction: share of the blocks in use that changes places at first.
+      fraction: share of the active blocks that is replaced at first.
       until: share of the run after which the blocks stay as they are.
     """
 
@@ -31,19 +31,19 @@ class Rewiring(NamedTuple):
     until: float
 
     def due(self, phases: Phases, step: Any) -> jax.Array:
-        """Whether blocks change places at a step: inside a sparse phase, not where it begins."""
+        """Whether blocks are replaced at a step: inside a sparse phase, but not at its start."""
         step = jnp.asarray(step)
         inside = phases.kind_in([SPARSE], step) & ~phases.is_boundary(step)
         return inside & (step % self.every == 0) & (step > 0) & (step < math.ceil(self.until * phases.total_steps))
 
     def share(self, phases: Phases, step: Any) -> jax.Array:
-        """`fraction / 2 * (1 + cos(pi * step / end))` of the blocks in use (RigL, section 3), float32."""
+        """`fraction / 2 * (1 + cos(pi * step / end))` of the active blocks (RigL, section 3), float32."""
         end = self.until * phases.total_steps
         return self.fraction / 2 * (1 + jnp.cos(jnp.pi * jnp.asarray(step).astype(jnp.float32) / end))
 
 
 def check(rewiring: Rewiring) -> None:
-    """Refuse options out of range."""
+    """Refuse options that are out of range."""
     if rewiring.every < 1 or rewiring.every != int(rewiring.every):
         raise ValueError(f"mask_every must be a whole number of steps from 1, got {rewiring.every}")
     for name, value in (("fraction", rewiring.fraction), ("until", rewiring.until)):
@@ -59,18 +59,18 @@ def rewired(
     kept: Mapping[str, int],
     share: jax.Array,
 ) -> Masks:
-    """Masks of as many blocks, `n = floor(share * kept)` of each matrix chosen anew.
+    """Masks of as many blocks, with `n = floor(share * kept)` blocks of each matrix replaced.
 
-    The `kept - n` blocks of largest norm among those in use stay, and the `n` largest of `growth` among all others join
-    them, which may be blocks that have just been dropped (RigL, algorithm 1).
+    The `kept - n` active blocks of largest norm stay, and the `n` others with the largest `growth` join them; these may
+    be blocks that have just been dropped (RigL, algorithm 1).
 
     Args:
-      choose: `select.top_k_per_layer`, or another that chooses blocks by a score.
-      masks: by path, as all that follow.
+      choose: `select.top_k_per_layer`, or another function that chooses blocks by a score.
+      masks: by path, like the following arguments.
       norms: of the blocks.
-      growth: the higher, the sooner a block comes in.
-      kept: blocks in use in each matrix.
-      share: of these, that change places.
+      growth: the higher, the sooner a block is grown.
+      kept: number of active blocks in each matrix.
+      share: share of these that is replaced.
     """
     count = {path: jnp.floor(share * float(kept[path])).astype(jnp.int32) for path in masks}
     stay = choose(norms, {path: kept[path] - count[path] for path in masks}, masks)

@@ -1,8 +1,8 @@
 """Choosing which blocks to keep: exact top-k with a traced k.
 
 The k-th largest score is found digit by digit on the bits of the floats: one counting pass per digit, no sort, and
-`k` may change from step to step without recompiling. Counts are integers, so the choice is the same however the
-scores are laid out over devices.
+`k` may change from step to step without recompiling. Counts are integers, so the choice does not depend on how the
+scores are sharded over devices.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax import lax
 
 
 def kept_blocks(blocks: int, sparsity: float) -> int:
-    """`floor((1 - sparsity) * blocks)` in exact arithmetic on the decimal number meant by `sparsity`.
+    """`floor((1 - sparsity) * blocks)` in exact arithmetic on the decimal value of `sparsity`.
 
     Binary floats would give 35 for 360 blocks at 0.9, since `1 - 0.9` is just below 0.1.
 
@@ -26,7 +26,7 @@ def kept_blocks(blocks: int, sparsity: float) -> int:
     >>> kept_blocks(360, 0.9)
     36
     """
-    exact = Fraction(str(sparsity)).limit_denominator(10**9)  # the shortest text that means this float, of any width
+    exact = Fraction(str(sparsity)).limit_denominator(10**9)  # the shortest text for this float, of any width
     return math.floor((1 - exact) * blocks)
 
 
@@ -37,14 +37,14 @@ def _ordered_bits(scores: jax.Array) -> jax.Array:
     unsigned = jnp.uint32 if scores.dtype.itemsize == 4 else jnp.uint64
     bits = lax.bitcast_convert_type(scores, unsigned)
     top = jnp.asarray(1 << (jnp.iinfo(unsigned).bits - 1), unsigned)
-    ordered = jnp.where(bits > top, ~bits, bits | top)  # -0 is `top` itself, and so meets +0
+    ordered = jnp.where(bits > top, ~bits, bits | top)  # -0 is `top` itself, and so equals +0
     return jnp.where(jnp.isnan(scores), 1, ordered)
 
 
 def _kth_largest(keys: jax.Array, k: jax.Array, digit: int = 1) -> jax.Array:
-    """The largest threshold that at least k keys reach, built from the top, `digit` bits in each pass.
+    """The largest threshold that at least k keys reach, built from the top bits down, `digit` bits per pass.
 
-    A pass counts the keys that reach each of the `2**digit - 1` thresholds with a larger digit.
+    Each pass counts the keys that reach each of the `2**digit - 1` thresholds with a larger digit.
     """
     bits = jnp.iinfo(keys.dtype).bits
     digits = jnp.arange(1, 1 << digit, dtype=keys.dtype)
@@ -58,17 +58,17 @@ def _kth_largest(keys: jax.Array, k: jax.Array, digit: int = 1) -> jax.Array:
 
 
 def _few_passes(keys: jax.Array, k: jax.Array) -> jax.Array:
-    """For GPUs, where starting a pass takes longer than comparing with many thresholds in it."""
+    """For GPUs, where launching a pass takes longer than comparing with many thresholds in it."""
     return _kth_largest(keys, k, digit=8 if keys.size < 1 << 20 else 4)
 
 
 @jax.jit  # traced once for all layers of a shape
 def top_k(scores: jax.Array, k: jax.Array | int, among: jax.Array | None = None) -> jax.Array:
-    """Mask of the k largest scores; of equal scores the lower (row-major) index wins.
+    """Mask of the k largest scores; among equal scores the lower (row-major) index wins.
 
     Args:
       scores: any shape, floating point. NaN counts as the lowest score.
-      k: number of entries to keep, may be traced; limited to what there is to choose from.
+      k: number of entries to keep, may be traced; limited to the number of candidates.
       among: optional mask of the shape of `scores`: only these entries may be kept (backward selection).
 
     Returns:
@@ -111,13 +111,13 @@ def top_k_per_layer(
 def top_k_global(
     scores: Mapping[str, jax.Array], k: Mapping[str, jax.Array | int], among: Mapping[str, jax.Array] | None = None
 ) -> dict[str, jax.Array]:
-    """`top_k` of all matrices together: as many blocks as `top_k_per_layer`; ties go to the earlier layer.
+    """`top_k` over all matrices together, with as many blocks as `top_k_per_layer`; ties go to the earlier layer.
 
     A layer may lose all its blocks: the paper (C.1) argues for `top_k_per_layer`.
 
     Args:
       scores: `(*stack, grid_r, grid_c)` by path, comparable between layers.
-      k: how many blocks of each matrix, by path: as many as these are together are kept.
+      k: how many blocks of each matrix, by path; their sum is kept.
       among: as in `top_k`, by path.
     """
     paths = list(scores)

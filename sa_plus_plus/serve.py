@@ -1,11 +1,11 @@
-"""Specialised networks as files, called in other processes without the model's code.
+"""Specialised networks saved to files, and called in other processes without the model's code.
 
     network = sapp.specialize(fn, example)
     network.save("network.safetensors")
     fast = sapp.serve.load("network.safetensors")  # in another process
     y = fast(x)
 
-A file may hold networks for several batch sizes, and then takes any batch.
+A file may hold networks for several batch sizes, and then accepts any batch size.
 """
 
 import importlib.util
@@ -40,14 +40,14 @@ class Specialised(Protocol):
 
 
 class Loaded:
-    """Networks from a file: one function, for one batch size or for several; safe to call from several threads.
+    """Networks from a file: one function, for one or several batch sizes; safe to call from several threads.
 
-    A file of one network takes inputs of its shapes alone. A file of several takes any batch: the smallest saved batch
-    that holds it is run, with zeros after the inputs, and the outputs are cut; a larger batch is run in pieces of the
-    largest. This is right for functions that treat each row of a batch by itself.
+    A file with one network accepts only inputs of its shapes. A file with several accepts any batch: it is padded with
+    zeros to the smallest saved batch that holds it, and the outputs are cut; a larger batch is run in pieces of the
+    largest. This is correct for functions that treat each row of a batch independently.
 
     Attributes:
-      batches: the batch sizes, ascending; empty where there is one network.
+      batches: the batch sizes, ascending; empty if there is one network.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Loaded:
         return self._in_pieces(leaves, got)
 
     def _in_pieces(self, leaves: list[Any], got: list[Any]) -> Any:
-        """A batch of a size that was not saved."""
+        """Run a batch of a size that was not saved."""
         largest = jax.tree.leaves(self._inputs[-1])
         sizes = {shape[:1] for shape, _ in got}
         fits = all(
@@ -122,11 +122,11 @@ class Loaded:
 
 
 def save(path: str | os.PathLike[str], networks: Specialised | Sequence[Specialised]) -> int:
-    """Write a specialised network, or one function's at several batch sizes, to one file, atomically.
+    """Write a specialised network, or those of one function at several batch sizes, to one file, atomically.
 
-    The file holds the programs, weights that are equal once, and a checksum for each; nothing of the model's code. It
-    is for the platform on which it was made, and for later versions of JAX as far as `jax.export` goes, half a year.
-    Which instructions the compiled kernel uses is decided where it is loaded. Needs the packages `safetensors` and
+    The file holds the programs, equal weights only once, and a checksum for each, but none of the model's code. It is
+    for the platform on which it was made, and for later versions of JAX within the guarantee of `jax.export`, half a
+    year. The compiled kernel chooses its instruction set when the file is loaded. Needs the packages `safetensors` and
     `flatbuffers`.
 
         >>> import os, tempfile, jax.numpy as jnp, sa_plus_plus as sapp
@@ -142,11 +142,11 @@ def save(path: str | os.PathLike[str], networks: Specialised | Sequence[Speciali
 
     Args:
       path: of the file.
-      networks: what `sapp.specialize` returned. Where there are several, the batch is the leading axis of every input,
-        and they are the same function: that they have the same results is not checked.
+      networks: what `sapp.specialize` returned. If there are several, the batch must be the leading axis of every
+        input, and they must be the same function: that their results agree is not checked.
 
     Returns:
-      The file's bytes.
+      The file's size in bytes.
 
     Raises:
       ValueError: if there are none, their inputs differ by more than the leading axis, a batch size comes twice, or
@@ -167,7 +167,7 @@ def save(path: str | os.PathLike[str], networks: Specialised | Sequence[Speciali
 
 
 def load(path: str | os.PathLike[str]) -> Loaded:
-    """Read a file that `save` or `Network.save` wrote, and call it as the network. For an example see `save`.
+    """Load a file written by `save` or `Network.save`, to be called like the network. See `save` for an example.
 
     Args:
       path: of the file.
@@ -208,7 +208,7 @@ def load(path: str | os.PathLike[str]) -> Loaded:
 
 
 def loads(content: bytes) -> Loaded:
-    """`load` of a file's bytes; what pickle calls.
+    """`load` from a file's bytes; called by pickle.
 
     Args:
       content: of a file that `save` wrote.
@@ -235,7 +235,7 @@ def dumps(networks: Specialised | Sequence[Specialised]) -> bytes:
 
 
 def set_threads(count: int) -> None:
-    """How many threads the compiled kernel may use, in the whole process, from the next call on. Results do not change.
+    """Set how many threads the compiled kernel may use, process-wide, from the next call on. Results do not change.
 
         >>> import sa_plus_plus as sapp
         >>> if sapp.sparse.native.missing() is None:
@@ -299,7 +299,7 @@ def _bytes_of(write: Callable[[pathlib.Path], Any]) -> bytes:
 
 
 def _batch_sizes(several: Sequence[Sequence[Any]]) -> tuple[int, ...]:
-    """The batch of each network, by the shapes of their inputs; refused where anything but that differs."""
+    """The batch size of each network, from the shapes of its inputs, which may differ in nothing else."""
     for inputs in several:
         if not inputs or len({x.shape[:1] for x in inputs}) > 1 or not inputs[0].shape:
             raise ValueError(
@@ -319,7 +319,7 @@ def _batch_sizes(several: Sequence[Sequence[Any]]) -> tuple[int, ...]:
 
 
 def _check_here(path: Any, about: dict[str, Any]) -> None:
-    """Whether what is installed here can run the file."""
+    """Check that this installation can run the file."""
     here, version = jax.default_backend(), about["calling_convention"]
     known = {"gpu": {"cuda", "rocm"}}.get(here, {here})
     if not known & set(about["platforms"]):

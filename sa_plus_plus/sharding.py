@@ -1,4 +1,4 @@
-"""Where masks and logits lie on a mesh; blocks under meshes with explicit axes, as `jax.make_mesh` makes them."""
+"""Sharding of masks and logits on a mesh; blocks under meshes with explicit axes (the default of `jax.make_mesh`)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,17 +12,17 @@ from sa_plus_plus.planning import LeafPlan
 
 
 def of_grid(layer: LeafPlan, kernel: Any) -> NamedSharding | None:
-    """How a layer's grid is split as its kernel is, so that each device holds the masks and logits of its own blocks.
+    """The sharding of a layer's grid that follows its kernel: each device holds the masks and logits of its own blocks.
 
-    Rows of blocks are split where a kernel is split along the slowest of its axes that are read as rows and each device
-    has whole blocks; the same for columns. Stacked layers are split as their axis is. Whatever else is replicated.
+    Rows of blocks are sharded if the kernel is sharded along the slowest of its axes that are read as rows and each
+    device has whole blocks; likewise for columns. Stacked layers are sharded like their axis. All else is replicated.
 
     Args:
       layer: the kernel's plan.
       kernel: an array, or a value that is traced under a mesh with explicit axes.
 
     Returns:
-      None where nothing of the grid is split.
+      None if no axis of the grid is sharded.
     """
     sharding = jax.typeof(kernel).sharding if isinstance(kernel, jax.core.Tracer) else getattr(kernel, "sharding", None)
     if not isinstance(sharding, NamedSharding):
@@ -42,21 +42,21 @@ def of_grid(layer: LeafPlan, kernel: Any) -> NamedSharding | None:
 
 
 def explicit_mesh(tree: Any) -> Any:
-    """The mesh with explicit axes that an array of the tree is laid out on; None where there is none."""
+    """The mesh with explicit axes on which an array of the tree is laid out; None if there is none."""
     meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree))
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
 def automatic(fn: Callable[..., Any], like: Callable[[], Any], *args: Any) -> Any:
-    """`fn(*args)`, under a mesh with explicit axes with all of them automatic inside.
+    """`fn(*args)`; under a mesh with explicit axes, all axes are automatic inside.
 
     Cutting a kernel into blocks reshapes its axes, and JAX refuses to reshape an axis that is explicitly sharded, since
-    the result's sharding would be ambiguous. The layout of what is in between is therefore left to the compiler.
+    the result's sharding would be ambiguous. The layout of intermediate values is therefore left to the compiler.
 
     Args:
       fn: a function of arrays.
-      like: gives a tree of the structure of the result, each array laid out as the result is to be; called only where
-        there is such a mesh. What lies on no mesh is replicated.
+      like: returns a tree with the structure of the result, each array laid out as the result should be; called only
+        if there is such a mesh. Arrays without a mesh are replicated.
       args: its arguments.
     """
     mesh = explicit_mesh(args)

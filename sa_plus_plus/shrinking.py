@@ -1,4 +1,4 @@
-"""Pruned kernels without the inputs, outputs, heads or filters that are gone altogether."""
+"""Pruned kernels without the inputs, outputs, heads or filters that are entirely zero."""
 
 import dataclasses
 from typing import Any
@@ -14,12 +14,12 @@ from sa_plus_plus.planning import LeafPlan, Plan, map_layers
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shrunk:
-    """A dense kernel of the indices of each axis that hold anything but zeros.
+    """A dense kernel restricted, along each axis, to the indices that are not entirely zero.
 
     Attributes:
-      kernel: the smaller kernel, of as many axes.
-      indices: int32, one array for each axis: which of its indices are kept, rising.
-      shape: of the whole kernel.
+      kernel: the smaller kernel, with the same number of axes.
+      indices: int32, one array per axis: the kept indices, ascending.
+      shape: shape of the whole kernel.
     """
 
     kernel: jax.Array
@@ -32,15 +32,15 @@ class Shrunk:
 
 
 def shrink(params: Any, plan: Plan) -> Any:
-    """The same tree with each pruned kernel as a smaller dense one, `Shrunk`, where whole slices are zero.
+    """The same tree with each pruned kernel that has whole slices of zeros as a smaller dense one, `Shrunk`.
 
-    For kernels that were pruned in groups: with `block=(1, None)` inputs are left out, with `(None, 1)` outputs
-    (neurons, filters), with `(None, head_dim)` heads. A dense layer `x @ w` becomes
+    For kernels that were pruned in groups: `block=(1, None)` removes inputs, `(None, 1)` outputs (neurons, filters),
+    and `(None, head_dim)` heads. A dense layer `x @ w` becomes
 
         x[..., w.indices[0]] @ w.kernel    # outputs w.indices[1]; the others are zero
 
-    Exact: no weight that is left out is other than zero. Kernels of which every slice has some weight, and leaves that
-    are not pruned, stay as they are.
+    Exact: only zero weights are removed. Kernels in which every slice has a nonzero weight, and leaves that are not
+    pruned, stay as they are.
 
     Args:
       params: what `Sparsifier.finalize`, or the loop around `sparsify`, ended with.

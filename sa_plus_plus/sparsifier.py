@@ -1,4 +1,4 @@
-"""What a pruning algorithm is: a named tuple of pure functions, and the state that they pass on."""
+"""The definition of a pruning algorithm: a named tuple of pure functions, and the state that they pass on."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ Masks = dict[str, jax.Array]
 
 
 class Trainable(NamedTuple):
-    """What is differentiated and handed to the optimizer.
+    """What is differentiated and passed to the optimizer.
 
     Attributes:
       params: same tree as the model's, holding the weights as the algorithm parametrises them.
-      logits: one `(*stack, grid_r, grid_c)` float32 array a pruned layer, by path; empty unless the algorithm has
+      logits: one `(*stack, grid_r, grid_c)` float32 array per pruned layer, by path; empty if the algorithm has no
         logits.
     """
 
@@ -30,10 +30,10 @@ class PruneState(NamedTuple):
 
     Attributes:
       step: int32 scalar, gradient steps done so far.
-      phase: int32 scalar, index of the phase that the next gradient step belongs to: where it differs from that of the
-        step before, optimizers start afresh.
-      masks: one boolean `(*stack, grid_r, grid_c)` array a pruned layer, by path: true where a block takes part.
-      key: data of a random key, uint32; None for algorithms that leave nothing to chance.
+      phase: int32 scalar, index of the phase that the next gradient step belongs to: when it differs from that of the
+        previous step, optimizers are reset.
+      masks: one boolean `(*stack, grid_r, grid_c)` array per pruned layer, by path: true where a block is active.
+      key: data of a random key, uint32; None for deterministic algorithms.
     """
 
     step: jax.Array
@@ -49,24 +49,24 @@ class Sparsifier(NamedTuple):
     """A pruning algorithm: pure functions, for use under `jit`, `vmap`, donation and any sharding.
 
     Attributes:
-      init: `init(params, key=None) -> (trainable, prune)`. `key` is a `jax.random.key` for algorithms that draw at
-        random, instead of their own seed. Outside `jit` it also checks that the kernels are finite.
+      init: `init(params, key=None) -> (trainable, prune)`. `key` is a `jax.random.key` for randomised
+        algorithms, instead of their own seed. Outside `jit` it also checks that the kernels are finite.
       apply: `apply(trainable, prune) -> params`: the effective parameters, differentiable in `trainable`.
       update: `update(trainable, prune, updates=None, grads=None) -> (trainable, prune)`: add an optimizer's `updates`
-        (a tree like `trainable`), then go one step on: phase, masks, what a boundary brings. `grads` are those that
-        the optimizer was given; `rigl` alone needs them, the others do not look at them. Hand the updates over rather
-        than adding them yourself: only here do masked weights stay untouched by momentum and weight decay, and is
-        `logit_lr` applied. None is for going on without an update.
+        (a tree like `trainable`), then advance one step: phase, masks, changes at a boundary. `grads` are those that
+        the optimizer was given; only `rigl` needs them, the others ignore them. Pass the updates rather than adding
+        them yourself: only here are masked weights protected from momentum and weight decay, and is `logit_lr`
+        applied. None advances without an update.
       finalize: `finalize(trainable, prune) -> params`: the pruned network in the model's own tree, masked blocks
-        exactly zero. Equal to `apply`, for use after the last step: it folds in the masks as they are, and in a dense
-        phase, or where training stopped before `phases.total_steps`, these do not prune as planned. Outside `jit` it
-        warns where fewer blocks than planned are masked.
+        exactly zero. Equal to `apply`, for use after the last step: it applies the current masks, and in a dense
+        phase, or if training stopped before `phases.total_steps`, these do not prune as planned. Outside `jit` it
+        warns if fewer blocks than planned are masked.
       adopt: `adopt(trainable, prune, params) -> trainable`: the trained weights whose effective parameters are
-        `params`, with the logits as they are. An entry of `params` that is what it was (up to rounding) leaves its
-        weight alone, and so does every entry of a block that is masked or whose scale is zero, where it has no effect.
+        `params`, with unchanged logits. An entry of `params` that has not changed (up to rounding) leaves its weight
+        alone, and so does every entry of a block that is masked or has scale zero, where it has no effect.
       plan: `plan(params) -> Plan`: which layers are pruned and how.
       phases: the schedule.
-      attention: whether `trainable.logits` stand for attention weights, `N softmax(logits)`.
+      attention: whether `trainable.logits` are those of attention weights, `N softmax(logits)`.
     """
 
     init: Callable[..., State]

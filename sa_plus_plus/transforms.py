@@ -1,4 +1,4 @@
-"""Optax transformations: start afresh at phase boundaries, and prune in one line."""
+"""Optax transformations: reset the optimizer at phase boundaries, and prune with one line."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class ResetState(NamedTuple):
     """State of `reset_on`.
 
     Attributes:
-      phase: int32 scalar, the phase that `inner` was started for.
+      phase: int32 scalar, the phase for which `inner` was last initialised.
       inner: state of the wrapped transformation.
     """
 
@@ -28,24 +28,24 @@ class ResetState(NamedTuple):
 
 
 def reset_on(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Let the state of `inner`, and of nothing else, start afresh where a phase begins (C.1: this is crucial).
+    """Reset the state of `inner`, and of nothing else, at the start of each phase (C.1: this is crucial).
 
-    Its `update` takes one more keyword, `phase`: an integer scalar, `prune.phase` of a `Sparsifier`. Where it is not
-    that of the last update, the state becomes `inner.init(params)` before the update is computed. Leave outside what
-    must go on, above all the learning-rate schedule:
+    Its `update` takes one more keyword, `phase`: an integer scalar, `prune.phase` of a `Sparsifier`. If it differs from
+    that of the last update, the state becomes `inner.init(params)` before the update is computed. Keep outside what
+    must not be reset, above all the learning-rate schedule:
 
         tx = optax.chain(sapp.reset_on(optax.trace(0.9)), optax.scale_by_learning_rate(schedule))
         updates, opt_state = tx.update(grads, opt_state, trainable, phase=prune.phase)
 
-    Hyperparameters of an `optax.inject_hyperparams` inside, which may have been set by hand, are kept. An update that
-    another transformation discards or postpones (`optax.apply_if_finite`, `optax.MultiSteps`) does not lose the reset:
-    it comes with the next one.
+    Hyperparameters of an `optax.inject_hyperparams` inside, which may have been set by hand, are kept. If another
+    transformation discards or postpones an update (`optax.apply_if_finite`, `optax.MultiSteps`), the reset is not lost:
+    it happens at the next update.
 
     Args:
       inner: momentum, Adam's moments, or any transformation.
 
     Raises:
-      TypeError: if `inner` is no transformation; by `update`, if `phase` is missing.
+      TypeError: if `inner` is not a transformation; by `update`, if `phase` is missing.
       ValueError: by `update`, if the parameters are missing.
     """
     inner = _transformation(inner, "reset_on")
@@ -92,41 +92,41 @@ def sparsify(
     sp: Sparsifier,
     logits_tx: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prune in an existing optax loop: wrap its whole optimizer, change nothing else.
+    """Prune in an existing optax loop: wrap the whole optimizer and change nothing else.
 
         tx = sapp.sparsify(tx, sp)
 
     The loop's `params` always hold the *effective* weights, masked blocks exactly zero, so that the loss, evaluation
-    and checkpoints stay as they are, and after the last step they are the pruned network. The weights that are really
-    trained live in the optimizer's state. Gradients with respect to the effective weights are pulled back to them by
-    `jax.vjp` of `sp.apply`; `tx` gets `phase=` with each update, for `reset_on`. Without a `reset_on` inside, moments
-    and momentum go on from phase to phase, which costs accuracy: `init` warns of it.
+    and checkpoints stay as they are, and after the last step they are the pruned network. The trained weights are
+    part of the optimizer's state. Gradients with respect to the effective weights are pulled back to them by `jax.vjp`
+    of `sp.apply`; `tx` gets `phase=` with each update, for `reset_on`. Without a `reset_on` inside, momentum and
+    moments carry over from phase to phase, which costs accuracy: `init` warns about this.
 
-    What the loop itself does to `params` between updates (loading trained weights after `tx.init`, clipping, noise)
-    counts: `sp.adopt` says how. Nothing else belongs in a chain with `sparsify`. In front of it, clipping and weight
-    decay would see gradients and weights of the effective network, masked blocks included; behind it, anything that
-    alters the updates would leave the network other than planned. So wrap the whole chain:
+    Changes that the loop makes to `params` between updates (loading trained weights after `tx.init`, clipping, noise)
+    take effect as described at `sp.adopt`. Nothing else belongs in a chain with `sparsify`. Before it, clipping and
+    weight decay would see gradients and weights of the effective network, masked blocks included; after it, anything
+    that alters the updates would make the network deviate from the plan. So wrap the whole chain:
 
         tx = sapp.sparsify(optax.chain(optax.clip_by_global_norm(1.0), sapp.reset_on(optax.adam(1e-3))), sp)
 
     Averages of weights belong inside too, since an average of networks with different masks is not pruned: average
     `state.trainable`, or use `reset_on(optax.contrib.schedule_free_adamw(...))` as `tx`, and give the result to
     `sp.finalize`. Line searches (`optax.lbfgs`) and `optax.lookahead` cannot be wrapped.
-    `check_pruned` finishes a loop with an error where the network is not as planned.
+    After the loop, `check_pruned` raises an error if the network is not as planned.
 
     To accumulate gradients, wrap it: `optax.MultiSteps(sapp.sparsify(tx, sp), n)`; the schedule then counts the
     updates. The network is pruned when `total_steps` updates are done. Updates of parameters narrower than float32
-    are float32. Where the schedule begins sparse, start from `params = sp.finalize(state.trainable, state.prune)`, with
+    are float32. If the schedule begins sparse, start from `params = sp.finalize(state.trainable, state.prune)`, with
     the state that `tx.init` gave.
 
     Args:
-      tx: the optimizer. Trains the `Trainable(params, logits)` tree, so masks inside it must be functions of the tree
-        rather than trees; or the params alone where `logits_tx` is given.
+      tx: the optimizer. It trains the `Trainable(params, logits)` tree, so masks inside it must be functions of the
+        tree rather than trees; if `logits_tx` is given, it trains the params alone.
       sp: the algorithm.
       logits_tx: another optimizer for the logits.
 
     Raises:
-      TypeError: if `tx` is no transformation or `sp` not a `Sparsifier`, as when the two are swapped.
+      TypeError: if `tx` is not a transformation or `sp` not a `Sparsifier`, for example if the two are swapped.
       ValueError: by `init`, if `tx` cannot be initialised on a `Trainable`; by `update`, if the parameters are missing.
     """
     if not isinstance(sp, Sparsifier):
@@ -137,7 +137,7 @@ def sparsify(
 
     def init(params: Any) -> SparsifyState:
         trainable, prune = sp.init(params)
-        # Own buffers: the loop may donate its params to the step.
+        # Separate buffers: the loop may donate its params to the step.
         trainable = jax.tree.map(jnp.copy, trainable)
         state = SparsifyState(trainable, prune, _initialised(tx, trainable))
         if len(sp.phases.phases) > 1 and _never_resets(state.inner):
@@ -165,7 +165,7 @@ def sparsify(
 
 
 def _transformation(tx: Any, caller: str) -> optax.GradientTransformationExtraArgs:
-    """Any of optax's optimizers as a transformation that takes extra arguments."""
+    """Any optax optimizer as a transformation that takes extra arguments."""
     if isinstance(tx, optax.MultiSteps):
         tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)  # its own method for this drops extra arguments
     if not isinstance(tx, optax.GradientTransformation):
@@ -197,9 +197,9 @@ def _is_none(x: Any) -> bool:
 
 
 def _cotangent(gradient: Any, output: Any) -> Any:
-    """A loop's gradient in the type of what it is taken of; none for integers.
+    """A loop's gradient in the dtype of the differentiated value; none for integers.
 
-    Equinox has None for the gradient of an integer, and for what is no array.
+    Equinox has None as the gradient of integers and of values that are not arrays.
     """
     if output is None:
         return None
@@ -211,7 +211,7 @@ def _cotangent(gradient: Any, output: Any) -> Any:
 
 
 def _gradient(pulled_back: Any, leaf: jax.Array) -> jax.Array:
-    """What is pulled back, and zeros for integers."""
+    """The gradient that was pulled back; zeros for integers."""
     return jnp.zeros_like(leaf) if pulled_back.dtype == jax.dtypes.float0 else pulled_back
 
 
@@ -223,7 +223,7 @@ def _step_to(target: jax.Array, start: jax.Array) -> jax.Array:
 def _side_by_side(
     params_tx: optax.GradientTransformationExtraArgs, logits_tx: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """Train the two fields of a `Trainable` by two optimizers that do not see each other's."""
+    """Train the two fields of a `Trainable` with two independent optimizers."""
 
     def init(trainable: Trainable) -> tuple[Any, Any]:
         return params_tx.init(trainable.params), logits_tx.init(trainable.logits)

@@ -1,8 +1,8 @@
-"""How a leaf is read as matrices: which of its axes are rows, which are columns, and which number layers.
+"""How a leaf is read as matrices: which of its axes are rows, which are columns, and which enumerate layers.
 
-A leaf of shape `(d1, ..., dr, c_out)` is by default one matrix, all axes but the last its rows (paper, section 4). A
-view says otherwise: attention kernels have several output axes, Equinox's weights have outputs first, and layers
-stacked by `nn.scan` or `vmap` are as many matrices as there are layers.
+A leaf of shape `(d1, ..., dr, c_out)` is by default one matrix with all axes but the last as rows (paper, section 4). A
+view describes other layouts: attention kernels have several output axes, Equinox weights have outputs first, and layers
+stacked by `nn.scan` or `vmap` are one matrix per layer.
 """
 
 import itertools
@@ -16,9 +16,9 @@ class View(NamedTuple):
     """The axes of a leaf, each in one of three roles and in the order in which they are read.
 
     Attributes:
-      batch: axes that number separate matrices.
-      rows: axes that are read as rows, the first the slowest.
-      cols: axes that are read as columns, the first the slowest.
+      batch: axes that enumerate separate matrices.
+      rows: axes that are read as rows, slowest first.
+      cols: axes that are read as columns, slowest first.
     """
 
     batch: tuple[int, ...]
@@ -66,14 +66,14 @@ def default(ndim: int) -> View:
 
 
 def as_view(view: Viewable, ndim: int) -> View:
-    """A view of a leaf of `ndim` axes, from how users write it.
+    """A view of a leaf with `ndim` axes, from the user's notation.
 
-    Text names the axes in their order, in parentheses those that are read as one, in brackets those that number
-    matrices: `"d (h k)"`, `"[l] i o"`. An arrow tells how they are read if that is another order: `"o i -> i o"`.
+    Text names the axes in order, with parentheses around those that are merged and brackets around those that enumerate
+    matrices: `"d (h k)"`, `"[l] i o"`. An arrow gives the order of reading if it differs: `"o i -> i o"`.
 
     Args:
-      view: such text; optax's `MuonDimensionNumbers(reduction_axis, output_axis)`, all other axes numbering matrices;
-        or a `View`.
+      view: such text; optax's `MuonDimensionNumbers(reduction_axis, output_axis)`, where all other axes enumerate
+        matrices; or a `View`.
       ndim: number of axes of the leaf.
 
     Raises:
@@ -107,7 +107,7 @@ def as_view(view: Viewable, ndim: int) -> View:
 
 
 def _axes(axes: Any, ndim: int) -> tuple[int, ...]:
-    """Axes as numbers from 0; one that is out of range stays so."""
+    """Axes as numbers from 0; an axis that is out of range is left as it is."""
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     return tuple(axis + ndim if axis < 0 else axis for axis in axes)
 
@@ -140,7 +140,7 @@ def _parsed(text: str) -> View:
 
 
 def _groups(text: str, whole: str) -> tuple[list[str], list[list[str]]]:
-    """The names in brackets, and the groups of others."""
+    """The names in brackets, and the groups of the others."""
     batch: list[str] = []
     groups: list[list[str]] = []
     at = 0
@@ -160,11 +160,11 @@ def _groups(text: str, whole: str) -> tuple[list[str], list[list[str]]]:
 
 
 class Guess(NamedTuple):
-    """How a leaf is read if nobody says.
+    """How a leaf is read if no view is given.
 
     Attributes:
-      view: how; None where it holds a vector, or one for each of several layers, and no matrix.
-      sure: False where the leaf could as well be meant otherwise.
+      view: the view; None if the leaf holds only a vector, or one for each of several layers.
+      sure: False if the leaf is ambiguous.
     """
 
     view: View | None
@@ -180,7 +180,7 @@ Shape = tuple[int, ...]
 
 
 class Tree:
-    """The shapes of all leaves by path, for what stands beside a leaf.
+    """The shapes of all leaves by path, to look up the neighbours of a leaf.
 
     Args:
       shapes: by path, keys joined by `/`.
@@ -188,7 +188,7 @@ class Tree:
 
     def __init__(self, shapes: Mapping[str, Shape]):
         self.shapes = shapes
-        self._leading: dict[str, Shape] = {}  # by module: the axes that all its leaves begin with, but for their last
+        self._leading: dict[str, Shape] = {}  # by module: leading axes shared by all its leaves, excluding their last
         marked, deep = set(), set()  # modules that have a bias or a scale; those with a leaf of three axes and more
         for path, shape in shapes.items():
             mark = path.rpartition("/")[2] in _MARKS
@@ -206,10 +206,10 @@ class Tree:
         return next((self.shapes[other] for other in beside if self.shapes.get(other)), None)
 
     def stack(self, path: str) -> Shape:
-        """Sides of the axes that number layers, by the nearest module around a leaf that tells them.
+        """Sides of the axes that enumerate layers, from the nearest module around a leaf that determines them.
 
-        That is one with a bias or scale and with a kernel that may be stacked. Layers are stacked if all its leaves
-        begin with the same axes.
+        That is a module with a bias or scale and with a kernel that may be stacked. Layers are stacked if all its
+        leaves begin with the same axes.
         """
         return next((self._leading[module] for module in _modules(path) if module in self._telling), ())
 
@@ -226,35 +226,35 @@ def _modules(path: str) -> Iterator[str]:
 
 
 def _common(a: Shape, b: Shape) -> Shape:
-    """What two shapes begin with."""
+    """The common beginning of two shapes."""
     return tuple(x for x, _ in itertools.takewhile(lambda sides: sides[0] == sides[1], zip(a, b, strict=False)))
 
 
 def _vector(shape: Shape) -> Shape:
-    """A shape without the axes of length 1 at its end, which Equinox gives biases for each axis of an image."""
+    """A shape without trailing axes of length 1, which Equinox adds to biases for each axis of an image."""
     while shape[-1:] == (1,):
         shape = shape[:-1]
     return shape
 
 
 def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> Guess:
-    """How a leaf is read, by its name, its bias and what stands beside it.
+    """How a leaf is read, from its name, its bias and its neighbours.
 
-    The outputs are the last axis, or as many as the bias has. A bias that begins with the leaf's first axes too belongs
-    to stacked layers, as `nn.scan`, `nnx.vmap` and `eqx.filter_vmap` make them; without a bias, layers are stacked if
-    all leaves of the nearest module with a bias or a scale begin with the same axes. Three axes under the names that
-    flax and Keras give to attention projections are `d (h k)`. A bias as long as the last axis but one is that of a
-    transposed convolution in Keras or Haiku, `h w o i`. An Equinox weight of its bias's shape is that of a norm.
+    The outputs are the last axis, or as many axes as the bias has. A bias that begins with the leaf's first axes
+    belongs to stacked layers, as from `nn.scan`, `nnx.vmap` and `eqx.filter_vmap`; without a bias, layers are stacked
+    if all leaves of the nearest module with a bias or a scale begin with the same axes. Three axes under the names that
+    flax and Keras give to attention projections are `d (h k)`. A bias as long as the second-to-last axis is that of a
+    transposed convolution in Keras or Haiku, `h w o i`. An Equinox weight with its bias's shape is that of a norm.
 
     Args:
       path: of the leaf, keys joined by `/`.
       shape: of the leaf, 2 axes or more.
       tree: all leaves.
-      outputs_first: whether weights are `(outputs, inputs, ...)`, as Equinox's and PyTorch's.
+      outputs_first: whether weights are `(outputs, inputs, ...)`, as in Equinox and PyTorch.
 
     Returns:
-      The view; not sure for three axes without any such sign, which may be a convolution over one axis, attention's
-      heads or stacked layers, and where a bias fits in two ways or in none.
+      The view; not sure for three axes without any such hint, which may be a convolution over one axis, attention
+      heads or stacked layers, and if a bias fits in two ways or in none.
     """
     bias, stack = tree.bias(path), len(tree.stack(path))
     if len(shape) < 2 + stack or (outputs_first and bias == shape):
@@ -274,7 +274,7 @@ def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> G
 
 
 def _by_bias(shape: Shape, bias: Shape, transposed: bool) -> Guess:
-    """Outputs last, and as many as the bias has; `transposed` where a name says that they may be the last but one."""
+    """Outputs last, as many axes as the bias has; `transposed` if the name allows them on the second-to-last axis."""
     stacks = list(_stacks_outputs_last(shape, bias))
     last_but_one = bias == shape[-2:-1]
     if not stacks and last_but_one:
@@ -285,7 +285,7 @@ def _by_bias(shape: Shape, bias: Shape, transposed: bool) -> Guess:
 
 
 def _stacks_outputs_last(shape: Shape, bias: Shape) -> Iterator[int]:
-    """How many first axes may number layers, if the bias has these and then the leaf's last."""
+    """How many leading axes may enumerate layers, if the bias has these and then the leaf's last axes."""
     for stack in range(len(bias) if len(bias) < len(shape) else 0):
         if bias == shape[:stack] + shape[len(shape) - len(bias) + stack :]:
             yield stack
@@ -313,5 +313,5 @@ def _transposed(ndim: int) -> View:
 
 
 def _stacked(view: View, stack: int) -> View:
-    """The view of one layer, or that of a stack of such layers, whose first axes number them."""
+    """The view of one layer, or of a stack of such layers, enumerated by the first axes."""
     return View(tuple(range(stack)), *(tuple(axis + stack for axis in axes) for axes in (view.rows, view.cols)))

@@ -1,4 +1,4 @@
-"""Data sets and batches of them. `experiments.data.catalog` has the data sets that a config may name."""
+"""Data sets and batches. `experiments.data.catalog` has the data sets that a config can name."""
 
 from experiments.data.pipeline import TrainIterator, eval_batches, train_iterator
 from experiments.data.published import declared

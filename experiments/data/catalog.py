@@ -1,4 +1,4 @@
-"""The data sets that a config may name: every public function here returns one."""
+"""The data sets that a config can name: every public function here returns one."""
 
 import os
 import pathlib
@@ -44,7 +44,7 @@ def mnist(local: str = "", data_dir: str = "", download: bool = False) -> Datase
 
 
 def fashion_mnist(local: str = "", data_dir: str = "", download: bool = False) -> Dataset:
-    """Fashion-MNIST: 60,000 + 10,000 grey images 28 x 28 of 10 kinds of clothing. Arguments as of `mnist`."""
+    """Fashion-MNIST: 60,000 + 10,000 grey images 28 x 28 of 10 kinds of clothing. Arguments as for `mnist`."""
     return idx_files(local) if local else _from_tfds("fashion_mnist", data_dir, download)
 
 
@@ -86,7 +86,7 @@ def imagenet(
 def imagenette(
     local: str = "", data_dir: str = "", download: bool = False, size: int = 224, skip_corrupt: bool = False
 ) -> Dataset:
-    """Imagenette: ten classes of ImageNet that are easy to tell apart. Arguments as of `imagenet`."""
+    """Imagenette: ten classes of ImageNet that are easy to distinguish. Arguments as for `imagenet`."""
     if local:
         return _classes(image_folder(local, size=size, skip_corrupt=skip_corrupt), 10, local)
     return _jpeg_from_tfds("imagenette/320px-v2", data_dir, download, size, skip_corrupt)
@@ -122,7 +122,7 @@ def text(local: str = "", context: int = 256, held_out: float = 0.05) -> Dataset
 def table(
     local: str = "", target: str = "", group: str = "", ignore: str = "", held_out: float = 0.2, seed: int = 0
 ) -> Dataset:
-    """A CSV file of numeric features and a column of labels; further arguments as of `from_table.csv_table`.
+    """A CSV file of numeric features and a column of labels; further arguments as for `from_table.csv_table`.
 
     Args:
       local: the file.

@@ -1,4 +1,4 @@
-"""Image files on disk, in a directory for each class, and the same from TFDS: decoded as they are needed."""
+"""Image files on disk, one directory per class, and the same from TFDS, decoded on demand."""
 
 import functools
 import os
@@ -46,7 +46,7 @@ def image_folder(
 def image_records(
     name: str, data_dir: str = "", test: str = "validation", download: bool = False, size: int = 224, **options: Any
 ) -> Dataset:
-    """A TFDS data set of JPEG files, as `image_folder` for the rest."""
+    """A TFDS data set of JPEG files, otherwise like `image_folder`."""
     train_records, test_records, classes = encoded_images(name, data_dir, test=test, download=download)
     return _varied(train_records, test_records, classes, size, **options)
 

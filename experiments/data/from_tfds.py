@@ -23,7 +23,7 @@ def tfds(
     download: bool = False,
     memory: bool | None = None,
 ) -> Dataset:
-    """A data set prepared in a format with random access, ArrayRecord say.
+    """A data set prepared in a format with random access, such as ArrayRecord.
 
     Args:
       name: as TFDS has it: `"cifar10"`, `"imagenet2012:5.1.0"`.
@@ -55,7 +55,7 @@ def tfds(
 def encoded_images(
     name: str, data_dir: str = "", train: str = "train", test: str = "validation", download: bool = False
 ) -> tuple[RandomAccess, RandomAccess, int]:
-    """The images of a data set as the files they are stored as. Arguments and errors as of `tfds`.
+    """The images of a data set as encoded files. Arguments and errors as for `tfds`.
 
     Returns:
       Records to train on and to test on, each with `image` (bytes), `label` and `file` (its name), and the number of
@@ -160,5 +160,5 @@ def _renamed(record: Mapping[str, Any], image: str, label: str) -> dict[str, Any
 
 
 def _bytes(feature: Any) -> float:
-    """What an image takes in memory."""
+    """The memory of an image in bytes."""
     return math.inf if None in feature.shape else math.prod(feature.shape) * np.dtype(feature.np_dtype).itemsize

@@ -1,7 +1,7 @@
-"""Images to arrays: crops and flips to train on, centre crops to test on. Bytes as uint8; the device makes them floats.
+"""Images to arrays: crops and flips for training, centre crops for testing; uint8, converted on the device.
 
-What is random is a function of an example and of the numbers in [0, 1) handed in with it, so that an order of examples
-and a seed determine every pixel, on whatever hosts and threads.
+Augmentation is a function of an example and of numbers in [0, 1) passed with it, so that the order of examples and a
+seed determine every pixel, on any hosts and threads.
 """
 
 import io
@@ -47,7 +47,7 @@ def random_crop(content: bytes, size: int, random: np.ndarray, min_area: float =
 
 
 def random_box(width: int, height: int, random: np.ndarray, min_area: float) -> Box:
-    """The first of ten random boxes that fits in the image; the largest of an allowed shape in its centre if none.
+    """The first of ten random boxes that fits in the image; if none fits, the largest central box of an allowed shape.
 
     Areas are uniform in `[min_area, 1]` of the image's, the logarithm of the aspect ratio in `[log 3/4, log 4/3]`.
 
@@ -73,7 +73,7 @@ def random_box(width: int, height: int, random: np.ndarray, min_area: float) -> 
 
 
 def centre_crop(content: bytes, size: int, margin: float = 256 / 224) -> np.ndarray:
-    """The centre of an image: what is left of it when its shorter side is resized to `margin * size` and cropped.
+    """The centre crop of an image whose shorter side is resized to `margin * size`.
 
     Args:
       content: of an image file.
@@ -101,7 +101,7 @@ def dimensions(content: bytes) -> tuple[int, int]:
 
 
 def resized_part(content: bytes, box: Box, size: int, flip: bool = False, exact: bool = True) -> np.ndarray:
-    """The part of an image within `box`, resized to `(size, size, 3)`, by triangles as wide as it is reduced.
+    """The part of an image within `box`, resized to `(size, size, 3)` with a triangle filter scaled by the reduction.
 
     Where the part is reduced to half or less, the JPEG decoder does most of that: it needs only the coarse
     coefficients.
@@ -127,7 +127,7 @@ def resized_part(content: bytes, box: Box, size: int, flip: bool = False, exact:
 
 
 def shifted(batch: Batch, random: np.ndarray, margin: int = 4) -> Batch:
-    """Images in memory, shifted by up to `margin` pixels, zeros coming in, and perhaps flipped.
+    """Images in memory, shifted by up to `margin` pixels with zero fill, and randomly flipped.
 
     Args:
       batch: `image` is `(batch, height, width, channels)`.
@@ -145,7 +145,7 @@ def shifted(batch: Batch, random: np.ndarray, margin: int = 4) -> Batch:
 
 
 def _decoded(content: bytes, reduction: float, exact: bool) -> tuple[Any, float]:
-    """An image that may be up to `reduction` times smaller than stored, and how many times it is.
+    """An image decoded at up to `reduction` times smaller size than stored, and the actual factor.
 
     Red, green and blue are its first three bands. It is good until this thread's next call.
     """

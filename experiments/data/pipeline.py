@@ -1,8 +1,8 @@
-"""Batches of a source: endless shuffled ones to train on, every example once to evaluate on.
+"""Batches of a source: endless shuffled ones for training, every example once for evaluation.
 
-The order is a function of the number of examples, the seed and the step, whatever the source, the number of hosts and
-the number of worker processes: a run goes on from a checkpoint on other hosts as it would have gone on, and a data set
-gives the same batches read from disk as from memory. The reading ahead, by threads or processes, is grain's.
+The order depends only on the number of examples, the seed and the step, not on the source, the number of hosts or the
+number of worker processes: a run resumed on other hosts continues as it would have, and a data set gives the same
+batches from disk as from memory. Prefetching, by threads or processes, is done by grain.
 """
 
 import atexit
@@ -56,11 +56,11 @@ class TrainIterator(grain.DatasetIterator[Batch]):
         return self._skipped
 
     def get_state(self) -> dict[str, int]:
-        """What `set_state` needs to go on from here, fit for JSON; the same on all hosts, but for what each skipped."""
+        """The state for `set_state`, as JSON; the same on all hosts, except for what each skipped."""
         return {"step": self._step, "skipped": self._skipped, **self._batches.identity()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another iterator stood.
+        """Continue from the position of another iterator.
 
         Args:
           state: of an iterator over as many examples, with the same batch size and seed; hosts and workers may differ.
@@ -76,7 +76,7 @@ class TrainIterator(grain.DatasetIterator[Batch]):
         self._step, self._skipped = int(state["step"]), int(state["skipped"])
 
     def close(self) -> None:
-        """Stop reading ahead; there are no batches after that."""
+        """Stop prefetching; no more batches can be read."""
         self._stop()
         super().close()
 
@@ -94,7 +94,7 @@ _reading: weakref.WeakSet[TrainIterator] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Grain's processes and shared memory outlive the modules that are needed to stop them."""
+    """Stop all iterators at exit: grain's processes and shared memory outlive the modules needed to stop them."""
     for iterator in list(_reading):
         iterator.close()
 
@@ -102,7 +102,7 @@ def _close_all() -> None:
 def train_iterator(
     source: Source, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1, workers: int = 0
 ) -> TrainIterator:
-    """Endless shuffled batches: each epoch is a permutation of its own, drawn from `(seed, epoch)`.
+    """Endless shuffled batches: each epoch has its own permutation, drawn from `(seed, epoch)`.
 
     A batch may span two epochs; every example is seen once an epoch, by all hosts together.
 
@@ -131,7 +131,7 @@ def train_iterator(
 def eval_batches(
     source: Source, batch_size: int, process_index: int = 0, process_count: int = 1, workers: int = 0
 ) -> grain.IterDataset[Batch]:
-    """Every example once over all hosts, in order, in batches of one size, as many on each host.
+    """Every example once over all hosts, in order, in equal batches, the same number on each host.
 
     Args:
       source: the examples.
@@ -180,7 +180,7 @@ class _Shuffled:
         return self.source.gather(rows, random[self.share.start : self.share.stop])
 
     def identity(self) -> dict[str, int]:
-        """What the global batches depend on, but for the examples themselves."""
+        """Everything that determines the global batches, except the examples themselves."""
         return {"examples": len(self.source), "batch_size": self.batch_size, "seed": self.seed}
 
     def _order(self, epoch: int) -> np.ndarray | LazyPermutation:
@@ -219,7 +219,7 @@ def _share(batch_size: int, process_index: int, process_count: int) -> range:
 
 
 def _ahead(batches: "_Shuffled | _Padded", workers: int, start: int = 0) -> grain.IterDataset[Batch]:
-    """The batches from `start` on, prepared ahead of time where that takes longer than to hand them over."""
+    """The batches from `start` on, prefetched if preparing them takes longer than passing them on."""
     chosen = grain.MapDataset.source(batches).slice(slice(start, None))
     if batches.source.in_memory:
         return chosen.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

@@ -1,9 +1,9 @@
-"""Click data with a known answer: shaped like Criteo's, but which features matter is planted.
+"""Click data with a known answer: shaped like Criteo's, but with planted relevant features.
 
 A teacher network of the experiment's shape draws the clicks: embeddings of each feature's values, a first layer whose
-blocks are zero but for those on the rows of a few features, ReLU, a logit. A student that prunes its first layer should
-keep blocks on those rows. More cannot be asked of it: the order of the hidden units, and a rotation within a feature's
-embedding, change nothing in what a network computes, so the planted columns cannot be told from the data.
+blocks are zero except on the rows of a few features, ReLU, a logit. A student that prunes its first layer should keep
+blocks on those rows. No more than that is identifiable: the order of the hidden units, and a rotation within a
+feature's embedding, do not change the function, so the planted columns cannot be inferred from the data.
 """
 
 from typing import NamedTuple
@@ -105,12 +105,12 @@ def teacher(
 
 
 def true_logits(network: Teacher, ids: np.ndarray) -> np.ndarray:
-    """Logits of rows `(rows, 39)` by the teacher: what no student can do better than."""
+    """Logits of rows `(rows, 39)` by the teacher: an upper bound for every student."""
     return np.concatenate([_logits(network, part) for part in np.split(ids, range(_CHUNK, len(ids), _CHUNK))])
 
 
 def found_and_covered(kernel: np.ndarray, block: int, features: np.ndarray) -> tuple[float, float, float]:
-    """Share of kept blocks on informative rows, share of informative features kept, and the former by chance.
+    """Share of kept blocks on informative rows, share of informative features kept, and the chance level of the former.
 
     A block is on informative rows where any of its rows belongs to a feature that matters.
 

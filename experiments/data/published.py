@@ -1,4 +1,4 @@
-"""What published data sets are like, for whoever plans a run without having them."""
+"""Sizes and shapes of published data sets, for planning a run without the data."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ _CRITEO = (33_005_244, 8_251_311, (4,) * 39)  # the sizes of its vocabularies de
 
 
 class Blank:
-    """So many examples of zeros, all of class 0."""
+    """A number of examples of zeros, all of class 0."""
 
     in_memory = True
     draws = 0

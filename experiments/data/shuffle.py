@@ -1,4 +1,4 @@
-"""Random orders of many examples, any part of which can be had without the others."""
+"""Random permutations of many examples, any part of which can be computed without the rest."""
 
 import math
 
@@ -8,7 +8,7 @@ _ROUNDS = 8  # four already pass for random to who sees few of the numbers; here
 
 
 class LazyPermutation:
-    """A random permutation of the numbers below `n`, computed where it is looked at.
+    """A random permutation of the numbers below `n`, computed where it is accessed.
 
     A Feistel network: with every number written as a pair of digits below about √n, each round adds to one digit a
     random function of the other, which can be undone, whatever the function. The functions are tables of √n random

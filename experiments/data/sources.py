@@ -1,4 +1,4 @@
-"""Where examples come from: one interface for arrays in memory and for records that are read one by one."""
+"""Sources of examples: one interface for arrays in memory and for records that are read one by one."""
 
 import concurrent.futures
 import functools
@@ -12,7 +12,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-    """Examples that can be had in any order.
+    """Examples with random access.
 
     Attributes:
       in_memory: whether gathering is but copying, so that nothing is won by doing it ahead of time.
@@ -71,7 +71,7 @@ class Arrays:
 
 
 class RandomAccess(Protocol):
-    """Records that can be had in any order; a sequence of mappings is one."""
+    """Records with random access, such as a sequence of mappings."""
 
     def __len__(self) -> int: ...
 
@@ -143,7 +143,7 @@ class Records:
 
 
 class Dataset(NamedTuple):
-    """What a network is trained and tested on.
+    """The training and test examples of a network.
 
     Attributes:
       train: examples with, for image classification, `image` `(height, width, channels)`, float32 in [0, 1] or uint8

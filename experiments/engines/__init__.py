@@ -1,4 +1,4 @@
-"""Dense inference engines, to measure pruned networks against: ONNX Runtime and OpenVINO.
+"""Dense inference engines as a baseline for pruned networks: ONNX Runtime and OpenVINO.
 
-`graphs.graph` writes a network as an ONNX graph; `runtimes.contenders` makes calls of it for each engine and precision.
+`graphs.graph` converts a network to an ONNX graph; `runtimes.contenders` makes a call for each engine and precision.
 """

@@ -1,8 +1,8 @@
-"""Networks as ONNX graphs for inference, in full.
+"""Dense networks as ONNX graphs for inference.
 
-They are written in the operators that engines are made for: images of channels first, batch normalisation folded into
-the convolutions, layer normalisation and GELU as one operator each. (A converter, jax2onnx, drops the padding of flax's
-`max_pool`, and takes those apart.)
+They use the operators for which engines are optimised: channels-first images, batch normalisation folded into the
+convolutions, layer normalisation and GELU as one operator each. (A converter, jax2onnx, drops the padding of flax's
+`max_pool`, and decomposes those operators.)
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO, on all cores, as one would set them up to answer one request at a time."""
+"""ONNX Runtime and OpenVINO on all cores, configured to serve one request at a time."""
 
 import functools
 import importlib.util
@@ -18,7 +18,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 class Engines(NamedTuple):
-    """What there is to measure against, by names such as `onnxruntime float32` or `onnxruntime int8 dynamic`.
+    """The available contenders, by names such as `onnxruntime float32` or `onnxruntime int8 dynamic`.
 
     Attributes:
       calls: each computes one batch and returns its result, float32.
@@ -73,7 +73,7 @@ def contenders(
     return Engines(calls, missing)
 
 
-_FORMS = {  # in which forms an engine has a precision
+_FORMS = {  # the forms of a precision in each engine
     "onnxruntime": {"float32": ["float32"], "bfloat16": ["bfloat16"], "int8": ["int8", "int8 dynamic"]},
     "openvino": {"float32": ["float32"], "bfloat16": ["bfloat16"], "int8": ["int8"]},
 }
@@ -85,7 +85,7 @@ def precision(name: str) -> str:
 
 
 def fastest(seconds: dict[str, np.ndarray], wanted: str) -> str | None:
-    """The engine of this precision whose median is least; None if there is none."""
+    """The engine of this precision with the lowest median; None if there is none."""
     names = [name for name in seconds if name.split()[0] in ENGINES and precision(name) == wanted]
     return min(names, key=lambda name: float(np.median(seconds[name])), default=None)
 
@@ -109,7 +109,7 @@ def _not_here(name: str) -> str | None:
 
 
 class _Forms:
-    """A graph as it is and quantized, serialised; each is made when first asked for."""
+    """A graph as it is and quantized, serialised; each is created on first use."""
 
     def __init__(self, model: Any, calibration: list[np.ndarray], convolutions: bool):
         self._model, self._calibration, self.convolutions = model, calibration, convolutions

@@ -1,4 +1,4 @@
-"""Networks. The name in a config is the name of the class, or of the function that makes it, here."""
+"""Networks. The name in a config is the name of a class or function here."""
 
 from experiments.models.click import ClickNet
 from experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet50

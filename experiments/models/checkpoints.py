@@ -1,4 +1,4 @@
-"""Published weights of GPT-2, BERT and ViT, in files as Hugging Face has them, as parameters of the modules here.
+"""Published weights of GPT-2, BERT and ViT, from Hugging Face's files, as parameters of the modules here.
 
     model = Decoder()
     params = checkpoints.load("model.safetensors", model, jax.eval_shape(model.init, key, tokens)["params"])
@@ -139,7 +139,7 @@ class _File(NamedTuple):
     layout: _Layout
 
     def check_depth(self, layers: int) -> None:
-        """Refuse a file of a deeper network."""
+        """Refuse a file with a deeper network."""
         if self._name(f"layer{layers + 1}/norm1/scale"):
             raise ValueError(f"{self.path} has more layers than the model, which has {layers}")
 
@@ -162,14 +162,14 @@ class _File(NamedTuple):
         return convert(self.opened.get_tensor(name))
 
     def _name(self, path: str) -> str | None:
-        """The name in this file of the tensor that a parameter is in; None where it has none."""
+        """The name of a parameter's tensor in this file; None if there is none."""
         there, prefix = self.opened.keys(), self.layout.prefix
         named = (name for plain in _names(self.layout, path) for name in (prefix + plain, plain))
         return next((name for name in named if name in there), None)
 
 
 def _names(layout: _Layout, path: str) -> list[str]:
-    """What the tensor of a parameter may be called, without a prefix; nothing for what the architecture has not."""
+    """Possible names of a parameter's tensor, without a prefix; empty if the architecture does not have it."""
     layer = re.match(r"layer(\d+)/", path)
     number = int(layer[1]) - 1 if layer else 0
     key = path.replace(layer[0], "layer/", 1) if layer else path

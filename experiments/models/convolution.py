@@ -1,4 +1,4 @@
-"""Convolution by one matrix product, where XLA's own is slow."""
+"""Convolution as one matmul, where XLA's own is slow."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _FEW = 4  # positions of the result
 def convolution(
     x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Sequence[tuple[int, int]], **options: Any
 ) -> jax.Array:
-    """As `jax.lax.conv_general_dilated` for flax's layers, of `(batch, height, width, channels)`.
+    """Like `jax.lax.conv_general_dilated` for flax layers, of `(batch, height, width, channels)`.
 
     On a CPU a 3 x 3 convolution of very small images runs at 2 to 9 GFLOP/s, forwards and backwards (two cores, 2 x 2
     positions, 512 channels), and a product with the patches side by side at 220. That is what a ResNet ends in on

@@ -1,4 +1,4 @@
-"""What a network costs to run."""
+"""The cost of running a network."""
 
 import math
 from typing import Any

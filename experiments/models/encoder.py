@@ -1,4 +1,4 @@
-"""Transformer encoders in the form of BERT, which normalises after each sum; BERT-base by their default sizes."""
+"""Transformer encoders as in BERT, with normalisation after each sum; the default sizes are those of BERT-base."""
 
 import flax.linen as nn
 import jax
@@ -53,7 +53,7 @@ class Bert(Transformer):
     def __call__(
         self, tokens: jax.Array, types: jax.Array | None = None, real: jax.Array | None = None, training: bool = False
     ) -> jax.Array:
-        """Logits `(batch, classes)`, or representations `(batch, sequence, width)` where `classes` is 0; float32.
+        """Logits `(batch, classes)`, or representations `(batch, sequence, width)` if `classes` is 0; float32.
 
         Args:
           tokens: `(batch, sequence)`, each in `[0, vocabulary)`.

@@ -1,4 +1,4 @@
-"""A transformer's layer and a stack of them, shared by the decoder, the ViT and the encoders."""
+"""A transformer layer and a stack of layers, shared by the decoder, the ViT and the encoders."""
 
 import functools
 import math
@@ -36,7 +36,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, training: bool = False) -> jax.Array:
-        """As `x`, `(batch, sequence, width)`; `mask` as of `attention`."""
+        """`(batch, sequence, width)`, like `x`; `mask` as for `attention`."""
         width = x.shape[-1]
         dense = functools.partial(nn.Dense, dtype=self.dtype)
         norm1, norm2 = (nn.LayerNorm(self.epsilon, self.dtype, name=name) for name in ("norm1", "norm2"))
@@ -82,7 +82,7 @@ def attention(x: jax.Array, heads: int, mask: jax.Array | None, dense: Callable[
 
 
 class Transformer(nn.Module):
-    """What the decoder, the ViT and BERT have in common.
+    """Common base of the decoder, the ViT and BERT.
 
     Attributes:
       layers: how many.
@@ -110,7 +110,7 @@ class Transformer(nn.Module):
 def layers_of(
     model: Transformer, x: jax.Array, mask: jax.Array | None, training: bool, post_norm: bool = False
 ) -> jax.Array:
-    """Dropout and a transformer's layers, as submodules of the model that calls this; arguments as of `stack`."""
+    """Dropout and a transformer's layers, as submodules of the calling model; arguments as for `stack`."""
     return stack(
         nn.Dropout(model.dropout, deterministic=not training)(x),
         model.layers,
@@ -135,7 +135,7 @@ def stack(
     scan: bool = False,
     **options: Any,
 ) -> jax.Array:
-    """Layers one after another, submodules `layer1`, `layer2`, ... of the module that calls this.
+    """Layers one after another, submodules `layer1`, `layer2`, ... of the calling module.
 
     Args:
       x: `(batch, sequence, width)`.
@@ -165,7 +165,7 @@ def stack(
 
 
 def embedding(count: int, width: int, dtype: Any, name: str) -> nn.Embed:
-    """A table of `count` learned vectors, for a submodule `name`; they begin small."""
+    """A table of `count` learned vectors, for a submodule `name`, initialised small."""
     return nn.Embed(count, width, dtype, embedding_init=nn.initializers.normal(0.02), name=name)
 
 

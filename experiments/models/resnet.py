@@ -1,7 +1,7 @@
 """Residual networks for images `(batch, height, width, 3)`; logits `(batch, classes)` are float32.
 
-ResNet-50 is version 1.5: its strides are in the 3 x 3 convolutions. Under `jax.jit` over a mesh the statistics of a
-batch are those of the global batch, since a step is written in the global view.
+ResNet-50 is version 1.5: its strides are in the 3 x 3 convolutions. Under `jax.jit` over a mesh, batch statistics are
+those of the global batch, since a step is written in the global view.
 """
 
 import functools
@@ -92,7 +92,7 @@ class _Bottleneck(nn.Module):
 
 
 def _joined(block: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The block's input, brought to the shape of its branch where they differ, plus the branch."""
+    """The block's input, projected to the shape of its branch if they differ, plus the branch."""
     if x.shape != y.shape:
         x = block.conv(y.shape[-1], (1, 1), block.stride, name="conv_shortcut")(x)
         x = block.norm(name="norm_shortcut")(x)

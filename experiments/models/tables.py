@@ -1,8 +1,8 @@
 """Steps that touch only the rows of an embedding table that a batch looks up.
 
-The rows are gathered, with their optimizer moments, to a small table; the ordinary step runs on it; what it gives is
-put back. The moments of all other rows stay as they are, where an optimizer on the whole table would let them decay
-and keep moving rows that no example has asked for. At a phase boundary the moments of the whole table start afresh.
+The rows are gathered, with their optimizer moments, into a small table; the ordinary step runs on it; the result is
+scattered back. The moments of all other rows do not change, whereas an optimizer on the whole table would let them
+decay and keep moving rows that no example uses. At a phase boundary the moments of the whole table are reset.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """Where gathered rows come from.
+    """The origin of gathered rows.
 
     Attributes:
       rows: `(capacity,)`, rising; beyond the last, the length of the table.
@@ -46,7 +46,7 @@ class Taken(NamedTuple):
 
 
 def taken(lookups: jax.Array, length: int) -> Taken:
-    """The distinct rows among `lookups`, in order, with room for as many as there may be.
+    """The distinct rows among `lookups`, in order, padded to the largest possible number.
 
     Lookups are read as `jnp.take` does: negative ones from the end, and those outside `[-length, length)` are no rows.
     """
@@ -64,7 +64,7 @@ def gather(table: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def scatter(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
-    """The table with `values` in these rows, none of which comes twice but those beyond its end, which are dropped."""
+    """The table with `values` in these rows, which are distinct except for those beyond its end, which are dropped."""
     return table.at[rows].set(values, mode="drop", indices_are_sorted=True)
 
 

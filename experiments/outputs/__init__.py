@@ -1,1 +1,1 @@
-"""What a run leaves behind and shows while it goes."""
+"""The output of a run: files and live progress."""

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: progress on the screen, metrics.jsonl, TensorBoard, a profile, the wish to stop."""
+"""Hooks during a run: progress on the screen, metrics.jsonl, TensorBoard, a profile, and stop requests."""
 
 import contextlib
 import pathlib
@@ -61,7 +61,7 @@ class Observer:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """All rows of the run, those of earlier sessions included."""
+        """All rows of the run, including those of earlier sessions."""
         return self._metrics.rows if self._metrics else []
 
     def __enter__(self) -> Self:

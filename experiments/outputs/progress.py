@@ -1,4 +1,4 @@
-"""Live progress: a bar on a terminal, a line now and then elsewhere."""
+"""Live progress: a bar on a terminal, otherwise an occasional line."""
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -17,7 +17,7 @@ _LINES = 20  # about how many of a run's rows are printed where there is no term
 
 
 def console() -> Console:
-    """The screen; wide enough for tables where output goes to a file."""
+    """The console, wide enough for tables if output goes to a file."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=120)
 
@@ -72,7 +72,7 @@ class Live:
 
 
 def warn_of_short_phases(phases: Mapping[str, sapp.Phases], console: Console) -> None:
-    """Say it where a network has hardly any steps to recover from what is pruned.
+    """Warn if a network has hardly any steps to recover from pruning.
 
     Args:
       phases: schedules by the name of their algorithm.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: result.json, metrics.jsonl, the pruned weights, a picture, and a table on the screen."""
+"""The report of a run: result.json, metrics.jsonl, the pruned weights, a picture, and a table on the screen."""
 
 import os
 import pathlib
@@ -92,7 +92,7 @@ def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> 
 
 
 def chosen_features(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The inputs that the network uses, by the norm of their rows of the pruned kernel, the largest first.
+    """The inputs that the network uses, sorted by the norm of their rows of the pruned kernel, largest first.
 
     Args:
       outcome: of a network whose first kernel alone is pruned, in whole rows.
@@ -114,7 +114,7 @@ def save_weights(path: pathlib.Path, outcome: Outcome) -> None:
 
 
 def plot_run(path: pathlib.Path, outcome: Outcome, rows: list[dict[str, Any]], metric: str, title: str) -> None:
-    """Test metric and sparsity against step, phases shaded."""
+    """Plot test metric and sparsity against step, with shaded phases."""
     fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
     outcome.phases.shade(ax)
     steps = np.arange(outcome.phases.total_steps + 1)
@@ -132,7 +132,7 @@ def plot_run(path: pathlib.Path, outcome: Outcome, rows: list[dict[str, Any]], m
 
 
 def step_axis(ax: Any, total_steps: int) -> None:
-    """Steps of a run from left to right; whole ones."""
+    """An axis of a run's steps, with integer ticks."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.set(xlabel="step", xlim=(0, total_steps))
 

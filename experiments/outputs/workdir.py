@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, whether it may be used, and the files in it that grow with the run."""
+"""A run's directory: its owner, whether it may be used, and the files that grow with the run."""
 
 import contextlib
 import fcntl
@@ -19,12 +19,12 @@ NEUTRAL = ("checkpoint_every", "keep")
 
 
 class InUseError(OSError):
-    """Another process is at work in the directory."""
+    """Another process is using the directory."""
 
 
 @contextlib.contextmanager
 def claim(path: pathlib.Path) -> Iterator[None]:
-    """Make the directory and hold it against other processes; the claim ends with the process, however it ends.
+    """Create and lock the directory; the lock ends with the process, however it ends.
 
     Raises:
       InUseError: if another process holds it.
@@ -44,7 +44,7 @@ def claim(path: pathlib.Path) -> Iterator[None]:
 
 
 def settle(path: pathlib.Path, config: ml_collections.ConfigDict, change: bool = False) -> None:
-    """Write the config to a new directory; in one that holds a run, make sure that it is the same run.
+    """Write the config to a new directory; in one with a run, check that it is the same run.
 
     Args:
       path: the directory.
@@ -63,7 +63,7 @@ def settle(path: pathlib.Path, config: ml_collections.ConfigDict, change: bool =
 
 
 def differing_keys(path: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:
-    """The keys in which a config and that of the run in a directory differ, with both values; none without a run."""
+    """The keys in which a config differs from that of the run in a directory, with both values; empty without a run."""
     if not (path / CONFIG).exists():
         return []
     mine, theirs = json.loads(config.to_json()), json.loads((path / CONFIG).read_text())
@@ -79,7 +79,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Metrics:
-    """`metrics.jsonl`: one row a line, none lost and none twice, however often the run is interrupted.
+    """`metrics.jsonl`: one row per line, none lost or duplicated, however often the run is interrupted.
 
     Args:
       path: the file.
@@ -103,7 +103,7 @@ class Metrics:
 
 
 def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The complete rows of the file; a last one cut short is left out."""
+    """The complete rows of the file, without a truncated last one."""
     if path.exists():
         for line in path.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):

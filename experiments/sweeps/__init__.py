@@ -1,1 +1,1 @@
-"""Sweeps over algorithms, block sizes, sparsities and seeds: their cells, the work on them, and pages of results."""
+"""Sweeps over algorithms, block sizes, sparsities and seeds: their cells, running them, and pages of results."""

@@ -1,4 +1,4 @@
-"""The cells of a sweep: what each trains, where it leaves its results, and the command that trains it alone."""
+"""The cells of a sweep: what each trains, where its results are, and the command that trains it alone."""
 
 import importlib
 import itertools
@@ -20,7 +20,7 @@ DENSE = "dense"
 
 
 class Sweep(NamedTuple):
-    """A table: what is varied, and how large.
+    """A table: what is varied, and its scale.
 
     Attributes:
       name: one of `SWEEPS`.
@@ -57,7 +57,7 @@ class Cell(NamedTuple):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What it sets in the sweep's config, flat."""
+        """The cell's changes to the sweep's config, flat."""
         options = self.sweep.options
         changes = dict(options["changes"]) | {"seed": self.seed}
         if self.sweep.local:
@@ -75,7 +75,7 @@ class Cell(NamedTuple):
         return config
 
     def command(self, directory: pathlib.Path) -> str:
-        """What trains it alone, into the same place."""
+        """The command that trains it alone, into the same place."""
         changes = [f"--config.{key}={value}" for key, value in self.changes.items()]
         words = [f"--config={self.sweep.options['file']}", *changes, f"--workdir={directory / self.folder}"]
         return shlex.join(["python", "-m", "experiments.main", *words])
@@ -102,7 +102,7 @@ def sweep(name: str, scale: str, local: str = "", seeds: int = 0) -> Sweep:
 
 
 def cells_of(sweep: Sweep) -> list[Cell]:
-    """All cells of a sweep; those that differ by the seed alone stand together, since they are one program."""
+    """All cells of a sweep; those that differ only in the seed are adjacent, since they share one program."""
     options = sweep.options
     dense = [(0, 0.0, DENSE)] if options["dense"] else []
     grid = [*dense, *itertools.product(options["blocks"], options["sparsities"], options["variants"])]
@@ -110,7 +110,7 @@ def cells_of(sweep: Sweep) -> list[Cell]:
 
 
 def result_of(cell: Cell, directory: pathlib.Path) -> dict[str, Any] | None:
-    """What the run of a cell has left; None where it is not done."""
+    """The result of a cell's run; None if it is not done."""
     path = directory / cell.folder / workdir.RESULT
     return json.loads(path.read_text()) if path.exists() else None
 

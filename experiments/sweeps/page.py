@@ -1,4 +1,4 @@
-"""A sweep as a page: the paper's figures beside ours, what is ahead of what, and what was not run."""
+"""A sweep as a page: the paper's figures beside ours, a comparison of the algorithms, and what was not run."""
 
 import datetime
 import html
@@ -39,12 +39,12 @@ class Measured(NamedTuple):
 
     @property
     def deviation(self) -> float:
-        """Standard deviation over seeds; NaN of fewer than two."""
+        """Standard deviation over seeds; NaN for fewer than two."""
         return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else float("nan")
 
 
 def measured(sweep: Sweep, directory: pathlib.Path, metric: str = "") -> dict[Key, Measured]:
-    """What is done of a sweep so far; `metric` instead of the sweep's own."""
+    """The results of a sweep so far; `metric` replaces the sweep's own."""
     name = metric or sweep.options["metric"]
     scale = 100 if sweep.options["percent"] and name == sweep.options["metric"] else 1
     found: dict[Key, Measured] = {}
@@ -135,7 +135,7 @@ def _theirs(there: bool, value: float, dense: float, digits: int) -> str:
 
 
 def _orders(sweep: Sweep, found: Mapping[Key, Measured], digits: int) -> list[Part]:
-    """Some variants against others, seed by seed: ahead, behind, or within two standard errors."""
+    """Some variants against others, paired by seed: ahead, behind, or within two standard errors."""
     first, *others = sweep.options["variants"]
     compared = sweep.options["compared"] or {first: others}
     better = -1 if sweep.options["lower_is_better"] else 1
@@ -207,7 +207,7 @@ def write(sweep: Sweep, directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def as_json(sweep: Sweep, directory: pathlib.Path) -> dict[str, Any]:
-    """What was measured, by variant, block size and sparsity: values in the order of `seeds`, None of a run without."""
+    """The results by variant, block size and sparsity: values in the order of `seeds`, None for a missing run."""
     about = {key: sweep.options[key] for key in ("title", "file", "changes", "metric", "percent", "seeds", "variants")}
     rows = [
         {"variant": v, "block": b, "sparsity": s, "values": [entry.values.get(seed) for seed in sweep.options["seeds"]]}
@@ -228,7 +228,7 @@ def of_json(content: Mapping[str, Any]) -> tuple[Sweep, dict[Key, Measured]]:
 
 
 def against_sparsity(sweep: Sweep, directory: pathlib.Path, metrics: Sequence[str]) -> Any:
-    """The difference from dense against sparsity (Figures 4 and 5): ours with its spread, the paper's dashed."""
+    """Plot the difference from dense against sparsity (Figures 4 and 5): ours with its spread, the paper's dashed."""
     options = sweep.options
     blocks = options["blocks"]
     size = (3.4 * len(blocks) + 3, 4.2 * len(metrics))
@@ -263,7 +263,7 @@ def _color(i: int) -> Any:
 
 
 def curves(sweep: Sweep, directory: pathlib.Path) -> Any:
-    """Loss in training against step (Figure 3), of the largest sparsity up to 90%, a panel for each block size."""
+    """Plot training loss against step (Figure 3), at the largest sparsity up to 90%, one panel per block size."""
     options = sweep.options
     sparsity = max((s for s in options["sparsities"] if s <= 0.9), default=min(options["sparsities"]))
     blocks = options["blocks"]
@@ -291,7 +291,7 @@ def _rows(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def schedules(sparsity: float = 0.9, steps: int = 900) -> Any:
-    """Sparsity against step, of ACDC and of SequentialAttention++ (Figure 2)."""
+    """Plot sparsity against step for ACDC and SequentialAttention++ (Figure 2)."""
     fig, axes = plt.subplots(2, 1, figsize=(9, 5), layout="constrained", sharex=True)
     for axis, name in zip(axes, ("acdc", "sequential_attention"), strict=True):
         getattr(sapp.phases, name)(steps).plot(sparsity, axis)

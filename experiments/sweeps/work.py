@@ -1,4 +1,4 @@
-"""The work on a sweep's cells: any number of processes share them, and what is interrupted is taken up again."""
+"""Running a sweep's cells: any number of processes share them, and interrupted cells are resumed."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ def state(cell: Cell, directory: pathlib.Path) -> str:
 
 
 def work(cells: Sequence[Cell], directory: pathlib.Path, console: Console) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Do the cells that no other process does, until all are done or have failed.
+    """Run the cells that no other process runs, until all are done or have failed.
 
     A cell is held by a lock on its directory, which ends with the process that holds it, however that ends; another
     process then takes its run up at its newest checkpoint. A cell that fails leaves `failed.txt` with the traceback,
@@ -68,7 +68,7 @@ def work(cells: Sequence[Cell], directory: pathlib.Path, console: Console) -> It
 def _do(
     cell: Cell, directory: pathlib.Path, console: Console, compiled: Callable[[Setup], program.Program]
 ) -> dict[str, Any] | None:
-    """Do a cell; None if it is done already, is another process's, or fails."""
+    """Run a cell; None if it is already done, belongs to another process, or fails."""
     folder = directory / cell.folder
     try:
         with workdir.claim(folder):
@@ -90,7 +90,7 @@ def _do(
 
 
 def _idle(cell: Cell, directory: pathlib.Path) -> bool:
-    """Whether a cell has failed and no process is at it."""
+    """Whether a cell has failed and no process is running it."""
     if state(cell, directory) != "failed":
         return False
     try:
@@ -107,7 +107,7 @@ def _dataset(config: str) -> data.Dataset:
 
 
 def _once_for_all_seeds() -> Callable[[Setup], program.Program]:
-    """`program.compiled`, which remembers the last run but for its seed."""
+    """`program.compiled`, cached for the last run regardless of its seed."""
     last: dict[str, program.Program] = {}
 
     def compiled(setup: Setup) -> program.Program:

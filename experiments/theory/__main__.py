@@ -2,8 +2,8 @@
 
 python -m experiments.theory --output=runs/theory
 
-The directory gets `theory.md`, three figures and `theory.json`. Exit status: 0 done and every claim held, 1 a claim
-that should hold did not, 2 bad input.
+It writes `theory.md`, three figures and `theory.json` to the directory. Exit status: 0 done and every claim held, 1 a
+claim failed, 2 bad input.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def failures(content: dict[str, Any]) -> list[str]:
-    """What should hold by the paper and does not."""
+    """The paper's claims that do not hold."""
     wrong = [
         f"Lemma {row['lemma']}, {row['problem']}: {row['above 1e-8']} of {row['instances']} minima differ"
         for row in content["lemmas"]

@@ -1,4 +1,4 @@
-"""Random convex problems, all of one shape so that one program serves them all."""
+"""Random convex problems of one shape, so that one program serves them all."""
 
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ FEATURES = sum(SIZES)
 
 
 class Amount(NamedTuple):
-    """How much of everything is run."""
+    """The amount of each experiment to run."""
 
     lemma_instances: int = 25  # of each kind
     theorem_instances: int = 150  # of each kind

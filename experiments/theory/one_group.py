@@ -1,4 +1,4 @@
-"""Theorem 1.1: the group LASSO's single group is objective (1)'s, just under tau; and how far below that goes on."""
+"""Theorem 1.1: just below tau, group LASSO and objective (1) have the same single group; how far below it holds."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ SLACK = 1e-10  # relative tolerance of objectives
 
 
 def edges(amount: Amount) -> dict[str, list[float]]:
-    """By kind, for each instance: the least lambda / tau down to which the group LASSO has at most one group."""
+    """By kind, for each instance: the lowest lambda / tau down to which the group LASSO has at most one group."""
 
     def edge(key: jax.Array, kind: Kind) -> jax.Array:
         problem, g = instance(key, kind)
@@ -47,7 +47,7 @@ def edges(amount: Amount) -> dict[str, list[float]]:
 
 
 def rows(amount: Amount, edge: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """For each penalty and kind: just under tau, and at and above it."""
+    """For each penalty and kind: just below tau, and at and above it."""
     out = []
     for q in (*PENALTIES, BROKEN):
         for kind in KINDS:
@@ -74,7 +74,7 @@ def rows(amount: Amount, edge: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 
 def wide(amount: Amount) -> list[dict[str, Any]]:
-    """Further below tau: in which share of instances the lowest point found has one group, and which."""
+    """Further below tau: the share of instances whose lowest point found has one group, and which group."""
     out = []
     for q in PENALTIES:
         run = jax.jit(functools.partial(_lowest, q=q))

@@ -13,7 +13,7 @@ from experiments.utils import files
 
 
 def write(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """`theory.md`, its figures and `theory.json` in `folder`; the page last, so that what it shows is there."""
+    """`theory.md`, its figures and `theory.json` in `folder`; the page last, so that its figures exist."""
     _plot_edges(folder / "theory_one_group.png", content)
     _plot_rounds(folder / "theory_replacement.png", content["theorem_b3"])
     _plot_recovery(folder / "theory_recovery.png", content)

@@ -1,4 +1,4 @@
-"""Which algorithm finds the blocks: planted block-sparse logistic regression, and real digits."""
+"""Recovery of blocks by algorithm: planted block-sparse logistic regression, and real digits."""
 
 import functools
 from typing import Any

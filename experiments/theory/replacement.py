@@ -1,4 +1,4 @@
-"""Theorem B.3: what OMPR is promised to reach, in how many rounds, and in how many it does."""
+"""Theorem B.3: the guarantee for OMPR, its bound on the rounds, and the rounds needed."""
 
 import collections
 import functools
@@ -74,7 +74,7 @@ def rows(amount: Amount) -> list[dict[str, Any]]:
 
 
 def _counted(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs that are alike as one, with how many they are."""
+    """Equal runs merged, with their number."""
     counts = collections.Counter(tuple(r.items()) for r in runs)
     return [{**dict(items), "runs": count} for items, count in counts.items()]
 

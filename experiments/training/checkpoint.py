@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, with checksums: what is restored is what was saved, and what is damaged is named.
+"""Checkpoints of a training run, with checksums: restored data are verified, and damage is reported.
 
 Orbax writes the arrays, and reads them back onto other devices and processes. It does not notice a flipped byte, and
 takes an empty numbered directory for the latest step; so every checkpoint here has a manifest of SHA-256 sums.
@@ -8,8 +8,8 @@ takes an empty numbered directory for the latest step; so every checkpoint here 
     <directory>/500.damaged-0/      found damaged and moved out of the way of a new checkpoint; never touched again
 
 A checkpoint gets its manifest when orbax is done and its number last, by a rename: a number without an intact manifest
-is damage, never a save cut short. `orbax.checkpoint.CheckpointManager` is not used for retention: it deletes what a
-checkpoint supersedes in the same call that commits it, before a manifest of it could be written. It also takes a
+is damage, never a save cut short. `orbax.checkpoint.CheckpointManager` is not used for retention: it deletes
+superseded checkpoints in the same call that commits a new one, before its manifest could be written. It also takes a
 damaged number for its latest step, and then silently declines to save any step below.
 
 For local and shared POSIX file systems; one run writes to a directory.
@@ -45,7 +45,7 @@ class NoIntactCheckpoint(ValueError):
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """The content of a checkpoint."""
 
     step: int
     state: Any
@@ -97,7 +97,7 @@ class Checkpoints:
           TypeError: if `host` is not in terms of JSON or `state` not of arrays.
         """
         leaves = _leaves(state)
-        # To text now, since the loop goes on changing what `host` is made of.
+        # Convert to text now, since the loop keeps changing the parts of `host`.
         metric = None if metric is None else float(metric)
         content = json.dumps({"step": step, "metric": metric, "arrays": _shapes(leaves), "host": host}, indent=1)
         self.wait()
@@ -252,7 +252,7 @@ def read(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) -> tuple
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if every byte is as it was saved."""
+    """A description of a checkpoint's damage; None if every byte is as it was saved."""
     try:
         if not (folder / MANIFEST).exists():
             return f"no {MANIFEST}" if any(folder.iterdir()) else "empty directory"

@@ -22,7 +22,7 @@ def weighted_sums(outputs: dict[str, jax.Array], weight: jax.Array) -> dict[str,
 
 
 def mean(outputs: dict[str, jax.Array], weight: jax.Array | None) -> dict[str, jax.Array]:
-    """Mean of each output over a batch; with weights, over its real examples, 0 where there are none."""
+    """Mean of each output over a batch; with weights, over its real examples, 0 if there are none."""
     if weight is None:
         return jax.tree.map(jnp.mean, outputs)
     sums = weighted_sums(outputs, weight)

@@ -1,4 +1,4 @@
-"""From a config to the pruning algorithm and the optimizer."""
+"""The pruning algorithm and the optimizer of a config."""
 
 import ast
 import fnmatch
@@ -47,7 +47,7 @@ def sparsifier(
 
 
 def plan_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What `sapp.plan` takes besides the sparsity, as a run's `config.sparsifier` has it.
+    """The options of `sapp.plan` besides the sparsity, from a run's `config.sparsifier`.
 
     Raises:
       ValueError: for a block that does not have two sides.
@@ -67,7 +67,7 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def _value(value: Any) -> Any:
-    """An option as its constructor takes it. Its type in a config may not change, so text stands for what may vary.
+    """An option as its constructor takes it. Types in a config are fixed, so text represents values of several types.
 
     >>> [_value(text) for text in ("density", "none", "0.1,10", 3)]
     ['density', None, (0.1, 10), 3]
@@ -83,9 +83,9 @@ def _value(value: Any) -> Any:
 def optimizer(
     config: ml_collections.ConfigDict, total_steps: int
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-    """`(tx, learning-rate schedule)` of `config.optimizer`: moments start afresh with each phase, the schedule goes on.
+    """`(tx, learning-rate schedule)` of `config.optimizer`: moments are reset at each phase, the schedule continues.
 
-    Weight decay falls on kernels and on attention logits, not on biases and scales.
+    Weight decay applies to kernels and attention logits, not to biases and scales.
     """
     rate = _SCHEDULES[registry.check(config.schedule, list(_SCHEDULES), "config.optimizer.schedule")](
         config, total_steps

@@ -56,7 +56,7 @@ class Preempted(Exception):
 
 
 class Hooks(NamedTuple):
-    """What happens around the loop.
+    """Callbacks of the loop.
 
     Attributes:
       on_start: called once with the steps done already: 0, or those of the checkpoint resumed from.
@@ -156,7 +156,7 @@ def _steps(session: _Session, state: TrainState, first: int) -> tuple[TrainState
 
 
 def _measure(session: _Session, done: int, state: TrainState, means: dict[str, jax.Array]) -> None:
-    """Add the row of a step, where one is due."""
+    """Add the row of a step, if one is due."""
     program, config = session.program, session.program.setup.config
     sparse = [phase.start for phase in program.phases.phases if phase.kind == "sparse"]
     enters = done in sparse[1:]  # with a sparse phase before, which its masks differ from

@@ -1,4 +1,4 @@
-"""What is measured of a run, a row now and then."""
+"""Measurements during a run, as occasional rows."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import sa_plus_plus as sapp
 
 
 class Row(NamedTuple):
-    """Where a run stands after `step` steps. Arrays have one entry a seed.
+    """The state of a run after `step` steps. Arrays have one entry per seed.
 
     Attributes:
       step: steps done.

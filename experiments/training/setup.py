@@ -1,4 +1,4 @@
-"""A run's parts, as its config describes them: everything checked, nothing compiled."""
+"""The parts of a run, built from its config: everything checked, nothing compiled."""
 
 import math
 import operator
@@ -64,7 +64,7 @@ class Setup(NamedTuple):
 
 
 def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset: data.Dataset | None = None) -> Setup:
-    """Build every part of a run but the compiled step, so that what is wrong with a config shows at once.
+    """Build every part of a run except the compiled step, so that errors in a config show at once.
 
     Args:
       config: of the run.

@@ -1,9 +1,9 @@
-"""Where arrays live: the only place that builds a mesh.
+"""Sharding of arrays: the only place that builds a mesh.
 
-A step is written once, in the global view, and `jax.jit` splits it over the mesh. Batches are split over all devices;
-the state is replicated, or with `fsdp > 1` parameters, logits and optimizer state are split over that axis. Masks come
-out identical on every host by construction: they are part of the one global program's state, computed from scores that
-the program has already summed over devices, by comparisons and integer counts, which no order of summation changes.
+A step is written once, in the global view, and `jax.jit` shards it over the mesh. Batches are sharded over all
+devices; the state is replicated, or with `fsdp > 1` parameters, logits and optimizer state are sharded over that axis.
+Masks are identical on every host by construction: they are part of the single global program's state, computed from
+scores already summed over devices, by comparisons and integer counts, which do not depend on the order of summation.
 """
 
 from collections.abc import Sequence

@@ -16,7 +16,7 @@ from experiments.training.setup import Setup
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. The number of steps done is `prune.step`.
+    """Everything that a step changes. The number of steps done is `prune.step`.
 
     Attributes:
       trainable: weights and logits.

@@ -1,4 +1,4 @@
-"""A trained network by itself: as a function of its parameters, on the test set, stored, served, and trained on."""
+"""A trained network: as a function of its parameters, on the test set, stored, served, and fine-tuned."""
 
 import functools
 import pathlib
@@ -42,7 +42,7 @@ class Trained(NamedTuple):
         return [next(batches) for _ in range(max(1, min(examples, len(train)) // size))]
 
     def recalibrated(self, params: Any, calibration: Sequence[Any]) -> "Trained":
-        """The network with the averages of batch normalisation estimated anew, for parameters that are pruned.
+        """The network with re-estimated batch-norm averages, for pruned parameters.
 
         The averages are exponential, `s = m s + (1 - m) b` for each batch. From 0 and from 1 they end `m^k` apart,
         which gives the bias of the former to correct.
@@ -110,7 +110,7 @@ def read(config: ml_collections.ConfigDict, source: str, where: str, dataset: da
 def finetuned(
     config: ml_collections.ConfigDict, start: pathlib.Path, steps: int, dataset: data.Dataset | None = None
 ) -> loop.Outcome:
-    """Train a pruned network on, its blocks fixed.
+    """Fine-tune a pruned network with fixed blocks.
 
     The blocks kept are those of the largest norm: all that are not zero. The learning-rate schedule runs over these
     steps, without warm-up.

@@ -1,4 +1,4 @@
-"""Trained weights to start or to learn from: of a finished run, of a checkpoint, or of a safetensors file."""
+"""Trained weights as a start or a teacher: from a finished run, a checkpoint, or a safetensors file."""
 
 import pathlib
 import re
@@ -19,7 +19,7 @@ _NAMED = 3  # differences in an error
 
 
 class Variables(NamedTuple):
-    """What a network is applied to, in host memory.
+    """The variables of a network, in host memory.
 
     Attributes:
       params: its parameters, in full.

@@ -1,1 +1,1 @@
-"""Small things that any part of the research code may use."""
+"""Small utilities for all of the research code."""

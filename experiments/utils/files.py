@@ -1,4 +1,4 @@
-"""Files of results, and checksums of files."""
+"""Result files, and checksums of files."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

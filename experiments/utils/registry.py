@@ -20,7 +20,7 @@ def check(name: str, known: Sequence[str], where: str) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The known name that is written most like this one."""
+    """The known name that is most similar to this one."""
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 

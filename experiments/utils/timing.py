@@ -12,7 +12,7 @@ Name = TypeVar("Name")
 def alternate(
     contenders: Mapping[Name, Callable[[], Any]], rounds: int, at_least: float = 0.2, warmup: int = 2
 ) -> dict[Name, np.ndarray]:
-    """Seconds per call of each contender, one figure a round.
+    """Seconds per call of each contender, one value per round.
 
     In every round each contender is called, in turn, often enough to take `at_least` seconds; a contender's call must
     return only when its work is done. Its first call of a round is not timed: threads of the one before may still be
@@ -44,7 +44,7 @@ def spread(ratios: np.ndarray) -> dict[str, float]:
 
 
 def difference(got: Any, want: Any) -> float:
-    """The largest difference, as a part of the largest output; as it is where all outputs are zero.
+    """The largest difference relative to the largest output; absolute if all outputs are zero.
 
     Raises:
       RuntimeError: if the outputs to compare with are not finite.

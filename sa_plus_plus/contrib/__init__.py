@@ -1,1 +1,1 @@
-"""What only some frameworks need; each module imports its framework where it is used."""
+"""Support for single frameworks; each module imports its framework only when it is used."""

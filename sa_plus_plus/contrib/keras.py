@@ -9,18 +9,18 @@ import optax
 
 
 def optax_optimizer(tx: optax.GradientTransformation, name: str = "optax") -> Any:
-    """A Keras optimizer that updates by an optax transformation, so that `model.fit` can prune:
+    """A Keras optimizer that applies an optax transformation, so that `model.fit` can prune:
 
         model.compile(optimizer=optax_optimizer(sapp.sparsify(tx, sp)), loss="mse")
         model.fit(x, y, epochs=10)
         params = {v.path: v.value for v in model.trainable_variables}
         sapp.check_pruned(params, sp.plan(params))
 
-    The transformation sees the trainable variables as a dict by their paths, `dense/kernel`. Its state is held in Keras
-    variables, so that it is jitted, donated and saved with the model's. The learning rate, clipping, weight decay and
-    accumulation are the transformation's own: Keras's options for them are not offered, and a callback that sets
-    the learning rate is refused. A transformation is a function and cannot be written to a file, so a saved model is
-    loaded with `keras.models.load_model(path, compile=False)`. To go on training, compile the model anew, call
+    The transformation sees the trainable variables as a dict keyed by path, `dense/kernel`. Its state is held in Keras
+    variables, so that it is jitted, donated and saved with the model. The transformation handles the learning rate,
+    clipping, weight decay and accumulation: the corresponding Keras options are not available, and callbacks that set
+    the learning rate are refused. A transformation is a function and cannot be written to a file, so load a saved model
+    with `keras.models.load_model(path, compile=False)`. To resume training, compile the model again, call
     `model.optimizer.build(model.trainable_variables)`, and only then `model.load_weights(path)`.
 
     Args:
@@ -31,7 +31,7 @@ def optax_optimizer(tx: optax.GradientTransformation, name: str = "optax") -> An
       A `keras.optimizers.Optimizer`.
 
     Raises:
-      TypeError: if `tx` is no transformation.
+      TypeError: if `tx` is not a transformation.
       ImportError: without Keras.
       RuntimeError: if Keras runs on another backend than JAX.
       ValueError: when it is built, if two variables have the same path.
@@ -62,7 +62,7 @@ def _optimizer_class() -> Any:
         )
 
     class OptaxOptimizer(base):
-        """Runs all variables through one transformation at a time, where Keras's own go from variable to variable."""
+        """Passes all variables through one transformation at once; Keras's own optimizers update them one by one."""
 
         learning_rate = base.learning_rate.setter(refuse)
 
@@ -122,10 +122,10 @@ def _optimizer_class() -> Any:
 
 
 def _order(state: Any, paths: Sequence[str]) -> list[int]:
-    """Places of a state's leaves in an order that does not depend on the variables' names.
+    """The order of a state's leaves, independent of the variables' names.
 
-    JAX sorts a dict by its keys, and Keras numbers the layers of a process: `dense_10` stands before `dense_9`. Files
-    have the values one after the other, and must fit the same model made a second time.
+    JAX sorts a dict by its keys, and Keras numbers the layers of a process: `dense_10` sorts before `dense_9`. Files
+    hold the values in sequence, and must fit the same model created again.
     """
     numbers = {path: f"{number:09}" for number, path in enumerate(paths)}
 

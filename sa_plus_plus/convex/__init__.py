@@ -1,11 +1,11 @@
-"""Convex problems with groups of coefficients: the paper's theory as solvers.
+"""Convex problems with groups of coefficients: solvers for the paper's theory.
 
     problem = convex.problems.least_squares(X, y)
     groups = convex.groups.equal(X.shape[1], 10)
     solution = convex.group_lasso.solve(problem, groups, 0.1 * convex.group_lasso.critical_lambda(problem, groups))
 
-All of it is jittable, maps over lambdas, starts and data, and computes in the type of its data: for float64 set
-`jax_enable_x64`.
+Everything can be jitted and vmapped over lambdas, starting points and data, and computes in the dtype of its data: for
+float64 set `jax_enable_x64`.
 """
 
 import sa_plus_plus.convex.constants as constants

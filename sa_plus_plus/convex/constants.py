@@ -1,4 +1,4 @@
-"""Restricted smoothness and strong convexity by enumeration, and what Theorem B.3 promises with them."""
+"""Restricted smoothness and strong convexity by enumeration, and the resulting guarantee of Theorem B.3."""
 
 import math
 from typing import NamedTuple
@@ -20,8 +20,8 @@ class Guarantee(NamedTuple):
     """Theorem B.3 for one problem.
 
     Attributes:
-      k: groups of the solution to compete with.
-      size: `k'`, groups that OMPR keeps: the least that satisfies `k' >= k (L_2^2 / mu_{k+k'}^2 + 1)`.
+      k: number of groups of the reference solution.
+      size: `k'`, the number of groups that OMPR keeps: the smallest that satisfies `k' >= k (L_2^2 / mu_{k+k'}^2 + 1)`.
       smoothness: `L_2`.
       convexity: `mu_{k+k'}`.
     """
@@ -32,15 +32,15 @@ class Guarantee(NamedTuple):
     convexity: float
 
     def rounds(self, distance: float, eps: float) -> int:
-        """`R = ceil(k (L_2 / mu) log(distance / eps))`, for the loss's `distance` from the best at the start."""
+        """`R = ceil(k (L_2 / mu) log(distance / eps))`, for the initial `distance` of the loss from its optimum."""
         return max(0, math.ceil(self.k * self.smoothness / self.convexity * math.log(max(distance / eps, 1))))
 
 
 def hessian_bounds(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Matrices below and above every Hessian of the loss, `(p, p)` over the flat coefficients.
 
-    For least squares both are the Hessian itself; for binary logistic regression they are `ridge I`, all that holds
-    everywhere, and the Hessian at 0, where `p (1 - p)` is largest.
+    For least squares both are the Hessian itself; for binary logistic regression they are `ridge I`, the only bound
+    that holds everywhere, and the Hessian at 0, where `p (1 - p)` is largest.
 
     Args:
       problem: least squares or binary logistic regression.
@@ -82,7 +82,7 @@ def restricted_convexity(hessian: np.ndarray, groups: Groups, size: int) -> floa
 
 
 def guarantee(problem: Problem, groups: Groups, k: int) -> Guarantee | None:
-    """The least `k'` for which Theorem B.3 speaks, or None where none below the number of groups does.
+    """The smallest `k'` for which Theorem B.3 holds, or None if there is none below the number of groups.
 
     Args:
       problem: as `hessian_bounds` takes it.
@@ -90,7 +90,7 @@ def guarantee(problem: Problem, groups: Groups, k: int) -> Guarantee | None:
       k: size of the support to compare with.
 
     Raises:
-      ValueError: where bounds of the Hessian are not known or there are more than 50,000 supports to enumerate.
+      ValueError: if bounds of the Hessian are not known or there are more than 50,000 supports to enumerate.
     """
     check_groups(problem, groups)
     below, above = hessian_bounds(problem)

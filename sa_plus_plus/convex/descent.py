@@ -1,4 +1,4 @@
-"""Minimising a smooth function: optax's L-BFGS until the gradient is small, in one compiled loop."""
+"""Minimisation of a smooth function: optax's L-BFGS until the gradient is small, in one compiled loop."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -50,9 +50,9 @@ def lbfgs(
       memory: pairs kept.
 
     Returns:
-      The best point met. Jits and maps (`vmap` runs all until the last is done).
+      The best point found. Supports `jit` and `vmap` (which runs all until the last is done).
     """
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes types
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes dtypes
         solver = optax.lbfgs(memory_size=memory, linesearch=optax.scale_by_zoom_linesearch(30))
         value, gradient = jax.value_and_grad(fn)(x)
         norm = optax.tree.norm(gradient)
@@ -92,18 +92,19 @@ def proximal_step(
     curvature: jax.Array,
     candidate: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One step of a proximal method, its curvature doubled until the quadratic model bounds `fn` there.
+    """One step of a proximal method; the curvature is doubled until the quadratic model bounds `fn`.
 
-    Near the minimum differences of `fn` drown in rounding, so the gradients' difference along the step counts too.
+    Near the minimum, differences of `fn` are lost to rounding, so the difference of the gradients along the step counts
+    too.
 
     Args:
       fn: smooth.
       x: where the step starts.
-      curvature: what to try first.
+      curvature: the first value to try.
       candidate: `(gradient, curvature) -> point`.
 
     Returns:
-      The curvature taken, the point, and the gradient there.
+      The accepted curvature, the point, and the gradient there.
     """
     value_and_grad = jax.value_and_grad(fn)
     value, here = value_and_grad(x)

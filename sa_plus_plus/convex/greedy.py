@@ -1,7 +1,7 @@
-"""Choosing groups one by one: group OMP, OMPR (Algorithm 2), IHT, one-shot magnitude, and all supports.
+"""Greedy selection of groups: group OMP, OMPR (Algorithm 2), IHT, one-shot magnitude, and brute force.
 
-All minimise `L(beta)` with at most `k` groups not zero. A support is a mask over the groups, so that shapes do not
-depend on what is chosen and everything jits and maps.
+All minimise `L(beta)` with at most `k` nonzero groups. A support is a mask over the groups, so that shapes do not
+depend on the selection and everything supports `jit` and `vmap`.
 """
 
 import functools
@@ -34,14 +34,14 @@ _Chain = tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]  # 
 
 
 class Selection(NamedTuple):
-    """What was chosen.
+    """The outcome of a selection.
 
     Attributes:
       support: mask, `(count,)`.
       coefficients: the loss's minimiser over that support.
       value: the loss there.
       values: the loss after each step or round.
-      entered: the group that each step or round of `omp` and `ompr` brought in; of the others, nothing.
+      entered: the group added in each step or round of `omp` and `ompr`; empty for the others.
     """
 
     support: jax.Array
@@ -81,7 +81,7 @@ def omp(problem: Problem, groups: Groups, k: int, tol: float | None = None) -> S
       problem: the loss.
       groups: partition of its coefficients.
       k: how many groups.
-      tol: of each minimisation, as of `refit`.
+      tol: of each minimisation, as for `refit`.
 
     Returns:
       `values` has the loss after each of the `k` additions.
@@ -105,22 +105,22 @@ def ompr(
 ) -> Selection:
     """Group orthogonal matching pursuit with replacement (Algorithm 2).
 
-    Each round minimises `L(beta) + lambda q^{-1}(sum over i outside of S of q(||beta_i||))` with a large lambda, brings
-    in the group outside of `S` with the largest norm, and drops the one of `S` with the smallest. By Theorem 1.1 the
-    minimiser is the same for every subadditive `q`, and as lambda rises to the point where all outside of `S` vanishes,
-    the group that comes in is the one of largest gradient norm: by default that limit is taken.
+    Each round minimises `L(beta) + lambda q^{-1}(sum over i outside of S of q(||beta_i||))` with a large lambda, adds
+    the group outside of `S` with the largest norm, and drops the one in `S` with the smallest. By Theorem 1.1 the
+    minimiser is the same for every subadditive `q`, and as lambda rises to the point where all groups outside of `S`
+    vanish, the added group is the one with the largest gradient norm: by default that limit is taken.
 
     Args:
       problem: the loss.
       groups: partition of its coefficients.
-      support: mask of the groups to start from; its size is the size of all.
-      rounds: `R`, replacements.
-      penalty: `q`; any that is subadditive, and the result is the same.
-      ratio: where set, below 1: lambda as a share of that point, and the problem is really solved.
+      support: mask of the initial groups; all supports have its size.
+      rounds: `R`, the number of replacements.
+      penalty: `q`; any subadditive one gives the same result.
+      ratio: if set, below 1: lambda as a share of that point, and the problem is solved explicitly.
       tol: of each minimisation.
 
     Returns:
-      The best support met; `values` `(rounds + 1,)` has the loss of each, the first's included.
+      The best support found; `values` `(rounds + 1,)` has the loss of each, including the first.
 
     Raises:
       ValueError: if the penalty is not subadditive, the support has another shape, is empty or has all groups, or the
@@ -203,9 +203,9 @@ def brute_force(problem: Problem, groups: Groups, k: int, tol: float | None = No
 def from_group_lasso(
     problem: Problem, groups: Groups, k: int, count: int = 40, ratio: float = 1e-3, tol: float | None = 1e-4
 ) -> Selection:
-    """The `k` groups that a group LASSO path lets in first, then the loss minimised over those.
+    """The first `k` groups on a group LASSO path, with the loss then minimised over those.
 
-    Where the path jumps from fewer than `k` groups to more, those of largest norm are taken.
+    If the path jumps from fewer than `k` groups to more, those of largest norm are taken.
 
     Args:
       problem: the loss.
@@ -213,7 +213,7 @@ def from_group_lasso(
       k: how many groups.
       count: lambdas on the path.
       ratio: last to first lambda.
-      tol: of the path's solutions, as of `group_lasso.solve`.
+      tol: of the path's solutions, as for `group_lasso.solve`.
     """
     check_groups(problem, groups)
     check_k(groups, k)
@@ -263,7 +263,7 @@ def as_support(groups: Groups, chosen: Sequence[int]) -> jax.Array:
 
 
 def check_k(groups: Groups, k: int) -> None:
-    """Raise ValueError where `k` is no number of groups.
+    """Raise ValueError if `k` is not a valid number of groups.
 
     Args:
       groups: a partition of coefficients.

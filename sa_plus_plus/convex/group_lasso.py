@@ -18,12 +18,12 @@ from sa_plus_plus.convex.problems import Problem, gradient_at_zero
 
 
 class Solution(NamedTuple):
-    """What a solver found.
+    """The result of a solver.
 
     Attributes:
       coefficients: of the problem's shape; groups that are zero are exactly so.
       value: objective there, penalty included.
-      residual: how far the optimality conditions are from holding, relative to `critical_lambda`.
+      residual: violation of the optimality conditions, relative to `critical_lambda`.
       steps: taken.
       converged: whether `residual` reached the tolerance.
     """
@@ -45,7 +45,7 @@ class _State(NamedTuple):
 
 
 def critical_lambda(problem: Problem, groups: Groups) -> jax.Array:
-    """`tau = max_i ||grad L(0)_i||`: from there on up the minimiser is 0 (Theorem 1.1).
+    """`tau = max_i ||grad L(0)_i||`: from this value up the minimiser is 0 (Theorem 1.1).
 
     Args:
       problem: the loss.
@@ -55,7 +55,7 @@ def critical_lambda(problem: Problem, groups: Groups) -> jax.Array:
 
 
 def objective(problem: Problem, groups: Groups, lam: jax.Array | float, beta: jax.Array) -> jax.Array:
-    """`L(beta) + lambda sum_i ||beta_i||`; `lam` is a scalar or one value a group.
+    """`L(beta) + lambda sum_i ||beta_i||`; `lam` is a scalar or one value per group.
 
     Args:
       problem: the loss.
@@ -87,7 +87,7 @@ def kkt_residual(groups: Groups, lam: jax.Array | float, beta: jax.Array, gradie
 def duality_gap(problem: Problem, groups: Groups, lam: jax.Array | float, beta: jax.Array) -> jax.Array:
     """An upper bound on how far the objective at `beta` is above its minimum.
 
-    The dual point is the residual, scaled where there is no ridge until it is feasible.
+    The dual point is the residual; without a ridge it is scaled until it is feasible.
 
     Args:
       problem: the loss.
@@ -96,7 +96,7 @@ def duality_gap(problem: Problem, groups: Groups, lam: jax.Array | float, beta: 
       beta: coefficients, of the groups' shape.
 
     Raises:
-      ValueError: for a problem made by `problems.function`, of whose dual nothing is known.
+      ValueError: for a problem made by `problems.function`, whose dual is not known.
     """
     if problem.dual is None:
         raise ValueError("a duality gap needs a loss whose dual is known; for any other use kkt_residual")
@@ -124,14 +124,14 @@ def solve(
     Args:
       problem: the loss, coefficients of shape `S`.
       groups: partition of `S`.
-      lam: positive; a scalar, or one value a group, `(count,)`, which may then be 0 for groups not penalised.
+      lam: positive; a scalar, or one value per group, `(count,)`, which may be 0 for unpenalised groups.
       start: where to begin, of shape `S`; 0 if None.
       tol: on the largest violation of the optimality conditions, relative to `critical_lambda`. By default 1e-9 in
         float64 and 2e-5 in float32.
       max_steps: of the loop, each one gradient and a line search.
 
     Returns:
-      A `Solution`. Jits; maps over `lam`, `start` and the problem's data.
+      A `Solution`. Supports `jit`, and `vmap` over `lam`, `start` and the problem's data.
 
     Raises:
       ValueError: if `lam` is not positive and finite, or groups and problem differ in shape.
@@ -150,7 +150,7 @@ def path(
     tol: float | None = None,
     max_steps: int = 20_000,
 ) -> Solution:
-    """Solutions for many lambdas, each started from the one before, in one program.
+    """Solutions for many lambdas, each started from the previous one, in one program.
 
     Args:
       problem: the loss.
@@ -204,7 +204,7 @@ def default_tolerance(problem: Problem) -> float:
 
 
 def check_groups(problem: Problem, groups: Groups) -> None:
-    """Raise ValueError where groups are not of the problem's coefficients.
+    """Raise ValueError if groups are not those of the problem's coefficients.
 
     Args:
       problem: the loss.
@@ -218,7 +218,7 @@ def check_groups(problem: Problem, groups: Groups) -> None:
 
 
 def check_lambda(lam: jax.Array | np.ndarray | float) -> None:
-    """Raise ValueError where a lambda is not positive (some of one value a group may be 0) or not finite.
+    """Raise ValueError if a lambda is not positive (some may be 0 if given per group) or not finite.
 
     Args:
       lam: a scalar, or one value a group.

@@ -1,4 +1,4 @@
-"""Groups: a partition of the coordinates of an array, and what is computed group by group."""
+"""Groups: a partition of the coordinates of an array, and computations by group."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ class Groups:
       ids: for `partition`, the group of each coordinate, of `shape`, int32; else None.
       shape: of the coefficients.
       count: number of groups.
-      kind: how they lie: runs of equal length, blocks of a matrix, or anyhow.
-      block: of `of_blocks`.
+      kind: the layout: runs of equal length, blocks of a matrix, or arbitrary.
+      block: for `of_blocks`.
     """
 
     ids: jax.Array | None
@@ -42,7 +42,7 @@ def equal(shape: int | Sequence[int], size: int) -> Groups:
 
     Args:
       shape: of the coefficients.
-      size: rows a group.
+      size: rows per group.
 
     Raises:
       ValueError: if the first axis does not divide into runs of that length.
@@ -57,7 +57,7 @@ def equal(shape: int | Sequence[int], size: int) -> Groups:
 
 
 def of_blocks(shape: Sequence[int], block: int | Sequence[int]) -> Groups:
-    """Blocks of a matrix as `sa_plus_plus.blocks` cuts it, in row-major order; those on the far edges may be smaller.
+    """Blocks of a matrix as `sa_plus_plus.blocks` cuts it, in row-major order; blocks on the far edges may be smaller.
 
     Args:
       shape: of the matrix, as classes x features in the paper's example.

@@ -17,8 +17,8 @@ def lambert_w(x: jax.Array) -> jax.Array:
 
         w * exp(w) = x,   w >= -1
 
-    Accurate to 1e-12 in float64 on `[-0.36, inf)`; nearer to the branch point `-1/e` the function itself amplifies the
-    rounding of `x`. The derivative is `exp(-w) / (1 + w)`; everything jits, maps and differentiates to any order.
+    Accurate to 1e-12 in float64 on `[-0.36, inf)`; closer to the branch point `-1/e` the function itself amplifies the
+    rounding of `x`. The derivative is `exp(-w) / (1 + w)`; supports `jit`, `vmap` and derivatives of any order.
 
     Args:
       x: any shape, floating point.

@@ -4,9 +4,9 @@
 
 The design matrix is read once for each batch of groups that enters: their rows of the Gram matrix `X'X / n` are kept,
 `ever active x p` numbers, and everything else (gradients, objectives, duality gaps) comes from those. The matrix is
-never copied, scaled or transposed. The loop over lambdas and working sets is Python's; the pieces are compiled for
-sizes that are powers of two, so a whole path compiles a handful of programs. `group_lasso.path` is the one to `jit` or
-`vmap`.
+never copied, scaled or transposed. The loop over lambdas and working sets is in Python; the pieces are compiled for
+sizes that are powers of two, so a whole path compiles a handful of programs. To `jit` or `vmap` a path, use
+`group_lasso.path`.
 """
 
 import functools
@@ -21,9 +21,9 @@ import sa_plus_plus.convex.problems as problems
 from sa_plus_plus.convex.group_lasso import check_grid, check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, members
 
-_SWEEPS = 5_000  # at most, in one visit to a working set
-_WRITTEN_OUT = 32  # rows of a product
-_ROUNDS = 60  # visits at most for one lambda
+_SWEEPS = 5_000  # limit on sweeps in one visit to a working set
+_WRITTEN_OUT = 32  # limit on rows of a product that is written out
+_ROUNDS = 60  # limit on visits for one lambda
 
 
 class Path(NamedTuple):
@@ -33,7 +33,7 @@ class Path(NamedTuple):
       lams: `(k,)`.
       coefficients: `(k, *shape)`.
       values: objectives, `(k,)`.
-      gaps: duality gaps: how far each value is from the minimum at most, `(k,)`.
+      gaps: duality gaps: upper bounds of each value's distance from the minimum, `(k,)`.
       active: number of non-zero groups, `(k,)`.
       screened: groups that were proved to be zero before the solver began, `(k,)`.
       converged: whether the gap reached the tolerance, `(k,)`.
@@ -49,7 +49,7 @@ class Path(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Coefficients and gradient by group, `(groups, size, responses)`, and what is known at one lambda."""
+    """Coefficients and gradient by group, `(groups, size, responses)`, and derived values at one lambda."""
 
     beta: jax.Array
     slope: jax.Array  # X'(Y - X beta) / n, minus the gradient
@@ -60,7 +60,7 @@ class _State(NamedTuple):
 
 
 class _Gram(NamedTuple):
-    """Rows of the Gram matrix of the groups met so far."""
+    """Rows of the Gram matrix for the groups that have entered so far."""
 
     rows: jax.Array  # (capacity * size, groups * size)
     slot: np.ndarray  # (groups,): which rows are a group's, -1 for none
@@ -134,7 +134,7 @@ def solve(
         radius = np.sqrt(2 * max(float(state.gap), 0) * bound)
         safe_zero = (scale * lengths + radius < lam * (1 - 1e-9)) & ~alive
         work = alive | ((lengths >= 2 * lam - before) & (lengths > 0) & ~safe_zero)
-        eps = min(3 * eps, 0.3 * np.sqrt(target))  # the descent's own stop: about what was enough the last time
+        eps = min(3 * eps, 0.3 * np.sqrt(target))  # the tolerance of the descent: about what was enough the last time
         for _ in range(_ROUNDS):
             if float(state.gap) <= target or not work.any():
                 break
@@ -181,7 +181,7 @@ def _with_rows(
     inside: jax.Array,
     natural: bool,
 ) -> _Gram:
-    """The Gram matrix with rows for all groups of the working set, and for likely ones to fill up the batch."""
+    """The Gram matrix with rows for all groups of the working set, and for likely candidates to fill the batch."""
     missing = np.flatnonzero(work & (gram.slot < 0))
     if not missing.size:
         return gram
@@ -201,7 +201,7 @@ def _with_rows(
 
 
 def _restricted(gram: _Gram, work: np.ndarray, size: int, before: _Small) -> _Small:
-    """The Gram matrix of a working set, gathered anew only where the set has changed."""
+    """The Gram matrix of a working set, gathered again only if the set has changed."""
     chosen = np.flatnonzero(work)
     padded = np.full(min(_power_of_two(chosen.size), len(work)), -1)
     padded[: chosen.size] = chosen
@@ -349,8 +349,8 @@ def _visit(
 def _product(rows: jax.Array, move: jax.Array) -> jax.Array:
     """`rows' move` of `(size, wide)` and `(size, responses)`.
 
-    Written out term by term where there are few: XLA fuses that into one pass, ten times as fast on a CPU as a dot or a
-    sum over so short an axis.
+    Written out term by term if there are few: XLA fuses that into one pass, ten times as fast on a CPU as a dot or a
+    sum over an axis this short.
     """
     if rows.shape[0] > _WRITTEN_OUT:
         return jnp.tensordot(rows, move, (0, 0))

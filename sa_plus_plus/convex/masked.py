@@ -1,7 +1,7 @@
 """Differentiable pruning as regularisation: the masked problems of Hoff and of Lemmas 2.1 to 2.3.
 
-Each minimises `L(effective(w, beta)) + lambda cost(w, beta)` over a mask `w` (one number a group) and coefficients
-`beta`, and its minimum is that of `L(u) + lambda factor sum_i q(||u_i||)`.
+Each minimises `L(effective(w, beta)) + lambda cost(w, beta)` over a mask `w` (one number per group) and coefficients
+`beta`, and its minimum equals that of `L(u) + lambda factor sum_i q(||u_i||)`.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ from sa_plus_plus.convex.problems import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A masked problem and the regularised one that it equals.
+    """A masked problem and the equivalent regularised problem.
 
     Attributes:
-      name: which.
+      name: of the problem.
       mask: `(groups, w, beta) -> (count,)`: what each group of `beta` is multiplied by.
       cost: `(w, beta) -> scalar`.
       penalty: `q` of the regularised problem.
-      factor: that `q` is multiplied by.
+      factor: of `q`.
       best_mask: `||u_i|| -> w_i` of the minimiser; then `beta_i = u_i / multiplier(w_i)`.
-      multiplier: `w -> what u_i is of beta_i` at the minimiser.
-      smooth_mask: `v -> w` through which `w` is descended on, with `cost` smooth in `v`.
+      multiplier: `w -> factor from beta_i to u_i` at the minimiser.
+      smooth_mask: the parametrisation `v -> w` used for descent, with `cost` smooth in `v`.
       smooth_inverse: `w -> v`.
     """
 
@@ -55,7 +55,7 @@ class Form:
 
 
 class Masked(NamedTuple):
-    """What was found.
+    """The result of a solver.
 
     Attributes:
       w: mask variables, `(count,)`; as they were given for `own_norm`, which has none.
@@ -106,7 +106,7 @@ def exponential() -> Form:
 def l1() -> Form:
     """`L({w_i beta_i}) + lambda (||w||_1 + ||beta||^2)` has `(3/2) 2^{1/3} ||u_i||^{2/3}` (Lemma 2.2).
 
-    The minimum does not change where `w` is kept from being negative (turn `beta_i` instead), and `w = v^2` makes the
+    Restricting `w` to nonnegative values does not change the minimum (flip `beta_i` instead), and `w = v^2` makes the
     cost smooth.
     """
     return Form(
@@ -162,7 +162,7 @@ def objective(
 
 
 def split(form: Form, groups: Groups, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The `(w, beta)` of least cost with `effective(w, beta) = u`: how minimisers of the two problems map.
+    """The `(w, beta)` of lowest cost with `effective(w, beta) = u`: the map between minimisers of the two problems.
 
     Args:
       form: which masked problem.

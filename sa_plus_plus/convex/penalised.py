@@ -25,10 +25,10 @@ Form = Literal["sum", "composite"]
 
 
 class OneGroup(NamedTuple):
-    """What Theorem 1.1 says of objective (1).
+    """The conclusion of Theorem 1.1 for objective (1).
 
     Attributes:
-      solution: of the group LASSO, its value that of objective (1).
+      solution: of the group LASSO, with the value of objective (1).
       active: number of non-zero groups.
       applies: whether the solver converged to at most one group, within the range where `q` increases: then the
         solution is the unique minimiser of objective (1) as well, where it is that of the group LASSO.
@@ -82,8 +82,8 @@ def solve(
 ) -> Solution:
     """A local minimiser: proximal descent, then L-BFGS on the groups that are left.
 
-    `sum` takes steps on all groups at once. `composite` goes from group to group: with the others fixed, the
-    regulariser is a function of one norm, whose proximal operator is found by a search over its whole range. Neither
+    `sum` updates all groups at once. `composite` goes from group to group: with the others fixed, the regulariser is a
+    function of one norm, whose proximal operator is found by a search over its whole range. Neither
     problem is convex: start from several places (`vmap` over `start`).
 
     Args:
@@ -124,10 +124,10 @@ def one_group(
       groups: partition of its coefficients.
       penalty: `q`, subadditive and increasing.
       lam: positive scalar, close enough below `group_lasso.critical_lambda`, or above.
-      tol: as of `group_lasso.solve`.
+      tol: as for `group_lasso.solve`.
 
     Returns:
-      `OneGroup`; look at `applies`.
+      A `OneGroup`; check `applies`.
 
     Raises:
       ValueError: if the penalty is not subadditive.
@@ -219,7 +219,7 @@ def polish(
 
 
 def _regulariser_of(penalty: Penalty, form: Form, lengths: jax.Array, alive: jax.Array) -> jax.Array:
-    """The regulariser with a gradient that is finite where a group is zero and where all are."""
+    """The regulariser with a finite gradient if one group or all groups are zero."""
     total = jnp.sum(jnp.where(alive, penalty.value(jnp.where(alive, lengths, 1)), 0))
     if form == "sum":
         return total

@@ -1,7 +1,7 @@
 """Penalties of a group's norm: value, inverse, derivative and proximal operator of each.
 
 A penalty is a function `q` on `[0, inf)` with `q(0) = 0`; the regulariser is `sum_i q(||beta_i||)` or, as in the
-paper's objective (1), `q^{-1}(sum_i q(||beta_i||))`. Everything is elementwise, jits and maps.
+paper's objective (1), `q^{-1}(sum_i q(||beta_i||))`. Everything is elementwise and supports `jit` and `vmap`.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ class Penalty:
     """A penalty `q` of a norm `x >= 0`.
 
     Attributes:
-      name: with its parameters; two penalties of one name are the same function.
+      name: with its parameters; penalties with the same name are the same function.
       value: `q(x)`.
       derivative: `q'(x)`, at 0 the limit from the right (which may be infinite).
-      inverse: `q^{-1}(s)`; infinite where `s` is not below `ceiling`, the supremum of `q`.
+      inverse: `q^{-1}(s)`; infinite if `s` is not below `ceiling`, the supremum of `q`.
       shrink: `(v, t) -> argmin_{x >= 0} (x - v)^2 / 2 + t q(x)` for `v, t >= 0` of one shape; the least of several.
       increasing_to: `q` is strictly increasing on `[0, increasing_to]`, which is everywhere for most.
       ceiling: supremum of `q`.
@@ -47,7 +47,7 @@ class Penalty:
     def __hash__(self) -> int:
         return hash(self.name)
 
-    def __eq__(self, other: object) -> bool:  # by name: a penalty made twice compiles once
+    def __eq__(self, other: object) -> bool:  # by name: equal penalties compile once
         return isinstance(other, Penalty) and self.name == other.name
 
 
@@ -56,13 +56,13 @@ def prox(penalty: Penalty, groups: Groups, x: jax.Array, t: jax.Array | float) -
 
         argmin_u ||u - x||^2 / 2 + t sum_i q(||u_i||)
 
-    Each group keeps its direction, its norm is shrunk.
+    Each group keeps its direction; its norm is shrunk.
 
     Args:
       penalty: the penalty.
       groups: of `x`.
       x: of the groups' shape.
-      t: step, a scalar or one value a group.
+      t: step, a scalar or one value per group.
     """
     length = norms(groups, x)
     to = penalty.shrink(length, jnp.broadcast_to(jnp.asarray(t, x.dtype), length.shape))
@@ -154,12 +154,12 @@ def log(eps: float = 1.0) -> Penalty:
 
 
 def lambert() -> Penalty:
-    """The penalty that exponential masks amount to (Lemma 2.1).
+    """The penalty equivalent to exponential masks (Lemma 2.1).
 
         q(a) = W(2 a^2)^2 / 4 + W(2 a^2) / 2,   q'(a) = W(2 a^2) / a
 
-    It is increasing but *not* subadditive, and concave only above `sqrt(e/2) = 1.166`: near 0 it is `a^2`, as a
-    ridge is.
+    It is increasing but *not* subadditive, and concave only above `sqrt(e/2) = 1.166`: near 0 it is `a^2`, like a
+    ridge.
     """
 
     def value(x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Convex problems: a differentiable loss of one array of coefficients, with what is known of its dual.
+"""Convex problems: a differentiable loss of one array of coefficients, with its dual if known.
 
-A problem is a pytree of its data, so it passes through `jit` as an argument (the design matrix is not copied into the
-program) and its `y` or ridge may be mapped over.
+A problem is a pytree of its data, so it can be an argument of a jitted function (the design matrix is not copied into
+the program), and its `y` or ridge can be vmapped.
 """
 
 import math
@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     Attributes:
       value: `L(beta)`, a `jax.tree_util.Partial` over the data.
       origin: zeros of the coefficients' shape and type.
-      dual: what a duality gap takes, where the loss is a known one.
+      dual: the data for a duality gap, if the loss is a known one.
     """
 
     value: Partial
@@ -29,7 +29,7 @@ class Problem(NamedTuple):
 
 
 class Dual(NamedTuple):
-    """What a duality gap takes, for a loss `f(X beta) + ridge / 2 ||beta||^2`.
+    """The data for a duality gap of a loss `f(X beta) + ridge / 2 ||beta||^2`.
 
     Attributes:
       predict: `beta -> X beta`.
@@ -52,7 +52,7 @@ def function(value: Callable[..., jax.Array], shape: int | Sequence[int], *data:
     Args:
       value: `(*data, beta) -> L(beta)`, a scalar.
       shape: of the coefficients.
-      *data: arrays that `value` takes first. What stands in a closure instead becomes part of the compiled program.
+      *data: first arguments of `value`. Arrays in a closure would become constants of the compiled program.
       dtype: of the coefficients; JAX's default floating type if None.
 
     Raises:
@@ -95,7 +95,7 @@ def logistic(x: jax.Array, y: jax.Array, ridge: float = 0.0) -> Problem:
       ridge: not negative.
 
     Raises:
-      ValueError: as of `least_squares`, and where `y` has other values.
+      ValueError: as for `least_squares`, or if `y` has other values.
     """
     x = jnp.asarray(x)
     y = jnp.asarray(y).astype(x.dtype)
@@ -118,7 +118,7 @@ def multinomial(x: jax.Array, labels: jax.Array, classes: int, ridge: float = 0.
       ridge: not negative.
 
     Raises:
-      ValueError: as of `least_squares`, and where a label is no class.
+      ValueError: as for `least_squares`, or if a label is not a class.
     """
     x, labels = jnp.asarray(x), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):

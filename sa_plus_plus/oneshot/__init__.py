@@ -1,4 +1,4 @@
-"""Pruning of a trained network by blocks without training, from some examples of its inputs."""
+"""Block pruning of a trained network without training, from a few example inputs."""
 
 from sa_plus_plus.oneshot.budgets import Budget, budget, milliseconds
 from sa_plus_plus.oneshot.prune import OneShot, one_shot, refit

@@ -1,4 +1,4 @@
-"""ALPS: which blocks stay by ADMM with an exact choice of the largest blocks, then conjugate gradients on them.
+"""ALPS: choose blocks by ADMM with an exact projection onto the largest blocks, then refit by conjugate gradients.
 
 Meng et al., NeurIPS 2024: ALPS, improved optimisation for highly sparse one-shot pruning; here with blocks.
 """
@@ -15,10 +15,10 @@ from sa_plus_plus import select
 from sa_plus_plus.oneshot.layers import Problem, Solved, magnitude, top
 
 FIRST_PENALTY = 0.1  # relative to a Hessian with ones on its diagonal
-CHECK_EVERY = 3  # iterations between two looks at how much the choice still changes
-MOST_LOOKS = 200  # by when the penalty exceeds all else; some tens are usual
-LARGE, LARGE_GROWTH = 1.5e11, 1.3  # operations of a factorisation and a solution, beyond which the penalty grows faster
-ROUNDS = 100  # most iterations of conjugate gradients
+CHECK_EVERY = 3  # iterations between checks of how much the choice still changes
+MOST_LOOKS = 200  # by then the penalty dominates; a few tens are usual
+LARGE, LARGE_GROWTH = 1.5e11, 1.3  # above this many operations per solve, the penalty grows faster
+ROUNDS = 100  # limit on iterations of conjugate gradients
 TOLERANCE = 1e-5  # relative residual of each column
 
 
@@ -29,8 +29,8 @@ def alps(problem: Problem, kept: int) -> Solved:
 
         V = (H + ρI)^-1 (H W - U + ρD);  D = the largest blocks of V + U / ρ;  U += ρ (V - D)
 
-    `H` is scaled to ones on its diagonal, and `ρ` grows until the choice stands still. Weights are then solved for, for
-    this choice and for the largest blocks, and the better of both is returned.
+    `H` is scaled to ones on its diagonal, and `ρ` grows until the choice no longer changes. The weights are then solved
+    for with this choice and with the largest blocks, and the better result is returned.
     """
     candidates = [_admm(problem, kept), top(magnitude(problem), kept)]
     if (candidates[0] == candidates[1]).all():

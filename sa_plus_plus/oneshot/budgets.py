@@ -1,4 +1,4 @@
-"""A sparsity for each layer: the least loss under a budget of weights, multiplications or measured time."""
+"""A sparsity for each layer: the lowest loss under a budget of weights, multiply-adds or measured time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ from sa_plus_plus.sparse.tracing import trace_kernels
 
 
 class Uniform(NamedTuple):
-    """All layers at one sparsity, the least that a budget allows.
+    """All layers at one sparsity, the lowest that a budget allows.
 
     Attributes:
-      sparsity: of every layer; NaN where none of those measured is within the budget.
+      sparsity: of every layer; NaN if none of the measured ones is within the budget.
       cost: of all layers.
       loss: predicted.
     """
@@ -37,9 +37,9 @@ class Budget(NamedTuple):
     Attributes:
       sparsities: by path.
       cost: of all layers together, in the unit of the costs given.
-      limit: what it was not to exceed.
-      dense: what they cost without pruning.
-      loss: predicted: that of the trained network and the increases of all layers.
+      limit: the upper limit of the cost.
+      dense: the cost without pruning.
+      loss: predicted: that of the trained network plus the increases of all layers.
       uniform: the control.
     """
 
@@ -76,13 +76,13 @@ def budget(
     limit: float | None = None,
     between: int = 4,
 ) -> Budget:
-    """A sparsity for each layer: the least predicted loss under a limit to what all layers cost together.
+    """A sparsity for each layer: the lowest predicted loss under a limit on the total cost of all layers.
 
         min Σ_l L(l, s_l)   subject to   Σ_l c(l, s_l) <= limit
 
-    The increases of the layers' losses are taken to add up, and losses and costs to be linear between two sparsities
-    that were measured. This is a knapsack problem with a choice for each layer,
-    solved exactly by integer programming (HiGHS, through SciPy).
+    The loss increases of the layers are assumed to add up, and losses and costs to be linear between measured
+    sparsities. This is a knapsack problem with a choice for each layer, solved exactly by integer programming (HiGHS,
+    through SciPy).
 
     Args:
       sensitivity: of the network.
@@ -90,11 +90,11 @@ def budget(
         `sensitivity.multiply_adds()`; `milliseconds(...)`; or any other.
       share: of the cost without pruning, in (0, 1].
       limit: instead, in the unit of the costs.
-      between: how many sparsities between two that were measured may be chosen too.
+      between: number of additional candidate sparsities between two measured ones.
 
     Raises:
       ValueError: for a negative `between`, neither or both of `share` and `limit`, costs that do not fit, or a limit
-        below what the layers cost at the highest sparsities.
+        below the cost of the layers at the highest sparsities.
     """
     table = _checked_costs(sensitivity, sensitivity.weights() if costs is None else costs)
     dense = float(sum(each[0] for each in table.values()))
@@ -133,7 +133,7 @@ def budget(
 
 
 def _finer(values: np.ndarray, between: int) -> np.ndarray:
-    """The same with values between each two, on a straight line."""
+    """The same with linearly interpolated values between each two."""
     part = np.arange(between + 1) / (between + 1)
     steps = values[:-1, None] * (1 - part) + values[1:, None] * part
     steps[:, 0] = values[:-1]  # though the next is NaN
@@ -153,7 +153,7 @@ def _checked_costs(sensitivity: Sensitivity, costs: Mapping[str, Any]) -> Costs:
 
 
 def _solved(losses: Sequence[np.ndarray], costs: Sequence[np.ndarray], limit: float) -> list[int]:
-    """One choice of each list: the least sum of losses whose sum of costs is within the limit."""
+    """One choice from each list: the lowest sum of losses with the sum of costs within the limit."""
     from scipy import optimize, sparse  # noqa: PLC0415 - what jax brings along; a second to import
 
     possible = [np.flatnonzero(np.isfinite(each)) for each in losses]
@@ -181,16 +181,16 @@ def _solved(losses: Sequence[np.ndarray], costs: Sequence[np.ndarray], limit: fl
 def milliseconds(
     fn: Callable[..., Any], params: Any, sensitivity: Sensitivity, *examples: Any, **options: Any
 ) -> Costs:
-    """How long each layer takes on this machine at each sparsity of a sensitivity, as `specialize` measures it.
+    """Time of each layer on this machine at each sparsity of a sensitivity, measured by `specialize`.
 
-    At each sparsity the blocks of the largest norm are kept in all layers, and the network is specialised: which blocks
-    they are makes no difference to the time. A layer's time is that of the form that is chosen for it.
+    At each sparsity the blocks of largest norm are kept in all layers, and the network is specialised; the time does
+    not depend on which blocks are kept. A layer's time is that of the form chosen for it.
 
     Args:
       fn: `fn(params, *inputs)`.
       params: its parameters.
       sensitivity: of the network.
-      examples: inputs, or their shapes and dtypes, as it is to serve.
+      examples: inputs as in deployment, or their shapes and dtypes.
       **options: of `specialize`, such as `precision`.
 
     Returns:

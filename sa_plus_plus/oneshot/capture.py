@@ -1,6 +1,6 @@
-"""Layer by layer through a network: what each matrix is multiplied with, once those before it are pruned.
+"""Layer by layer through a network: the inputs of each matrix, once the matrices before it are pruned.
 
-The activations between two layers are held for all calibration batches, and one `X^T X` at a time.
+Memory holds the activations between two layers for all calibration batches, and one `X^T X` at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ Values = dict[Variable, Any]
 
 
 def visit_layers(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], plan: Plan, visit: Visit) -> Any:
-    """Replace each pruned matrix, in the order in which the network uses them, each seeing those replaced before it.
+    """Replace each pruned matrix, in the order in which the network uses them, given all earlier replacements.
 
     Args:
       fn: `fn(params, *inputs)`, jittable.
@@ -39,7 +39,7 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Iterable[Any]
 
     Raises:
       ValueError: for calibration data that are empty, of several shapes or not finite; a leaf that is not finite, not
-        reached, or read in a way that no product goes with; or inputs of a layer that are not finite, or all zero.
+        reached, or not used as the kernel of a product; or inputs of a layer that are not finite, or all zero.
     """
     batches = [b if isinstance(b, tuple) else (b,) for b in calibration]
     if not batches:

@@ -1,4 +1,4 @@
-"""One layer's problem: which blocks of a matrix to remove, and what the rest become: outputs are to change least."""
+"""One layer's problem: which blocks of a matrix to remove, and the new values of the rest, to change outputs least."""
 
 import contextlib
 import math
@@ -11,15 +11,15 @@ from sa_plus_plus import blocks as blk
 
 
 class Problem(NamedTuple):
-    """Minimise `tr((V - W)^T H (V - W))` over `V` that is zero but in the blocks kept, `H = X^T X + damping I`.
+    """Minimise `tr((V - W)^T H (V - W))` over `V` that is zero outside the kept blocks, `H = X^T X + damping I`.
 
-    Both sides are whole numbers of blocks: `padded` completes them with inputs and outputs that are not there.
+    Both sides are whole numbers of blocks: `padded` pads them with dummy inputs and outputs.
 
     Attributes:
       hessian: `H`, `(K, K)` float64.
       weights: `W`, `(K, N)` float64.
       block: `(b_r, b_c)`.
-      damping: what is added to the diagonal.
+      damping: the number added to the diagonal.
     """
 
     hessian: np.ndarray
@@ -33,7 +33,7 @@ class Problem(NamedTuple):
         return blk.grid_shape(self.weights.shape, self.block)
 
     def spread(self, mask: np.ndarray) -> np.ndarray:
-        """A number for each block repeated over it, `(K, N)`."""
+        """Each block's number repeated over the block, `(K, N)`."""
         return mask.repeat(self.block[0], 0).repeat(self.block[1], 1)
 
     def norms(self, matrix: np.ndarray) -> np.ndarray:
@@ -47,11 +47,11 @@ class Problem(NamedTuple):
 
 
 Solved = tuple[np.ndarray, np.ndarray]  # a layer's mask and weights
-Choose = Callable[[int], Solved]  # by the number of blocks that stay
+Choose = Callable[[int], Solved]  # takes the number of kept blocks
 
 
 def top(scores: np.ndarray, kept: int) -> np.ndarray:
-    """Mask of the blocks of the highest scores; of equal ones the lower (row-major) index wins."""
+    """Mask of the highest-scoring blocks; among equal scores the lower (row-major) index wins."""
     mask = np.zeros(scores.size, bool)
     mask[np.argsort(-scores.ravel(), kind="stable")[:kept]] = True
     return mask.reshape(scores.shape)
@@ -93,7 +93,7 @@ def _check_invertible(hessian: np.ndarray, path: str, damping: float) -> None:
 
 
 def refitted(problem: Problem, mask: np.ndarray) -> np.ndarray:
-    """The best weights in the blocks kept: for each column of blocks, `H_SS V_S = (H W)_S` over its kept rows `S`.
+    """The best weights in the kept blocks: for each column of blocks, `H_SS V_S = (H W)_S` over its kept rows `S`.
 
     Args:
       problem: of the layer.

@@ -1,8 +1,8 @@
-"""Optimal Brain Surgeon with blocks: remove the block that costs least, adjust the weights that stay, and so on.
+"""Optimal Brain Surgeon with blocks: remove the cheapest block, adjust the remaining weights, and repeat.
 
 Removing block `B` of a column of blocks costs `tr(W_B^T [G_BB]^-1 W_B) / 2`, where `G` is the inverse of `H` on the
-rows that the column still has, and the closed form `W -= G_:B [G_BB]^-1 W_B` adjusts them (Hassibi and Stork, 1993).
-Removing blocks one by one is a Cholesky factorisation of `H^-1` with pivots by cost.
+remaining rows of the column, and the closed form `W -= G_:B [G_BB]^-1 W_B` adjusts them (Hassibi and Stork, 1993).
+Removing blocks one by one is a Cholesky factorisation of `H^-1` pivoted by cost.
 """
 
 import functools
@@ -12,17 +12,17 @@ import numpy as np
 
 from sa_plus_plus.oneshot.layers import Choose, Problem, Solved, pieces, refitted
 
-MOST_ROUNDS = 64  # in which a column's costs are computed anew
-MOST_OPERATIONS = 4e11  # for orders by column; beyond, the rows have one order for all columns
+MOST_ROUNDS = 64  # limit on how often the costs of a column are recomputed
+MOST_OPERATIONS = 4e11  # limit for a separate order per column; above it, one pass over the rows
 
 
 def obs(problem: Problem) -> Choose:
-    """Mask and weights by Optimal Brain Surgeon, for any number of blocks that stay.
+    """Mask and weights by Optimal Brain Surgeon, for any number of kept blocks.
 
     Each column of blocks has its own order of removal, and the blocks of all columns are removed in the order of their
-    costs (Frantar and Alistarh, 2022: Optimal Brain Compression). Where that takes too long, rows of blocks are passed
-    once, from the first to the last, as in SparseGPT (the same, 2023). Either way the weights that stay are the
-    least-squares optimal ones at the end.
+    costs (Frantar and Alistarh, 2022: Optimal Brain Compression). If that takes too long, one pass goes through the
+    rows of blocks, as in SparseGPT (the same, 2023). Either way the remaining weights are least-squares optimal at the
+    end.
     """
     inverse = np.linalg.inv(problem.hessian)
     inverse = (inverse + inverse.T) / 2
@@ -37,7 +37,7 @@ def obs(problem: Problem) -> Choose:
 
 
 def by_columns(problem: Problem, inverse: np.ndarray) -> Callable[[int], np.ndarray]:
-    """Masks by an order of removal for each column of blocks."""
+    """Masks from a separate order of removal for each column of blocks."""
     (grid_r, grid_c), (b_r, b_c) = problem.grid, problem.block
     orders, costs = np.empty((grid_c, grid_r), int), np.empty((grid_c, grid_r))
     for j in range(grid_c):
@@ -58,7 +58,7 @@ def by_columns(problem: Problem, inverse: np.ndarray) -> Callable[[int], np.ndar
 def removed(
     inverse: np.ndarray, weights: np.ndarray, side: int, count: int, at_once: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Remove blocks of one column of blocks, each time those that cost least.
+    """Remove blocks of one column of blocks, always the cheapest ones.
 
     Args:
       inverse: `H^-1`, `(K, K)`.
@@ -68,7 +68,7 @@ def removed(
       at_once: how many between two rankings.
 
     Returns:
-      The blocks in the order of removal, what each cost, and the weights then.
+      The blocks in the order of removal, the cost of each, and the resulting weights.
     """
     size, grid = len(inverse), len(inverse) // side
     weights, live = weights.copy(), np.ones(grid, bool)
@@ -102,7 +102,7 @@ def by_rows(problem: Problem, inverse: np.ndarray, kept: int) -> np.ndarray:
     """Mask by one pass over the rows of blocks.
 
     With `H^-1 = U^T U`, `U` upper triangular, the inverse of `H` on the rows from `t` on is `U_t^T U_t` of the rows of
-    `U` from `t` on. Before each group of rows all blocks to come are ranked.
+    `U` from `t` on. Before each group of rows all remaining blocks are ranked.
     """
     (grid_r, grid_c), side = problem.grid, problem.block[0]
     upper, weights = np.linalg.cholesky(inverse).T, problem.weights.copy()

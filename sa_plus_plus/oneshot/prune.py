@@ -1,4 +1,4 @@
-"""Prune a trained network without training, and refit one that is pruned."""
+"""Pruning of a trained network without training, and refitting of a pruned one."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,12 +22,12 @@ DAMPING = 0.01
 
 
 class LayerReport(NamedTuple):
-    """What became of one leaf.
+    """The outcome for one leaf.
 
     Attributes:
-      plan: what was to be pruned.
-      kept: number of blocks that stay.
-      error: `‖X V - X W‖ / ‖X W‖`: how far its outputs on the calibration data are from those of its trained weights.
+      plan: the plan of the leaf.
+      kept: number of kept blocks.
+      error: `‖X V - X W‖ / ‖X W‖`: deviation of its outputs on the calibration data from those of its trained weights.
       rows: of `X`, over all batches and uses, of its first matrix.
     """
 
@@ -41,10 +41,10 @@ class OneShot(NamedTuple):
     """A network pruned without training; `print` shows its layers.
 
     Attributes:
-      params: the pruned parameters, of the tree and types given.
+      params: the pruned parameters, with the given structure and dtypes.
       masks: boolean `(*stack, grid_r, grid_c)` by path, true where a block stays.
-      plan: what was pruned, for `export` and `check_pruned`.
-      layers: what became of each leaf.
+      plan: the plan, for `export` and `check_pruned`.
+      layers: the outcome for each leaf.
     """
 
     params: Any
@@ -77,28 +77,28 @@ def one_shot(
     damping: float = DAMPING,
     **options: Unpack[PlanOptions],
 ) -> OneShot:
-    """Prune a trained network by blocks without training: each layer's outputs on calibration data change least.
+    """Prune a trained network by blocks without training, changing each layer's outputs on calibration data least.
 
     Layer by layer, in the order in which the network uses them, blocks of `W` are removed so that
 
         ‖X V - X W‖² + damping · mean(diag X^T X) · ‖V - W‖²
 
-    is small, `X` what the layer is multiplied with once the layers before it are pruned. Kernels are found by tracing,
-    wherever `fn` multiplies by a leaf or convolves with it, transposed or reshaped, in several places or in a `scan`
-    of up to 128 steps. Biases and all else stay as they are.
+    is small, where `X` is the layer's input once the layers before it are pruned. Kernels are found by tracing,
+    wherever `fn` multiplies by a leaf or convolves with it, even if it is transposed or reshaped, used in several
+    places or in a `scan` of up to 128 steps. Biases and all other leaves stay as they are.
 
     Args:
       fn: `fn(params, *inputs)`, jittable, dropout off and averages running.
       params: its trained parameters.
-      calibration: some batches of typical inputs, each an array or a tuple of arguments, all of one shape; some
-        hundred examples. Activations between two layers are held for all of them.
+      calibration: batches of typical inputs, each an array or a tuple of arguments, all of one shape; a few hundred
+        examples. Memory holds the activations between two layers for all of them.
       block: `(b_r, b_c)`, as `plan` takes it.
       sparsity: share of the blocks removed, in [0, 1).
-      method: which blocks stay and with what weights: `"magnitude"`, the largest, as they are; `"wanda"`, those with
-        the largest norm of `|W_ij| ‖X_i‖`, as they are; `"obs"`, Optimal Brain Surgeon, and `"alps"`, ADMM: those that
-        change the outputs least, with the weights that stay adjusted.
-      refit: for `"magnitude"` and `"wanda"`: adjust the weights that stay as `refit` does.
-      damping: what is added to the diagonal of `X^T X`, as a multiple of its mean.
+      method: which blocks stay: `"magnitude"`, the largest; `"wanda"`, those with the largest norm of `|W_ij| ‖X_i‖`;
+        `"obs"` (Optimal Brain Surgeon) and `"alps"` (ADMM), those that change the outputs least. The last two also
+        adjust the remaining weights.
+      refit: for `"magnitude"` and `"wanda"`: adjust the remaining weights as `refit` does.
+      damping: added to the diagonal of `X^T X`, as a multiple of its mean.
       **options: as `plan` takes them: `min_blocks`, `where`, `overrides`, `views`.
 
     Returns:
@@ -107,7 +107,7 @@ def one_shot(
     Raises:
       ValueError: as `plan` does; for an unknown method or a bad damping; for calibration data that are empty, not
         finite or of several shapes; for too few of them without damping; for weights or inputs of a layer that are not
-        finite, and for a layer that is never reached, or reads its leaf in a way that no product goes with.
+        finite, and for a layer that is never reached, or does not use its leaf as the kernel of a product.
     """
     solve = solver(method, refit)
     plan = planning.plan(params, block=block, sparsity=sparsity, **options)
@@ -143,7 +143,7 @@ def problem_of(use: Use, gram: np.ndarray, matrix: np.ndarray, damping: float) -
     """The problem of one matrix, which `solver` solves.
 
     Args:
-      use: what `visit_layers` gives, as the next two.
+      use: from `visit_layers`, like the next two arguments.
       gram: `X^T X`, float64.
       matrix: inputs as rows, float64.
       damping: as `one_shot` takes it.
@@ -163,7 +163,7 @@ def changes(gram: np.ndarray, weights: np.ndarray, trained: np.ndarray) -> np.nd
 
 
 def relative(squares: np.ndarray) -> float:
-    """`‖X V - X W‖ / ‖X W‖` from sums of `changes`; 0 of weights that are all zero."""
+    """`‖X V - X W‖ / ‖X W‖` from sums of `changes`; 0 for weights that are all zero."""
     change, size = np.maximum(squares, 0)
     return float(np.sqrt(change / size)) if size else 0.0
 
@@ -177,11 +177,11 @@ def refit(
     *,
     damping: float = DAMPING,
 ) -> OneShot:
-    """The least-squares optimal weights of each layer for given masks: `one_shot` with the choice made already.
+    """The least-squares optimal weights of each layer for given masks: `one_shot` with fixed blocks.
 
     Args:
       fn: `fn(params, *inputs)`.
-      params: the trained parameters, before they were pruned: their outputs are what is fitted.
+      params: the trained parameters before pruning; their outputs are the target of the fit.
       calibration: as `one_shot` takes it.
       masks: by path, boolean `(*stack, grid_r, grid_c)`, such as `prune.masks` of an algorithm.
       plan: `sp.plan(params)`, which has the blocks.

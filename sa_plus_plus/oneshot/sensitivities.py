@@ -1,4 +1,4 @@
-"""What it costs to prune one layer of a trained network alone: the loss against the layer's sparsity."""
+"""The effect of pruning one layer of a trained network alone: the loss against the layer's sparsity."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -52,10 +52,10 @@ class Sensitivity(NamedTuple):
         return np.array([select.kept_blocks(each, s) / each for s in self.sparsities])
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the increase of the loss against sparsity, a line for each layer. Needs matplotlib.
+        """Plot the increase of the loss against sparsity, one line per layer. Needs matplotlib.
 
         Args:
-          ax: matplotlib axes to draw on; a new figure's by default.
+          ax: matplotlib axes to draw on; by default those of a new figure.
 
         Returns:
           The axes.
@@ -102,7 +102,7 @@ def sensitivity(
 
         L(l, s) = mean over data of loss(outputs, targets), layer l at sparsity s
 
-    `budget` makes a sparsity for each layer of it.
+    `budget` turns the result into a sparsity for each layer.
 
     Args:
       fn: `fn(params, *inputs)`, jittable, dropout off and averages running.
@@ -113,8 +113,8 @@ def sensitivity(
       block: `(b_r, b_c)`, as `plan` takes it.
       sparsities: each in (0, 1); 0 is added.
       method: as `one_shot` takes it, likewise `refit` and `damping`.
-      calibration: batches of inputs that blocks are chosen and weights adjusted on; those of `data` by default, on
-        which the loss then rises less than on others.
+      calibration: batches of inputs for choosing blocks and adjusting weights; by default those of `data`, on which
+        the loss then rises less than on other data.
       **options: as `plan` takes them; sparsities of `overrides` have no effect.
 
     Raises:
@@ -172,7 +172,7 @@ def _without_sparsity(options: Any) -> Any:
 
 
 def _with(params: Any, plan: Plan, path: str, flat: np.ndarray) -> Any:
-    """The parameters with one leaf replaced, of which the matrices are given one after another."""
+    """The parameters with one leaf replaced, given as a sequence of its matrices."""
     layer = plan.pruned[path]
     matrices = flat.reshape(*layer.stack, *blk.matrix_shape(layer.shape, layer.view))
 

@@ -1,4 +1,4 @@
-"""Which steps of a traced network multiply by which matrix of a pruned leaf."""
+"""The steps of a traced network that multiply by each matrix of a pruned leaf."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class Use(NamedTuple):
       stack: which of the leaf's matrices, in row-major order.
       inputs: `(K,)` for each row of the traced kernel, its row in the matrix; its column if `transposed`.
       outputs: `(N,)` likewise for columns.
-      transposed: whether the matrix's columns are what is contracted.
+      transposed: whether the matrix's columns are contracted.
       window: the layer as a convolution.
     """
 
@@ -37,19 +37,19 @@ class Use(NamedTuple):
         return matrix.T if self.transposed else matrix
 
     def kernel(self, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The traced kernel, of `shape`, made of a matrix whose rows are inputs."""
+        """The traced kernel, of `shape`, from a matrix whose rows are inputs."""
         return matrix[np.ix_(self.inputs, self.outputs)].reshape(shape)
 
 
 def uses_of(traced: Traced[Any], layers: Mapping[str, LeafPlan]) -> dict[tuple[str, int], list[Use]]:
-    """The uses of each matrix by its leaf's path and number, in the order in which they are first used.
+    """The uses of each matrix, by its leaf's path and its number, in order of first use.
 
     Args:
       traced: by `trace_kernels`.
       layers: the pruned leaves by path.
 
     Raises:
-      ValueError: if a matrix has no use, or one that is not a product with all of it; with the path.
+      ValueError: naming the path, if a matrix is not used, or used other than in a product with all of it.
     """
     places = {path: _places(layer) for path, layer in layers.items()}
     found: dict[tuple[str, int], list[Use]] = {}

@@ -1,4 +1,4 @@
-"""Pruned kernels stored and computed with by their kept blocks alone."""
+"""Storage of pruned kernels, and computation with them, by their kept blocks only."""
 
 from sa_plus_plus.sparse.array import BlockSparse, Layout
 from sa_plus_plus.sparse.convolution import block_sparse_conv

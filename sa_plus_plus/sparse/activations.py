@@ -1,4 +1,4 @@
-"""Activation functions that become part of the layer before them, however a network spells them."""
+"""Activation functions fused into the layer before them, however a network writes them."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -13,17 +13,17 @@ _ELEMENTWISE = (
     *("add", "sub", "mul", "div", "neg", "max", "min", "exp", "square", "integer_pow", "abs", "sign", "tanh"),
     *("logistic", "erf", "erfc", "expm1", "log1p", "select_n", "gt", "ge", "lt", "le"),
 )
-_MOST_CALLS = 32  # that an activation function may consist of
+_MOST_CALLS = 32  # of an activation function, at most
 _POINTS = np.concatenate([np.linspace(-12, 12, 4801), np.linspace(-0.1, 0.1, 201)]).astype(np.float32)
 _TOLERANCE = 2e-6  # absolute up to 1, relative above
 
 
 def with_activations(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -> list[Call | Linear]:
-    """Layers together with the activation function that follows.
+    """Layers fused with the activation function that follows.
 
-    The operations between a layer's result and a later value, where they depend on nothing else and nobody else sees
-    what lies between, are a function of one variable. It is recognised by its values: frameworks write the same
-    function in different ways.
+    If the operations between a layer's result and a later value depend on nothing else, and nothing else uses the
+    values in between, they are a function of one variable. It is recognised by its values, since frameworks write the
+    same function in different ways.
 
     Args:
       steps: of a network in float32, in order.
@@ -45,7 +45,7 @@ def with_activations(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -
 
 
 def _regions(steps: Sequence[Call | Linear], start: int, users: dict[Variable, list[int]]) -> Iterator[list[int]]:
-    """Operations on a layer's result alone whose last result is all that anyone else sees, the most of them first."""
+    """Operations that depend only on a layer's result and whose last result alone is used elsewhere, longest first."""
     layer, inside, found = steps[start].layer, [], []  # type: ignore[union-attr]
     values: set[Variable] = {layer.output}
     for i in sorted(_reached(steps, layer.output, users)):
@@ -60,7 +60,7 @@ def _regions(steps: Sequence[Call | Linear], start: int, users: dict[Variable, l
 
 
 def _reached(steps: Sequence[Call | Linear], value: Variable, users: dict[Variable, list[int]]) -> set[int]:
-    """The nearest operations after a value."""
+    """The nearest operations that follow a value."""
     reached: set[int] = set()
     front: list[Variable] = [value]
     while front and len(reached) < _MOST_CALLS:
@@ -72,7 +72,7 @@ def _reached(steps: Sequence[Call | Linear], value: Variable, users: dict[Variab
 
 
 def _pointwise(call: Call, shape: tuple[int, ...], values: set[Variable]) -> bool:
-    """Whether an operation makes a number of each number, with the same constants for all."""
+    """Whether an operation is elementwise with constants that are the same for all entries."""
     alike = call.primitive.name in _ELEMENTWISE and len(call.outputs) == 1 and call.outputs[0].shape == shape
     return alike and all(np.size(v.value) == 1 if isinstance(v, Constant) else v in values for v in call.inputs)
 

@@ -1,4 +1,4 @@
-"""A kernel of which only the blocks that are not zero are kept."""
+"""A kernel stored as its nonzero blocks."""
 
 import dataclasses
 import functools
@@ -18,23 +18,22 @@ from sa_plus_plus.views import View, Viewable, as_view, default
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the kept blocks of a kernel stand: its grid by columns, compressed.
+    """The positions of a kernel's kept blocks: its grid in compressed column format.
 
-    The blocks of grid column `j` are numbers `indptr[j]` to `indptr[j + 1]`, from top to bottom, and `indices` says in
-    which grid row each stands. A layout is checked when it is made and cannot be changed afterwards, so whatever
-    computes with one need not look again. It is hashable and equal by value: a program compiled for one serves all its
-    equals.
+    The blocks of grid column `j` are numbers `indptr[j]` to `indptr[j + 1]`, from top to bottom, and `indices` has the
+    grid row of each. A layout is validated when it is created and is immutable, so code that uses it need not check
+    again. It is hashable and compared by value: a program compiled for one layout serves all equal ones.
 
     Attributes:
       shape: the kernel's shape.
       block: `(b_r, b_c)` over the kernel's matrix.
       indices: int32 `(nse,)`.
       indptr: int32 `(grid_c + 1,)`.
-      view: how the kernel is read as matrices; None for one, all axes but the last its rows. Several matrices stand
-        side by side in the grid, each with columns of blocks of its own.
+      view: how the kernel is read as matrices; None for one, with all axes but the last as rows. Several matrices are
+        placed side by side in the grid, each with its own columns of blocks.
 
     Raises:
-      ValueError: if an index is out of range, out of order or doubled.
+      ValueError: if an index is out of range, out of order or duplicated.
     """
 
     shape: tuple[int, ...]
@@ -74,7 +73,7 @@ class Layout:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Blocks down and across, those of several matrices side by side."""
+        """Blocks down and across, with several matrices side by side."""
         grid_r, grid_c = blk.grid_shape(self.shape, self.block, self.view)
         return grid_r, grid_c * self.matrices
 
@@ -101,7 +100,7 @@ class Layout:
 
     @functools.cached_property
     def columns(self) -> np.ndarray:
-        """In which grid column each block stands, int32 `(nse,)`."""
+        """Grid column of each block, int32 `(nse,)`."""
         return np.repeat(np.arange(self.grid[1], dtype=np.int32), np.diff(self.indptr))
 
     @functools.cached_property
@@ -113,7 +112,7 @@ class Layout:
 
     @functools.cached_property
     def real(self) -> np.ndarray:
-        """True where an entry of a kept block is a weight and not padding beyond an edge, `(nse, b_r, b_c)`."""
+        """True where an entry of a kept block is a weight, not padding beyond an edge, `(nse, b_r, b_c)`."""
         (height, width), (b_r, b_c) = self.matrix, self.block
         columns = self.columns % (self.grid[1] // self.matrices)
         down = self.indices[:, None] * b_r + np.arange(b_r) < height
@@ -122,7 +121,7 @@ class Layout:
 
     @functools.cached_property
     def transposed(self) -> tuple["Layout", np.ndarray]:
-        """The layout of the transposed matrix, and the order in which it has this one's blocks."""
+        """The layout of the transposed matrix, and the permutation of this layout's blocks in it."""
         order = np.lexsort((self.columns, self.indices))
         indptr = np.concatenate([[0], np.cumsum(np.bincount(self.indices, minlength=self.grid[0]))])
         if self.matrices > 1:
@@ -144,7 +143,7 @@ class Layout:
         return self is other or (isinstance(other, Layout) and self._key == other._key)
 
     def kernel(self, tiles: Any) -> Any:
-        """A kernel of this layout from all its blocks, `(grid_r, grid_c, b_r, b_c)`."""
+        """The kernel of this layout from all its blocks, `(grid_r, grid_c, b_r, b_c)`."""
         (grid_r, grid_c), stack = self.grid, self.view.stack(self.shape) if self.view else ()
         apart = tiles.reshape(grid_r, self.matrices, grid_c // self.matrices, *self.block)
         blocks = apart.transpose(1, 0, 3, 2, 4)  # (matrices, grid_r, b_r, grid_c, b_c)
@@ -168,7 +167,7 @@ def _checked_ints(values: np.ndarray, name: str) -> np.ndarray:
         raise ValueError(f"{name} must be a list of integers, got {values.dtype} of shape {values.shape}")
     if values.size and not -(2**31) <= values.min() <= values.max() < 2**31:
         raise ValueError(f"{name} must fit 32 bits, got values from {values.min()} to {values.max()}")
-    values = values.astype(np.int32)  # a copy: nobody else holds it
+    values = values.astype(np.int32)  # a copy that nothing else references
     values.flags.writeable = False
     return values
 
@@ -176,14 +175,14 @@ def _checked_ints(values: np.ndarray, name: str) -> np.ndarray:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class BlockSparse:
-    """A kernel stored by its kept blocks; a pytree whose one leaf is `blocks`.
+    """A kernel stored by its kept blocks; a pytree whose only leaf is `blocks`.
 
-    Names are those of `jax.experimental.sparse`, whose `BCSR` goes by rows. This goes by columns: a column of blocks is
-    what a group of outputs needs.
+    Names follow `jax.experimental.sparse`, whose `BCSR` is ordered by rows. This is ordered by columns: a group of
+    outputs needs a column of blocks.
 
     Attributes:
       blocks: `(nse, b_r, b_c)` in the layout's order, zero beyond the kernel's edge.
-      layout: where they stand; static under `jit`.
+      layout: their positions; static under `jit`.
     """
 
     blocks: jax.Array
@@ -197,17 +196,17 @@ class BlockSparse:
         mask: np.ndarray | None = None,
         view: Viewable | None = None,
     ) -> "BlockSparse":
-        """Keep the blocks of a kernel that hold anything but zeros.
+        """Keep the blocks of a kernel that are not entirely zero.
 
         Args:
           kernel: any dtype; concrete values, not a tracer.
           block: `(b_r, b_c)` over the kernel's matrix, or one integer for a square.
-          mask: boolean `(*stack, grid_r, grid_c)`, to say instead which blocks are kept.
-          view: how it is read as matrices, such as `"d (h k)"`; by default as one, all axes but the last its rows.
+          mask: boolean `(*stack, grid_r, grid_c)`: which blocks to keep instead.
+          view: how it is read as matrices, such as `"d (h k)"`; by default as one, with all axes but the last as rows.
 
         Raises:
-          TypeError: under `jax.jit`, where there are no values to look at.
-          ValueError: if the mask is not of the kernel's grid.
+          TypeError: under `jax.jit`, where no values are available.
+          ValueError: if the mask does not have the shape of the kernel's grid.
         """
         if isinstance(kernel, jax.core.Tracer):
             raise TypeError("BlockSparse.fromdense looks at the weights, so call it outside jit, vmap and grad")
@@ -232,12 +231,12 @@ class BlockSparse:
 
     @property
     def indices(self) -> np.ndarray:
-        """In which grid row each block stands, int32 `(nse,)`."""
+        """Grid row of each block, int32 `(nse,)`."""
         return self.layout.indices
 
     @property
     def indptr(self) -> np.ndarray:
-        """Where each grid column's blocks begin, int32 `(grid_c + 1,)`."""
+        """Index of the first block of each grid column, int32 `(grid_c + 1,)`."""
         return self.layout.indptr
 
     @property

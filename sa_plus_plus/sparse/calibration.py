@@ -1,4 +1,4 @@
-"""What calibration data say of a network: the range of each value, and what low precision costs."""
+"""Calibration of a network: the range of each value, and the error of low precision."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def batches_of(traced: Traced[Any], calibration: Iterable[Any], pieces: int = 1)
 
 
 def ranges_of(traced: Traced[Call | Linear], batches: Sequence[Any]) -> dict[Variable, tuple[float, float]]:
-    """Smallest and largest of each value that layers take or return, over the calibration data."""
+    """Minimum and maximum of each value that layers take or return, over the calibration data."""
     program, weights = _plain(traced)
     layers = [step.layer for step in traced.steps if isinstance(step, Linear)]
     wanted = list(
@@ -60,7 +60,7 @@ def ranges_of(traced: Traced[Call | Linear], batches: Sequence[Any]) -> dict[Var
 def errors_of(
     traced: Traced[Call | Linear], program: Program, weights: Any, batches: Sequence[Any]
 ) -> dict[Variable, float]:
-    """How far each layer's result is from that in full precision, relative, over the calibration data."""
+    """Relative error of each layer's result against full precision, over the calibration data."""
     plain, full = _plain(traced)
     outputs = [step.layer.output for step in traced.steps if isinstance(step, Linear)]
 
@@ -92,7 +92,7 @@ def _cut(x: Any, pieces: int) -> Sequence[Any]:
 
 
 def shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype; for a value that is not a JAX array, those of the array that it becomes."""
+    """Shape and dtype; for a value that is not a JAX array, those after conversion to one."""
     return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
 
 

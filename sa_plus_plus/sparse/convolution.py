@@ -1,4 +1,4 @@
-"""Convolution with a block-sparse kernel, as products with patches of the image."""
+"""Convolution with a block-sparse kernel, as matmuls with patches of the image."""
 
 import functools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import sa_plus_plus.sparse.native as native
 from sa_plus_plus.sparse.array import BlockSparse, Layout
 from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul, check, chosen
 
-PATCH_BYTES = 2**22  # patches made at a time: they fit a CPU's caches, and never exist all at once
+PATCH_BYTES = 2**22  # size of the patches built at a time: they fit a CPU's caches, and never exist all at once
 
 Padding = str | Sequence[tuple[int, int]]
 
@@ -28,10 +28,10 @@ def block_sparse_conv(
     relu: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """Convolution of images with a block-sparse kernel; a 1 x 1 kernel makes it one `block_sparse_matmul`.
+    """Convolution of images with a block-sparse kernel; for a 1 x 1 kernel it is one `block_sparse_matmul`.
 
-    A larger kernel is multiplied with patches, some rows of some images at a time; the compiled kernel for CPUs reads
-    them where they stand in the image, if a block's rows divide the channels. Differentiable as the product is.
+    A larger kernel is multiplied with patches, a few rows of a few images at a time. The compiled CPU kernel reads them
+    in place from the image, if the number of rows of a block divides the channels. Differentiable like the matmul.
 
     Args:
       x: `(batch, height, width, channels)`.
@@ -39,7 +39,7 @@ def block_sparse_conv(
       strides: down and across.
       padding: `"SAME"`, `"VALID"` or `((top, bottom), (left, right))`, as `jax.lax.conv_general_dilated` takes it.
       bias: `(outputs,)`.
-      relu: whether `max(., 0)` follows.
+      relu: whether to apply `max(., 0)`.
       implementation: as `block_sparse_matmul` takes it.
 
     Returns:
@@ -85,10 +85,10 @@ def output_size(size: Sequence[int], window: Sequence[int], strides: Sequence[in
 
 
 def patches(x: jax.Array, window: Sequence[int], strides: Sequence[int]) -> jax.Array:
-    """What each position of a convolution's result depends on: `patches(x, ...) @ kernel.reshape(-1, outputs)`.
+    """The input patch of each output position: the convolution is `patches(x, ...) @ kernel.reshape(-1, outputs)`.
 
     Args:
-      x: `(batch, height, width, channels)`, padded already.
+      x: `(batch, height, width, channels)`, already padded.
       window: `(k_h, k_w)` of the kernel.
       strides: down and across.
 
@@ -162,7 +162,7 @@ def _by_patches(
     relu: bool,
     implementation: Implementation | None,
 ) -> jax.Array:
-    """Products with patches of images that are padded already."""
+    """Matmuls with patches of already padded images."""
     window = (w.shape[0], w.shape[1])
     rows, columns = output_size(x.shape[1:3], window, strides)
 
@@ -175,7 +175,7 @@ def _by_patches(
     bands = -(-rows // high)
     if x.shape[0] == images and bands == 1:
         return convolve(x)
-    # Bands of equal height: the last may reach below the image, into rows that are dropped.
+    # Bands of equal height: the last may extend below the image, into rows that are dropped.
     x = _padded(x, ((0, (bands * high - 1) * strides[0] + window[0] - x.shape[1]), (0, 0)))
     tall = (high - 1) * strides[0] + window[0]
 
@@ -190,7 +190,7 @@ def _by_patches(
 
 
 def _tile(batch: int, rows: int, row_bytes: int) -> tuple[int, int]:
-    """How many images, and how many rows of the result in each, make patches of about `PATCH_BYTES`."""
+    """How many images, and how many output rows of each, give patches of about `PATCH_BYTES`."""
     if rows * row_bytes > PATCH_BYTES:
         bands = -(-rows * row_bytes // PATCH_BYTES)
         return 1, -(-rows // bands)

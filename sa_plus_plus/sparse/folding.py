@@ -1,4 +1,4 @@
-"""Scales, shifts, residuals and ReLU after a layer as parts of it."""
+"""Folding of scales, shifts, residuals and ReLU into the layer before them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from sa_plus_plus.sparse.steps import Call, Constant, Linear, Value, Variable
 
 
 def folded(calls: list[Call | Linear], outputs: list[Value]) -> list[Call | Linear]:
-    """Products with kernels as `Linear`, with all that may be folded into them; nothing whose result nobody uses."""
+    """Products with kernels as `Linear`, with everything folded that can be; unused results are dropped."""
     uses: dict[Value, int] = {}
     needed = {value for value in outputs if isinstance(value, Variable)}
     live = []
@@ -25,7 +25,7 @@ def folded(calls: list[Call | Linear], outputs: list[Value]) -> list[Call | Line
     for value in needed.intersection(v for v in outputs if isinstance(v, Variable)):
         uses[value] = uses.get(value, 0) + 1
     steps: list[Call | Linear | None] = []
-    open_ends: dict[Value, int] = {}  # by result: where in `steps` products are that nobody else sees
+    open_ends: dict[Value, int] = {}  # by result: positions in `steps` of products that nothing else uses
     for call in reversed(live):
         if isinstance(call, Linear):
             open_ends[call.layer.output] = len(steps)
@@ -39,7 +39,7 @@ def folded(calls: list[Call | Linear], outputs: list[Value]) -> list[Call | Line
             before = steps[place]
             assert isinstance(before, Linear)
             if together := _folded_into(before, call, at):
-                # It takes the place of what was folded: a residual may come later than the product.
+                # At the position of the folded operation: a residual may come later than the product.
                 steps[place], steps[-1] = None, together
                 if together.layer.activation == "none":
                     open_ends[together.layer.output] = len(steps) - 1
@@ -52,9 +52,9 @@ def _calls_back(call: Call | Linear) -> bool:
 
 
 def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:
-    """A product together with an operation on its result, if that changes no more than the rounding of its last digit.
+    """A product fused with an operation on its result, if this changes only the rounding of the last digit.
 
-    So nothing is folded across a change of type, where a network may mean to round, nor into types of few digits.
+    So nothing is folded across a change of type, where rounding may be intended, nor into low-precision types.
     """
     if len(call.outputs) != 1 or len(call.inputs) != 2:
         return None
@@ -100,7 +100,7 @@ def _affine(linear: Linear, name: str, at: int, c: np.ndarray, output: Variable)
 
 
 def _holds(original: Any, factor: np.ndarray | None) -> bool:
-    """Whether the type of an array can hold its product with a factor, neither overflowing nor losing digits."""
+    """Whether the type of an array can hold its product with a factor without overflow or underflow."""
     if factor is None:
         return True
     limits = jnp.finfo(original.dtype)

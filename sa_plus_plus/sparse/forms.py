@@ -1,7 +1,7 @@
 """How values are held between the layers of a network.
 
-A value is held in the type that all its users take it in: a layer that feeds others in int8 rounds to uint8 as it
-stores, and leaves borders of zeros for the next convolution's padding.
+A value is held in the type in which all its users take it: a layer that feeds int8 layers rounds to uint8 when it
+stores its result, and leaves a border of zeros for the padding of the next convolution.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ class Form(NamedTuple):
     Attributes:
       dtype: uint8 stands for `(held - zero) * factor`.
       border: zeros around each image.
-      channels: of an image, where these are more than it has, the rest zeros.
+      channels: of an image, if padded with channels of zeros.
     """
 
     dtype: np.dtype
@@ -36,7 +36,7 @@ class Form(NamedTuple):
 
 
 def quantised(low: float, high: float) -> Form:
-    """uint8 for values from `low` to `high`: one scale for a tensor, zero exact."""
+    """uint8 for values from `low` to `high`: one scale per tensor, zero exact."""
     low, high = min(low, 0.0), max(high, 0.0, 1e-30)
     zero = round(255 * -low / (high - low))
     if low < 0:
@@ -50,7 +50,7 @@ def converted(held: Any, have: Form, want: Form) -> Any:
     Args:
       held: the array.
       have: its form.
-      want: that asked for.
+      want: the requested form.
     """
     if have == want:
         return held
@@ -78,7 +78,7 @@ def converted(held: Any, have: Form, want: Form) -> Any:
 
 
 def keeps_type(step: Any) -> bool:
-    """Whether a step moves or compares numbers only, so that it may be given them as they are held."""
+    """Whether a step only moves or compares numbers, so that it can take them in the form in which they are held."""
     return isinstance(step, Call) and step.primitive.name in _SHAPES_ONLY
 
 
@@ -134,7 +134,7 @@ def _wanted(
         if isinstance(step, Linear) and number in types:
             if step.layer.x == value:
                 kinds.add(types[number])
-            elif step.layer.residual == value:  # which it takes in any type
+            elif step.layer.residual == value:  # residuals are taken in any type
                 preferred = wanted[step.layer.output] or types[number]
         elif isinstance(step, Call) and keeps_type(step):
             kinds.add(wanted[step.outputs[0]])
@@ -147,11 +147,11 @@ def _wanted(
 def _border(
     value: Variable, steps: Sequence[Call | Linear], users: Sequence[int], types: Mapping[int, np.dtype]
 ) -> Border:
-    """The padding of the one convolution that takes a value."""
+    """The padding of the only convolution that takes a value."""
     if len(users) != 1 or users[0] not in types or len(value.shape) != 4:
         return NO_BORDER
     user = steps[users[0]]
-    assert isinstance(user, Linear)  # as all that have a type
+    assert isinstance(user, Linear)  # like all steps that have a type
     layer, window = user.layer, window_of(user.layer)
     if layer.x != value or layer.residual == value or isinstance(window, str) or layer.call is None:
         return NO_BORDER

@@ -1,4 +1,4 @@
-"""Pruned kernels and networks in formats of other runtimes."""
+"""Export of pruned kernels and networks to formats of other runtimes."""
 
 import os
 import pathlib
@@ -15,14 +15,14 @@ from sa_plus_plus.sparse.array import BlockSparse
 def to_bsr(w: BlockSparse) -> Any:
     """The kernel's matrix as a `scipy.sparse.bsr_array`, whose product with activations is `x @ to_bsr(w)`.
 
-    SciPy has no partial blocks: where the blocks do not divide the matrix, it is larger than the kernel's by rows and
-    columns of zeros. Needs SciPy.
+    SciPy has no partial blocks: if the blocks do not divide the matrix, it is padded with rows and columns of zeros.
+    Needs SciPy.
 
     Args:
-      w: of float32, float64, or another type that SciPy has; not bfloat16.
+      w: float32, float64, or another type that SciPy supports; not bfloat16.
 
     Raises:
-      TypeError: for a type that SciPy does not have.
+      TypeError: for a type that SciPy does not support.
     """
     import scipy.sparse  # noqa: PLC0415 - optional
 
@@ -36,14 +36,14 @@ def to_bsr(w: BlockSparse) -> Any:
 def to_onnx(path: str | os.PathLike[str], fn: Callable[..., Any], *examples: Any, tolerance: float = 1e-4) -> int:
     """Write a network as an ONNX model, its weights in full. Returns the file's size.
 
-    The package `jax2onnx` converts it. Not all that it converts is right (it drops the padding of flax's `max_pool`,
-    for one), so the model is run by `onnxruntime` and compared before it is written.
+    The package `jax2onnx` converts it. Some of its conversions are wrong (for example, it drops the padding of flax's
+    `max_pool`), so the model is run by `onnxruntime` and compared before it is written.
 
     Args:
       path: of the file, written atomically.
       fn: the network with its parameters, `lambda x: model.apply({"params": params}, x)`, of arrays to one array.
-      examples: arrays for each argument of `fn`, on which the results are compared; the model takes their shapes.
-      tolerance: how far they may be apart, relative to the largest.
+      examples: arrays for each argument of `fn`, on which the results are compared; the model takes these shapes.
+      tolerance: how far the results may differ, relative to the largest.
 
     Raises:
       ImportError: without jax2onnx or onnxruntime.
@@ -56,7 +56,7 @@ def to_onnx(path: str | os.PathLike[str], fn: Callable[..., Any], *examples: Any
         raise ImportError(f"ONNX needs two more packages: pip install jax2onnx onnxruntime ({error})") from error
     given = [np.asarray(x) for x in examples]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
-    try:  # neither package has a common class for what goes wrong
+    try:  # neither package has a common base class for its errors
         content = jax2onnx.to_onnx(fn, shapes).SerializeToString()
     except Exception as error:
         raise ValueError(f"jax2onnx cannot convert this network: {error}") from error

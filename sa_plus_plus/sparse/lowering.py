@@ -1,4 +1,4 @@
-"""Layers as the compiled kernel runs them: kernels packed for a number type, float32, bfloat16 or int8."""
+"""Layers in the form that the compiled kernel runs: kernels packed in float32, bfloat16 or int8."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,22 @@ from sa_plus_plus.sparse.forms import BFLOAT16, FLOAT32, UINT8, Form, converted,
 from sa_plus_plus.sparse.steps import Call, Layer, Linear, Variable
 from sa_plus_plus.sparse.windows import NO_BORDER, Window
 
-REGISTER_BYTES = 64  # part of a block's column that matrix registers take at once
-MOST_SUMMED = 2**18  # numbers that one thread sums
-DENSE_ROWS, DENSE_COLUMNS = 128, 32  # at most, of the blocks in which a float32 kernel is packed that is not pruned
+REGISTER_BYTES = 64  # part of a block's column that matrix registers process at once
+MOST_SUMMED = 2**18  # limit on the numbers that one thread sums
+DENSE_ROWS, DENSE_COLUMNS = 128, 32  # largest blocks for packing an unpruned float32 kernel
 
 
 class Compiled(NamedTuple):
-    """A layer as the compiled kernel runs it, without its weights.
+    """A layer in the form that the compiled kernel runs, without its weights.
 
     Attributes:
       layer: what it does.
       window: its shapes.
-      layout: where the blocks of its kernel stand, which may have more channels than `x`, in whole groups.
-      x: how it takes its input.
-      y: how it leaves its result.
-      residual: how it takes its residual, if it has one: in any type, without a border.
-      in_place: whether its result may take the place of the residual.
+      layout: block positions of its kernel, which may have more channels than `x`, in whole groups.
+      x: form of its input.
+      y: form of its result.
+      residual: form of its residual, if it has one: any type, without a border.
+      in_place: whether its result may overwrite the residual.
     """
 
     layer: Layer
@@ -69,7 +69,7 @@ class Compiled(NamedTuple):
 def pooled(call: Call, x: Any) -> Any | None:
     """The result of max or sum pooling, or of a small sum over adjacent axes; None for any other operation.
 
-    XLA's own small sums take longer to start than to run.
+    In XLA, small sums take longer to launch than to run.
     """
     options, name = call.options, call.primitive.name
     if name == "reduce_sum" and x.dtype == FLOAT32:
@@ -98,7 +98,7 @@ def _summed(x: Any, axes: Sequence[int], shape: Sequence[int]) -> Any | None:
 
 
 def packed_float(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
-    """A float32 kernel by its blocks; one that is not pruned in large ones.
+    """A float32 kernel by its blocks; an unpruned one in large blocks.
 
     Args:
       kernel: `(k_h, k_w, channels, outputs)`.
@@ -116,7 +116,7 @@ def packed_float(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
 
 
 def packed_narrow(kernel: np.ndarray, dtype: np.dtype) -> BlockSparse:
-    """A kernel in the blocks that the compiled kernel is fastest with, whatever they were pruned in.
+    """A kernel in the blocks with which the compiled kernel is fastest, whatever it was pruned in.
 
     Args:
       kernel: `(k_h, k_w, channels, outputs)`, bfloat16 or int8; the channels of one line of the window are a whole
@@ -129,7 +129,7 @@ def packed_narrow(kernel: np.ndarray, dtype: np.dtype) -> BlockSparse:
     nonzero, best = kernel != 0, None
     for rows in (d for d in range(group, min(most, line) + 1, group) if line % d == 0):
         kept = int(occupied(nonzero, (rows, native.WIDE)).sum())
-        # Matrix registers take as long for few rows as for many, but for loading them.
+        # Apart from loading, matrix registers take as long for few rows as for many.
         cost = kept * (1 + rows / most) if registers else kept * (rows + 1)
         if best is None or cost < best[0]:
             best = cost, rows
@@ -138,7 +138,7 @@ def packed_narrow(kernel: np.ndarray, dtype: np.dtype) -> BlockSparse:
 
 
 class Packed(NamedTuple):
-    """A layer's kernel as the compiled kernel takes it.
+    """A layer's kernel in the form that the compiled kernel takes.
 
     Attributes:
       window: the layer's shapes.
@@ -200,7 +200,7 @@ def lower(step: Linear, packed: Packed, x: Form, y: Form, residual: Form | None)
 def assembled(
     step: Linear, kernel: Packed, forms: Mapping[Variable, Form], ranges: Mapping[Variable, tuple[float, float]]
 ) -> tuple[Compiled, tuple[Any, ...]]:
-    """A layer as part of a network whose values are held in these forms."""
+    """A layer within a network whose values are held in these forms."""
     layer = step.layer
     y = forms.get(layer.output, Form(np.dtype(layer.output.dtype)))
     residual = None
@@ -210,7 +210,7 @@ def assembled(
 
 
 def _taken(layer: Layer, kernel: Packed, forms: Mapping[Variable, Form], ranges: Mapping[Variable, Any]) -> Form:
-    """How a layer takes its input: as it is held, if that is in its type."""
+    """The form of a layer's input: as it is held, if that has the right type."""
     x = forms.get(layer.x, Form(np.dtype(layer.x.dtype)))
     if x.dtype != kernel.dtype:
         x = quantised(*ranges[layer.x]) if kernel.dtype == UINT8 else Form(kernel.dtype)
@@ -222,7 +222,7 @@ def _taken(layer: Layer, kernel: Packed, forms: Mapping[Variable, Form], ranges:
 
 
 def alone(step: Linear, kernel: Packed, x: Any, residual: Any) -> tuple[tuple[Any, Any], Compiled, tuple[Any, ...]]:
-    """A layer by itself, for measuring: its input and residual as its neighbours would leave them."""
+    """A single layer, for timing, with its input and residual in the forms that its neighbours would produce."""
     layer, dtype = step.layer, kernel.dtype
     held = quantised(-4.0, 4.0) if dtype == UINT8 else Form(dtype)
     taken = _taken(layer, kernel, {layer.x: held}, {})

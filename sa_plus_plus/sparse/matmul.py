@@ -1,4 +1,4 @@
-"""A matrix times a block-sparse one, differentiable, by whichever implementation suits the platform."""
+"""Differentiable block-sparse matmul, with the implementation that suits the platform."""
 
 import functools
 import math
@@ -28,24 +28,24 @@ def block_sparse_matmul(
     """`x @ w`, at a cost in proportion to the blocks kept: `y[..., c] = sum_r x[..., r] w[r, c] (+ bias[c])`.
 
     Differentiable in `x`, `w.blocks` and `bias` (backwards, once), under `jit` and `vmap`; one compilation serves all
-    kernels of equal layout. Sums are kept in at least float32 and rounded to the type of `x` at the end.
+    kernels of equal layout. Sums are accumulated in at least float32 and rounded to the type of `x` at the end.
 
     Args:
-      x: `(..., rows)`, any leading dimensions, none or an empty one among them.
+      x: `(..., rows)`, any leading dimensions, including none or an empty one.
       w: a kernel that is read as one matrix, `(rows, cols)`, of the same type as `x`.
       bias: `(cols,)`, added before rounding.
-      relu: then `max(., 0)`, whose derivative at 0 is 0.
+      relu: whether to apply `max(., 0)`, with derivative 0 at 0.
       implementation: `"native"`: the compiled kernel for CPUs, float32 and bfloat16. `"pallas"`: the kernel for GPUs,
-        in Pallas's interpreter on a CPU. `"xla"`: plain JAX. `"dense"`: the whole kernel, zeros and all. None: the
-        fastest there is: on CPUs native if it was built and knows the type, on NVIDIA's GPUs pallas in bfloat16 and
+        in Pallas's interpreter on a CPU. `"xla"`: plain JAX. `"dense"`: the whole kernel, including zeros. None: the
+        fastest available: on CPUs native if it was built and supports the type, on NVIDIA GPUs pallas in bfloat16 and
         float16, otherwise xla.
 
     Returns:
       `(..., cols)` in the type of `x`.
 
     Raises:
-      ValueError: if shapes or types do not fit or there is no such implementation.
-      RuntimeError: if the native implementation is asked for and was not built.
+      ValueError: if shapes or types do not fit, or for an unknown implementation.
+      RuntimeError: if the native implementation is requested and was not built.
 
     >>> import numpy as np
     >>> kernel = np.kron(np.eye(3, dtype=np.float32), np.ones((2, 2), np.float32))
@@ -67,7 +67,7 @@ def block_sparse_matmul(
 
 
 def check(x: jax.Array, w: BlockSparse, bias: jax.Array | None) -> None:
-    """Refuse a kernel, an input and a bias that do not go together."""
+    """Refuse a kernel, an input and a bias that do not fit together."""
     cols = w.shape[-1]
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != w.dtype:
         raise ValueError(f"x and the kernel must be of one floating type, got {x.dtype} and {w.dtype}: cast either")
@@ -78,7 +78,7 @@ def check(x: jax.Array, w: BlockSparse, bias: jax.Array | None) -> None:
 
 
 def chosen(implementation: Implementation | None, dtype: Any) -> str:
-    """The implementation that is meant by the argument, `"auto"` for the fastest that the platform has."""
+    """The implementation that the argument stands for, `"auto"` for the fastest on the platform."""
     if implementation is None:
         on_cpu = jax.default_backend() == "cpu"
         if on_cpu and dtype in native.DTYPES and (why := native.missing()):
@@ -115,7 +115,7 @@ def _product(
 def _forward(
     x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, implementation: str
 ) -> jax.Array:
-    """The product with a batching rule: rows mapped over are more rows of one product."""
+    """The matmul with a batching rule: mapped rows become more rows of one matmul."""
 
     @jax.custom_batching.custom_vmap
     def call(x: jax.Array, blocks: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A matrix times a block-sparse one by the compiled kernel for CPUs in `csrc`, where it was built."""
+"""Block-sparse matmul by the compiled CPU kernel in `csrc`, if it was built."""
 
 import ctypes
 import functools
@@ -27,7 +27,7 @@ WIDE = 16  # columns of a block in bfloat16 and int8: a multiple of this many
 
 @functools.cache
 def missing() -> str | None:
-    """Why there is no compiled kernel, or None where there is; it is loaded at the first call."""
+    """Why there is no compiled kernel, or None if there is one; it is loaded at the first call."""
     built = sorted(pathlib.Path(__file__).parent.glob("_native.*"))
     if not built:
         return "it was not compiled when the package was installed, which takes a C++17 compiler"
@@ -36,7 +36,7 @@ def missing() -> str | None:
         made_for, here = library.sa_plus_plus_ffi_version(), _ffi_version()
     except (OSError, AttributeError, TypeError) as error:
         return f"{built[-1].name} cannot be loaded: {error}"
-    # XLA would not merely refuse a kernel made for another interface: its whole CPU backend would not start.
+    # With a kernel built for another interface, XLA's whole CPU backend would fail to start.
     if made_for > here or made_for // 1000 != here // 1000:
         return f"{built[-1].name} was compiled for version {made_for} of XLA's interface, this jaxlib has {here}"
     for target in TARGETS:
@@ -51,7 +51,7 @@ _INSTRUCTIONS: dict[str, str] = {}
 
 
 def instructions(dtype: Any) -> str:
-    """The instruction set that products run in, by the type of `x`: float32, bfloat16 or uint8."""
+    """The instruction set used for matmuls, by the type of `x`: float32, bfloat16 or uint8."""
     if why := missing():
         raise RuntimeError(f"there is no compiled kernel: {why}")
     return _INSTRUCTIONS[np.dtype(dtype).name]
@@ -59,7 +59,7 @@ def instructions(dtype: Any) -> str:
 
 @functools.cache
 def halves_pay() -> bool:
-    """Whether products of bfloat16 are faster here than those of float32: some processors that have them are not."""
+    """Whether bfloat16 matmuls are faster here than float32 ones; on some processors that have them they are not."""
     library = _library()
     library.sa_plus_plus_nanoseconds.restype = ctypes.c_double
     single, half = (library.sa_plus_plus_nanoseconds(code) for code in (0, 1))
@@ -78,22 +78,22 @@ def _library() -> ctypes.CDLL:
 
 
 def _ffi_version() -> int:
-    """`1000 * major + minor` of the interface for foreign functions that the installed jaxlib has."""
+    """`1000 * major + minor` of the foreign function interface in the installed jaxlib."""
     header = (pathlib.Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
     major, minor = (int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1]) for part in ("MAJOR", "MINOR"))  # type: ignore[index]
     return 1000 * major + minor
 
 
 class Epilogue(NamedTuple):
-    """What follows a product before it is stored: `activation(sums * scale + bias + (residual - zero) * factor)`.
+    """What is applied to a product before it is stored: `activation(sums * scale + bias + (residual - zero) * factor)`.
 
     Attributes:
       dtype: of the result: float32, bfloat16, or uint8, which holds `round(.) + zero`, clamped to 0 to 255.
-      activation: the last of it, "none", "relu", "gelu", "gelu_tanh" or "silu".
-      unit: what 1 in a uint8 result stands for, before and after the activation; it holds for all of the above.
-      zero: what stands for 0 in a uint8 result, and in its borders.
-      residual_factor: what a residual is multiplied by.
-      residual_zero: what stands for 0 in it.
+      activation: applied last: "none", "relu", "gelu", "gelu_tanh" or "silu".
+      unit: the value of 1 in a uint8 result, before and after the activation; the above formula is in this unit.
+      zero: the code for 0 in a uint8 result and its borders.
+      residual_factor: factor of the residual.
+      residual_zero: the code for 0 in the residual.
       border: `((top, bottom), (left, right))`, zeros around each image of the result.
     """
 
@@ -107,14 +107,14 @@ class Epilogue(NamedTuple):
 
 
 def matmul(x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool) -> jax.Array:
-    """`x (batch, rows) @ w (rows, cols)`, plus bias, rectified if asked, in float32.
+    """`x (batch, rows) @ w (rows, cols)`, plus bias, with optional ReLU, in float32.
 
     Args:
-      x: `(batch, rows)`; read as float32, so a narrower one is widened, which XLA fuses with what made it.
+      x: `(batch, rows)`; read as float32. A narrower `x` is widened first, which XLA fuses with its producer.
       blocks: `(kept, b_r, b_c)`, float32 or bfloat16.
       bias: `(cols,)`.
-      layout: where the blocks of `w` stand.
-      relu: `max(., 0)` of the result.
+      layout: the block positions of `w`.
+      relu: whether to apply `max(., 0)`.
     """
     matrix = Layout(layout.matrix, layout.block, layout.indices, layout.indptr)
     image = x.astype(jnp.float32)[None, None]
@@ -133,20 +133,20 @@ def conv(
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
     in_place: bool = False,
 ) -> jax.Array:
-    """Convolution of images that are padded already, and what follows it; no patch is ever made.
+    """Convolution of already padded images with an epilogue; patches are never materialised.
 
     Args:
       x: `(batch, height, width, channels)`, float32, bfloat16 or uint8.
       blocks: `(kept, b_r, b_c)` float32 or bfloat16 for `x` in float32; otherwise bfloat16 or int8, as `grouped`
         returns them.
-      layout: where the blocks of the kernel `(k_h, k_w, channels, outputs)` or `(channels, outputs)` stand; `b_r`
+      layout: the block positions of the kernel `(k_h, k_w, channels, outputs)` or `(channels, outputs)`; `b_r`
         divides `k_w * channels` where `k_h > 1`.
       strides: down and across.
       scale: `(outputs,)` float32.
       bias: `(outputs,)` float32.
       residual: like the result, without borders.
       epilogue: what follows.
-      in_place: whether the result may take the place of the residual, which is in the caches, if it has its type and no
+      in_place: whether the result may overwrite the residual, which is in the caches, if it has the same type and no
         borders. XLA copies a residual that is needed later.
 
     Returns:
@@ -178,7 +178,7 @@ def conv(
         **{name: np.int64(n) for name, n in integers.items()},
         **{name: np.float32(n) for name, n in floats.items()},
     )
-    # Under `jax.shard_map` what is computed differs from device to device where any operand does.
+    # Under `jax.shard_map` the result varies over devices if any operand does.
     operands = (x, blocks, scale, bias, residual)
     varying = set().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
     return jax.lax.pcast(y, tuple(varying), to="varying") if varying else y
@@ -190,7 +190,7 @@ def max_pool(
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
 ) -> jax.Array:
-    """The largest of each window of images; what is beyond their edges does not count.
+    """Max pooling of images; positions beyond their edges are ignored.
 
     Args:
       x: `(batch, height, width, channels)`, float32, bfloat16 or uint8.
@@ -207,7 +207,7 @@ def sum_pool(
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
 ) -> jax.Array:
-    """The sum of each window of images; arguments as of `max_pool`, `x` in float32."""
+    """Sum pooling of images; arguments as for `max_pool`, `x` in float32."""
     return _pool(SUM_POOL, x, window, strides, padding)
 
 
@@ -233,10 +233,10 @@ def round_images(
     Args:
       x: `(batch, height, width, channels)`, float32.
       dtype: float32, bfloat16 or uint8.
-      factor: what 1 in uint8 stands for.
-      zero: what stands for 0 in uint8.
+      factor: the value of 1 in uint8.
+      zero: the code for 0 in uint8.
       border: `((top, bottom), (left, right))`.
-      channels: of the result; those of `x` by default.
+      channels: of the result; by default those of `x`.
     """
     sizes = [n + sum(pads) for n, pads in zip(x.shape[1:3], border, strict=True)]
     out = jax.ShapeDtypeStruct((x.shape[0], *sizes, channels or x.shape[3]), dtype)
@@ -247,7 +247,7 @@ def round_images(
 
 
 def grouped(blocks: np.ndarray) -> np.ndarray:
-    """Blocks as the kernel reads them beside `x` of bfloat16 or uint8: four bytes of each column together.
+    """Blocks as the kernel reads them for `x` in bfloat16 or uint8: four bytes of each column are contiguous.
 
     Args:
       blocks: `(kept, b_r, b_c)` bfloat16 or int8; `b_r` a multiple of 2 or 4, `b_c` of `WIDE`.

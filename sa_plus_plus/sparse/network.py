@@ -1,4 +1,4 @@
-"""A whole network made fast: every layer in the compiled kernel where that is faster, pruned ones by their blocks."""
+"""Fast inference for whole networks: layers run in the compiled kernel where that is faster, pruned ones by blocks."""
 
 import functools
 import os
@@ -32,21 +32,21 @@ _NAMES = {FLOAT32: "float32", BFLOAT16: "bfloat16", UINT8: "int8"}
 
 
 class Choice(NamedTuple):
-    """What became of one product or convolution with a constant kernel.
+    """The outcome for one product or convolution with a constant kernel.
 
     Attributes:
       layer: what it is.
-      kernel: the kernel's shape; of a product `(contracted, outputs)`.
-      rows: how many rows of activations its matrix is multiplied with; 0 where it is no layer.
-      block: in which blocks it is pruned; None where it is not.
-      density: share of those blocks that are not zero; NaN of a kernel that was not looked at.
-      traced_seconds: time it takes as it was traced, NaN where it was not measured.
-      compiled_seconds: time it takes in the compiled kernel, or by its blocks in another implementation.
-      runs: which the network does: `"sparse"`, by its blocks; `"dense"`, in full in the compiled kernel; `"traced"`.
+      kernel: the kernel's shape; for a product `(contracted, outputs)`.
+      rows: number of rows of activations that its matrix is multiplied with; 0 if it is not a layer.
+      block: the blocks in which it is pruned; None if it is not.
+      density: share of those blocks that are not zero; NaN for a kernel that was not examined.
+      traced_seconds: time as traced, NaN if it was not measured.
+      compiled_seconds: time in the compiled kernel, or by its blocks in another implementation.
+      runs: how the network runs it: `"sparse"`, by its blocks; `"dense"`, in full in the compiled kernel; `"traced"`.
       precision: in which it computes.
-      error: root mean square of what low precision changes in its result on the calibration data, all layers before it
-        included, relative to the result's; NaN without calibration data.
-      note: why it runs as it was traced, where no other way was possible.
+      error: root mean square error of its result in low precision on the calibration data, including the effect of all
+        previous layers, relative to that of the result; NaN without calibration data.
+      note: why it runs as traced, if there was no alternative.
     """
 
     layer: str
@@ -72,8 +72,8 @@ class Network:
 
     Attributes:
       choices: one for each dense layer, convolution, and other operation with a constant kernel, in order.
-      weights: what `fn` takes first.
-      fn: `fn(weights, *inputs)`, pure: to be jitted with others, or exported.
+      weights: the first argument of `fn`.
+      fn: `fn(weights, *inputs)`, pure: can be jitted with other functions, or exported.
     """
 
     def __init__(self, program: Program, weights: Sequence[Any], choices: Sequence[Choice]):
@@ -82,7 +82,7 @@ class Network:
         self.weights = weights
         self.fn = functools.partial(run, program)
         self._wanted = [(batch_of(v.shape, program.pieces), v.dtype) for v in program.traced.inputs]
-        # Flat, so that a call does not take the weights' tree apart again.
+        # Flat, so that a call does not flatten the weights' tree again.
         self._arrays, structure = jax.tree.flatten(self.weights)
         self._jitted = jax.jit(lambda arrays, *inputs: self.fn(jax.tree.unflatten(structure, arrays), *inputs))
 
@@ -119,7 +119,7 @@ class Network:
           path: of the file.
 
         Returns:
-          The file's bytes.
+          The file's size in bytes.
 
         Raises:
           ValueError: if arguments or results are pytrees that `jax.export` cannot write.
@@ -128,7 +128,7 @@ class Network:
         return serve.save(path, self)
 
     def __reduce__(self) -> Any:
-        """Pickled it is the file that `save` writes; what comes back is a `sapp.serve.Loaded`."""
+        """The pickle is the file that `save` writes; it unpickles as a `sapp.serve.Loaded`."""
         return serve.loads, (serve.dumps(self),)
 
     def __deepcopy__(self, memo: Any) -> "Network":
@@ -153,57 +153,56 @@ def specialize(
     calibration: Iterable[Any] | None = None,
     microbatch: int | None = None,
 ) -> Network:
-    """A fast inference function from a network and its pruned weights, without a change to the model.
+    """Make a fast inference function from a network and its pruned weights, without changing the model.
 
         fast = sapp.specialize(lambda x: model.apply(variables, x), example)
         y = fast(x)
 
-    The function is traced with its weights as constants. What depends on them alone is computed now. Into each dense
-    layer or convolution in float32 or float64 are folded: scales and shifts of channels, such as those of batch
-    normalisation, the addition of another value of the same shape, and ReLU. On CPUs layers run in the package's
-    compiled kernel where that is faster than as they were traced: pruned ones by the blocks that are not zero, the
-    rest in full. On other platforms pruned layers are multiplied by their blocks where that is faster. `print(fast)`
-    shows what became of each layer. Results are the network's up to rounding, for finite inputs. It is for inference:
-    custom derivatives are lost.
+    The function is traced with its weights as constants, and constant expressions are folded. Each dense layer or
+    convolution in float32 or float64 absorbs scales and shifts of channels, such as those of batch normalisation, the
+    addition of another value of the same shape, and ReLU. On CPUs layers run in the package's compiled kernel where
+    that is faster than as traced: pruned ones by their nonzero blocks, the rest in full. On other platforms pruned
+    layers are multiplied by their blocks where that is faster. `print(fast)` shows the choice for each layer. Results
+    equal the network's up to rounding, for finite inputs. It is for inference: custom derivatives are lost.
 
-    Layers are products of a value and a constant, whichever axes are contracted, and convolutions over one or two axes,
-    whichever order the axes have, wherever the function or what it calls does them. A batched product with up to 64
-    constant kernels, as of experts, is a layer for each; a `scan` of up to 128 steps over constant kernels is unrolled.
-    Not layers are products within `while`, `cond` and other loops; convolutions with groups, dilation or transposition
-    run as they were traced. The table lists them with the reason.
+    Layers are products of a value and a constant, with any contracted axes, and convolutions over one or two axes, in
+    any order of axes, in the function or in functions that it calls. A batched product with up to 64 constant kernels,
+    as in mixtures of experts, is one layer per kernel; a `scan` of up to 128 steps over constant kernels is unrolled.
+    Products within `while`, `cond` and other loops are not layers; convolutions with groups, dilation or transposition
+    run as traced. The table lists them with the reason.
 
-    In `"int8"`, the kernels of layers are rounded to 8 bits with a scale for each output, and what layers take with a
-    scale for each tensor, from the largest and smallest value seen in the calibration data. Sums are exact, in 32 bits.
-    The first and the last layer, where rounding costs the most accuracy, are in bfloat16 if the processor multiplies
-    that faster, otherwise in float32. In `"bfloat16"` kernels and activations are rounded to that, and sums are in
-    float32.
+    In `"int8"`, the kernels of layers are rounded to 8 bits with one scale per output, and their inputs with one scale
+    per tensor, from the minimum and maximum over the calibration data. Sums are exact, in 32 bits. The first and the
+    last layer, where rounding costs the most accuracy, are in bfloat16 if the processor multiplies that faster,
+    otherwise in float32. In `"bfloat16"`, kernels and activations are rounded to bfloat16, and sums are in float32.
 
     Args:
-      fn: jittable, the weights closed over, dropout off and averages running: the network as it serves.
-      examples: inputs, or their shapes and dtypes. The result takes inputs of these shapes alone.
-      block: `(b_r, b_c)` in which kernels were pruned, or one integer for a square; by default found out from where
-        zeros begin and end.
+      fn: jittable inference function with the weights closed over, dropout off, and batch normalisation on running
+        averages.
+      examples: inputs, or their shapes and dtypes. The result takes only inputs of these shapes.
+      block: `(b_r, b_c)` in which kernels were pruned, or one integer for a square; by default inferred from the
+        positions of zeros.
       plan: `sp.plan(params)`, to take blocks from instead. A traced kernel has no path, so it is matched by the size of
-        its matrix, or of its transpose if it is 2-D; of several such blocks the one counts of which the fewest are not
-        zero. Kernels that match none are treated as without a plan.
+        its matrix, or of its transpose if it is 2-D; among several matches, the block size with the fewest nonzero
+        blocks is taken. Kernels without a match are treated as without a plan.
       choose: `"measured"`: both forms of each layer are timed on this machine, some seconds for a large network.
         `"all"`: every layer in the compiled kernel, or every pruned layer by its blocks, without timing. `"none"`:
-        folding alone.
-      implementation: as `block_sparse_matmul` takes it. Functions that are exported for other platforms than the CPU
-        need `"xla"`.
-      precision: in which layers that the network has in float32 compute: `"float32"`, `"bfloat16"` or `"int8"`; the
-        latter two need the compiled kernel. None: as the network has it.
+        only folding.
+      implementation: as in `block_sparse_matmul`. Functions that are exported for platforms other than the CPU need
+        `"xla"`.
+      precision: of layers that are float32 in the network: `"float32"`, `"bfloat16"` or `"int8"`; the
+        latter two need the compiled kernel. None: as in the network.
       calibration: some batches of typical inputs, each an array or a tuple of arguments of the shapes of `examples`.
-        `"int8"` needs them; for others they are used to measure errors alone.
-      microbatch: how many examples go through the whole network before the next, so that what layers pass on stays in
-        the caches: 32 images through a pruned ResNet-50 take little more than half the time. The batch must be the
+        `"int8"` needs them; otherwise they are used only to measure errors.
+      microbatch: how many examples go through the whole network at a time, so that activations stay in the caches: 32
+        images through a pruned ResNet-50 take little more than half the time. The batch must be the
         first axis of every input and output, and no example may depend on another. None: the whole batch at once.
 
     Raises:
-      TypeError: under `jax.jit`, where weights have no values to look at.
+      TypeError: under `jax.jit`, where no weight values are available.
       ValueError: for an unknown option, a plan that matches no kernel, int8 without calibration data, calibration
-        data that are empty, of other shapes or not finite, or a microbatch that does not divide the batch.
-      RuntimeError: if the precision asked for needs the compiled kernel and there is none.
+        data that are empty, of wrong shapes or not finite, or a microbatch that does not divide the batch.
+      RuntimeError: if the requested precision needs the compiled kernel and there is none.
 
     Warns:
       UserWarning: if there are no layers, because the weights are among the arguments or because there are no kernels.
@@ -248,7 +247,7 @@ def specialize(
 
 
 def _pieces(examples: tuple[Any, ...], microbatch: int | None) -> tuple[int, tuple[Any, ...]]:
-    """Into how many pieces a batch is cut, and the shapes and dtypes of one."""
+    """The number of pieces of a batch, and the shapes and dtypes of one piece."""
     if microbatch is None:
         return 1, examples
     given = [shape_and_type(x) for x in jax.tree.leaves(examples)]
@@ -264,7 +263,7 @@ def _pieces(examples: tuple[Any, ...], microbatch: int | None) -> tuple[int, tup
 
 
 def _planned(traced: Traced[Call | Linear], plan: Plan | None) -> dict[int, list[blk.Block]]:
-    """By the number of a layer: the blocks of the plan's kernels of its size."""
+    """By layer number: the blocks of the plan's kernels of its size."""
     if plan is None:
         return {}
     layers = {i: step.layer.kernel.shape for i, step in enumerate(traced.steps) if isinstance(step, Linear)}
@@ -283,7 +282,7 @@ def _left_out(operation: str, kernel: tuple[int, ...], note: str) -> Choice:
 
 
 def _warn(traced: Traced[Call | Linear], listed: bool) -> None:
-    """Say that there are no layers, if nothing else does, and what to do if weights are among the arguments."""
+    """Warn if there are no layers, and say what to do if weights are among the arguments."""
     if weights_among(traced):
         text = (
             "specialize found no layers, for the kernels are among the arguments: close over the weights, "
@@ -310,7 +309,7 @@ def _check_precision(precision: Any, calibration: Any, implementation: Any, comp
 
 
 def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[int, np.dtype]:
-    """By the number of a step: in which type a layer that can run in the compiled kernel takes its input."""
+    """By step number: the input type of a layer that can run in the compiled kernel."""
     layers = [i for i, step in enumerate(traced.steps) if isinstance(step, Linear)]
     exact = BFLOAT16 if precision == "int8" and native.halves_pay() else FLOAT32  # where rounding costs the most
     types = {}
@@ -336,7 +335,7 @@ def _decide(
     dtype: np.dtype | None,
     measured: dict[Any, tuple[float, float]],
 ) -> tuple[lowering.Packed | BlockSparse | None, Choice]:
-    """A layer's kernel as it is to run, None as it was traced; and the reasons."""
+    """The packed kernel of each layer, None if it runs as traced; and the reasons."""
     layer, window = step.layer, window_of(step.layer)
     kernel = np.asarray(step.kernel)
     block, density = pruned_in(kernel, sides)
@@ -368,7 +367,7 @@ def _decide(
 
 
 def _measure(step: Linear, form: Any, implementation: Implementation | None) -> tuple[float, float]:
-    """Seconds of the layer as it was traced and in the form given, measured in turn."""
+    """Seconds of the layer as traced and in the given form, measured alternately."""
     layer = step.layer
     residual = None if layer.residual is None else _noise(layer.residual)
     x: Any = _noise(layer.x)

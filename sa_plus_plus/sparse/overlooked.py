@@ -1,4 +1,4 @@
-"""Which constant kernels a traced network multiplies by in operations that are not layers, and why they are not."""
+"""Constant kernels of a traced network in operations that are not layers, and why they are not."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,13 +10,13 @@ from jax.extend import core
 from sa_plus_plus.sparse.steps import Call, Constant, Linear, Traced, Variable
 
 MOST_STEPS = 128  # longest loop that is unrolled
-MOST_EXPERTS = 64  # kernels in one batched product that are layers each
-MOST_BYTES = 2**28  # limit on kernels that unrolling a loop would repeat
+MOST_EXPERTS = 64  # limit on kernels in one batched product, each of which becomes a layer
+MOST_BYTES = 2**28  # limit on kernel bytes that unrolling a loop would duplicate
 _PRODUCTS = {"dot_general": "product", "conv_general_dilated": "convolution"}
 
 
 class Overlooked(NamedTuple):
-    """A product with a constant kernel that is no layer.
+    """A product with a constant kernel that is not a layer.
 
     Attributes:
       operation: what it is.
@@ -30,7 +30,7 @@ class Overlooked(NamedTuple):
 
 
 def overlooked(call: Call) -> list[Overlooked]:
-    """The products of something variable with a constant of at least two axes in an operation, or within it."""
+    """The products of a variable with a constant of at least two axes in an operation, or nested in it."""
     name = call.primitive.name
     if name in _PRODUCTS:
         constants = [v for v in call.inputs if isinstance(v, Constant)]
@@ -79,7 +79,7 @@ def weights_among(traced: Traced[Call | Linear]) -> bool:
 
 
 def unrolls(eqn: Any, values: Sequence[Any]) -> bool:
-    """Whether an operation is a short loop over products with constant kernels, whose steps are to be layers each."""
+    """Whether an operation is a short loop over products with constant kernels, each step of which becomes a layer."""
     options = eqn.params
     if eqn.primitive.name != "scan" or not {"num_consts", "num_carry", "length", "reverse", "jaxpr"} <= {*options}:
         return False
@@ -92,7 +92,7 @@ def unrolls(eqn: Any, values: Sequence[Any]) -> bool:
 
 
 def _within(name: str, options: dict[str, Any], known: Sequence[bool]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Products with constants of at least two axes in what an operation runs: their names and the constants' shapes."""
+    """Products with constants of at least two axes nested in an operation: their names and the constants' shapes."""
     for program, inputs in _bodies(name, options, known):
         inner = getattr(program, "jaxpr", program)
         constant = {v for v, is_known in zip(inner.invars, inputs, strict=False) if is_known} | {*inner.constvars}
@@ -109,7 +109,7 @@ def _within(name: str, options: dict[str, Any], known: Sequence[bool]) -> Iterat
 
 
 def _bodies(name: str, options: dict[str, Any], known: Sequence[bool]) -> Iterator[tuple[Any, Sequence[bool]]]:
-    """The programs that an operation runs, and which of their arguments are constant."""
+    """The jaxprs that an operation runs, and which of their arguments are constant."""
     if name == "while":
         first, second = options["cond_nconsts"], options["body_nconsts"]
         yield options["body_jaxpr"], known[first : first + second]  # what is carried varies

@@ -1,4 +1,4 @@
-"""A kernel as the tensors that a file holds of it, rounded or exact, and back: whatever does not fit is refused."""
+"""Conversion of a kernel to the tensors of a file, rounded or exact, and back, with validation."""
 
 import math
 from collections.abc import Mapping
@@ -17,23 +17,23 @@ STORABLE = (  # dtypes that come back from a safetensors file as they were
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64", "complex64"),
 )
-PARTS = ("blocks", "index", "scales")  # what a kernel's tensors are called after its path and a colon
+PARTS = ("blocks", "index", "scales")  # suffixes of a kernel's tensors, after its path and a colon
 
 
 def narrowed(dtype: np.dtype) -> bool:
-    """Whether JAX would hold values of this dtype in a narrower one, as float64 unless `jax_enable_x64` is set."""
+    """Whether JAX would convert this dtype to a narrower one, such as float64 unless `jax_enable_x64` is set."""
     return jax.dtypes.canonicalize_dtype(dtype) != dtype
 
 
 def as_jax(array: np.ndarray) -> Any:
-    """The values as a JAX array; as they are where JAX would narrow them."""
+    """The values as a JAX array; unchanged if JAX would narrow them."""
     return array if narrowed(array.dtype) else jax.device_put(array)  # jnp.asarray compiles a copy for each shape
 
 
 def _check_size(shape: tuple[int, ...], block: blk.Block, kept: int, weights: int, view: View | None = None) -> None:
-    """Refuse kernels that would take far more memory than their weights: a small file could ask for any amount.
+    """Refuse kernels that would take far more memory than their weights: a small file could request any amount.
 
-    The same for writing and reading, so that whatever was saved can be loaded.
+    Writing and reading use the same limit, so that every saved kernel can be loaded.
     """
     *stack, grid_r, each = blk.full_grid(shape, block, view)
     grid_c = each * math.prod(stack)
@@ -47,7 +47,7 @@ def _check_size(shape: tuple[int, ...], block: blk.Block, kept: int, weights: in
 
 
 def packed(w: BlockSparse, storage: str, name: str) -> tuple[dict[str, np.ndarray], float]:
-    """The tensors that hold a kernel, and what rounding costs.
+    """The tensors that hold a kernel, and the error of rounding.
 
     Args:
       w: of a dtype in `STORABLE`.
@@ -56,7 +56,7 @@ def packed(w: BlockSparse, storage: str, name: str) -> tuple[dict[str, np.ndarra
 
     Returns:
       By name in `PARTS`: `index` int32 `(nse,)`, `blocks` without padding, and for int8 `scales` float32 `(nse,)`; and
-      the Frobenius norm of what rounding changed, relative to the kernel's.
+      the Frobenius norm of the rounding error, relative to the kernel's.
 
     Raises:
       ValueError: if it is too large for its weights, or `storage` cannot hold these.
@@ -111,11 +111,11 @@ def _view(axes: Any, ndim: int) -> View:
 
 
 def unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> BlockSparse:
-    """The kernel that `packed` took apart.
+    """The kernel from the result of `packed`.
 
     Args:
       about: its `shape`, `block`, `storage` and `dtype`, and its `view` if it has one.
-      parts: what `packed` returned first.
+      parts: the first result of `packed`.
 
     Raises:
       ValueError, TypeError, KeyError or OverflowError: if these do not fit together.

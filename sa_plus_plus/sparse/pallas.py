@@ -1,4 +1,4 @@
-"""A matrix times a block-sparse one on a GPU: one Pallas kernel, lowered through Triton."""
+"""Block-sparse matmul on a GPU: one Pallas kernel, lowered through Triton."""
 
 import functools
 from typing import Any
@@ -13,13 +13,13 @@ import sa_plus_plus.sparse.xla as xla
 from sa_plus_plus.sparse.array import Layout
 
 LEAST = 16  # a side of what the tensor cores multiply
-# At most, of a tile: rows of y, columns of y, rows of a block. The sums of a tile have to fit the registers of four
-# warps, and three stages of its factors the 99 KB of shared memory that smaller GPUs have.
+# Largest tile: rows of y, columns of y, rows of a block. The accumulators of a tile must fit the registers of four
+# warps, and three stages of its operands the 99 KB of shared memory of smaller GPUs.
 LARGEST = {2: (128, 128, 64), 4: (64, 64, 32)}  # by the bytes of a number
 
 
 def _side(length: int, most: int) -> int:
-    """Triton's tiles have sides that are powers of two."""
+    """The side of a tile: Triton needs powers of two."""
     return min(max(LEAST, pl.next_power_of_2(length)), most)
 
 
@@ -55,9 +55,9 @@ def _tile(
     sides: tuple[int, int, int],
     relu: bool,
 ) -> None:
-    """A tile of y within one grid column: the products of its blocks are added up in registers.
+    """A tile of y within one grid column: the products of its blocks are accumulated in registers.
 
-    All references are to whole arrays in the GPU's memory. A tile that reaches beyond an edge is masked there.
+    All references are to whole arrays in GPU memory. A tile that extends beyond an edge is masked there.
     """
     *bias, y = bias_and_y
     tall, deep, wide = sides
@@ -73,7 +73,7 @@ def _tile(
         real = _both(_within(down, deep, b_r), None if height % b_r == 0 else start + jnp.arange(deep) < height)
         across_x = _load(x.at[pl.ds(top, tall), pl.ds(start, deep)], _mask(in_batch, real, (tall, deep)))
         weights = _load(blocks.at[at, pl.ds(down, deep), pl.ds(left, wide)], _mask(real, in_block, (deep, wide)))
-        # In float32 the tensor cores would keep 10 bits of each factor.
+        # For float32, the tensor cores would keep 10 bits of each operand.
         precision = None if x.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
         return total + jnp.dot(across_x, weights, precision=precision, preferred_element_type=jnp.float32)
 
@@ -92,18 +92,18 @@ def _tile(
 def matmul(
     x: jax.Array, blocks: jax.Array, bias: jax.Array | None, layout: Layout, relu: bool, interpret: bool
 ) -> jax.Array:
-    """`x (batch, rows) @ w (rows, cols)`, plus bias, rectified if asked, in the type of `x`.
+    """`x (batch, rows) @ w (rows, cols)`, plus bias, with optional ReLU, in the type of `x`.
 
-    Tiles that run at the same time share rows of `x`, which stay in the GPU's cache, and the columns with the most
-    blocks come first, so that the last tiles are short.
+    Tiles that run at the same time share rows of `x`, which stay in the GPU's cache. The columns with the most blocks
+    come first, so that the last tiles are short.
 
     Args:
       x: `(batch, rows)`, float32, bfloat16 or float16.
       blocks: `(kept, b_r, b_c)` of the same type.
       bias: `(cols,)`.
-      layout: where the blocks of `w` stand.
-      relu: `max(., 0)` of the result.
-      interpret: by Pallas's interpreter, on any platform, slowly.
+      layout: the block positions of `w`.
+      relu: whether to apply `max(., 0)`.
+      interpret: whether to use Pallas's interpreter, which is slow but runs on any platform.
     """
     batch, (height, width), (b_r, b_c) = x.shape[0], layout.matrix, layout.block
     if not batch or not layout.nse:

@@ -1,4 +1,4 @@
-"""In which blocks a kernel is pruned, by where its zeros are or by the plan that it was pruned to."""
+"""The blocks in which a kernel is pruned, inferred from its zeros or taken from the plan."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus.checks import occupied
 from sa_plus_plus.planning import Plan
 
-SQUARES = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are tried where zeros stand in no blocks
+SQUARES = (128, 64, 32, 20, 16, 10, 8, 5, 4)  # sides that are tried if zeros form no blocks
 MOST_SIDE = 128
-STRAY = 0.1  # share of changes between zero and not zero that may be within blocks
-ALIKE = 1.1  # a larger block is preferred if its share of kept weights is at most this times the least
+STRAY = 0.1  # largest share of zero/nonzero transitions that may be within blocks
+ALIKE = 1.1  # a larger block is preferred if its share of kept weights is at most this times the lowest
 
 
 def pruned_in(kernel: np.ndarray, candidates: Sequence[blk.Block] = ()) -> tuple[blk.Block | None, float]:
-    """The largest block of which about as few are not zero as of any other, and their share; None if none is zero.
+    """The largest block with about the lowest share of nonzero blocks, and that share; None if no block is zero.
 
     Args:
       kernel: 2 to 5 dimensions.
@@ -55,7 +55,7 @@ def planned_blocks(plan: Plan, shape: Sequence[int]) -> list[blk.Block]:
 
 
 def _suggested(nonzero: np.ndarray) -> list[blk.Block]:
-    """Blocks on whose edges the zeros begin and end; squares of usual sides where there are none."""
+    """Blocks at whose edges runs of zeros begin and end; squares of common sizes if there are none."""
     rows, cols = nonzero.shape
     found = {
         (_side(rows, down, across), _side(cols, across, down))
@@ -69,7 +69,7 @@ def _suggested(nonzero: np.ndarray) -> list[blk.Block]:
 
 
 def _side(length: int, spacing: int, other: int) -> int:
-    """A block's side along an axis; along one without an edge a square's if it spans the axis, otherwise all of it."""
+    """A block's side along an axis; without an edge there, a square's if that spans the axis, else the whole axis."""
     if not spacing:
         return other if length <= other else min(length, MOST_SIDE)
     return next(side for side in range(min(spacing, MOST_SIDE), 0, -1) if spacing % side == 0)

@@ -15,18 +15,18 @@ from sa_plus_plus.sparse.lowering import Compiled
 from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul
 from sa_plus_plus.sparse.steps import Call, Constant, Layer, Linear, Traced, Variable, activate, users_of
 
-_INLINE = 1024  # numbers of a constant that are compiled into the program rather than handed to it
+_INLINE = 1024  # size up to which a constant is compiled into the program rather than passed to it
 
 
 class Program(NamedTuple):
     """A network without its weights.
 
     Attributes:
-      traced: its steps: calls, layers that run as they were traced or in another implementation, and compiled ones.
-      forms: how each value is held that is not held as it was traced.
+      traced: its steps: calls, layers that run as traced or in another implementation, and compiled ones.
+      forms: the form of each value that is not held as traced.
       implementation: of sparse layers that are not compiled.
-      compiles: whether any layer is, so that it runs on a CPU for which the package's kernel was compiled.
-      pieces: into how many a batch is cut, each of which goes through the whole network before the next.
+      compiles: whether any layer is compiled, so that the program needs a CPU for which the package's kernel was built.
+      pieces: number of pieces of a batch, each of which goes through the whole network before the next.
     """
 
     traced: Traced[Call | Layer | Compiled]
@@ -39,7 +39,7 @@ class Program(NamedTuple):
 def assembled(
     traced: Traced[Call | Linear], kernels: Sequence[Any], ranges: Any, implementation: Implementation | None
 ) -> tuple[Program, list[Any]]:
-    """The network without its weights, so that no kernel is kept in full beside its blocks, and these."""
+    """The network without its weights, so that no kernel is kept in full beside its blocks; and the weights."""
     types = {i: kernel.dtype for i, kernel in enumerate(kernels) if isinstance(kernel, lowering.Packed)}
     forms = forms_of(traced, types, ranges)
     steps: list[Any] = []
@@ -61,14 +61,14 @@ def assembled(
 
 
 def _needs(step: Call | Linear, form: BlockSparse | None) -> Any:
-    """The arrays that a step takes besides its variables."""
+    """The arrays that a step needs besides its variables."""
     if isinstance(step, Linear):
         return (step.kernel if form is None else form, step.bias)
     return [value.full for value in step.inputs if isinstance(value, Constant) and not _small(value)]
 
 
 def _without_weights(step: Call | Linear) -> Call | Layer:
-    """What is to be done with the arrays of `_needs`."""
+    """The step as a function of the arrays of `_needs`."""
     if isinstance(step, Linear):
         return step.layer
     values = (v if isinstance(v, Variable) or _small(v) else Constant(None, v.shape) for v in step.inputs)
@@ -80,7 +80,7 @@ def _small(constant: Constant) -> bool:
 
 
 class Values:
-    """What has been computed so far, each value as it is held and in the forms that were asked for."""
+    """The values computed so far, each as it is held and in the forms that were requested."""
 
     def __init__(self, forms: dict[Variable, Form]):
         self.forms = forms
@@ -93,7 +93,7 @@ class Values:
         self.held[value, self.form(value)] = array
 
     def get(self, value: Variable, form: Form | None = None) -> Any:
-        """In the form asked for, as it was traced by default."""
+        """The value in the requested form, by default as traced."""
         want, have = form or Form(np.dtype(value.dtype)), self.form(value)
         if (value, want) not in self.held:
             self.held[value, want] = converted(self.held[value, have], have, want)
@@ -149,7 +149,7 @@ def computed(program: Program, weights: Sequence[Any], inputs: Any) -> Values:
 
 
 def by_blocks(layer: Layer, x: Any, w: BlockSparse, bias: Any, residual: Any, implementation: Any) -> Any:
-    """A layer by its blocks in an implementation other than the compiled kernel's."""
+    """Run a layer by its blocks in an implementation other than the compiled kernel."""
     relu = layer.activation == "relu" and residual is None
     if layer.call is not None:
         strides, padding = layer.call.options["window_strides"], layer.call.options["padding"]

@@ -1,4 +1,4 @@
-"""Pruned networks as small files: a parameter tree by its kept blocks, and one safetensors file for all of it."""
+"""Pruned networks as small files: a parameter tree stored by its kept blocks in one safetensors file."""
 
 import hashlib
 import json
@@ -18,20 +18,20 @@ from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.packing import PARTS, STORABLE, STORAGE, as_jax, narrowed, packed, unpacked
 
 FORMAT = "block-sparse 1"
-ESCAPED = "block-sparse 2"  # the same with keys escaped; written only where a key has `~` or `/`
-VIEWED = "block-sparse 3"  # that with views of kernels; written only where a kernel has one
-_NAMED = 3  # layers in a warning
+ESCAPED = "block-sparse 2"  # with escaped keys; written only if a key has `~` or `/`
+VIEWED = "block-sparse 3"  # with escaped keys and views of kernels; written only if a kernel has a view
+_NAMED = 3  # number of layers named in a warning
 _KEY = "sa_plus_plus"  # key of the JSON text in the file's metadata
 
 
 class Saved(NamedTuple):
-    """What `save` has written.
+    """The outcome of `save`.
 
     Attributes:
       bytes: size of the file.
-      dense_bytes: of the same arrays in full.
-      errors: of each block-sparse kernel by its path in the file: the Frobenius norm of what storage changed, relative
-        to the kernel's.
+      dense_bytes: size of the same arrays in full.
+      errors: for each block-sparse kernel by its path in the file: the Frobenius norm of the storage error, relative to
+        the kernel's.
     """
 
     bytes: int
@@ -40,10 +40,10 @@ class Saved(NamedTuple):
 
 
 def export(params: Any, plan: Plan) -> Any:
-    """The same tree with each pruned kernel as a `BlockSparse` of its blocks that are not zero.
+    """The same tree with each pruned kernel as a `BlockSparse` of its nonzero blocks.
 
-    Exact, but that a block of nothing but `-0.0` is not kept and comes back as `0.0`, and that JAX makes a float64
-    kernel float32 unless `jax_enable_x64` is set. Warns where a layer keeps more blocks than planned: `check_pruned`
+    Exact, except that a block of only `-0.0` is not kept and is restored as `0.0`, and that JAX converts a float64
+    kernel to float32 unless `jax_enable_x64` is set. Warns if a layer keeps more blocks than planned; `check_pruned`
     refuses such a network.
 
     Args:
@@ -69,7 +69,7 @@ def export(params: Any, plan: Plan) -> Any:
 
 
 def todense(tree: Any) -> Any:
-    """The tree with every `BlockSparse` in full: what `export` was given, but for the sign of blocks of `-0.0`.
+    """The tree with every `BlockSparse` in full: the input of `export`, except for the sign of blocks of `-0.0`.
 
     Args:
       tree: a pytree, such as `export` and `load` return.
@@ -82,21 +82,21 @@ def save(
 ) -> Saved:
     """Write a parameter tree to one safetensors file, atomically. Needs the package `safetensors`.
 
-    A block-sparse kernel becomes two tensors, `<path>:blocks`, the weights of its kept blocks one after the other
-    without padding, and `<path>:index`, `grid_column * grid_rows + grid_row` of each; with `int8`, `<path>:scales` has
-    what to multiply each block by. All other leaves are stored as they are. The metadata says in JSON what each kernel
-    is and gives a SHA-256 of each tensor.
+    A block-sparse kernel becomes two tensors: `<path>:blocks`, the concatenated weights of its kept blocks without
+    padding, and `<path>:index`, `grid_column * grid_rows + grid_row` of each. With `int8`, `<path>:scales` has the
+    scale of each block. All other leaves are stored as they are. The metadata describes each kernel in JSON and has a
+    SHA-256 of each tensor.
 
-    A leaf's path is its keys with slashes between them, `~` and `/` within a key written `~0` and `~1` as in a JSON
-    Pointer (RFC 6901): Haiku's `{"mlp/~/linear_0": {"w": x}}` has the path `mlp~1~0~1linear_0/w` and comes back as it
-    was. Keys that are not text come back as text.
+    A leaf's path is its keys joined by slashes, with `~` and `/` within a key written `~0` and `~1` as in a JSON
+    Pointer (RFC 6901): Haiku's `{"mlp/~/linear_0": {"w": x}}` has the path `mlp~1~0~1linear_0/w` and is restored
+    unchanged. Keys that are not text are restored as text.
 
     Args:
       path: of the file.
       tree: nested dicts (or any pytree) of arrays of the dtypes in `STORABLE`, and `BlockSparse` of such.
       storage: of block-sparse kernels: `"exact"`; `"bfloat16"`, rounded to 8 bits of mantissa; or `"int8"`, rounded to
         a multiple of the block's largest weight over 127.
-      metadata: what else to keep in the file.
+      metadata: further metadata for the file.
 
     Raises:
       ValueError: for an unknown storage; two leaves of the same path, or a leaf with the name of a kernel's tensor; a
@@ -139,18 +139,18 @@ def save(
 
 
 def _format(tensors: Mapping[str, Any], kernels: Mapping[str, Mapping[str, Any]]) -> str:
-    """The oldest format that holds these."""
+    """The oldest format that can hold these."""
     if any("view" in kernel for kernel in kernels.values()):
         return VIEWED
     return ESCAPED if any("~" in name for name in tensors) else FORMAT
 
 
 def load(path: str | os.PathLike[str], like: Any = None) -> Any:
-    """Read what `save` wrote: nested dicts by the keys of each path, or the structure of `like`.
+    """Load a file of `save` as nested dicts by the keys of each path, or with the structure of `like`.
 
-    Block-sparse kernels come in the dtype they were saved from. Every tensor's checksum is verified and every index
-    checked before anything is returned. Leaves are JAX arrays, but for those whose dtype JAX would narrow, such as
-    float64 and int64 where `jax_enable_x64` is not set: they, and the blocks of such kernels, stay NumPy arrays.
+    Block-sparse kernels have the dtype they were saved from. Every tensor's checksum is verified and every index
+    checked before anything is returned. Leaves are JAX arrays, except those whose dtype JAX would narrow, such
+    as float64 and int64 unless `jax_enable_x64` is set: they, and the blocks of such kernels, stay NumPy arrays.
 
     Args:
       path: of the file.
@@ -158,7 +158,7 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged or not one of `save`'s, with the name of the tensor; or `like` has other paths.
+      ValueError: if the file is damaged or not from `save`, naming the tensor; or if `like` has other paths.
     """
     tensors, about = _read(pathlib.Path(path))
     leaves: dict[str, Any] = {}
@@ -172,7 +172,7 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     if twice := sorted(leaves.keys() & tensors.keys()):
         raise ValueError(f"{path} is damaged: {twice[0]!r} is both a kernel and a tensor")
     leaves |= {name: as_jax(tensor) for name, tensor in tensors.items()}
-    if about["format"] == FORMAT:  # its names are not escaped, so that a tilde stands for itself
+    if about["format"] == FORMAT:  # its names are not escaped, so a tilde is literal
         leaves = {name.replace("~", "~0"): leaf for name, leaf in leaves.items()}
     if like is None:
         try:
@@ -207,7 +207,7 @@ def _unescaped(key: str) -> str:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by path, every one of which can be stored and told from all others."""
+    """The leaves by path, checked to be storable and to have unique names."""
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_sparse):
         name = _name(keys)
@@ -226,7 +226,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _in_full(w: BlockSparse) -> Any:
-    """As `BlockSparse.todense`, by NumPy where JAX would narrow the weights."""
+    """Like `BlockSparse.todense`, in NumPy if JAX would narrow the weights."""
     if not narrowed(w.dtype):
         return w.todense()
     tiles: Any = np.zeros((*w.layout.grid, *w.layout.block), w.dtype)
@@ -235,7 +235,7 @@ def _in_full(w: BlockSparse) -> Any:
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All tensors of a file, their checksums verified, and what its metadata says of them."""
+    """All tensors of a file, with verified checksums, and their metadata."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     if not path.is_file():

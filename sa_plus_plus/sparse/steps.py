@@ -1,4 +1,4 @@
-"""What a traced network consists of: values, operations, and layers with and without their weights."""
+"""The parts of a traced network: values, operations, and layers with and without their weights."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ class Variable(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where in a parameter tree the entries of a constant come from.
+    """The place in a parameter tree from which the entries of a constant come.
 
     Attributes:
       path: of the leaf.
@@ -30,12 +30,12 @@ class Origin(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A value that does not.
+    """A value that does not depend on the inputs.
 
     Attributes:
       value: of the same rank as `shape`, with 1 for axes along which it is constant.
-      shape: what it stands for.
-      origin: of its entries, if they are those of a leaf whose kernels are looked for, moved at most.
+      shape: the full shape.
+      origin: of its entries, if they come from a leaf whose kernels are searched for, at most rearranged.
     """
 
     value: Any
@@ -81,14 +81,14 @@ class Layer(NamedTuple):
     """A product with a kernel, without its weights: `activation(x @ kernel + bias + residual)`.
 
     Attributes:
-      call: the convolution as JAX traced it, of `x` and a kernel; None for a product of matrices.
-      x: what is multiplied: images, or `(..., K)` with the contracted axes last.
+      call: the convolution of `x` and a kernel as JAX traced it; None for a matmul.
+      x: the left operand: images, or `(..., K)` with the contracted axes last.
       kernel: shape and dtype of the kernel: `(K, N)` of a product, otherwise the convolution's, outputs last.
       output: the result, after all of the above.
-      columns: the last axes of the output, over which the `N` columns go.
-      activation: what follows.
-      residual: what is added before that, of the output's shape, or None.
-      precision: of a product, as `jax.lax.dot_general` takes it.
+      columns: the last axes of the output, which hold the `N` columns.
+      activation: applied last.
+      residual: added before the activation, of the output's shape, or None.
+      precision: of a matmul, as in `jax.lax.dot_general`.
     """
 
     call: Call | None
@@ -102,7 +102,7 @@ class Layer(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many rows the matrix that the kernel stands for is multiplied with."""
+        """Number of rows that are multiplied with the kernel's matrix."""
         return int(np.prod(self.output.shape)) // self.kernel.shape[-1]
 
     def dense(self, x: Any, kernel: Any, bias: Any, residual: Any = None) -> Any:
@@ -129,10 +129,10 @@ class Linear(NamedTuple):
 
     Attributes:
       layer: what it does.
-      original: the kernel as it was.
-      scale: `(N,)` float64, or None: what to multiply it by.
+      original: the original kernel.
+      scale: `(N,)` float64, or None: its factor.
       shift: `(N,)` float64, or None.
-      origin: of the entries of `original`, if they are those of a leaf whose kernels are looked for.
+      origin: of the entries of `original`, if they come from a leaf whose kernels are searched for.
     """
 
     layer: Layer
@@ -165,7 +165,7 @@ def inputs_of(step: Call | Linear) -> list[Variable]:
 
 
 def users_of(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -> dict[Variable, list[int]]:
-    """By value, the numbers of the steps that take it; `len(steps)` stands for the network's result."""
+    """By value, the numbers of the steps that take it; `len(steps)` means the network's result."""
     users: dict[Variable, list[int]] = {}
     for number, step in enumerate(steps):
         for value in inputs_of(step):

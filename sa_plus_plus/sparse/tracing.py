@@ -1,7 +1,7 @@
-"""A network with its weights as a list of what remains to be done for each input.
+"""Tracing of a network to the list of steps that depend on its inputs.
 
-A function of its inputs is traced; whatever depends on weights alone is computed at once, and scales and shifts of each
-output channel, such as those of batch normalisation at inference, are folded into the kernel and bias before them.
+The function is traced, constant expressions are folded, and scales and shifts of output channels, such as those of
+batch normalisation at inference, are folded into the preceding kernel and bias.
 """
 
 from collections.abc import Callable, Container, Sequence
@@ -32,7 +32,7 @@ _ANY_ORDER = (  # operations that commute with a transposition
     *("abs", "sign", "tanh", "logistic", "erf", "erfc", "exp2", "log1p", "expm1", "sin", "cos", "floor", "ceil"),
     *("add_any", "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite", "clamp"),
 )
-_MOVES = (  # what leaves each entry of its first operand as it is, up to rounding
+_MOVES = (  # operations that keep each entry of their first operand, up to rounding
     *("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "slice", "dynamic_slice", "rev"),
     *("convert_element_type", "copy", "copy_p", "stop_gradient"),
 )
@@ -40,9 +40,9 @@ _WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
 
 
 def trace(fn: Callable[..., Any], *examples: Any) -> Traced[Call | Linear]:
-    """Trace a network on arguments of given shapes; its weights are what it closes over.
+    """Trace a network on arguments of given shapes; its weights are closed over.
 
-    Custom derivatives are not kept: what is traced is for inference.
+    Custom derivatives are dropped: the trace is for inference.
 
     Args:
       fn: jittable.
@@ -62,12 +62,12 @@ def trace(fn: Callable[..., Any], *examples: Any) -> Traced[Call | Linear]:
 def trace_kernels(fn: Callable[..., Any], params: Any, paths: Container[str], *examples: Any) -> Traced[Call | Linear]:
     """Trace a network whose weights are its first argument; each layer has the origin of its kernel.
 
-    Nothing is folded, and activations are steps of their own.
+    Nothing is folded, and activations are separate steps.
 
     Args:
       fn: `fn(params, *inputs)`, jittable.
       params: tree of arrays.
-      paths: of the leaves whose kernels are looked for.
+      paths: of the leaves whose kernels are searched for.
       examples: inputs, or their shapes and dtypes.
     """
     closed, result = jax.make_jaxpr(fn, return_shape=True)(params, *examples)
@@ -84,7 +84,7 @@ def _leaf(path: str, leaf: Any, paths: Container[str]) -> Constant:
 
 
 class _Recorder:
-    """Walks through a program; keeps what depends on its inputs."""
+    """Walks through a jaxpr and records what depends on its inputs."""
 
     def __init__(self) -> None:
         self.calls: list[Call | Linear] = []
@@ -99,7 +99,7 @@ class _Recorder:
         return Variable(self.count, tuple(shape), dtype)
 
     def walk(self, closed: Any, inputs: Sequence[Value]) -> list[Value]:
-        # Some programs carry their constants, others have none; which do differs between versions of JAX.
+        # Some jaxprs carry their constants, others have none; this differs between versions of JAX.
         program, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
         known: dict[Any, Value] = dict(zip(program.invars, inputs, strict=True))
         known |= {v: _constant(c) for v, c in zip(program.constvars, consts, strict=True)}
@@ -117,7 +117,7 @@ class _Recorder:
         return [read(atom) for atom in program.outvars]
 
     def inlined(self, fn: Callable[..., Any], *values: Value) -> list[Value]:
-        """The results of a function of JAX's on values."""
+        """The results of a JAX function on values."""
         shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype if isinstance(v, Variable) else v.value.dtype) for v in values]
         return self.walk(jax.make_jaxpr(fn)(*shapes), values)
 
@@ -147,7 +147,7 @@ class _Recorder:
         return outputs
 
     def product(self, eqn: Any, values: list[Value]) -> Value | None:
-        """A product with a constant as `Linear`; several in one, such as of experts, as a `Linear` each."""
+        """A product with a constant as `Linear`; a batched product, such as of experts, as one `Linear` each."""
         (contracted, batch), (left, right) = eqn.params["dimension_numbers"], values
         (out,) = eqn.outvars
         x, kernel = (left, right) if isinstance(left, Variable) else (right, left)
@@ -184,25 +184,25 @@ class _Recorder:
             if n > 1:
                 (result,) = self.inlined(lambda y: lax.reshape(y, (*lengths, *y.shape[1:])), result)
         assert isinstance(result, Variable)
-        if left is kernel:  # whose axes come first in the result
+        if left is kernel:  # the kernel's axes come first in the result
             axes = range(len(result.shape))
             return self.transposed(result, (*axes[:n], *axes[n + m :], *axes[n : n + m]))
         return result
 
     def slice(self, eqn: Any, values: list[Value]) -> Variable:
-        """A slice; if it takes every n-th row and column of images, a product with it can have that as its strides."""
+        """A slice; if it takes every n-th row and column of images, a product can use it as strides."""
         (x,), options = values, eqn.params
         (output,) = self.called(eqn, values)
         strides = options["strides"] or (1,) * len(x.shape)
         whole = all((n - 1) // s + 1 == m for n, s, m in zip(x.shape, strides, output.shape, strict=True))
-        assert isinstance(x, Variable)  # what depends on constants alone is computed
+        assert isinstance(x, Variable)  # since constant expressions are folded
         images = len(x.shape) == 4 and strides[0] == strides[3] == 1
         if images and whole and not any(options["start_indices"]):
             self.strided[output] = x, (strides[1], strides[2])
         return output
 
     def strided_product(self, x: Variable, kernel: Constant, precision: Any, dtype: Any) -> Value:
-        """A product with every n-th row and column of images as a convolution of them: nothing need be copied."""
+        """A product with every n-th row and column of images as a strided convolution, without a copy."""
         images, strides = self.strided[x]
 
         def convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -213,7 +213,7 @@ class _Recorder:
         return self.inlined(convolved, images, kernel)[0]
 
     def linear(self, x: Value, matrix: Value, lead: int, columns: tuple[int, ...], precision: Any, dtype: Any) -> Value:
-        """A product of `x`, its contracted axes last, with `(K, N)`; its own outputs are last in the result."""
+        """A product of `x`, contracted axes last, with `(K, N)`; outputs are last in the result."""
         assert isinstance(x, Variable)
         assert isinstance(matrix, Constant)
         output = self.variable((*x.shape[:lead], *columns), dtype)
@@ -250,7 +250,7 @@ class _Recorder:
         return self.transposed(value, eqn.params["permutation"])
 
     def transposed(self, x: Variable, permutation: Sequence[int]) -> Variable:
-        """`x` with its axes in another order; two such operations in a row are one, or none."""
+        """`x` transposed; two transpositions in a row are merged or cancelled."""
         if x in self.permuted:
             original, first = self.permuted[x]
             return self.transposed(original, [first[i] for i in permutation])
@@ -264,7 +264,7 @@ class _Recorder:
         return self.transpositions[key]
 
     def before_transposition(self, eqn: Any, values: list[Value]) -> Variable | None:
-        """What is done to a transposed value done to the original instead, so that transpositions meet and cancel."""
+        """Apply an operation on a transposed value to the original instead, so that transpositions meet and cancel."""
         turned = next((v for v in values if isinstance(v, Variable) and v in self.permuted), None)
         if turned is None or len(eqn.outvars) != 1:
             return None
@@ -282,7 +282,7 @@ class _Recorder:
         return self.transposed(output, permutation)
 
     def as_before(self, value: Value, permutation: tuple[int, ...]) -> Value | None:
-        """What a value was before a transposition, if it is constant or was transposed in the same way."""
+        """The value before a transposition, if it is constant or was transposed in the same way."""
         inverse = _inverse(permutation)
         if isinstance(value, Constant):
             if not value.shape:
@@ -293,7 +293,7 @@ class _Recorder:
         return self.transpositions.get((value, inverse)) if value.shape else value
 
     def reshape(self, eqn: Any, values: list[Value]) -> Variable | None:
-        """One reshape instead of two in a row, none if they lead back."""
+        """Merge two reshapes in a row into one, or none if they cancel."""
         (out,) = eqn.outvars
         (x, *rest), shape = values, tuple(out.aval.shape)
         assert isinstance(x, Variable)
@@ -333,7 +333,7 @@ class _Recorder:
         return self.inlined(lambda x: lax.index_in_dim(x, i, keepdims=False), value)[0]
 
     def stacked(self, values: Sequence[Value]) -> Value:
-        """Values one upon another."""
+        """Values stacked along a new first axis."""
         return self.inlined(lambda *x: lax.concatenate([lax.expand_dims(a, (0,)) for a in x], 0), *values)[0]
 
 
@@ -342,7 +342,7 @@ def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
 
 
 def _does_nothing(eqn: Any) -> bool:
-    """Whether an operation's result is its first operand, as padding by nothing."""
+    """Whether an operation returns its first operand unchanged, such as padding of width 0."""
     name, operands = eqn.primitive.name, eqn.invars
     if name == "pad":
         return all(pad == (0, 0, 0) for pad in eqn.params["padding_config"])
@@ -354,7 +354,7 @@ def _does_nothing(eqn: Any) -> bool:
 
 
 def _inner(eqn: Any) -> Any:
-    """The program that an operation stands for, if it is one that only calls another."""
+    """The jaxpr that an operation calls, if it is only a call."""
     if eqn.primitive.name not in _INLINED:
         return None
     return eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
@@ -365,7 +365,7 @@ def _constant(value: Any) -> Constant:
 
 
 def _arranged(kernel: Constant, order: Sequence[int], shape: Sequence[int] | None = None) -> Constant:
-    """A constant in full, with its axes in another order and then in another shape."""
+    """A constant in full, transposed and then reshaped."""
 
     def arranged(value: Any) -> Any:
         full = jnp.broadcast_to(value, kernel.shape)
@@ -377,7 +377,7 @@ def _arranged(kernel: Constant, order: Sequence[int], shape: Sequence[int] | Non
 
 
 def _computed(call: Call, inputs: list[Constant], outvars: Sequence[Any]) -> list[Constant]:
-    """Run an operation on constants; what is constant along an axis is not repeated along it before it must be."""
+    """Run an operation on constants; broadcasting along constant axes is deferred as long as possible."""
     name = call.primitive.name
     if (origin := inputs[0].origin if inputs and name in _MOVES else None) is not None:
         (moved,) = _computed(call, [inputs[0]._replace(origin=None), *inputs[1:]], outvars)

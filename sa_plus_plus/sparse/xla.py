@@ -1,4 +1,4 @@
-"""A matrix times a block-sparse one in plain JAX: right on every platform, in every floating type."""
+"""Block-sparse matmul in plain JAX: works on every platform, in every floating type."""
 
 import functools
 from collections.abc import Callable
@@ -11,9 +11,9 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import Layout
 
-FEW = 32  # rows of x below which it does not pay to bring the weights into another order
-TILE = 32  # rows of x at once on a CPU: what is gathered for them stays in its caches
-LARGE_TILE = 2048  # elsewhere, and for gradients: what is gathered for them fits the memory
+FEW = 32  # number of rows of x below which rearranging the weights does not pay off
+TILE = 32  # rows of x at once on a CPU: the gathered inputs stay in its caches
+LARGE_TILE = 2048  # elsewhere, and for gradients: the gathered inputs fit in memory
 WASTE = 1 / 8  # largest share of the work on a group of columns that may be padding
 
 
@@ -36,9 +36,9 @@ class Group(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def groups(layout: Layout) -> tuple[Group, ...]:
-    """Cut a grid's columns that have blocks into groups of about equally many.
+    """Group the nonempty grid columns by about equal numbers of blocks.
 
-    From the fullest down, a group takes columns until more than `WASTE` of it would be padding.
+    Starting from the fullest, a group takes columns until more than `WASTE` of it would be padding.
     """
     counts = np.diff(layout.indptr)
     order = np.argsort(-counts, kind="stable")
@@ -66,18 +66,18 @@ def _weights(blocks: jax.Array, group: Group) -> jax.Array:
 
 
 def _inputs(x: jax.Array, group: Group) -> jax.Array:
-    """What of `x (batch, grid_r, b_r)` meets the weights of a group of columns, `(batch, g, n * b_r)`."""
+    """The entries of `x (batch, grid_r, b_r)` for the weights of a group of columns, `(batch, g, n * b_r)`."""
     g, n = group.rows.shape
     return x[:, group.rows].reshape(x.shape[0], g, n * x.shape[2])
 
 
 def _dots(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`(batch, g, k)` times `(g, k, b_c)`: a product of matrices for each of the `g`."""
+    """`(batch, g, k)` times `(g, k, b_c)`: a batched matmul over `g`."""
     return jnp.einsum("bgk,gkc->bgc", _held(x), _held(weights), preferred_element_type=sum_type(x))
 
 
 def _sums(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """The same written as a reduction, of which XLA makes one kernel on CPUs; its many small products take longer."""
+    """The same as a reduction, which XLA compiles to one kernel on CPUs; its many small matmuls take longer."""
     return jnp.sum(blk.widened(x)[..., None] * blk.widened(weights)[None], axis=-2)
 
 
@@ -91,7 +91,7 @@ def _by_blocks(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _by_columns(product: Product, layout: Layout, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    """A product for each column of the grid, all columns of a group at once."""
+    """One matmul per grid column, all columns of a group at once."""
     cut = groups(layout)
     parts = [product(_inputs(x, group), w) for group, w in zip(cut, weights, strict=True)]
     columns = np.concatenate([group.columns for group in cut])
@@ -104,7 +104,7 @@ def _by_columns(product: Product, layout: Layout, x: jax.Array, weights: list[ja
 
 
 def _tiles(x: jax.Array, most: int) -> jax.Array:
-    """`(batch, ...)` as `(tiles, rows, ...)` of at most that many rows, completed with zeros."""
+    """`(batch, ...)` as `(tiles, rows, ...)` of at most that many rows, padded with zeros."""
     batch = x.shape[0]
     tiles = -(-batch // most)
     rows = -(-batch // tiles)
@@ -113,25 +113,25 @@ def _tiles(x: jax.Array, most: int) -> jax.Array:
 
 
 def _tiled(product: Product, most: int, layout: Layout, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
-    """`_by_columns` over a limited number of rows of `x` at a time, since it gathers all blocks that a row meets."""
+    """`_by_columns` over a limited number of rows of `x` at a time, since it gathers all inputs of each block."""
     y = jax.lax.map(lambda tile: _by_columns(product, layout, tile, weights), _tiles(x, most))
     return y.reshape(-1, *y.shape[2:])[: x.shape[0]]
 
 
 def _in_blocks(x: jax.Array, side: int) -> jax.Array:
-    """`(batch, length)` as `(batch, number of blocks, side)`, completed with zeros."""
+    """`(batch, length)` as `(batch, number of blocks, side)`, padded with zeros."""
     batch, length = x.shape
     number = -(-length // side)
     return jnp.pad(x, ((0, 0), (0, number * side - length))).reshape(batch, number, side)
 
 
 def sum_type(x: jax.Array) -> np.dtype:
-    """In which products with `x` are added up: at least float32."""
+    """The accumulation type of products with `x`: at least float32."""
     return x.dtype if x.dtype.itemsize >= 4 else np.dtype(np.float32)
 
 
 def _held(x: jax.Array) -> jax.Array:
-    """As it is multiplied: XLA has no product of bfloat16 with float32 sums for every shape on CPUs."""
+    """The operand as it is multiplied: on CPUs, XLA does not support bfloat16 with float32 sums for every shape."""
     return blk.widened(x) if jax.default_backend() == "cpu" else x
 
 
@@ -141,7 +141,7 @@ def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
     Args:
       x: `(batch, rows)`.
       blocks: `(kept, b_r, b_c)`.
-      layout: where the blocks of `w` stand.
+      layout: the block positions of `w`.
     """
     batch, (_, width) = x.shape[0], layout.matrix
     known = isinstance(batch, int)  # and not a symbol of `jax.export`
@@ -164,19 +164,19 @@ def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
 
 
 def epilogue(y: jax.Array, bias: jax.Array | None, relu: bool) -> jax.Array:
-    """What is done to a product `(batch, cols)` before it is rounded: a bias `(cols,)` added, `max(., 0)` taken."""
+    """Applied to a product `(batch, cols)` before rounding: a bias `(cols,)` is added, then `max(., 0)`."""
     if bias is not None:
         y = y + bias.astype(y.dtype)[None]
     return jax.nn.relu(y) if relu else y
 
 
 def weight_gradient(x: jax.Array, g: jax.Array, layout: Layout) -> jax.Array:
-    """`x^T g` where blocks are kept, `(kept, b_r, b_c)`, in at least float32.
+    """`x^T g` at the kept blocks, `(kept, b_r, b_c)`, in at least float32.
 
     Args:
       x: `(batch, rows)`.
       g: `(batch, cols)`.
-      layout: which blocks are wanted.
+      layout: which blocks to compute.
     """
     shape, dtype = (layout.nse, *layout.block), sum_type(x)
     if not x.shape[0] or not layout.nse:

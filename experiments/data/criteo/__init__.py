@@ -1,4 +1,4 @@
-"""Criteo's display-advertising data: `python -m experiments.data.criteo prepare` makes what `criteo` reads."""
+"""Criteo's display-advertising data: `python -m experiments.data.criteo prepare` writes what `criteo` reads."""
 
 from experiments.data.criteo.prepared import Criteo, criteo
 

@@ -1,4 +1,4 @@
-"""The columns of the data, and every choice of how they are prepared."""
+"""The columns of the data, and all options of their preparation."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ RARE, MISSING, FIRST = 0, 1, 2  # ids of every feature: out of vocabulary, no va
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How the data are divided and turned into ids.
+    """How the data are split and converted to ids.
 
     Attributes:
       train: share of the rows to train on, in (0, 1).
@@ -85,7 +85,7 @@ def bucket(numbers: np.ndarray, options: Options) -> np.ndarray:
 
 
 def parts(first: int, count: int, total: int | None, options: Options) -> np.ndarray:
-    """Which part each of consecutive lines belongs to: a function of its number alone, however the file is read.
+    """The part of each of consecutive lines: a function of its number alone, however the file is read.
 
     Args:
       first: number of the first line, from 0.

@@ -1,4 +1,4 @@
-"""Lines into labels and keys: 32 bits that stand for a value of a feature."""
+"""Parsing of lines into labels and keys: 32 bits that represent a value of a feature."""
 
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _NUMBER = re.compile(rb"-?[0-9]+")
 
 
 class Malformed(NamedTuple):
-    """A line that is left out.
+    """A line that is skipped.
 
     Attributes:
       line: its number in what was parsed, from 0.
@@ -31,7 +31,7 @@ class Malformed(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The good lines.
+    """The valid lines.
 
     Attributes:
       lines: `(n,)`, their numbers in what was parsed, from 0.
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 
 def parse(content: bytes, layout: Layout, options: Options) -> Rows:
-    """Labels and keys of the good lines, and what is wrong with the others.
+    """Labels and keys of the valid lines, and the errors of the others.
 
     Args:
       content: whole lines, each with its `\\n`.

@@ -1,4 +1,4 @@
-"""A click log into ids on disk.
+"""Conversion of a click log to ids on disk.
 
 The file is read once. The first pass counts the values of the training part and stages every row as keys; the second
 turns these keys into ids.
@@ -30,7 +30,7 @@ from experiments.data.criteo.vocabulary import Count, Vocabulary, encode, tally,
 from experiments.utils.files import sha256
 
 _EXAMPLES = 5  # line numbers to name of each kind of malformed line
-_START, _HOPELESS = 1 << 16, 100  # bytes to look at first, and the lines there of which one at least must be good
+_START, _HOPELESS = 1 << 16, 100  # bytes to examine first, and the number of lines of which one must be valid
 _SECONDS = 2.0  # between two reports of progress
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -45,7 +45,7 @@ def prepare(
     block: int = BLOCK,
     progress: Callable[[str], Any] | None = None,
 ) -> dict[str, Any]:
-    """Divide the rows of a click log into parts, give their values ids, and write both.
+    """Split the rows of a click log into parts, assign ids to their values, and write both.
 
     Nothing is to be seen under the name of the output until it is complete. Until then there is a directory beside it,
     which needs as much room again: some 165 bytes a row.
@@ -98,7 +98,7 @@ _STAGED = "staged"
 
 
 class _First(NamedTuple):
-    """What the first pass leaves."""
+    """The result of the first pass."""
 
     rows: list[int]
     clicks: list[int]
@@ -108,7 +108,7 @@ class _First(NamedTuple):
 
 
 class _Workers:
-    """Threads to which work is given in order, and whose results come back in order."""
+    """Threads that take work in order and return results in order."""
 
     def __init__(self, threads: int) -> None:
         self._pool, self._ahead = concurrent.futures.ThreadPoolExecutor(threads), threads + 1
@@ -123,7 +123,7 @@ class _Workers:
         return self._pool.submit(function, item)
 
     def map(self, function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-        """As `map`; only a few items are taken ahead, so that memory does not depend on their number."""
+        """Like `map`, but reads only a few items ahead, so that memory does not depend on their number."""
         waiting: collections.deque[concurrent.futures.Future[_R]] = collections.deque()
         for item in items:
             waiting.append(self.start(function, item))
@@ -134,7 +134,7 @@ class _Workers:
 
 
 class _Progress:
-    """Tells every few seconds how far a pass is."""
+    """Reports the progress of a pass every few seconds."""
 
     def __init__(self, say: Callable[[str], Any] | None) -> None:
         self._say, self._next = say, time.monotonic() + _SECONDS
@@ -169,7 +169,7 @@ class _Parsed(NamedTuple):
 def _stage(
     source: pathlib.Path, staged: pathlib.Path, options: Options, workers: _Workers, size: int, said: _Progress
 ) -> _First:
-    """Count what is in the file, and write its rows as keys."""
+    """Count the values in the file, and write its rows as keys."""
     form = layout(source)
     _check_start(source, form, options)
     total = None
@@ -200,7 +200,7 @@ def _stage(
 
 
 def _check_start(source: pathlib.Path, form: Layout, options: Options) -> None:
-    """Refuse another kind of file at once, not after all of it."""
+    """Refuse a wrong kind of file at the start, not after reading all of it."""
     for block in itertools.islice(blocks(source, form.header, _START), 1):
         rows = parse(block.content, form, options)
         if block.lines >= _HOPELESS and not len(rows.lines):
@@ -329,7 +329,7 @@ class _Output:
 
 @contextlib.contextmanager
 def _unfinished(output: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """A new directory that becomes the output when all went well, and is gone when not.
+    """A new directory that becomes the output on success, and is deleted otherwise.
 
     One that a killed process left is cleared. The lock ends with the process that holds it.
     """

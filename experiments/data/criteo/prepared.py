@@ -1,4 +1,4 @@
-"""Prepared data, read."""
+"""Reading of prepared data."""
 
 import json
 import os
@@ -36,7 +36,7 @@ class Criteo(NamedTuple):
 
 
 def criteo(directory: str | os.PathLike, verify: bool = False) -> Criteo:
-    """What `python -m experiments.data.criteo prepare` wrote.
+    """The data written by `python -m experiments.data.criteo prepare`.
 
     Args:
       directory: its output.
@@ -111,7 +111,7 @@ def _check(path: pathlib.Path, written: dict[str, Any], verify: bool) -> None:
 
 
 def _mapped(path: pathlib.Path, shape: tuple[int, ...], kind: type[np.generic]) -> np.ndarray:
-    """A file's array, mapped into memory."""
+    """A file's array, memory-mapped."""
     try:
         array = np.load(path, mmap_mode="r" if shape != (0,) else None, allow_pickle=False)
     except ValueError as error:

@@ -14,11 +14,11 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class InputError(ValueError):
-    """The file is not what it should be."""
+    """The file is invalid."""
 
 
 class Layout(NamedTuple):
-    """How a line is divided.
+    """The format of a line.
 
     Attributes:
       delimiter: between fields.
@@ -46,7 +46,7 @@ class Block(NamedTuple):
 
 
 def layout(path: pathlib.Path) -> Layout:
-    """The layout that the first line of a file shows.
+    """The layout inferred from the first line of a file.
 
     Raises:
       InputError: if the file is empty, damaged, or has a header of other names.
@@ -70,7 +70,7 @@ def layout(path: pathlib.Path) -> Layout:
 
 
 def blocks(path: pathlib.Path, header: bool, size: int = BLOCK) -> Iterator[Block]:
-    """All lines of a file, but for its header.
+    """All lines of a file, except its header.
 
     Args:
       path: of the file, plain or compressed by gzip or Zstandard, as its content says.

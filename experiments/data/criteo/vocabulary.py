@@ -1,4 +1,4 @@
-"""Which values a feature has in training, how often, and the ids they get."""
+"""The values of a feature in training, their counts, and their ids."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ _SMALL = 1 << 18  # entries: below that, merging costs more than waiting
 
 
 def tally(keys: np.ndarray) -> np.ndarray:
-    """Keys and how often each occurs: uint64, the key in the high half, the count in the low one, ascending."""
+    """Keys and their counts: uint64, the key in the high half, the count in the low one, ascending."""
     values, counts = np.unique(keys, return_counts=True)
     return values.astype(np.uint64) << np.uint64(32) | counts.astype(np.uint64)
 
@@ -28,7 +28,7 @@ def merged(tallies: list[np.ndarray]) -> np.ndarray:
 
 
 class Count:
-    """The tally of one feature, from one block after another.
+    """The tally of one feature, accumulated block by block.
 
     Blocks wait until they have as many entries as the tally of those before: so each entry is merged a few times only.
     """
@@ -68,7 +68,7 @@ class Vocabulary(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """Keys and ids by the hash of the key; keys that share a hash are in the next table, but for one."""
+    """Keys and ids by the hash of the key; keys that share a hash are in the next table, except for one."""
 
     factor: np.uint32
     shift: np.uint32
