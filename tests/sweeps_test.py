@@ -10,11 +10,13 @@ import time
 import commands
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments import cli, reproduce
-from experiments.outputs import workdir
+from experiments.outputs import hooks, workdir
 from experiments.sweeps import page, work
 from experiments.sweeps.cells import DENSE, SWEEPS, Cell, cells_of, check, sweep
+from experiments.training import loop
 
 RUNS = pathlib.Path("runs/reproduce")
 
@@ -57,6 +59,24 @@ def test_three_processes_do_each_cell_once_though_two_are_stopped(tmp_path):
     again = command(tmp_path).finish()  # nothing is left
     assert again.returncode == 0
     assert not done_in(again.stdout)
+
+
+def test_sigterm_at_the_end_of_a_run_ends_the_sweep(tmp_path, monkeypatch):
+    done = []
+
+    def run(setup, folder, console, compiled):  # stands for one at its last evaluation, which looks at no signal
+        with hooks.Observer(folder, "a run", total_steps=1, metric="accuracy", console=console):
+            os.kill(os.getpid(), signal.SIGTERM)
+        done.append(folder)
+        return {}
+
+    monkeypatch.setattr(work.main, "run", run)
+    monkeypatch.setattr(work, "prepare", lambda config, dataset: None)
+    before, results = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(loop.Preempted):
+        results.extend(work.work(cells_of(sweep("table4", "smoke")), tmp_path, Console(quiet=True)))
+    assert len(done) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_cell_is_a_run_of_the_main_command():

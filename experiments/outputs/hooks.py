@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 import signal
 import threading
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import jax
@@ -65,7 +65,7 @@ class Observer:
         return self._metrics.rows if self._metrics else []
 
     def __enter__(self) -> Self:
-        self._old_handler = signal.signal(signal.SIGTERM, lambda number, frame: self._terminated.set())
+        self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         if self._writes:
             self._live.__enter__()
         return self
@@ -79,6 +79,11 @@ class Observer:
             if self._writes:
                 stack.callback(self._live.__exit__, kind, error, tb)
             signal.signal(signal.SIGTERM, self._old_handler)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self._terminated.set()
+        if callable(self._old_handler):  # of a sweep, which goes on to other runs if this one is past its last step
+            self._old_handler(number, frame)
 
     def _on_start(self, step: int) -> None:
         self._first = step

@@ -1,8 +1,11 @@
 """Running a sweep's cells: any number of processes share them, and interrupted cells are resumed."""
 
+import contextlib
 import functools
 import json
 import pathlib
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -49,24 +52,46 @@ def work(cells: Sequence[Cell], directory: pathlib.Path, console: Console) -> It
       Each cell that this process has done, and the content of its `result.json`.
 
     Raises:
-      loop.Preempted: on SIGTERM, once the cell at hand is saved.
+      loop.Preempted: on SIGTERM, once the cell at hand is saved or, if it was at its last evaluation, done.
     """
     for cell in cells:  # what an earlier call gave up is tried again
         if _idle(cell, directory):
             (directory / cell.folder / FAILED).unlink(missing_ok=True)
     compiled = _once_for_all_seeds()
-    while left := [cell for cell in cells if state(cell, directory) in ("started", "waiting")]:
-        done = 0
-        for cell in left:
-            if (result := _do(cell, directory, console, compiled)) is not None:
-                done += 1
-                yield cell, result
-        if not done:
-            time.sleep(WAIT)
+    with _on_sigterm() as stop:
+        while left := [cell for cell in cells if state(cell, directory) in ("started", "waiting")]:
+            done = 0
+            for cell in left:
+                if (result := _do(cell, directory, console, compiled, stop)) is not None:
+                    done += 1
+                    yield cell, result
+                stop()
+            if not done:
+                time.sleep(WAIT)
+
+
+@contextlib.contextmanager
+def _on_sigterm() -> Iterator[Callable[[], None]]:
+    """A function that raises `Preempted` after a SIGTERM; a run itself heeds the signal only while it trains."""
+    received = threading.Event()
+
+    def stop() -> None:
+        if received.is_set():
+            raise loop.Preempted(0)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _do(
-    cell: Cell, directory: pathlib.Path, console: Console, compiled: Callable[[Setup], program.Program]
+    cell: Cell,
+    directory: pathlib.Path,
+    console: Console,
+    compiled: Callable[[Setup], program.Program],
+    stop: Callable[[], None],
 ) -> dict[str, Any] | None:
     """Run a cell; None if it is already done, belongs to another process, or fails."""
     folder = directory / cell.folder
@@ -78,6 +103,7 @@ def _do(
             workdir.settle(folder, config)
             try:
                 setup = prepare(config, dataset=_dataset(json.dumps(config.data.to_dict())))
+                stop()
                 return main.run(setup, folder, console, compiled=compiled)
             except loop.Preempted:  # by SIGTERM, which is for all cells
                 raise
