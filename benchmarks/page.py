@@ -209,8 +209,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
     ("Accuracy of a served network", "serve_accuracy", "serve_accuracy", serve_accuracy),
     ("Pruning without training", "one_shot", "one_shot", one_shot),
     ("Table 1 at small scale", "table1_small", "experiments.reproduce table1 --scale=small", sweep),
-    ("Table 3 at small scale", "table3_small", "experiments.reproduce table3 --scale=small", sweep),
     ("Table 2 at small scale", "table2_small", "experiments.reproduce table2 --scale=small", sweep),
+    ("Table 3 at small scale", "table3_small", "experiments.reproduce table3 --scale=small", sweep),
     ("Table 4 at small scale", "table4_small", "experiments.reproduce table4 --scale=small", sweep),
     ("A GPT on bytes", "bytes_small", "experiments.reproduce bytes --scale=small", sweep),
 )

@@ -1,5 +1,7 @@
 """The compiled kernel against NumPy: exact in integers, and what follows each product."""
 
+import types
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -157,10 +159,18 @@ def test_rounding_of_images():
     np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(np.float32))
 
 
+@pytest.mark.parametrize(("single", "half", "pays"), [(2.0, 1.0, True), (1.0, 2.0, False)])
+def test_bfloat16_pays_where_it_is_faster(monkeypatch, single, half, pays):
+    def nanoseconds(code):
+        return (single, half)[code]
+
+    monkeypatch.setattr(native, "_library", lambda: types.SimpleNamespace(sa_plus_plus_nanoseconds=nanoseconds))
+    assert native.halves_pay.__wrapped__() is pays
+
+
 def test_instructions():
     assert {native.instructions(t) for t in (np.float32, jnp.bfloat16, np.uint8)} <= {
         *("amx", "avx512_vnni", "avx512_bf16", "avx512", "avx_vnni", "avx2", "baseline")
     }
-    assert native.halves_pay() is native.halves_pay()  # measured once
     with jax.enable_x64(True), pytest.raises(KeyError):
         native.instructions(np.float64)

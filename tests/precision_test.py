@@ -36,8 +36,11 @@ def residual():
     return lambda x: model.apply(variables, x)
 
 
-@pytest.mark.parametrize(("precision", "most"), [("bfloat16", 0.02), ("int8", 0.05)])
-def test_a_residual_network(residual, precision, most):
+@pytest.mark.parametrize(
+    ("precision", "most", "pays"), [("bfloat16", 0.02, False), ("int8", 0.05, False), ("int8", 0.05, True)]
+)
+def test_a_residual_network(residual, monkeypatch, precision, most, pays):
+    monkeypatch.setattr(native, "halves_pay", lambda: pays)
     want = np.asarray(jax.jit(residual)(PHOTOGRAPHS))
     fast = sapp.specialize(residual, PHOTOGRAPHS, choose="all", precision=precision, calibration=[PHOTOGRAPHS])
     got = fast(PHOTOGRAPHS)
@@ -47,7 +50,7 @@ def test_a_residual_network(residual, precision, most):
     np.testing.assert_allclose(fast.choices[-1].error, error, rtol=1e-3)  # what the table says of the last layer
     inner = [choice.precision for choice in fast.choices[1:-1]]
     assert inner == [precision] * len(inner)
-    outer = "bfloat16" if precision == "bfloat16" or native.halves_pay() else "float32"
+    outer = "bfloat16" if precision == "bfloat16" or pays else "float32"
     assert {fast.choices[0].precision, fast.choices[-1].precision} == {outer}
     assert precision in str(fast)
     # Values stay narrow between the layers: nothing is converted but the input and the result.

@@ -64,7 +64,7 @@ def test_three_processes_do_each_cell_once_though_two_are_stopped(tmp_path):
 def test_sigterm_at_the_end_of_a_run_ends_the_sweep(tmp_path, monkeypatch):
     done = []
 
-    def run(setup, folder, console, compiled):  # stands for one at its last evaluation, which looks at no signal
+    def run(setup, folder, console, compiled):  # like one in its last evaluation, which does not check for signals
         with hooks.Observer(folder, "a run", total_steps=1, metric="accuracy", console=console):
             os.kill(os.getpid(), signal.SIGTERM)
         done.append(folder)

@@ -65,7 +65,8 @@ class Observer:
         return self._metrics.rows if self._metrics else []
 
     def __enter__(self) -> Self:
-        self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._old_handler = signal.getsignal(signal.SIGTERM)  # before the new one can be called
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         if self._writes:
             self._live.__enter__()
         return self
@@ -82,7 +83,7 @@ class Observer:
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self._terminated.set()
-        if callable(self._old_handler):  # of a sweep, which goes on to other runs if this one is past its last step
+        if callable(self._old_handler):  # the sweep must stop even if this run is past its last step
             self._old_handler(number, frame)
 
     def _on_start(self, step: int) -> None:

@@ -52,7 +52,7 @@ def work(cells: Sequence[Cell], directory: pathlib.Path, console: Console) -> It
       Each cell that this process has done, and the content of its `result.json`.
 
     Raises:
-      loop.Preempted: on SIGTERM, once the cell at hand is saved or, if it was at its last evaluation, done.
+      loop.Preempted: on SIGTERM, once the current cell is saved, or finished if it is in its last evaluation.
     """
     for cell in cells:  # what an earlier call gave up is tried again
         if _idle(cell, directory):
@@ -72,7 +72,7 @@ def work(cells: Sequence[Cell], directory: pathlib.Path, console: Console) -> It
 
 @contextlib.contextmanager
 def _on_sigterm() -> Iterator[Callable[[], None]]:
-    """A function that raises `Preempted` after a SIGTERM; a run itself heeds the signal only while it trains."""
+    """A function that raises `Preempted` after a SIGTERM; a run itself checks for one only in its training steps."""
     received = threading.Event()
 
     def stop() -> None:

@@ -59,7 +59,7 @@ def instructions(dtype: Any) -> str:
 
 @functools.cache
 def halves_pay() -> bool:
-    """Whether bfloat16 matmuls are faster here than float32 ones; on some processors that have them they are not."""
+    """Whether products are faster in bfloat16 than in float32, measured once: on some processors they are slower."""
     library = _library()
     library.sa_plus_plus_nanoseconds.restype = ctypes.c_double
     single, half = (library.sa_plus_plus_nanoseconds(code) for code in (0, 1))

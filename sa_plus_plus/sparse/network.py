@@ -311,7 +311,7 @@ def _check_precision(precision: Any, calibration: Any, implementation: Any, comp
 def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[int, np.dtype]:
     """By step number: the input type of a layer that can run in the compiled kernel."""
     layers = [i for i, step in enumerate(traced.steps) if isinstance(step, Linear)]
-    exact = BFLOAT16 if precision == "int8" and native.halves_pay() else FLOAT32  # where rounding costs the most
+    outer = BFLOAT16 if precision == "int8" and native.halves_pay() else FLOAT32  # where rounding costs the most
     types = {}
     for i in layers:
         layer = traced.steps[i].layer  # type: ignore[union-attr]
@@ -321,7 +321,7 @@ def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[i
         if dtype == BFLOAT16:
             types[i] = BFLOAT16
         elif dtype == FLOAT32 and precision == "int8" and i in (layers[0], layers[-1]):
-            types[i] = exact
+            types[i] = outer
         elif dtype == FLOAT32:
             types[i] = {"bfloat16": BFLOAT16, "int8": UINT8}.get(precision or "", FLOAT32)
     return types
@@ -335,7 +335,7 @@ def _decide(
     dtype: np.dtype | None,
     measured: dict[Any, tuple[float, float]],
 ) -> tuple[lowering.Packed | BlockSparse | None, Choice]:
-    """The packed kernel of each layer, None if it runs as traced; and the reasons."""
+    """The packed kernel of a layer, None if it runs as traced; and the reasons."""
     layer, window = step.layer, window_of(step.layer)
     kernel = np.asarray(step.kernel)
     block, density = pruned_in(kernel, sides)
