@@ -115,7 +115,7 @@ def measure(setup: Setup, variables: Any, batch: int) -> tuple[dict[str, Any], s
         "model_to_sparse": timing.spread(seconds["model"] / seconds["sparse"]),
         "folded_to_sparse": timing.spread(seconds["folded"] / seconds["sparse"]),
         "sparse_layers": sum(choice.sparse for choice in fast.choices),
-        "layers": len(fast.choices),
+        "layers": sum(choice.rows > 0 for choice in fast.choices),
         "relative_error": errors["sparse"],
         "folded_error": errors["folded"],
         "engine_errors": {name: errors[name] for name in dense.calls},

@@ -1,7 +1,8 @@
-// Random products through each kernel that this processor can run, against sums in double, with every buffer allocated
+// Random products, and random attention, through each kernel that this processor can run, against sums in double, with every buffer allocated
 // to its exact size: an address sanitizer then sees any access beyond one. Prints the number of products, or what failed.
 //
 //     fuzz PRODUCTS [SEED]
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +14,8 @@
 #include "kernel.h"
 
 using sa_plus_plus::Activation;
+using sa_plus_plus::Attend;
+using sa_plus_plus::Attention;
 using sa_plus_plus::Choice;
 using sa_plus_plus::Product;
 using sa_plus_plus::Type;
@@ -222,11 +225,85 @@ void one() {
   spoil(starts_memory[between(0, p.grid_c())]);
 }
 
+// An array of `rows` by `last` numbers for each head, its axes in any order but the last; returns how many numbers.
+int64_t placed(const Attention& a, int64_t rows, int64_t last, bool may_repeat, Attention::Place* place) {
+  int64_t* strides[] = {&place->head[0], &place->head[1], &place->head[2], &place->row};
+  int64_t sizes[] = {a.heads[0], a.heads[1], a.heads[2], rows}, order[] = {0, 1, 2, 3}, size = last;
+  std::shuffle(order, order + 4, generator);
+  for (int64_t axis : order) {
+    const bool repeated = may_repeat && between(0, 2) == 0;
+    *strides[axis] = repeated ? 0 : size;
+    if (!repeated) size *= sizes[axis];
+  }
+  return size;
+}
+
+void attend_one() {
+  Attention a{};
+  a.type = between(0, 1) ? Type::kFloat : Type::kHalf;
+  for (int64_t& heads : a.heads) heads = between(1, 3);
+  auto any = [&] { return between(0, 1) ? between(1, 9) : between(1, 80); };
+  a.queries = any(), a.keys = any(), a.depth = any(), a.width = any();
+  a.scale = std::ldexp(1.0f, between(-8, 0));
+  int64_t sizes[] = {placed(a, a.queries, a.depth, true, &a.q_at), placed(a, a.keys, a.depth, true, &a.k_at),
+                     placed(a, a.keys, a.width, true, &a.v_at), placed(a, a.queries, a.keys, true, &a.bias_at),
+                     placed(a, a.queries, a.width, false, &a.y_at)};
+  const auto q = numbers(sizes[0], a.type), k = numbers(sizes[1], a.type), v = numbers(sizes[2], a.type);
+  auto bias = numbers(sizes[3], Type::kFloat);
+  for (double& number : bias) number = between(0, 3) ? number : -1e9;
+  const auto q_memory = memory(q, a.type), k_memory = memory(k, a.type), v_memory = memory(v, a.type);
+  const auto bias_memory = exactly(floats(bias));
+  a.q = q_memory.get(), a.k = k_memory.get(), a.v = v_memory.get();
+  a.bias = between(0, 1) ? bias_memory.get() : nullptr;
+  if (const char* why = complaint(a, sizes)) fail(why);
+  for (const Attend* attend = sa_plus_plus::attends(); *attend; ++attend) {
+    const auto y_memory = exactly(std::vector<char>(sizes[4] * sa_plus_plus::size_of(a.type), 0x7f));
+    const auto scratch = exactly(std::vector<float>(sa_plus_plus::scratch_of(a)));
+    a.y = y_memory.get();
+    for (int64_t head = 0; head < a.all_heads(); ++head) {
+      const int64_t middle = between(0, a.queries);
+      (*attend)(a, head, 0, middle, scratch.get(), false);
+      (*attend)(a, head, middle, a.queries, scratch.get(), true);
+      for (int64_t i = 0; i < a.queries; ++i) {
+        std::vector<double> shares(a.keys), sums(a.width);
+        double largest = -INFINITY, total = 0;
+        for (int64_t j = 0; j < a.keys; ++j) {
+          for (int64_t d = 0; d < a.depth; ++d) {
+            shares[j] += q[a.start(a.q_at, head) + i * a.q_at.row + d] * k[a.start(a.k_at, head) + j * a.k_at.row + d];
+          }
+          shares[j] *= a.scale;
+          if (a.bias) shares[j] += bias[a.start(a.bias_at, head) + i * a.bias_at.row + j];
+          largest = std::max(largest, shares[j]);
+        }
+        for (int64_t j = 0; j < a.keys; ++j) {
+          total += shares[j] = std::exp(shares[j] - largest);
+          for (int64_t c = 0; c < a.width; ++c) sums[c] += shares[j] * v[a.start(a.v_at, head) + j * a.v_at.row + c];
+        }
+        for (int64_t c = 0; c < a.width; ++c) {
+          const int64_t at = a.start(a.y_at, head) + i * a.y_at.row + c;
+          const double want = sums[c] / total;
+          const double got = a.type == Type::kFloat ? reinterpret_cast<const float*>(y_memory.get())[at]
+                                                    : widened(reinterpret_cast<const uint16_t*>(y_memory.get())[at]);
+          // Where all keys are masked, what is left of the scores beside the mask is rounded to 64.
+          const bool masked = largest < -1e8;
+          if (!masked && !(std::abs(got - want) <= 2e-5 + (a.type == Type::kHalf ? std::ldexp(1.0, -7) : 0) * std::abs(want))) {
+            std::printf("attention: %.9g, not %.9g\n", got, want);
+            fail("a wrong number");
+          }
+        }
+      }
+    }
+  }
+  const int64_t number = between(0, 4);  // now with an array that is too small
+  --sizes[number];
+  if (!complaint(a, sizes) && (number != 3 || a.bias)) fail("attention on too small an array was not refused");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int products = argc > 1 ? std::atoi(argv[1]) : 0;
   if (argc > 2) generator.seed(std::atoi(argv[2]));
-  for (int i = 0; i < products; ++i) one();
+  for (int i = 0; i < products; ++i) i % 8 ? one() : attend_one();
   std::printf("%d products\n", products);
 }

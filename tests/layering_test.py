@@ -43,6 +43,8 @@ LIBRARY = (
     "sparse.tracing",
     "sparse.windows",
     "sparse.forms",
+    "sparse.attention",
+    "sparse.fusing",
     "sparse.lowering",
     "sparse.program",
     "sparse.calibration",

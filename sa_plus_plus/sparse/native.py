@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -14,8 +15,9 @@ import numpy as np
 from sa_plus_plus.sparse.array import Layout
 from sa_plus_plus.sparse.steps import Activation
 
-CONV, MAX_POOL, SUM_POOL, ROUND = TARGETS = (
+CONV, ATTENTION, MAX_POOL, SUM_POOL, ROUND = TARGETS = (
     "sa_plus_plus_block_sparse_conv",
+    "sa_plus_plus_attention",
     "sa_plus_plus_max_pool",
     "sa_plus_plus_sum_pool",
     "sa_plus_plus_round_images",
@@ -178,10 +180,44 @@ def conv(
         **{name: np.int64(n) for name, n in integers.items()},
         **{name: np.float32(n) for name, n in floats.items()},
     )
-    # Under `jax.shard_map` the result varies over devices if any operand does.
-    operands = (x, blocks, scale, bias, residual)
+    return _varying(y, x, blocks, scale, bias, residual)
+
+
+def _varying(y: jax.Array, *operands: jax.Array) -> jax.Array:
+    """Under `jax.shard_map` a result varies over devices if any operand does."""
     varying = set().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
     return jax.lax.pcast(y, tuple(varying), to="varying") if varying else y
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    scale: float,
+    out: jax.ShapeDtypeStruct,
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+) -> jax.Array:
+    """`softmax(scale * q kᵀ + bias) v` in each head, with the axes of operands and result in any order but the last.
+
+    Args:
+      q: queries, `depth` last; float32 or bfloat16, like `k`, `v` and the result.
+      k: keys, `depth` last.
+      v: values, `width` last.
+      bias: float32, `keys` last; None for none.
+      scale: of the scores.
+      out: shape and dtype of the result, `width` last.
+      sizes: three of heads, the number of queries and of keys, `depth` and `width`.
+      strides: of `q`, `k`, `v`, the result and `bias`: one along each axis of the heads, one along queries or keys, in
+        entries; 0 along an axis that the array does not have.
+    """
+    q_at, k_at, v_at, y_at, bias_at = strides
+    bias = jnp.zeros(0, jnp.float32) if bias is None else bias
+    flat = np.array([*q_at, *k_at, *v_at, *bias_at, *y_at], np.int64)
+    call = jax.ffi.ffi_call(ATTENTION, out, vmap_method="sequential")
+    y = call(q, k, v, bias, sizes=np.array(sizes, np.int64), strides=flat, scale=np.float32(scale))
+    return _varying(y, q, k, v, bias)
 
 
 def max_pool(

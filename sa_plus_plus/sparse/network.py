@@ -16,8 +16,10 @@ import sa_plus_plus.sparse.native as native
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.planning import Plan
 from sa_plus_plus.sparse.array import BlockSparse
+from sa_plus_plus.sparse.attention import Attention
 from sa_plus_plus.sparse.calibration import batch_of, batches_of, errors_of, ranges_of, shape_and_type, shapes
 from sa_plus_plus.sparse.forms import BFLOAT16, FLOAT32, UINT8
+from sa_plus_plus.sparse.fusing import with_attention
 from sa_plus_plus.sparse.matmul import Implementation, chosen
 from sa_plus_plus.sparse.overlooked import overlooked, weights_among
 from sa_plus_plus.sparse.patterns import planned_blocks, pruned_in
@@ -32,17 +34,19 @@ _NAMES = {FLOAT32: "float32", BFLOAT16: "bfloat16", UINT8: "int8"}
 
 
 class Choice(NamedTuple):
-    """The outcome for one product or convolution with a constant kernel.
+    """The outcome for one product or convolution with a constant kernel, or for one attention.
 
     Attributes:
       layer: what it is.
-      kernel: the kernel's shape; for a product `(contracted, outputs)`.
+      kernel: the kernel's shape; for a product `(contracted, outputs)`. Of attention, which has none: the number of
+        heads in the batch, of queries and of keys, and the depth.
       rows: number of rows of activations that its matrix is multiplied with; 0 if it is not a layer.
       block: the blocks in which it is pruned; None if it is not.
       density: share of those blocks that are not zero; NaN for a kernel that was not examined.
       traced_seconds: time as traced, NaN if it was not measured.
       compiled_seconds: time in the compiled kernel, or by its blocks in another implementation.
-      runs: how the network runs it: `"sparse"`, by its blocks; `"dense"`, in full in the compiled kernel; `"traced"`.
+      runs: how the network runs it: `"sparse"`, by its blocks; `"dense"`, in full in the compiled kernel; `"fused"`,
+        attention in the compiled kernel; `"traced"`.
       precision: in which it computes.
       error: root mean square error of its result in low precision on the calibration data, including the effect of all
         previous layers, relative to that of the result; NaN without calibration data.
@@ -71,7 +75,7 @@ class Network:
     """A network for inputs of one shape; call it like the function that it was made from.
 
     Attributes:
-      choices: one for each dense layer, convolution, and other operation with a constant kernel, in order.
+      choices: one for each dense layer, convolution, other operation with a constant kernel, and attention, in order.
       weights: the first argument of `fn`.
       fn: `fn(weights, *inputs)`, pure: can be jitted with other functions, or exported.
     """
@@ -171,6 +175,9 @@ def specialize(
     Products within `while`, `cond` and other loops are not layers; convolutions with groups, dilation or transposition
     run as traced. The table lists them with the reason.
 
+    Attention, `softmax(q kᵀ * scale + bias) v`, with any order of axes, masks and shared keys, is one step in the
+    compiled kernel, for 8 queries or more.
+
     In `"int8"`, the kernels of layers are rounded to 8 bits with one scale per output, and their inputs with one scale
     per tensor, from the minimum and maximum over the calibration data. Sums are exact, in 32 bits. The first and the
     last layer, where rounding costs the most accuracy, are in bfloat16 if the processor multiplies that faster,
@@ -219,6 +226,8 @@ def specialize(
     traced = trace(fn, *examples)
     if pieces > 1 and (odd := [v.shape for v in traced.outputs if v.shape[:1] != (microbatch,)]):
         raise ValueError(f"with microbatch={microbatch} every output needs the batch as its first axis, got {odd[0]}")
+    steps = with_attention(traced) if compiles and choose != "none" else list(traced.steps)
+    traced = traced._replace(steps=steps)
     batches = None if calibration is None else batches_of(traced, calibration, pieces)
     ranges = ranges_of(traced, batches) if batches and precision == "int8" else {}
     types = _types(traced, precision) if compiles and choose != "none" else {}
@@ -231,8 +240,12 @@ def specialize(
             form, choice = _decide(step, sides or planned.get(i, []), choose, implementation, types.get(i), measured)
             forms.append(form)
             choices.append([choice])
+            continue
+        forms.append(None)
+        if isinstance(step, Attention):
+            steps[i], choice = _decide_attention(step, choose, measured)
+            choices.append([choice])
         else:
-            forms.append(None)
             choices.append([_left_out(*product) for product in overlooked(step)])
     if not any(isinstance(step, Linear) for step in traced.steps):
         _warn(traced, any(choices))
@@ -366,6 +379,24 @@ def _decide(
     return (form, choice._replace(runs=runs, precision=precision)) if fast < slow else (None, choice)
 
 
+def _decide_attention(
+    step: Attention, choose: str, measured: dict[Any, tuple[float, float]]
+) -> tuple[Attention, Choice]:
+    """Attention in the compiled kernel or as traced; and the reasons."""
+    dtype = np.dtype(step.outputs[0].dtype).name
+    choice = Choice("attention", step.shape, 0, None, float("nan"), runs="fused", precision=dtype)
+    if choose == "all":
+        return step, choice
+    key = (step.axes, dtype, *(v.shape for v in step.inputs))
+    if key not in measured:
+        inputs = [_noise(v) if isinstance(v, Variable) else v.full for v in step.inputs]
+        contenders = [functools.partial(jax.jit(run), *inputs) for run in (step.run_traced, step.run_compiled)]
+        measured[key] = _alternated(contenders)
+    slow, fast = measured[key]
+    step = step._replace(compiled=fast < slow)
+    return step, choice._replace(traced_seconds=slow, compiled_seconds=fast, runs="fused" if fast < slow else "traced")
+
+
 def _measure(step: Linear, form: Any, implementation: Implementation | None) -> tuple[float, float]:
     """Seconds of the layer as traced and in the given form, measured alternately."""
     layer = step.layer
@@ -379,7 +410,11 @@ def _measure(step: Linear, form: Any, implementation: Implementation | None) -> 
     else:
         run = functools.partial(by_blocks, layer, implementation=implementation)
         contenders.append((jax.jit(run), (x, form, step.bias, residual)))
-    calls = [functools.partial(run, *arguments) for run, arguments in contenders]
+    return _alternated([functools.partial(run, *arguments) for run, arguments in contenders])
+
+
+def _alternated(calls: Sequence[Callable[[], Any]]) -> tuple[float, float]:
+    """Seconds of two calls, measured alternately."""
     seconds: list[list[float]] = [[], []]
     repeats = [1, 1]
     for i, call in enumerate(calls):

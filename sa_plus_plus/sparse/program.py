@@ -9,6 +9,7 @@ import numpy as np
 
 import sa_plus_plus.sparse.lowering as lowering
 from sa_plus_plus.sparse.array import BlockSparse
+from sa_plus_plus.sparse.attention import Attention
 from sa_plus_plus.sparse.convolution import block_sparse_conv
 from sa_plus_plus.sparse.forms import Form, converted, forms_of, keeps_type
 from sa_plus_plus.sparse.lowering import Compiled
@@ -57,7 +58,8 @@ def assembled(
             steps.append(_without_weights(step))
             weights.append(_needs(step, kernel))
     program = Traced(traced.inputs, steps, traced.outputs, traced.input_tree, traced.tree)
-    return Program(program, forms, implementation, bool(types)), weights
+    compiles = bool(types) or any(isinstance(step, Attention) and step.compiled for step in steps)
+    return Program(program, forms, implementation, compiles), weights
 
 
 def _needs(step: Call | Linear, form: BlockSparse | None) -> Any:
@@ -142,7 +144,8 @@ def computed(program: Program, weights: Sequence[Any], inputs: Any) -> Values:
                 else next(rest)
                 for v in step.inputs
             ]
-            fast = lowering.pooled(step, arguments[0]) if program.compiles and arguments else None
+            pools = program.compiles and isinstance(step, Call) and arguments
+            fast = lowering.pooled(step, arguments[0]) if pools else None
             for variable, result in zip(step.outputs, step.run(*arguments) if fast is None else [fast], strict=True):
                 values.put(variable, result)
     return values

@@ -1,5 +1,6 @@
 #include "kernel.h"
 
+#include <algorithm>
 #include <initializer_list>
 
 #if defined(__x86_64__)
@@ -96,6 +97,57 @@ Pool pool() {
   if (has_avx2()) return pool_avx2;
 #endif
   return pool_baseline;
+}
+
+Round round() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (has_avx512()) return round_avx512;
+  if (has_avx2()) return round_avx2;
+#endif
+  return round_baseline;
+}
+
+const Attend* attends() {
+  static const struct Found {
+    Attend of[4] = {};
+    Found() {
+      int n = 0;
+#if defined(__x86_64__)
+      __builtin_cpu_init();
+      if (has_avx512()) of[n++] = attend_avx512;
+      if (has_avx2()) of[n++] = attend_avx2;
+#endif
+      of[n++] = attend_baseline;
+    }
+  } found;
+  return found.of;
+}
+
+const char* complaint(const Attention& a, const int64_t sizes[5]) {
+  if (a.type == Type::kByte) return "q, k, v and y are neither float32 nor bfloat16";
+  const int64_t least = std::min({a.heads[0], a.heads[1], a.heads[2], a.queries, a.keys, a.depth, a.width});
+  if (least < 1) return "an axis is empty";
+  const Attention::Place* places[] = {&a.q_at, &a.k_at, &a.v_at, &a.bias_at, &a.y_at};
+  const int64_t rows[] = {a.queries, a.keys, a.keys, a.queries, a.queries};
+  const int64_t lasts[] = {a.depth, a.depth, a.width, a.keys, a.width};
+  for (int i = 0; i < 5; ++i) {
+    if (i == 3 && !a.bias) continue;
+    int64_t end = (rows[i] - 1) * places[i]->row + lasts[i];
+    for (int h = 0; h < 3; ++h) {
+      if (places[i]->head[h] < 0) return "a stride is negative";
+      end += (a.heads[h] - 1) * places[i]->head[h];
+    }
+    if (places[i]->row < 0) return "a stride is negative";
+    if (end > sizes[i]) return "an operand is too small";
+  }
+  return nullptr;
+}
+
+int64_t scratch_of(const Attention& a) {
+  constexpr int64_t rows = 8;  // of scores and of results at a time, at most
+  auto whole = [](int64_t n) { return (n + kMostPanel - 1) / kMostPanel * kMostPanel; };
+  return whole(a.keys) * (a.depth + rows) + whole(a.width) * (a.keys + rows) + a.depth * rows;
 }
 
 const Choice* kernels(Type x_type) {

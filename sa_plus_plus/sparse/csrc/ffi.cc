@@ -1,5 +1,6 @@
 // What XLA calls: checks the buffers, cuts the product into parts and computes them on threads of its own.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <limits>
@@ -217,16 +218,67 @@ ffi::Error sum_pool(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::Result<ffi::
   return pool_images(threads, x, *y, o, true);
 }
 
+using Integers = ffi::Span<const int64_t>;
+
+constexpr int64_t kFewQueries = 48;  // in a part, so that packing keys and values is little beside them
+
+// `sizes` are three of heads, queries, keys, depth and width; `strides` are those of q, k, v, bias and y.
+ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y, Integers sizes, Integers strides,
+                     float scale) {
+  auto refuse = [](const char* why) { return ffi::Error::InvalidArgument(std::string("attention: ") + why); };
+  if (sizes.size() != 7 || strides.size() != 20) return refuse("the numbers of sizes and strides are wrong");
+  Attention a{};
+  for (const auto& type : {k.element_type(), v.element_type(), y->element_type()}) {
+    if (type != q.element_type()) return refuse("q, k, v and y are of different types");
+  }
+  if (!type_of(q.element_type(), &a.type)) return refuse("q, k, v and y are neither float32 nor bfloat16");
+  std::copy_n(sizes.begin(), 3, a.heads);
+  a.queries = sizes[3], a.keys = sizes[4], a.depth = sizes[5], a.width = sizes[6], a.scale = scale;
+  Attention::Place* places[] = {&a.q_at, &a.k_at, &a.v_at, &a.bias_at, &a.y_at};
+  for (int i = 0; i < 5; ++i) {
+    std::copy_n(strides.begin() + 4 * i, 3, places[i]->head);
+    places[i]->row = strides[4 * i + 3];
+  }
+  a.q = q.untyped_data(), a.k = k.untyped_data(), a.v = v.untyped_data(), a.y = y->untyped_data();
+  a.bias = bias.element_count() ? bias.typed_data() : nullptr;
+  const int64_t counts[] = {
+      static_cast<int64_t>(q.element_count()), static_cast<int64_t>(k.element_count()),
+      static_cast<int64_t>(v.element_count()), static_cast<int64_t>(bias.element_count()),
+      static_cast<int64_t>(y->element_count())};
+  if (const char* why = complaint(a, counts)) return refuse(why);
+  static std::atomic<int64_t> calls{0};
+  struct Work {
+    const Attention& a;
+    const Attend attend;
+    const int64_t call, pieces;  // of each head
+  };
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), heads = a.all_heads();
+  const int64_t wanted = (4 * threads + heads - 1) / heads;
+  const Work work{a, *attends(), ++calls, std::clamp<int64_t>(a.queries / kFewQueries, 1, wanted)};
+  auto task = [](const void* context, int64_t i) {
+    const Work& w = *static_cast<const Work*>(context);
+    thread_local struct {
+      std::vector<float> numbers;
+      int64_t call, head;
+    } mine;
+    const int64_t head = i / w.pieces, piece = i % w.pieces;
+    const bool packed = mine.call == w.call && mine.head == head;
+    mine.call = w.call, mine.head = head;
+    constexpr size_t line = 64 / sizeof(float);
+    if (const size_t needed = scratch_of(w.a) + line; mine.numbers.size() < needed) mine.numbers.resize(needed);
+    const size_t odd = reinterpret_cast<uintptr_t>(mine.numbers.data()) / sizeof(float) % line;
+    float* scratch = mine.numbers.data() + (line - odd) % line;
+    w.attend(w.a, head, piece * w.a.queries / w.pieces, (piece + 1) * w.a.queries / w.pieces, scratch, packed);
+  };
+  parallel(heads * work.pieces, threads, task, &work);
+  return ffi::Error::Success();
+}
+
 struct Rounding {
   int64_t top, left;
   float scale, zero;
 };
-
-uint16_t narrowed(float number) {  // to the nearest bfloat16, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof bits);
-  return number != number ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
 
 // Images as they are, in bfloat16, or in bytes as round(x * scale) + zero, with borders and more channels, both zeros.
 ffi::Error round_images(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Result<ffi::AnyBuffer> y, const Rounding& o) {
@@ -235,6 +287,7 @@ ffi::Error round_images(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Re
     void* y;
     int64_t rows, columns, channels, out_rows, out_columns, out_channels;
     Type type;
+    Round round;
     const Rounding& o;
   };
   const auto in = x.dimensions(), out = y->dimensions();
@@ -243,37 +296,22 @@ ffi::Error round_images(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Re
       out[2] < in[2] + o.left || out[3] < in[3] || !type_of(y->element_type(), &type)) {
     return ffi::Error::InvalidArgument("round_images: x and y do not go together");
   }
-  const Work work{x.typed_data(), y->untyped_data(), in[1], in[2], in[3], out[1], out[2], out[3], type, o};
+  const Work work{x.typed_data(), y->untyped_data(), in[1], in[2], in[3], out[1], out[2], out[3], type, round(), o};
   auto task = [](const void* context, int64_t i) {
     const Work& w = *static_cast<const Work*>(context);
     const int64_t image = i / w.out_rows, row = i % w.out_rows - w.o.top;
     const int64_t wide = w.out_columns * w.out_channels;
-    auto run = [&](auto* y, auto zero, auto round) {
-      y += i * wide;
-      std::fill_n(y, wide, zero);
-      if (row < 0 || row >= w.rows) return;
-      y += w.o.left * w.out_channels;
-      const float* x = w.x + (image * w.rows + row) * w.columns * w.channels;
-      if (w.channels == w.out_channels) {
-        for (int64_t k = 0; k < w.columns * w.channels; ++k) y[k] = round(x[k]);
-        return;
-      }
-      for (int64_t j = 0; j < w.columns; ++j, x += w.channels, y += w.out_channels) {
-        for (int64_t k = 0; k < w.channels; ++k) y[k] = round(x[k]);
-      }
-    };
-    if (w.type == Type::kFloat) return run(static_cast<float*>(w.y), 0.0f, [](float number) { return number; });
-    if (w.type == Type::kHalf) return run(static_cast<uint16_t*>(w.y), uint16_t{0}, narrowed);
-    const float scale = w.o.scale, zero = w.o.zero;
-    run(static_cast<uint8_t*>(w.y), static_cast<uint8_t>(zero), [=](float number) {
-      number = number * scale + zero;
-      number = number > 0 ? number : 0;
-      number = number < 255 ? number : 255;
-      number += 0x1.8p23f;  // ties to even
-      uint32_t bits;
-      std::memcpy(&bits, &number, sizeof bits);
-      return static_cast<uint8_t>(bits);
-    });
+    const int64_t size = size_of(w.type);
+    char* y = static_cast<char*>(w.y) + i * wide * size;
+    auto fill = [&](char* from, char* end) { std::memset(from, size == 1 ? static_cast<int>(w.o.zero) : 0, end - from); };
+    if (row < 0 || row >= w.rows) return fill(y, y + wide * size);
+    const float* x = w.x + (image * w.rows + row) * w.columns * w.channels;
+    char* from = y + w.o.left * w.out_channels * size;
+    fill(y, from);
+    Runs runs{w.type, x, from, w.columns, w.channels, w.out_channels, w.o.scale, w.o.zero};
+    if (w.channels == w.out_channels) runs.count = 1, runs.run = runs.wide = w.columns * w.channels;
+    w.round(runs);
+    fill(from + w.columns * w.out_channels * size, y + wide * size);
   };
   parallel(out[0] * out[1], std::max<int64_t>(1, pool.num_threads()), task, &work);
   return ffi::Error::Success();
@@ -292,6 +330,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_round_images, sa_plus_plus::round_ima
                                   .Arg<ffi::BufferR4<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attrs<sa_plus_plus::Rounding>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_attention, sa_plus_plus::attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<ffi::Span<const int64_t>>("sizes")
+                                  .Attr<ffi::Span<const int64_t>>("strides")
+                                  .Attr<float>("scale"));
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     sa_plus_plus::Windows, ffi::StructMember<int64_t>("window_rows"), ffi::StructMember<int64_t>("window_columns"),

@@ -98,6 +98,60 @@ void pool_avx2(const Pooling& pooling, int64_t line);
 void pool_avx512(const Pooling& pooling, int64_t line);
 Pool pool();  // the best that this processor can run
 
+// Runs of numbers, each followed by zeros until there are `wide` of them: as they are, in bfloat16, or in bytes as
+// round(x * scale) + zero, clamped to 0 to 255.
+struct Runs {
+  Type type;
+  const float* x;
+  void* y;
+  int64_t count, run, wide;
+  float scale, zero;
+};
+
+using Round = void (*)(const Runs&);
+void round_baseline(const Runs&);
+void round_avx2(const Runs&);
+void round_avx512(const Runs&);
+Round round();  // the best that this processor can run
+
+// softmax(scale q kᵀ + bias) v in each head: q is (heads, queries, depth), k (heads, keys, depth), v (heads, keys, width),
+// bias (heads, queries, keys) and y (heads, queries, width). Heads have three axes of their own. Axes may be in any order
+// in memory but the last, which is contiguous.
+struct Attention {
+  struct Place {
+    int64_t head[3], row;  // strides, in numbers; 0 for an axis along which it is the same
+  };
+  Type type;  // of q, k, v and y: float or bfloat16
+  int64_t heads[3], queries, keys, depth, width;
+  const void *q, *k, *v;
+  const float* bias;  // or null
+  void* y;
+  Place q_at, k_at, v_at, bias_at, y_at;
+  float scale;
+
+  int64_t all_heads() const { return heads[0] * heads[1] * heads[2]; }
+  int64_t start(const Place& place, int64_t head) const {  // where it begins
+    const int64_t last = head % heads[2], middle = head / heads[2] % heads[1], first = head / heads[2] / heads[1];
+    return first * place.head[0] + middle * place.head[1] + last * place.head[2];
+  }
+};
+
+constexpr int64_t kMostPanel = 64;  // columns of a matrix that are packed together, at most
+
+// What is wrong with it, or null. `sizes` are those of q, k, v, bias and y.
+const char* complaint(const Attention& attention, const int64_t sizes[5]);
+
+// How many floats the scratch memory of a thread holds.
+int64_t scratch_of(const Attention& attention);
+
+// Queries `first` to `last` of a head. Scratch memory, best aligned to cache lines, is kept between calls: it is `packed`
+// if the call before was for the same head.
+using Attend = void (*)(const Attention&, int64_t head, int64_t first, int64_t last, float* scratch, bool packed);
+void attend_baseline(const Attention&, int64_t, int64_t, int64_t, float*, bool);
+void attend_avx2(const Attention&, int64_t, int64_t, int64_t, float*, bool);
+void attend_avx512(const Attention&, int64_t, int64_t, int64_t, float*, bool);
+const Attend* attends();  // those that this processor can run, the best first, and null at the end
+
 // Those that this processor can run on such types, the best first, and null at the end. `names` gets their names.
 struct Choice {
   Kernel kernel;

@@ -1,6 +1,8 @@
 #if defined(__x86_64__)
 #define KERNEL kernel_avx2
 #define POOL pool_avx2
+#define ROUND round_avx2
+#define ATTEND attend_avx2
 #define LANES 8
 #define TALL 6
 #define TALLER 12

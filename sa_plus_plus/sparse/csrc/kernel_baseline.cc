@@ -1,5 +1,7 @@
 #define KERNEL kernel_baseline
 #define POOL pool_baseline
+#define ROUND round_baseline
+#define ATTEND attend_baseline
 #define LANES 4
 #define TALL 6
 #define TALLER 12
