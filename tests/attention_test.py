@@ -13,9 +13,12 @@ import pytest
 import sa_plus_plus as sapp
 from experiments.models.encoder import Bert, Encoder
 from experiments.models.transformer import Decoder
-from sa_plus_plus.sparse import fusing, native
+from sa_plus_plus.sparse import fusing, native, network
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no compiled kernel: {native.missing()}")
+pytestmark = [
+    pytest.mark.skipif(native.missing() is not None, reason=f"no compiled kernel: {native.missing()}"),
+    pytest.mark.filterwarnings("ignore:specialize found no"),
+]
 AXES = ("batch", "shared", "group", "rows")
 
 
@@ -60,7 +63,7 @@ def test_kernel(heads, queries, keys, depth, width, orders, single, dtype):
     y_shape = jax.ShapeDtypeStruct([(b, s, g, queries)[i] for i in order] + [width], dtype)
     steps = np.cumprod([1, *y_shape.shape[:0:-1]])[::-1]
     y_at = [int(steps[order.index(i)]) for i in range(4)]
-    sizes = (b, s, g, queries, keys, depth, width)
+    sizes = (b, s, g, queries, keys, depth, width, keys)
     y = native.attention(q2, k2, v2, bias2, 0.25, y_shape, sizes, (q_at, k_at, v_at, y_at, bias_at))
     got = np.transpose(np.asarray(y, np.float64), (*np.argsort(order), 4))
     wide = [np.broadcast_to(np.asarray(x, np.float64), (b, s, g, *x.shape[3:])) for x in (k, v)]
@@ -100,6 +103,8 @@ Q, K, V = numbers(2, 11, 4, 8), numbers(2, 13, 2, 8), numbers(2, 13, 2, 8, seed=
 BERT = Bert(layers=1, width=32, hidden=32, heads=2, vocabulary=20, context=19)
 WEIGHTS = jax.jit(BERT.init)(jax.random.key(0), TOKENS)
 BIAS = numbers(1, 4, 11, 13)
+SQUARE = numbers(2, 9, 9)
+LOW = np.finfo(np.float32).min
 
 
 def normalised(scores):
@@ -124,17 +129,40 @@ RECOGNISED = {
     "one example": (lambda q, k, v: plain(q[None], k[None], v[None])[0], Q[0], Q[0], Q[0]),
     "without a maximum": (lambda q: normalised(q @ q.mT) @ q, numbers(2, 9, 4)),
     "scaled after a bias": (lambda q: jax.nn.softmax((q @ q.mT + BIAS[:, 0, :9, :9]) / 3) @ q, numbers(2, 9, 4)),
+    "one array, one head": (lambda q: jax.nn.softmax(q @ q.mT) @ q, numbers(1, 16, 8)),
+    "batch of one": (lambda q: jax.nn.softmax(q @ q.mT / 3) @ q, numbers(1, 3, 16, 8)),
+    "one head of many": (lambda q, b: jax.nn.softmax(q @ q.mT + b) @ q, numbers(3, 1, 16, 8), numbers(1, 1, 16, 16)),
+    "less than the largest of all": (lambda q: normalised(q @ q.mT - (q @ q.mT).max()) @ q, numbers(2, 9, 4)),
+    "two masks": (
+        lambda q, m: jax.nn.softmax(jnp.where(m.mT, jnp.where(m, q @ q.mT, LOW), LOW)) @ q,
+        SQUARE,
+        SQUARE > -1,
+    ),
+    "a bias, then a mask": (
+        lambda q, m: jax.nn.softmax(jnp.where(m.mT, q @ q.mT + jnp.where(m, 0, LOW), LOW)) @ q,
+        *(SQUARE, (SQUARE > -1).at[0, 3].set(False).at[0, :, 4].set(False)),
+    ),
+    "masked by -1e9, a row in full": (
+        lambda q, m: jax.nn.softmax(jnp.where(m, q @ q.mT * 5, -1e9)) @ q,
+        *(SQUARE, (SQUARE > -1).at[:, 3].set(False)),
+    ),
+    "sums of fewer axes": (
+        lambda q: (lambda e: e / jax.lax.broadcast_in_dim(e.sum(-1), e.shape, (0, 1)) @ q)(jnp.exp(q @ q.mT)),
+        SQUARE,
+    ),
     "values transposed": (lambda q, v: jnp.einsum("bqk,bdk->bdq", jax.nn.softmax(q @ q.mT), v), X, numbers(2, 7, 19)),
 }
 
 
-@pytest.mark.filterwarnings("ignore:specialize found no layers")
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", list(RECOGNISED))
 def test_recognised(name):
     fn, *inputs = RECOGNISED[name]
     fast = sapp.specialize(fn, *inputs, choose="all")
     assert [choice.runs for choice in fast.choices if choice.layer == "attention"] == ["fused"]
+    assert not {"exp", "dot_general"} & {
+        s.primitive.name for s in fast._program.traced.steps if hasattr(s, "primitive")
+    }
     want, tolerance = fn(*inputs), 2e-2 if name == "bfloat16" else 2e-5
     np.testing.assert_allclose(
         np.asarray(fast(*inputs), np.float32), np.asarray(want, np.float32), rtol=tolerance, atol=tolerance
@@ -146,7 +174,6 @@ def shares_too(q):
     return shares @ q, shares
 
 
-SQUARE = numbers(2, 9, 9)
 OTHERWISE = {
     "few queries": lambda q: jax.nn.softmax(q[:, :4] @ q.mT) @ q,
     "shares are used": shares_too,
@@ -158,6 +185,11 @@ OTHERWISE = {
         (jnp.exp(q @ q.mT - q.max(-2)[:, None]) / jnp.exp(q @ q.mT).sum(-1, keepdims=True)) @ q
     ),
     "no softmax": lambda q: (q @ q.mT) @ q,
+    "rounded scores": lambda q: jax.nn.softmax((3 * q @ q.mT).astype(jnp.int32).astype(jnp.float32)) @ q,
+    "rounded shares": lambda q: jax.nn.softmax(3 * q @ q.mT).astype(bool).astype(jnp.float32) @ q,
+    "masks of two values": lambda q: jax.nn.softmax(jnp.where(q > 0, jnp.where(q < 1, q @ q.mT, -1e9), -1e20)) @ q,
+    "scalar scores": lambda q: jax.nn.softmax(q[0, 0] @ q[0, 1] + q) @ q,
+    "a transposed sum": lambda q: (lambda e: e / e.sum(-1).T.reshape(2, 9, 1) @ q)(jnp.exp(q @ q.mT)),
 }
 
 
@@ -186,18 +218,67 @@ def test_measured_saved_and_among_layers(tmp_path):
 def test_as_traced():
     """A step that is slower in the compiled kernel runs the operations that it stands for."""
     fn, *inputs = RECOGNISED["shared keys, bias"]
-    (step,) = [s for s in fusing.with_attention(sapp.sparse.network.trace(fn, *inputs)) if hasattr(s, "axes")]
-    values = [v.full if hasattr(v, "full") else x for v, x in zip(step.inputs, [*inputs, None], strict=True)]
-    np.testing.assert_array_equal(
-        step.run_traced(values[0].reshape(2, 11, 2, 2, 8), *values[1:])[0].reshape(Q.shape), fn(*inputs)
-    )
+    (step,) = [s for s in fusing.with_attention(network.trace(fn, *inputs)) if hasattr(s, "axes")]
+    q, k, v, bias = (v.full if hasattr(v, "full") else x for v, x in zip(step.inputs, [*inputs, None], strict=True))
+    y = step.traced(q.reshape(2, 11, 2, 2, 8), k, v, bias)
+    np.testing.assert_array_equal(y.reshape(Q.shape), fn(*inputs))
+
+
+def test_causal_masks_need_no_bias():
+    fn, q, k, v = RECOGNISED["causal"]
+    fast = sapp.specialize(fn, q, k, v, choose="all")
+    (step,) = [s for s in fast._program.traced.steps if hasattr(s, "axes")]
+    assert (step.seen, step.biases) == (1, ())
+    bands = {"later": np.tri(11, 13, 2), "band": np.tri(11, 13, 2) - np.tri(11, 13, -2), "none": np.tri(11, 13, -1)}
+    for name, mask in bands.items():
+        banded = functools.partial(jax.nn.dot_product_attention, mask=jnp.asarray(mask, bool))
+        fast = sapp.specialize(banded, Q, K, V, choose="all")
+        (step,) = [s for s in fast._program.traced.steps if hasattr(s, "axes")]
+        assert (step.seen, len(step.biases)) == ((3, 0) if name == "later" else (13, 1))
+        np.testing.assert_allclose(fast(Q, K, V), banded(Q, K, V), atol=1e-5)
+
+
+def test_several_devices_by_shard_map():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    q = numbers(2, 16, 8)
+
+    def fn(q):
+        return jax.nn.softmax(q @ q.mT) @ q
+
+    fast = sapp.specialize(fn, q[:1], choose="all")
+    spec = jax.sharding.PartitionSpec("d")
+    sharded = jax.shard_map(lambda q: fast.fn(fast.weights, q), mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_allclose(jax.jit(sharded)(q), fn(q), atol=1e-5)
+
+
+def test_other_operations_stay():
+    def fn(q):
+        jax.debug.print("{}", q.sum())
+        return jax.nn.softmax(q @ q.mT) @ q
+
+    fast = sapp.specialize(fn, SQUARE, choose="all")
+    assert sum("print" in getattr(s, "primitive", jax.lax.add_p).name for s in fast._program.traced.steps) == 1
+
+
+def test_long_networks_are_searched_in_linear_time():
+    def fn(x, gate, v):
+        for i in range(300):
+            x = x * 0.9 + jnp.where(gate, jnp.sin(x) * 0.1, i)
+        return jax.nn.softmax(x) @ v
+
+    fast = sapp.specialize(fn, SQUARE, SQUARE > 0, SQUARE, choose="all")
+    np.testing.assert_allclose(fast(SQUARE, SQUARE > 0, SQUARE), fn(SQUARE, SQUARE > 0, SQUARE), rtol=1e-5)
 
 
 def test_refused():
-    out, sizes, at = jax.ShapeDtypeStruct(Q.shape, Q.dtype), [2, 4, 1, 11, 11, 8, 8], [352, 8, 0, 32]
+    out, sizes, at = jax.ShapeDtypeStruct(Q.shape, Q.dtype), [2, 4, 1, 11, 11, 8, 8, 11], [352, 8, 0, 32]
     call = functools.partial(native.attention, Q, Q, Q, None, 1.0, out)
     np.testing.assert_allclose(call(sizes, [at] * 5), plain(Q, Q, Q, 1.0), atol=1e-5)
-    for wrong, strides in (([2, 4, 1, 12, 11, 8, 8], at), ([2, 4, 1, 11, 11, 8, 0], at), (sizes, [352, 8, 0, -32])):
+    for wrong, strides in (
+        ([2, 4, 1, 12, 11, 8, 8, 1], at),
+        ([2, 4, 1, 11, 11, 8, 8, 0], at),
+        (sizes, [352, 8, 0, -32]),
+    ):
         with pytest.raises(Exception, match=r"attention: (an operand is too small|an axis is empty|a stride is)"):
             call(wrong, [strides] * 5).block_until_ready()
     with pytest.raises(Exception, match="of different types"):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 def config(name="sequential_attention", fsdp=1):
     result = mnist.get_config()
-    result.steps, result.eval_every, result.log_every, result.dense_twin = 40, 20, 1, False
+    result.steps, result.eval_every, result.log_every, result.dense_twin = 30, 15, 1, False
     result.batch_size, result.eval_batch_size, result.mesh.fsdp = 96, 400, fsdp
     result.sparsifier.name = name
     return result

@@ -245,6 +245,7 @@ void attend_one() {
   auto any = [&] { return between(0, 1) ? between(1, 9) : between(1, 80); };
   a.queries = any(), a.keys = any(), a.depth = any(), a.width = any();
   a.scale = std::ldexp(1.0f, between(-8, 0));
+  a.seen = between(0, 1) ? a.keys : between(1, a.keys);
   int64_t sizes[] = {placed(a, a.queries, a.depth, true, &a.q_at), placed(a, a.keys, a.depth, true, &a.k_at),
                      placed(a, a.keys, a.width, true, &a.v_at), placed(a, a.queries, a.keys, true, &a.bias_at),
                      placed(a, a.queries, a.width, false, &a.y_at)};
@@ -267,7 +268,8 @@ void attend_one() {
       for (int64_t i = 0; i < a.queries; ++i) {
         std::vector<double> shares(a.keys), sums(a.width);
         double largest = -INFINITY, total = 0;
-        for (int64_t j = 0; j < a.keys; ++j) {
+        const int64_t seen = std::min(a.keys, a.seen + i);
+        for (int64_t j = 0; j < seen; ++j) {
           for (int64_t d = 0; d < a.depth; ++d) {
             shares[j] += q[a.start(a.q_at, head) + i * a.q_at.row + d] * k[a.start(a.k_at, head) + j * a.k_at.row + d];
           }
@@ -275,7 +277,7 @@ void attend_one() {
           if (a.bias) shares[j] += bias[a.start(a.bias_at, head) + i * a.bias_at.row + j];
           largest = std::max(largest, shares[j]);
         }
-        for (int64_t j = 0; j < a.keys; ++j) {
+        for (int64_t j = 0; j < seen; ++j) {
           total += shares[j] = std::exp(shares[j] - largest);
           for (int64_t c = 0; c < a.width; ++c) sums[c] += shares[j] * v[a.start(a.v_at, head) + j * a.v_at.row + c];
         }

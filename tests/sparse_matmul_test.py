@@ -313,6 +313,7 @@ def test_the_kernel_refuses_wrong_buffers(change, wanted):
         jax.block_until_ready(kernel(x, call["blocks"], rows, starts, none, call["bias"], call["residual"], **options))
 
 
+@pytest.mark.long
 def test_the_kernel_stays_within_its_memory(tmp_path):
     """Its source under the address and undefined-behaviour sanitizers, on random products, without XLA."""
     try:

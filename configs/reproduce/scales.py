@@ -48,10 +48,10 @@ def sweep(title: str, file: str, **options: Any) -> ConfigDict:
         all cells; `dense`, whether the dense network is trained too; `metric`, which output of the test is shown, and
         `percent`, whether in percent; `lower_is_better`, of that metric; `compared`, the other variants that a variant
         is compared with, seed by seed, by default the first with all others; `files`, whether the data are read from
-        files; `paper`, its table in `experiments/sweeps/paper.json`.
+        files; `paper`, its table in `experiments/sweeps/paper.json`; `note`, what its page says besides.
     """
-    defaults: dict[str, Any] = {"changes": {}, "dense": True, "percent": False, "paper": "", "metric": "accuracy"}
-    defaults |= {"files": True, "lower_is_better": False, "compared": {}}
+    defaults: dict[str, Any] = {"changes": {}, "dense": True, "percent": False, "paper": "", "note": ""}
+    defaults |= {"metric": "accuracy", "files": True, "lower_is_better": False, "compared": {}}
     return ConfigDict({"title": title, "file": file, **defaults, **options}, convert_dict=False)
 
 

@@ -94,6 +94,8 @@ def parts(sweep: Sweep, found: Mapping[Key, Measured]) -> list[Part]:
                 minus = of_paper(sweep, DENSE, 0, 0.0)[1]
                 rows.append([f"{variant}, the paper's", *(_theirs(*cell, minus, digits) for cell in paper)])
         page.append(("table", (head, rows)))
+    if options["note"]:
+        page.append(("text", options["note"]))
     if note := PAPER.get(options["paper"], {}).get("note"):
         page.append(("text", f"On the paper's figures: {note}"))
     page += _orders(sweep, found, digits)

@@ -208,7 +208,8 @@ def attention(
       bias: float32, `keys` last; None for none.
       scale: of the scores.
       out: shape and dtype of the result, `width` last.
-      sizes: three of heads, the number of queries and of keys, `depth` and `width`.
+      sizes: three of heads, the number of queries and of keys, `depth`, `width`, and how many keys the first query
+        sees; each of the others sees one more than the one before it.
       strides: of `q`, `k`, `v`, the result and `bias`: one along each axis of the heads, one along queries or keys, in
         entries; 0 along an axis that the array does not have.
     """

@@ -175,8 +175,10 @@ def specialize(
     Products within `while`, `cond` and other loops are not layers; convolutions with groups, dilation or transposition
     run as traced. The table lists them with the reason.
 
-    Attention, `softmax(q kᵀ * scale + bias) v`, with any order of axes, masks and shared keys, is one step in the
-    compiled kernel, for 8 queries or more.
+    Attention, `softmax(q kᵀ * scale + bias) v`, is one step in the compiled kernel if it is written as two products
+    with a softmax as in `jax.nn.softmax` between them, in float32 or bfloat16: in any order of axes, with masks and
+    biases, for 8 to any number of queries and keys, with up to three axes of heads and a depth of up to 512. Its result
+    has no derivatives.
 
     In `"int8"`, the kernels of layers are rounded to 8 bits with one scale per output, and their inputs with one scale
     per tensor, from the minimum and maximum over the calibration data. Sums are exact, in 32 bits. The first and the
@@ -226,12 +228,13 @@ def specialize(
     traced = trace(fn, *examples)
     if pieces > 1 and (odd := [v.shape for v in traced.outputs if v.shape[:1] != (microbatch,)]):
         raise ValueError(f"with microbatch={microbatch} every output needs the batch as its first axis, got {odd[0]}")
-    steps = with_attention(traced) if compiles and choose != "none" else list(traced.steps)
-    traced = traced._replace(steps=steps)
+    measured: dict[Any, tuple[float, float]] = {}
+    attention: dict[int, Choice] = {}  # by number of the step
+    if compiles and choose != "none":
+        traced, attention = _with_attention(traced, choose, measured)
     batches = None if calibration is None else batches_of(traced, calibration, pieces)
     ranges = ranges_of(traced, batches) if batches and precision == "int8" else {}
     types = _types(traced, precision) if compiles and choose != "none" else {}
-    measured: dict[Any, tuple[float, float]] = {}
     forms: list[Any] = []
     choices: list[list[Choice]] = []
     planned = _planned(traced, plan)
@@ -240,13 +243,9 @@ def specialize(
             form, choice = _decide(step, sides or planned.get(i, []), choose, implementation, types.get(i), measured)
             forms.append(form)
             choices.append([choice])
-            continue
-        forms.append(None)
-        if isinstance(step, Attention):
-            steps[i], choice = _decide_attention(step, choose, measured)
-            choices.append([choice])
         else:
-            choices.append([_left_out(*product) for product in overlooked(step)])
+            forms.append(None)
+            choices.append([attention[i]] if i in attention else [_left_out(*product) for product in overlooked(step)])
     if not any(isinstance(step, Linear) for step in traced.steps):
         _warn(traced, any(choices))
     program, weights = assembled(traced, forms, ranges, implementation)
@@ -379,22 +378,31 @@ def _decide(
     return (form, choice._replace(runs=runs, precision=precision)) if fast < slow else (None, choice)
 
 
-def _decide_attention(
-    step: Attention, choose: str, measured: dict[Any, tuple[float, float]]
-) -> tuple[Attention, Choice]:
-    """Attention in the compiled kernel or as traced; and the reasons."""
-    dtype = np.dtype(step.outputs[0].dtype).name
-    choice = Choice("attention", step.shape, 0, None, float("nan"), runs="fused", precision=dtype)
-    if choose == "all":
-        return step, choice
-    key = (step.axes, dtype, *(v.shape for v in step.inputs))
-    if key not in measured:
-        inputs = [_noise(v) if isinstance(v, Variable) else v.full for v in step.inputs]
-        contenders = [functools.partial(jax.jit(run), *inputs) for run in (step.run_traced, step.run_compiled)]
-        measured[key] = _alternated(contenders)
-    slow, fast = measured[key]
-    step = step._replace(compiled=fast < slow)
-    return step, choice._replace(traced_seconds=slow, compiled_seconds=fast, runs="fused" if fast < slow else "traced")
+def _with_attention(
+    traced: Traced[Call | Linear], choose: str, measured: dict[Any, tuple[float, float]]
+) -> tuple[Traced[Any], dict[int, Choice]]:
+    """The network with attention as one step where that is faster; and by number of a step the reasons."""
+    steps: list[Any] = []
+    choices = {}
+    for step in with_attention(traced):
+        if not isinstance(step, Attention):
+            steps.append(step)
+            continue
+        dtype = np.dtype(step.outputs[0].dtype).name
+        choice = Choice("attention", step.shape, 0, None, float("nan"), runs="fused", precision=dtype)
+        if choose == "measured":
+            key = (step.axes, dtype, step.seen, *(v.shape for v in step.inputs))
+            if key not in measured:
+                inputs = [_noise(v) if isinstance(v, Variable) else v.full for v in step.inputs]
+                measured[key] = _alternated(
+                    [functools.partial(jax.jit(run), *inputs) for run in (step.traced, step.run)]
+                )
+            slow, fast = measured[key]
+            runs = "fused" if fast < slow else "traced"
+            choice = choice._replace(traced_seconds=slow, compiled_seconds=fast, runs=runs)
+        choices[len(steps)] = choice
+        steps += [step._replace(calls=())] if choice.runs == "fused" else step.calls
+    return traced._replace(steps=steps), choices
 
 
 def _measure(step: Linear, form: Any, implementation: Implementation | None) -> tuple[float, float]:

@@ -26,7 +26,7 @@ class Program(NamedTuple):
       traced: its steps: calls, layers that run as traced or in another implementation, and compiled ones.
       forms: the form of each value that is not held as traced.
       implementation: of sparse layers that are not compiled.
-      compiles: whether any layer is compiled, so that the program needs a CPU for which the package's kernel was built.
+      compiles: whether any step runs in the compiled kernel, so that the program needs a CPU for which it was built.
       pieces: number of pieces of a batch, each of which goes through the whole network before the next.
     """
 
@@ -58,7 +58,7 @@ def assembled(
             steps.append(_without_weights(step))
             weights.append(_needs(step, kernel))
     program = Traced(traced.inputs, steps, traced.outputs, traced.input_tree, traced.tree)
-    compiles = bool(types) or any(isinstance(step, Attention) and step.compiled for step in steps)
+    compiles = bool(types) or any(isinstance(step, Attention) for step in steps)
     return Program(program, forms, implementation, compiles), weights
 
 

@@ -126,8 +126,8 @@ const Attend* attends() {
 
 const char* complaint(const Attention& a, const int64_t sizes[5]) {
   if (a.type == Type::kByte) return "q, k, v and y are neither float32 nor bfloat16";
-  const int64_t least = std::min({a.heads[0], a.heads[1], a.heads[2], a.queries, a.keys, a.depth, a.width});
-  if (least < 1) return "an axis is empty";
+  const int64_t least = std::min({a.heads[0], a.heads[1], a.heads[2], a.queries, a.keys, a.depth, a.width, a.seen});
+  if (least < 1) return "an axis is empty, or a query sees no key";
   const Attention::Place* places[] = {&a.q_at, &a.k_at, &a.v_at, &a.bias_at, &a.y_at};
   const int64_t rows[] = {a.queries, a.keys, a.keys, a.queries, a.queries};
   const int64_t lasts[] = {a.depth, a.depth, a.width, a.keys, a.width};

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -222,19 +224,19 @@ using Integers = ffi::Span<const int64_t>;
 
 constexpr int64_t kFewQueries = 48;  // in a part, so that packing keys and values is little beside them
 
-// `sizes` are three of heads, queries, keys, depth and width; `strides` are those of q, k, v, bias and y.
+// `sizes` are three of heads, queries, keys, depth, width and keys that are seen; `strides` are those of q, k, v, bias and y.
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y, Integers sizes, Integers strides,
                      float scale) {
   auto refuse = [](const char* why) { return ffi::Error::InvalidArgument(std::string("attention: ") + why); };
-  if (sizes.size() != 7 || strides.size() != 20) return refuse("the numbers of sizes and strides are wrong");
+  if (sizes.size() != 8 || strides.size() != 20) return refuse("the numbers of sizes and strides are wrong");
   Attention a{};
   for (const auto& type : {k.element_type(), v.element_type(), y->element_type()}) {
     if (type != q.element_type()) return refuse("q, k, v and y are of different types");
   }
   if (!type_of(q.element_type(), &a.type)) return refuse("q, k, v and y are neither float32 nor bfloat16");
   std::copy_n(sizes.begin(), 3, a.heads);
-  a.queries = sizes[3], a.keys = sizes[4], a.depth = sizes[5], a.width = sizes[6], a.scale = scale;
+  a.queries = sizes[3], a.keys = sizes[4], a.depth = sizes[5], a.width = sizes[6], a.seen = sizes[7], a.scale = scale;
   Attention::Place* places[] = {&a.q_at, &a.k_at, &a.v_at, &a.bias_at, &a.y_at};
   for (int i = 0; i < 5; ++i) {
     std::copy_n(strides.begin() + 4 * i, 3, places[i]->head);
@@ -247,33 +249,42 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
       static_cast<int64_t>(v.element_count()), static_cast<int64_t>(bias.element_count()),
       static_cast<int64_t>(y->element_count())};
   if (const char* why = complaint(a, counts)) return refuse(why);
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), heads = a.all_heads();
+  const int64_t wanted = (4 * threads + heads - 1) / heads;
+  const int64_t pieces = std::clamp<int64_t>(a.queries / kFewQueries, 1, wanted);  // of each head
+  constexpr int64_t line = 64 / sizeof(float);
+  const int64_t needed = (scratch_of(a) + line - 1) / line * line, most = std::min(threads, heads * pieces);
+  const std::unique_ptr<float[]> memory(new (std::nothrow) float[most * needed + line]);
+  if (!memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention: no memory for keys and values");
   static std::atomic<int64_t> calls{0};
+  std::atomic<int64_t> taken{0};
   struct Work {
     const Attention& a;
     const Attend attend;
-    const int64_t call, pieces;  // of each head
+    const int64_t call, pieces, needed;
+    float* const scratch;  // a part for each thread
+    std::atomic<int64_t>& taken;
   };
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), heads = a.all_heads();
-  const int64_t wanted = (4 * threads + heads - 1) / heads;
-  const Work work{a, *attends(), ++calls, std::clamp<int64_t>(a.queries / kFewQueries, 1, wanted)};
+  float* const aligned = memory.get() + (line - reinterpret_cast<uintptr_t>(memory.get()) / sizeof(float) % line) % line;
+  const Work work{a, *attends(), ++calls, pieces, needed, aligned, taken};
   auto task = [](const void* context, int64_t i) {
     const Work& w = *static_cast<const Work*>(context);
     thread_local struct {
-      std::vector<float> numbers;
       int64_t call, head;
+      float* scratch;
     } mine;
     const int64_t head = i / w.pieces, piece = i % w.pieces;
     const bool packed = mine.call == w.call && mine.head == head;
+    if (mine.call != w.call) mine.scratch = w.scratch + w.taken++ * w.needed;
     mine.call = w.call, mine.head = head;
-    constexpr size_t line = 64 / sizeof(float);
-    if (const size_t needed = scratch_of(w.a) + line; mine.numbers.size() < needed) mine.numbers.resize(needed);
-    const size_t odd = reinterpret_cast<uintptr_t>(mine.numbers.data()) / sizeof(float) % line;
-    float* scratch = mine.numbers.data() + (line - odd) % line;
-    w.attend(w.a, head, piece * w.a.queries / w.pieces, (piece + 1) * w.a.queries / w.pieces, scratch, packed);
+    const int64_t first = piece * w.a.queries / w.pieces, last = (piece + 1) * w.a.queries / w.pieces;
+    w.attend(w.a, head, first, last, mine.scratch, packed);
   };
-  parallel(heads * work.pieces, threads, task, &work);
+  parallel(heads * pieces, threads, task, &work);
   return ffi::Error::Success();
 }
+
+constexpr int64_t kFewNumbers = 1 << 13;  // that are rounded by one thread
 
 struct Rounding {
   int64_t top, left;
@@ -295,6 +306,26 @@ ffi::Error round_images(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Re
   if (out.size() != 4 || in[0] != out[0] || o.top < 0 || o.left < 0 || out[1] < in[1] + o.top ||
       out[2] < in[2] + o.left || out[3] < in[3] || !type_of(y->element_type(), &type)) {
     return ffi::Error::InvalidArgument("round_images: x and y do not go together");
+  }
+  if (in[1] == out[1] && in[2] == out[2] && in[3] == out[3]) {  // one run, of which each part is some pages
+    const Runs all{type, x.typed_data(), y->untyped_data(), 1, static_cast<int64_t>(x.element_count()), 0, o.scale, o.zero};
+    struct Flat {
+      const Runs& all;
+      const int64_t parts;
+      const Round round;
+    };
+    const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+    const Flat flat{all, std::clamp<int64_t>(all.run / kFewNumbers, 1, 4 * threads), round()};
+    auto task = [](const void* context, int64_t i) {
+      const Flat& f = *static_cast<const Flat*>(context);
+      const int64_t from = i * f.all.run / f.parts, to = (i + 1) * f.all.run / f.parts;
+      Runs part = f.all;
+      part.x += from, part.run = part.wide = to - from;
+      part.y = static_cast<char*>(part.y) + from * size_of(part.type);
+      f.round(part);
+    };
+    parallel(flat.parts, threads, task, &flat);
+    return ffi::Error::Success();
   }
   const Work work{x.typed_data(), y->untyped_data(), in[1], in[2], in[3], out[1], out[2], out[3], type, round(), o};
   auto task = [](const void* context, int64_t i) {

@@ -123,6 +123,7 @@ struct Attention {
   };
   Type type;  // of q, k, v and y: float or bfloat16
   int64_t heads[3], queries, keys, depth, width;
+  int64_t seen;  // how many keys the first query sees; each of the others sees one more than the one before it
   const void *q, *k, *v;
   const float* bias;  // or null
   void* y;
