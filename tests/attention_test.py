@@ -64,7 +64,7 @@ def test_kernel(heads, queries, keys, depth, width, orders, single, dtype):
     steps = np.cumprod([1, *y_shape.shape[:0:-1]])[::-1]
     y_at = [int(steps[order.index(i)]) for i in range(4)]
     sizes = (b, s, g, queries, keys, depth, width, keys)
-    y = native.attention(q2, k2, v2, bias2, 0.25, y_shape, sizes, (q_at, k_at, v_at, y_at, bias_at))
+    y = native.attention(q2, k2, v2, bias2, 0.25, y_shape, sizes, (q_at, k_at, v_at, bias_at, y_at))
     got = np.transpose(np.asarray(y, np.float64), (*np.argsort(order), 4))
     wide = [np.broadcast_to(np.asarray(x, np.float64), (b, s, g, *x.shape[3:])) for x in (k, v)]
     tolerance = 1e-5 if dtype == np.float32 else 1e-2

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import sa_plus_plus.sparse.native as native
 from sa_plus_plus.sparse.steps import Call, Value, Variable
 
-ABSORBING = -1e30  # added to a score, gives itself
+ABSORBING = -1e30  # float32 rounds its sum with any usual score to itself
 
 
 class Bias(NamedTuple):
-    """What is done to the scores: `factor * value` is added, or they become `factor` where a mask equals `masked`.
+    """A change of the scores: `factor * value` is added, or they become `factor` where a mask equals `masked`.
 
     Attributes:
       value: of any type; of a mask bool.
@@ -60,7 +60,7 @@ class Attention(NamedTuple):
       outputs: the result.
       axes: how they are ordered.
       scale: of the scores.
-      biases: what is done to the scores then, in order.
+      biases: what is applied to the scaled scores, in order.
       seen: how many keys the first query sees; each of the others sees one more than the one before it.
       calls: the operations that it stands for, from `inputs` to `outputs`.
     """
@@ -100,13 +100,13 @@ class Attention(NamedTuple):
         heads = (*(None,) * (3 - len(a.heads)), *a.heads)
         rows = ((q, q_axes, a.queries), (k, k_axes, a.keys), (v, v_axes, a.keys), (out, y_axes, a.queries))
         strides = [_strides(x.shape, axes, (*heads, row)) for x, axes, row in rows]
-        bias = None
+        bias: jax.Array | None = None
+        bias_strides: tuple[int, ...] = (0, 0, 0, 0)
         if self.biases:
             bias = summed(values, self.biases, a)
             bias = jnp.broadcast_to(bias, (*bias.shape[:-1], a.scores[a.keys]))
-            strides.append(_strides(bias.shape, (*a.heads, a.queries, a.keys), (*heads, a.queries)))
-        else:
-            strides.append((0, 0, 0, 0))
+            bias_strides = _strides(bias.shape, (*a.heads, a.queries, a.keys), (*heads, a.queries))
+        strides.insert(3, bias_strides)
         lengths = [1 if i is None else a.scores[i] for i in (*heads, a.queries, a.keys)]
         sizes = [*lengths, q.shape[-1], width, self.seen]
         y = native.attention(q, k, v, bias, self.scale, out, sizes, strides)
@@ -114,9 +114,9 @@ class Attention(NamedTuple):
 
 
 def summed(values: Sequence[Any], biases: Sequence[Bias], axes: Heads) -> jax.Array:
-    """What biases amount to, float32 `(*heads, queries, keys)`, with length 1 along axes where it is the same.
+    """The sum of all biases, float32 `(*heads, queries, keys)`, with length 1 along axes where it is the same.
 
-    Scores that are masked become a number so low that what they were is lost in its rounding.
+    Masked scores get a bias so low that float32 rounds the score away.
     """
     total = jnp.zeros((), jnp.float32)
     wanted = (*axes.heads, axes.queries, axes.keys)

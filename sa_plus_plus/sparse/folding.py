@@ -1,32 +1,22 @@
 """Folding of scales, shifts, residuals and ReLU into the layer before them."""
 
+from collections import Counter
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from sa_plus_plus.sparse.steps import Call, Constant, Linear, Value, Variable
+from sa_plus_plus.sparse.steps import Call, Constant, Linear, Value, Variable, inputs_of, live
 
 
 def folded(calls: list[Call | Linear], outputs: list[Value]) -> list[Call | Linear]:
     """Products with kernels as `Linear`, with everything folded that can be; unused results are dropped."""
-    uses: dict[Value, int] = {}
-    needed = {value for value in outputs if isinstance(value, Variable)}
-    live = []
-    for call in reversed(calls):
-        results = (call.layer.output,) if isinstance(call, Linear) else call.outputs
-        if results and needed.isdisjoint(results) and not _calls_back(call):
-            continue
-        inputs = [v for v in ((call.layer.x,) if isinstance(call, Linear) else call.inputs) if isinstance(v, Variable)]
-        needed.update(inputs)
-        live.append(call)
-        for value in inputs:
-            uses[value] = uses.get(value, 0) + 1
-    for value in needed.intersection(v for v in outputs if isinstance(v, Variable)):
-        uses[value] = uses.get(value, 0) + 1
+    needed = live(calls, outputs)
+    results = {v for v in outputs if isinstance(v, Variable)}
+    uses = Counter([*(v for call in needed for v in inputs_of(call)), *results])
     steps: list[Call | Linear | None] = []
     open_ends: dict[Value, int] = {}  # by result: positions in `steps` of products that nothing else uses
-    for call in reversed(live):
+    for call in needed:
         if isinstance(call, Linear):
             open_ends[call.layer.output] = len(steps)
             steps.append(call)
@@ -45,10 +35,6 @@ def folded(calls: list[Call | Linear], outputs: list[Value]) -> list[Call | Line
                     open_ends[together.layer.output] = len(steps) - 1
                 break
     return [step for step in steps if step is not None]
-
-
-def _calls_back(call: Call | Linear) -> bool:
-    return isinstance(call, Call) and "callback" in call.primitive.name
 
 
 def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:

@@ -55,7 +55,7 @@ def converted(held: Any, have: Form, want: Form) -> Any:
     if have == want:
         return held
     if have == Form(FLOAT32) and want.dtype in (FLOAT32, BFLOAT16, UINT8) and native.missing() is None:
-        image = held if held.ndim == 4 else held.reshape(1, -1, 1, held.shape[-1] if held.ndim else 1)
+        image = held if held.ndim == 4 else held.reshape(1, 1, -1, held.shape[-1] if held.ndim else 1)
         rounded = native.round_images(image, want.dtype, want.factor, want.zero, want.border, want.channels)
         return rounded if held.ndim == 4 else rounded.reshape(held.shape)
     if have.border != NO_BORDER and have.border != want.border:

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus.sparse.attention import ABSORBING, Attention, Bias, Heads, summed
-from sa_plus_plus.sparse.steps import Call, Constant, Linear, Traced, Value, Variable, inputs_of, users_of
+from sa_plus_plus.sparse.steps import Call, Constant, Linear, Traced, Value, Variable, live, users_of
 
 FEWEST = 8  # queries and keys: the compiled kernel computes several rows of scores at a time
-DEEPEST = 512  # of queries and keys: beyond that a head does not fit the caches
+DEEPEST = 512  # the largest depth: with more, a head does not fit the caches
 MASKED = -1e9  # a score that is replaced by this or less is masked
 _MOST_OPERATIONS = 64  # between two products
 _SAME = ("convert_element_type", "copy", "copy_p", "stop_gradient")
 _FLOATS = tuple(np.dtype(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float64))
 
 Makers = Mapping[Variable, Call]  # by value: the operation that computes it
-Axes = tuple[int | None, ...]  # by axis: which axis of another value it is; None for one of length 1 that is new
+Axes = tuple[int | None, ...]  # for each axis, the axis of another value that it is; None for a new one of length 1
 
 
 class _Scores(NamedTuple):
@@ -50,18 +50,7 @@ def with_attention(traced: Traced[Call | Linear]) -> list[Any]:
                 break
     if not any(isinstance(step, Attention) for step in steps):
         return steps
-    return _live([step for step in steps if step is not None], traced.outputs)
-
-
-def _live(steps: Sequence[Any], outputs: Sequence[Value]) -> list[Any]:
-    """The steps without operations whose results nothing uses."""
-    needed, live = {v for v in outputs if isinstance(v, Variable)}, []
-    for step in reversed(steps):
-        unused = isinstance(step, Call) and step.outputs and needed.isdisjoint(step.outputs)
-        if not unused or "callback" in step.primitive.name:
-            needed.update(inputs_of(step))
-            live.append(step)
-    return live[::-1]
+    return live([step for step in steps if step is not None], traced.outputs)
 
 
 class _Search:
@@ -293,8 +282,10 @@ def _axes_of(numbers: Any, ranks: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _renamed(call: Call) -> Axes | None:
-    """By axis of its result: which of its operand's it is, if an operation only orders axes, adds or drops some of
-    length 1, or changes one floating type into another; otherwise None."""
+    """For each axis of the result, the operand's axis that it is; None for an operation that changes the values.
+
+    Operations on one value that permute axes, add or drop axes of length 1, or change the floating type do not.
+    """
     name, inputs = call.primitive.name, call.inputs
     if len(inputs) != 1 or not isinstance(inputs[0], Variable):
         return None

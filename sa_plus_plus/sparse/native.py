@@ -199,7 +199,7 @@ def attention(
     sizes: Sequence[int],
     strides: Sequence[Sequence[int]],
 ) -> jax.Array:
-    """`softmax(scale * q kᵀ + bias) v` in each head, with the axes of operands and result in any order but the last.
+    """`softmax(scale * q kᵀ + bias) v` in each head. All axes of operands and result but the last may be in any order.
 
     Args:
       q: queries, `depth` last; float32 or bfloat16, like `k`, `v` and the result.
@@ -210,12 +210,11 @@ def attention(
       out: shape and dtype of the result, `width` last.
       sizes: three of heads, the number of queries and of keys, `depth`, `width`, and how many keys the first query
         sees; each of the others sees one more than the one before it.
-      strides: of `q`, `k`, `v`, the result and `bias`: one along each axis of the heads, one along queries or keys, in
+      strides: of `q`, `k`, `v`, `bias` and the result: one along each axis of the heads, one along queries or keys, in
         entries; 0 along an axis that the array does not have.
     """
-    q_at, k_at, v_at, y_at, bias_at = strides
     bias = jnp.zeros(0, jnp.float32) if bias is None else bias
-    flat = np.array([*q_at, *k_at, *v_at, *bias_at, *y_at], np.int64)
+    flat = np.array(strides, np.int64).reshape(-1)
     call = jax.ffi.ffi_call(ATTENTION, out, vmap_method="sequential")
     y = call(q, k, v, bias, sizes=np.array(sizes, np.int64), strides=flat, scale=np.float32(scale))
     return _varying(y, q, k, v, bias)

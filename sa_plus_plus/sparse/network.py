@@ -177,8 +177,8 @@ def specialize(
 
     Attention, `softmax(q kᵀ * scale + bias) v`, is one step in the compiled kernel if it is written as two products
     with a softmax as in `jax.nn.softmax` between them, in float32 or bfloat16: in any order of axes, with masks and
-    biases, for 8 to any number of queries and keys, with up to three axes of heads and a depth of up to 512. Its result
-    has no derivatives.
+    biases, at least 8 queries and keys, up to three axes of heads and a depth of up to 512. It cannot be
+    differentiated.
 
     In `"int8"`, the kernels of layers are rounded to 8 bits with one scale per output, and their inputs with one scale
     per tensor, from the minimum and maximum over the calibration data. Sums are exact, in 32 bits. The first and the

@@ -176,6 +176,18 @@ def users_of(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -> dict[V
     return users
 
 
+def live(steps: Sequence[Step], outputs: Sequence[Value]) -> list[Step]:
+    """The steps without those whose results are not used, except callbacks and steps without results."""
+    needed, kept = {v for v in outputs if isinstance(v, Variable)}, []
+    for step in reversed(steps):
+        results = (step.layer.output,) if isinstance(step, Linear) else step.outputs  # type: ignore[attr-defined]
+        calls_back = isinstance(step, Call) and "callback" in step.primitive.name
+        if not results or calls_back or not needed.isdisjoint(results):
+            needed.update(inputs_of(step))  # type: ignore[arg-type]
+            kept.append(step)
+    return kept[::-1]
+
+
 class Traced(NamedTuple, Generic[Step]):
     """A traced network.
 

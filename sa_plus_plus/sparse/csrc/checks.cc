@@ -90,38 +90,36 @@ struct Choices {
 
 }  // namespace
 
-Pool pool() {
+#if defined(__x86_64__)
+#define FORMS(name) {name##_avx512, name##_avx2, name##_baseline, nullptr}
+#else
+#define FORMS(name) {name##_baseline, nullptr}
+#endif
+
+// From the first of all forms of a function that this processor can run.
+template <class Form>
+const Form* runnable(const Form* forms) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (has_avx512()) return pool_avx512;
-  if (has_avx2()) return pool_avx2;
+  return forms + (has_avx512() ? 0 : has_avx2() ? 1 : 2);
+#else
+  return forms;
 #endif
-  return pool_baseline;
+}
+
+Pool pool() {
+  static const Pool forms[] = FORMS(pool);
+  return *runnable(forms);
 }
 
 Round round() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (has_avx512()) return round_avx512;
-  if (has_avx2()) return round_avx2;
-#endif
-  return round_baseline;
+  static const Round forms[] = FORMS(round);
+  return *runnable(forms);
 }
 
 const Attend* attends() {
-  static const struct Found {
-    Attend of[4] = {};
-    Found() {
-      int n = 0;
-#if defined(__x86_64__)
-      __builtin_cpu_init();
-      if (has_avx512()) of[n++] = attend_avx512;
-      if (has_avx2()) of[n++] = attend_avx2;
-#endif
-      of[n++] = attend_baseline;
-    }
-  } found;
-  return found.of;
+  static const Attend forms[] = FORMS(attend);
+  return runnable(forms);
 }
 
 const char* complaint(const Attention& a, const int64_t sizes[5]) {
@@ -145,7 +143,7 @@ const char* complaint(const Attention& a, const int64_t sizes[5]) {
 }
 
 int64_t scratch_of(const Attention& a) {
-  constexpr int64_t rows = 8;  // of scores and of results at a time, at most
+  constexpr int64_t rows = kMostScores;
   auto whole = [](int64_t n) { return (n + kMostPanel - 1) / kMostPanel * kMostPanel; };
   return whole(a.keys) * (a.depth + rows) + whole(a.width) * (a.keys + rows) + a.depth * rows;
 }

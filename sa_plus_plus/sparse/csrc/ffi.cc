@@ -224,7 +224,7 @@ using Integers = ffi::Span<const int64_t>;
 
 constexpr int64_t kFewQueries = 48;  // in a part, so that packing keys and values is little beside them
 
-// `sizes` are three of heads, queries, keys, depth, width and keys that are seen; `strides` are those of q, k, v, bias and y.
+// `sizes`: three of heads, queries, keys, depth, width, `seen`; `strides`: four each of q, k, v, bias and y.
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y, Integers sizes, Integers strides,
                      float scale) {
@@ -284,7 +284,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   return ffi::Error::Success();
 }
 
-constexpr int64_t kFewNumbers = 1 << 13;  // that are rounded by one thread
+constexpr int64_t kFewNumbers = 1 << 13;  // fewer are not worth another thread
 
 struct Rounding {
   int64_t top, left;
@@ -307,7 +307,7 @@ ffi::Error round_images(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Re
       out[2] < in[2] + o.left || out[3] < in[3] || !type_of(y->element_type(), &type)) {
     return ffi::Error::InvalidArgument("round_images: x and y do not go together");
   }
-  if (in[1] == out[1] && in[2] == out[2] && in[3] == out[3]) {  // one run, of which each part is some pages
+  if (in[1] == out[1] && in[2] == out[2] && in[3] == out[3]) {  // contiguous: cut into equal parts
     const Runs all{type, x.typed_data(), y->untyped_data(), 1, static_cast<int64_t>(x.element_count()), 0, o.scale, o.zero};
     struct Flat {
       const Runs& all;

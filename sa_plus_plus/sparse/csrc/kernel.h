@@ -115,8 +115,8 @@ void round_avx512(const Runs&);
 Round round();  // the best that this processor can run
 
 // softmax(scale q kᵀ + bias) v in each head: q is (heads, queries, depth), k (heads, keys, depth), v (heads, keys, width),
-// bias (heads, queries, keys) and y (heads, queries, width). Heads have three axes of their own. Axes may be in any order
-// in memory but the last, which is contiguous.
+// bias (heads, queries, keys) and y (heads, queries, width). Heads have three axes of their own. In memory, all axes
+// may be in any order except the last, which is contiguous.
 struct Attention {
   struct Place {
     int64_t head[3], row;  // strides, in numbers; 0 for an axis along which it is the same
@@ -131,13 +131,14 @@ struct Attention {
   float scale;
 
   int64_t all_heads() const { return heads[0] * heads[1] * heads[2]; }
-  int64_t start(const Place& place, int64_t head) const {  // where it begins
+  int64_t start(const Place& place, int64_t head) const {  // where a head begins
     const int64_t last = head % heads[2], middle = head / heads[2] % heads[1], first = head / heads[2] / heads[1];
     return first * place.head[0] + middle * place.head[1] + last * place.head[2];
   }
 };
 
 constexpr int64_t kMostPanel = 64;  // columns of a matrix that are packed together, at most
+constexpr int64_t kMostScores = 8;  // rows of scores that are computed together, at most
 
 // What is wrong with it, or null. `sizes` are those of q, k, v, bias and y.
 const char* complaint(const Attention& attention, const int64_t sizes[5]);
