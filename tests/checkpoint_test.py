@@ -450,6 +450,9 @@ def test_wrong_arguments(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # orbax has closed the loop of its writers
 @pytest.mark.parametrize("surface", ["wait", "save", "close", "restore"])
 def test_full_disk(tiny_disk, surface):
     noise = jax.random.normal(jax.random.key(0), (1 << 19,))  # 2 MiB that do not compress

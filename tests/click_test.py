@@ -146,6 +146,7 @@ def test_metrics_of_seeds_side_by_side_against_scikit_learn():
         assert outcome.test["test_calibration"] == pytest.approx(chance.mean() / test["label"].mean(), abs=1e-5)
 
 
+@pytest.mark.long
 @needs(SAMPLE)
 def test_real_rows_from_the_log_to_the_validation_loss(tmp_path):
     """A logistic regression on hashed features reaches an AUC of 0.735 on the last fifth of these rows."""

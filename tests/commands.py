@@ -21,7 +21,13 @@ import tempfile
 import types
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PRELOADED = ["experiments.cli", "experiments.outputs.hooks", "matplotlib.pyplot", "safetensors.numpy"]
+PRELOADED = [
+    "experiments.cli",
+    "experiments.outputs.hooks",
+    "matplotlib.pyplot",
+    "safetensors.numpy",
+    "sklearn.model_selection",
+]
 QUICK_COMPILATION = [  # XLA's, for the tests: their programs are small and run a few times, so compiling takes the time
     "--xla_backend_optimization_level=0",
     "--xla_cpu_parallel_codegen_split_count=1",  # one module of LLVM for each program

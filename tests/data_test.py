@@ -354,6 +354,7 @@ def published(module):
     return config, tasks.dataset_of(config.data)
 
 
+@pytest.mark.long
 @needs(CIFAR10)
 def test_published_cifar10():
     _, dataset = published(cifar10)
@@ -551,7 +552,11 @@ def test_configs_ask_tfds_and_say_what_else_could_be_done(module, tmp_path):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
-    "module", [pytest.param(fashion_mnist, marks=needs(CLOTHES)), pytest.param(cifar10, marks=needs(CIFAR10))]
+    "module",
+    [
+        pytest.param(fashion_mnist, marks=needs(CLOTHES)),
+        pytest.param(cifar10, marks=[needs(CIFAR10), pytest.mark.long]),
+    ],
 )
 def test_configs_fit_their_data(module):
     config, dataset = published(module)

@@ -72,6 +72,7 @@ def test_killed_again_and_again_ends_bit_for_bit_the_same(uninterrupted):
     assert outcome(workdir) == outcome(uninterrupted)
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_exits_with_its_own_status(uninterrupted):
     workdir = uninterrupted.parent / "terminated"
     done = run(workdir, when="term:50")
@@ -86,6 +87,7 @@ def test_sigterm_saves_and_exits_with_its_own_status(uninterrupted):
     assert outcome(workdir) == outcome(uninterrupted)
 
 
+@pytest.mark.long
 def test_another_config_is_refused_with_the_differing_keys_unless_asked(uninterrupted):
     done = run(uninterrupted, "--config.optimizer.learning_rate=0.05", "--config.seed=3", "--config.keep=5")
     assert done.returncode == 2
@@ -138,6 +140,7 @@ def test_unwritable_work_directory(tmp_path):
     assert "Traceback" not in done.output
 
 
+@pytest.mark.long
 def test_full_disk_stops_the_run_and_loses_nothing(uninterrupted, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

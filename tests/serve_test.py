@@ -40,6 +40,7 @@ def test_every_block_size_and_sparsity_without_data(tmp_path):
     assert matplotlib.image.imread(tmp_path / "serve.png").shape[2] == 4
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_trained_network_with_batch_normalisation_serves_as_it_was_tested(tmp_path):
     config = cifar10_resnet20.get_config()

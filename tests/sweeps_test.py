@@ -29,6 +29,7 @@ def done_in(output):
     return re.findall(r"^(table4-smoke/\S+): test_accuracy", output, flags=re.M)
 
 
+@pytest.mark.long
 def test_three_processes_do_each_cell_once_though_two_are_stopped(tmp_path):
     cells = cells_of(sweep("table4", "smoke"))
     processes = [command(tmp_path) for _ in range(3)]

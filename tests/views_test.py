@@ -154,8 +154,10 @@ def trained(sp, cut, params):
     return sp.finalize(trainable, prune), prune.masks, trainable.logits
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("name", SEEDLESS)
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [*((name, "layer") for name in SEEDLESS), ("sequential_attention", "global"), ("movement", "global")],
+)
 def test_a_view_is_pruned_as_its_matrices_are(name, scope):
     make = functools.partial(problems.sparsifier, name, 40, block=(3, 4), sparsity=0.7, min_blocks=1, scope=scope)
     viewed = make(views={name: view for name, (_, view, _) in LEAVES.items()})

@@ -204,6 +204,7 @@ def test_compare_from_trained_weights(dense, tmp_path):
     assert min(result["algorithms"]["magnitude"]["metric"]) > 0.6, "from scratch it takes more than 20 steps"
 
 
+@pytest.mark.long
 def test_one_shot_prunes_without_training_and_trains_on(dense, tmp_path):
     flags = ["--config=configs/mnist.py", f"--weights={dense[0]}", "--methods=magnitude,obs", "--sparsities=0.8"]
     flags += ["--budget=weights", "--calibration=300", "--finetune=20", f"--workdir={tmp_path / 'out'}"]
