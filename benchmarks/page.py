@@ -74,7 +74,11 @@ def engines(content: Content) -> str:
 
 
 def _engine_cells(row: Content | None) -> tuple[str, str]:
-    return ("-", "-") if row is None else (significant(row["ms"]["median"]), quartiles(row["to_engine"]))
+    if row is None:
+        return "-", "-"
+    # No engine has bfloat16 on processors without it.
+    ratio = quartiles(row["to_engine"]) if row["to_engine"] else "no engine"
+    return significant(row["ms"]["median"]), ratio
 
 
 def gpu_products(content: Content) -> str:
@@ -192,6 +196,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
         engines,
     ),
     (
+        "Whole networks: ResNet-50 on an EPYC with AVX2 only (Zen 3)",
+        "serve_engines_resnet50_avx2",
+        "serve_engines --network=resnet50 --batches=1",
+        engines,
+    ),
+    (
         "Whole networks: BERT-base's shape on the EPYC",
         "serve_engines_bert",
         "serve_engines --network=bert --batches=1",
@@ -201,6 +211,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
         "Whole networks: BERT-base's shape on the Xeon",
         "serve_engines_bert_xeon",
         "serve_engines --network=bert --batches=1",
+        engines,
+    ),
+    (
+        "Whole networks: BERT-base's shape on the EPYC with AVX2 only",
+        "serve_engines_bert_avx2",
+        "serve_engines --network=bert --batches=1 --sparsities=0,0.9",
         engines,
     ),
     ("Products on a GPU", "block_sparse_matmul_gpu", "block_sparse_matmul_gpu", gpu_products),

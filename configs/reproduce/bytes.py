@@ -16,8 +16,8 @@ from configs.reproduce.scales import BASELINES, CONTROLS, PAPERS, orders, sweep
 NOTE = (
     "With 32 × 32 blocks the attention kernels have 64 each, and the paper's rule prunes none with fewer than 100. So "
     "80, 90 and 95% of the blocks of the other kernels are 53, 60 and 64% of the weights that are pruned with 16 × 16. "
-    "The strengths of group LASSO and D-Gating were chosen on Fashion-MNIST. D-Gating's is too large here: the weights of "
-    "its feed-forward kernels end below 1e-5, so what is pruned makes no difference."
+    "The strengths of group LASSO and D-Gating were chosen on Fashion-MNIST. D-Gating's is too large here: "
+    "with 32 × 32 blocks its feed-forward weights end below 1e-5, so the sparsity makes no difference."
 )
 
 
