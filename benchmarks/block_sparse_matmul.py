@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import app, flags
 
-import sa_plus_plus.sparse.native as native
+import sa_plus_plus.sparse.ops.native as native
 from benchmarks import timing
 from sa_plus_plus.sparse import BlockSparse, block_sparse_matmul
 
@@ -49,7 +49,7 @@ def of_jax(x: np.ndarray, matrix: np.ndarray, mask: np.ndarray, block: int) -> d
     dense = jax.jit(jnp.matmul)
     calls: dict[str, Callable[[], Any]] = {"jax_dense": lambda: dense(here, full).block_until_ready()}
     for implementation in OURS:
-        if implementation == "xla" or native.missing() is None:
+        if implementation == "xla" or native.unavailable_reason() is None:
             product = jax.jit(
                 lambda x, w, implementation=implementation: block_sparse_matmul(x, w, implementation=implementation)
             )
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
             makers.append(maker)
         else:
             print(f"{package} is not installed and left out")
-    if why := native.missing():
+    if why := native.unavailable_reason():
         print(f"native is left out: {why}")
     shapes = [(int(rows), int(cols)) for rows, cols in (shape.split("x") for shape in SHAPES.value)]
     cells = []

@@ -19,7 +19,7 @@ from benchmarks import timing
 from benchmarks.random_kernel import random_kernel
 from experiments.outputs import progress
 from sa_plus_plus.sparse import BlockSparse, block_sparse_matmul
-from sa_plus_plus.sparse.matmul import Implementation
+from sa_plus_plus.sparse.ops.matmul import Implementation
 
 TOKENS = flags.DEFINE_list("tokens", ["1", "16", "128", "2048", "8192"], "Rows of x.")
 BLOCK = flags.DEFINE_integer("block", 64, "Side of a block.")

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-import sa_plus_plus as sapp
 from benchmarks import timing
 from experiments.outputs import progress
+from sa_plus_plus import convex
 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Alternating rounds for each setting.", lower_bound=1)
 _SETTINGS = flags.DEFINE_list("settings", ["0.05:1e-6"], "ratio of last to first lambda:relative gap, several.")
@@ -43,14 +43,14 @@ def main(argv: list[str]) -> None:
     design, y = data()
     x, target = jnp.asarray(design), jnp.asarray(y)
     fortran = np.asfortranarray(design)  # as celer wants it, made before the clock starts
-    groups = sapp.convex.groups.equal(FEATURES, SIZE)
+    groups = convex.groups.equal(FEATURES, SIZE)
     rows = []
     for ratio, tol in settings:
         lams = critical(design, y) * np.geomspace(1, ratio, LAMBDAS)
         found: dict[str, np.ndarray] = {}
 
         def ours(lams: np.ndarray = lams, tol: float = tol, found: dict = found) -> None:
-            path = sapp.convex.least_squares_path.solve(x, target, groups, lams, tol=tol)
+            path = convex.least_squares_path.solve(x, target, groups, lams, tol=tol)
             found["ours"] = path.coefficients
 
         def celer(lams: np.ndarray = lams, tol: float = tol, found: dict = found) -> None:
@@ -149,10 +149,10 @@ def memory(name: str, ratio: float, tol: float) -> float:
         solve(design, y, lams, tol)
         return peak() - before
     x, target = jnp.asarray(design), jnp.asarray(y)
-    groups = sapp.convex.groups.equal(FEATURES, SIZE)
+    groups = convex.groups.equal(FEATURES, SIZE)
     jax.block_until_ready((x, target))
     before = reset_peak()
-    sapp.convex.least_squares_path.solve(x, target, groups, lams, tol=tol)
+    convex.least_squares_path.solve(x, target, groups, lams, tol=tol)
     return peak() - before
 
 

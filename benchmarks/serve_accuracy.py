@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from sa_plus_plus.sparse.compiler.specialize import Precision
 
 import sa_plus_plus as sapp
 from benchmarks import timing
 from experiments import cli
 from experiments.training import sharding
 from experiments.training.setup import prepare
-from sa_plus_plus.sparse.network import Precision
 
 flags.declare_key_flag("config")
 _WEIGHTS = flags.DEFINE_string("weights", None, "A pruned.safetensors of a run with this config.", required=True)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     rows: dict[str, dict[str, float]] = {}
     labels = np.concatenate([batch["label"] for batch in batches(test)])
     for precision in PRECISIONS:
-        fast = sapp.specialize(network, images[0], precision=precision, calibration=images, choose="all")
+        fast = sapp.specialize(network, images[0], precision=precision, calibration=images, mode="always")
         print(fast, flush=True)
         predicted[precision] = predictions(fast, test)
     for name, classes in predicted.items():

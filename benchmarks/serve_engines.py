@@ -111,7 +111,7 @@ def ours(model: nn.Module, variables: Any, x: np.ndarray, precision: str) -> Cal
     example = jnp.asarray(x)
 
     def call(microbatch: int | None) -> Callable[[], Any]:
-        fast = sapp.specialize(apply, example, choose="all", microbatch=microbatch, **options)
+        fast = sapp.specialize(apply, example, mode="always", microbatch=microbatch, **options)
         return lambda: jax.block_until_ready(fast(example))
 
     sizes = [size for size in map(int, MICROBATCHES.value) if size < len(x) and len(x) % size == 0]

@@ -69,7 +69,7 @@ def write(precision: str, file: pathlib.Path, inputs: pathlib.Path) -> dict[str,
     variables = serve_engines.random_blocks(serve_engines.drawn(model, x), 16, 0.9)
     example = jnp.asarray(x)
     options: dict[str, Any] = {} if precision == "float32" else {"precision": precision, "calibration": [example]}
-    network = sapp.specialize(lambda x: model.apply(variables, x), example, choose="all", **options)
+    network = sapp.specialize(lambda x: model.apply(variables, x), example, mode="always", **options)
     np.save(inputs, x)
     started = time.perf_counter()
     size = network.save(file)

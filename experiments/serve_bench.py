@@ -89,7 +89,7 @@ def measure(setup: Setup, variables: Any, batch: int) -> tuple[dict[str, Any], s
         return model.apply(variables, x)
 
     whole = jax.jit(model.apply)
-    folded, fast = sapp.specialize(apply, x, choose="none"), sapp.specialize(apply, x)
+    folded, fast = sapp.specialize(apply, x, mode="never"), sapp.specialize(apply, x)
     dense = runtimes.contenders(model, variables, np.asarray(x), engines=_ENGINES.value, precisions=[precision])
     contenders: dict[str, Callable[[], Any]] = {
         "model": lambda: jax.block_until_ready(whole(variables, x)),

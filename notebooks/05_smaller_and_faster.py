@@ -120,7 +120,7 @@ plt.show()
 # `specialize` makes a function for inputs of one shape. For int8 it needs typical inputs, to choose scales.
 
 # %%
-native = sapp.sparse.native.missing() is None and jax.default_backend() == "cpu"
+native = sapp.sparse.native.unavailable_reason() is None and jax.default_backend() == "cpu"
 precisions = ("float32", "bfloat16", "int8") if native else ("float32",)
 
 

@@ -1,6 +1,6 @@
 """Block-wise pruning of neural networks in JAX: SequentialAttention++ and competing algorithms."""
 
-from sa_plus_plus import blocks, convex, metrics, phases, select, serve, sparse, views
+from sa_plus_plus import blocks, metrics, phases, select, sparse, views
 from sa_plus_plus.algorithms import (
     acdc,
     attention_weights,
@@ -14,7 +14,7 @@ from sa_plus_plus.algorithms import (
 )
 from sa_plus_plus.baselines import d_gating, group_lasso, movement, rigl, sparse_evolutionary
 from sa_plus_plus.checks import check_pruned
-from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, compose
+from sa_plus_plus.compose import IDENTITY, Parametrisation, PruningOptions, compose
 from sa_plus_plus.oneshot import (
     SPARSITIES,
     Budget,
@@ -40,6 +40,7 @@ from sa_plus_plus.sparse import (
     specialize,
     todense,
 )
+from sa_plus_plus.sparse.files import serve
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import ResetState, SparsifyState, reset_on, sparsify
 from sa_plus_plus.views import View
@@ -77,7 +78,6 @@ __all__ = [
     "budget",
     "check_pruned",
     "compose",
-    "convex",
     "d_gating",
     "dense",
     "export",

@@ -16,7 +16,7 @@ import optax
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import phases as schedules
 from sa_plus_plus import planning
-from sa_plus_plus.composition import (
+from sa_plus_plus.compose import (
     IDENTITY,
     Parametrisation,
     PruningOptions,

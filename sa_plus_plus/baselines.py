@@ -10,12 +10,12 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus import phases as schedules
 from sa_plus_plus import select
 from sa_plus_plus.algorithms import block_norm, drawn
-from sa_plus_plus.composition import IDENTITY, Parametrisation, PruningOptions, check_phases, check_start, compose
+from sa_plus_plus.compose import IDENTITY, Parametrisation, PruningOptions, check_phases, check_start, compose
+from sa_plus_plus.dynamic_sparsity import Rewiring
 from sa_plus_plus.masking import times
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan
 from sa_plus_plus.registry import algorithm
-from sa_plus_plus.rewiring import Rewiring
 from sa_plus_plus.sparsifier import Sparsifier
 
 

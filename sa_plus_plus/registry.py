@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from sa_plus_plus.composition import PruningOptions
+from sa_plus_plus.compose import PruningOptions
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.sparsifier import Sparsifier
 

@@ -18,17 +18,17 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECK = """
 import pathlib, shutil, sys, tempfile
 import jax, jax.numpy as jnp, numpy as np, sa_plus_plus as sapp
-from sa_plus_plus.sparse import native
+from sa_plus_plus.sparse.ops import native
 
 assert not any(map(shutil.which, ("cc", "gcc", "g++", "c++", "clang", "clang++"))), "a compiler is in reach"
-assert native.missing() is None, native.missing()
+assert native.unavailable_reason() is None, native.unavailable_reason()
 rng = np.random.default_rng(0)
 w = jnp.asarray(np.kron(rng.random((16, 16)) < 0.4, np.ones((16, 16))) * rng.normal(size=(256, 256)), jnp.float32)
 x = jnp.asarray(rng.normal(size=(3, 256)), jnp.float32)
 fn = lambda x: jax.nn.relu(x @ w) @ w
 want = np.maximum(np.asarray(x, np.float64) @ np.asarray(w, np.float64), 0) @ np.asarray(w, np.float64)
 for precision, most in (("float32", 1e-5), ("int8", 0.1)):
-    network = sapp.specialize(fn, x, choose="all", precision=precision, calibration=[x])
+    network = sapp.specialize(fn, x, mode="always", precision=precision, calibration=[x])
     program = jax.jit(network.fn).lower(network.weights, x).as_text()
     assert program.count(native.CONV) >= 2 and "dot_general" not in program, "layers do not run in the compiled kernel"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Lambert's function, penalties, groups and problems of `sapp.convex`, against SciPy, grids and NumPy."""
+"""Lambert's function, penalties, groups and problems of `sa_plus_plus.convex`, against SciPy, grids and NumPy."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Solvers of `sapp.convex`: against scikit-learn, CVXPY, SciPy and enumeration; the paper's lemmas and theorems."""
+"""Solvers of `sa_plus_plus.convex`: against scikit-learn, CVXPY, SciPy, enumeration; lemmas and theorems."""
 
 import itertools
 

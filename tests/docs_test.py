@@ -15,10 +15,11 @@ import readme_test
 
 import sa_plus_plus as sapp
 from benchmarks import page
+from sa_plus_plus import convex
 
 DOCS = readme_test.ROOT / "docs"
-CONVEX = [f"convex.{name}" for name in sapp.convex.__all__ if inspect.ismodule(getattr(sapp.convex, name))]
-MODULES = ["blocks", "metrics", "phases", "select", "serve", "sparse", "views", "contrib.keras", *CONVEX]
+CONVEX = [f"convex.{name}" for name in convex.__all__ if inspect.ismodule(getattr(convex, name))]
+MODULES = ["blocks", "metrics", "phases", "select", "sparse.files.serve", "sparse", "views", "contrib.keras", *CONVEX]
 
 
 def public(module):

@@ -89,7 +89,7 @@ def check(params, matrices, predict, file):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
     network = jax.jit(lambda x: predict(loaded, x))
-    fast = sapp.specialize(network, IMAGES, plan=plan, choose="all")
+    fast = sapp.specialize(network, IMAGES, plan=plan, mode="always")
     np.testing.assert_allclose(fast(IMAGES), network(IMAGES), rtol=1e-4, atol=1e-5)
     by_blocks = sum(choice.sparse for choice in fast.choices)
     assert by_blocks == sum(len(written(leaves[path])) for path, written in matrices.items())

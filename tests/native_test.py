@@ -10,10 +10,10 @@ import numpy as np
 import problems
 import pytest
 
-import sa_plus_plus.sparse.native as native
+import sa_plus_plus.sparse.ops.native as native
 from sa_plus_plus.sparse import BlockSparse
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 
 
 def convolved(x, kernel, strides):
@@ -51,7 +51,7 @@ def test_integers_are_exact(drawn):
     rng = np.random.default_rng(0)
     want = convolved(x, np.asarray(w.todense()), strides)
     pads = ((0, 0), *border, (0, 0))
-    blocks = native.grouped(np.asarray(w.blocks))
+    blocks = native.interleave_rows(np.asarray(w.blocks))
 
     sums = native.conv(x, blocks, w.layout, strides=strides, epilogue=native.Epilogue(border=border))
     np.testing.assert_array_equal(sums, np.pad(want, pads))
@@ -85,7 +85,7 @@ def test_halves_are_exact_where_they_hold_the_numbers(drawn, out):
     kernel = np.asarray(w.todense()).astype(np.float32) / 16
     want = np.pad(convolved(np.asarray(x, np.float32), kernel, strides), ((0, 0), *border, (0, 0)))
     got = native.conv(
-        *(x, native.grouped(blocks.astype(jnp.bfloat16)), w.layout),
+        *(x, native.interleave_rows(blocks.astype(jnp.bfloat16)), w.layout),
         strides=strides,
         epilogue=native.Epilogue(dtype=out, border=border),
     )
@@ -165,12 +165,12 @@ def test_bfloat16_pays_where_it_is_faster(monkeypatch, single, half, pays):
         return (single, half)[code]
 
     monkeypatch.setattr(native, "_library", lambda: types.SimpleNamespace(sa_plus_plus_nanoseconds=nanoseconds))
-    assert native.halves_pay.__wrapped__() is pays
+    assert native.bf16_is_faster.__wrapped__() is pays
 
 
 def test_instructions():
-    assert {native.instructions(t) for t in (np.float32, jnp.bfloat16, np.uint8)} <= {
+    assert {native.isa(t) for t in (np.float32, jnp.bfloat16, np.uint8)} <= {
         *("amx", "avx512_vnni", "avx512_bf16", "avx512", "avx_vnni", "avx2", "baseline")
     }
     with jax.enable_x64(True), pytest.raises(KeyError):
-        native.instructions(np.float64)
+        native.isa(np.float64)

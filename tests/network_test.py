@@ -15,7 +15,9 @@ import pytest
 
 import sa_plus_plus as sapp
 from experiments import models
-from sa_plus_plus.sparse import BlockSparse, block_sparse_conv, convolution, network, tracing
+from sa_plus_plus.sparse import BlockSparse, block_sparse_conv
+from sa_plus_plus.sparse.compiler import autotune
+from sa_plus_plus.sparse.ops import convolution
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -123,8 +125,8 @@ def test_networks_give_the_same_results(name):
         return model.apply(variables, x)
 
     want = jax.jit(apply)(x)
-    for choose in ("all", "none") + (("measured",) if name == "mlp" else ()):
-        fast = sapp.specialize(apply, x, choose=choose)
+    for mode in ("always", "never") + (("autotune",) if name == "mlp" else ()):
+        fast = sapp.specialize(apply, x, mode=mode)
         got = fast(x)
         assert got.dtype == want.dtype
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(want))))
@@ -132,9 +134,8 @@ def test_networks_give_the_same_results(name):
         assert [c.sparse for c in fast.choices if c.block is None] == [False] * (layers - len(plan.pruned))
         sparse = [c.sparse for c in fast.choices if c.block]
         measured = [c.compiled_seconds < c.traced_seconds for c in fast.choices if c.block]
-        assert sparse == {"all": [True] * len(sparse), "none": [False] * len(sparse), "measured": measured}[choose]
-        steps = fast._program.traced.steps
-        others = [s.primitive.name for s in steps if isinstance(s, tracing.Call)]
+        assert sparse == {"always": [True] * len(sparse), "never": [False] * len(sparse), "autotune": measured}[mode]
+        others = [step for step in fast.steps if not step.startswith(("dense", "convolution"))]
         assert not set(others) & {"rsqrt", "mul", "sub", "dot_general", "conv_general_dilated"}
         assert len([o for o in others if o not in ("reshape", "pad", "slice", "squeeze")]) <= most_others
         assert str(fast).count("\n") == layers + 1
@@ -167,14 +168,13 @@ def test_only_what_may_be_folded_is():
     apply = everything((jnp.asarray(w, jnp.float32), jnp.asarray(rng.normal(size=32), jnp.float32)))
     x = jnp.asarray(rng.normal(size=(5, 24)), jnp.float32)
     with jax.numpy_rank_promotion("allow"):
-        want, fast = apply(x), sapp.specialize(apply, x, choose="all")
+        want, fast = apply(x), sapp.specialize(apply, x, mode="always")
         got = fast(x)
         again = jax.jit(fast.fn)(fast.weights, x)
     for result in (got, again):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), result, want)
-    first = next(i for i, s in enumerate(fast._program.traced.steps) if not isinstance(s, tracing.Call))
-    layer = getattr(fast._program.traced.steps[first], "layer", fast._program.traced.steps[first])
-    assert layer.activation == "relu"
+    first = next(i for i, step in enumerate(fast.steps) if step.startswith("dense"))
+    assert fast.steps[first] == "dense, relu"
     assert fast.weights[first][-1].shape == (32,)
     assert all(choice.sparse and choice.block == (4, 4) for choice in fast.choices)
 
@@ -205,16 +205,16 @@ def test_activation_functions_become_part_of_a_layer_however_written(activation)
     x = jnp.asarray(rng.normal(size=(7, 24)), jnp.float32)
     for number, written in enumerate(ACTIVATIONS[activation]):
         with jax.numpy_rank_promotion("allow"):
-            fast = sapp.specialize(lambda x, written=written: written(x @ w + c), x, choose="all")
+            fast = sapp.specialize(lambda x, written=written: written(x @ w + c), x, mode="always")
             want = written(x @ w + c)
-        first = next(s for s in fast._program.traced.steps if not isinstance(s, tracing.Call))
         expected = "silu" if (activation, number) == ("none", 2) else activation  # up to the factors of columns
-        assert getattr(first, "layer", first).activation == expected
+        first = next(step for step in fast.steps if step.startswith("dense"))
+        assert first == ("dense" if expected == "none" else f"dense, {expected}")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), fast(x), want)
         narrow = sapp.specialize(
             lambda x, written=written: jnp.tanh(jax.tree.leaves(written(x @ w + c))[-1] @ w.T),
             *(x,),
-            choose="all",
+            mode="always",
             precision="int8",
             calibration=[x],
         )
@@ -234,9 +234,9 @@ def test_unusual_convolutions_stay_dense_but_are_folded(options):
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC, **options)
         return jax.nn.relu(y * scale + scale)
 
-    fast = sapp.specialize(apply, x, choose="all")
+    fast = sapp.specialize(apply, x, mode="always")
     np.testing.assert_allclose(fast(x), apply(x), rtol=1e-4, atol=1e-4)
-    assert [type(step) for step in fast._program.traced.steps] == [tracing.Layer]
+    assert fast.steps == ("convolution 3×3, relu",)
     assert not fast.choices[0].sparse
 
 
@@ -245,7 +245,7 @@ def test_half_precision():
     w = np.kron(rng.random((6, 8)) < 0.3, np.ones((8, 8))) * rng.normal(size=(48, 64)) / 5
     w = jnp.asarray(w, jnp.bfloat16)
     x = jnp.asarray(rng.normal(size=(5, 48)), jnp.bfloat16)
-    fast = sapp.specialize(lambda x: jax.nn.relu(x @ w), x, choose="all")
+    fast = sapp.specialize(lambda x: jax.nn.relu(x @ w), x, mode="always")
     got, want = fast(x), jax.nn.relu(x @ w)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=0.02, atol=0.02)
@@ -257,14 +257,14 @@ def test_bad_requests():
     np.testing.assert_array_equal(fast(np.ones((2, 4), np.float32)), 4)
     with pytest.raises(ValueError, match=r"made for float32\[2, 4\], got float32\[3, 4\]"):
         fast(jnp.ones((3, 4)))
-    with pytest.raises(ValueError, match="choose must be measured, all or none, got 'fast'"):
-        sapp.specialize(lambda x: x, w, choose="fast")
+    with pytest.raises(ValueError, match="mode must be one of autotune, always, never, got 'fast'"):
+        sapp.specialize(lambda x: x, w, mode="fast")
     with pytest.raises(ValueError, match="block must be a positive integer"):
         sapp.specialize(lambda x: x, w, block=0)
     with pytest.raises(ValueError, match="implementation must be one of"):
-        sapp.specialize(lambda x: x, w, choose="none", implementation="cuda")
+        sapp.specialize(lambda x: x, w, mode="never", implementation="cuda")
     with pytest.raises(TypeError, match="outside jit, vmap and grad"):
-        jax.jit(lambda w: sapp.specialize(lambda x: x @ (w + 1), w, choose="none")(w))(w)
+        jax.jit(lambda w: sapp.specialize(lambda x: x @ (w + 1), w, mode="never")(w))(w)
     two = sapp.specialize(lambda x: x["q"] @ w - x["k"], {"q": w, "k": w})
     with pytest.raises(ValueError, match="made for arguments like"):
         two((w, w))
@@ -299,8 +299,8 @@ DTYPES = {
 def test_nothing_is_folded_that_would_change_more_than_rounding(name):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 24)), jnp.float32)
     want = DTYPES[name](x)
-    for choose in ("none", "all"):
-        got = sapp.specialize(DTYPES[name], x, choose=choose)(x)
+    for mode in ("never", "always"):
+        got = sapp.specialize(DTYPES[name], x, mode=mode)(x)
         assert got.dtype == want.dtype
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
@@ -311,8 +311,8 @@ def test_the_faster_form_of_each_layer_runs(monkeypatch):
         jnp.asarray(np.kron(rng.random((6, 6)) < 0.4, np.ones((4, 4))) * rng.normal(size=(24, 24)), jnp.float32)
         for _ in range(2)
     )
-    seconds = {True: (2.0, 1.0), False: (1.0, 2.0)}
-    monkeypatch.setattr(network, "_measure", lambda step, w, implementation: seconds[step.layer.activation == "relu"])
+    seconds = iter([(2.0, 1.0), (1.0, 2.0)])
+    monkeypatch.setattr(autotune, "alternate", lambda calls: next(seconds))
     fast = sapp.specialize(lambda x: jax.nn.relu(x @ first) @ second, jnp.ones((2, 24)))
     assert [choice.runs for choice in fast.choices] == ["sparse", "traced"]
     assert [weights[0].shape == (24, 24) for weights in fast.weights] == [False, True]
@@ -329,7 +329,7 @@ def test_weights_are_held_once():
         mask = np.random.default_rng(0).random((10, 6)) < 0.2
         w = jnp.asarray(np.kron(mask, np.ones((20, 20))), jnp.float32)
         table = jnp.ones((16, 120))
-        return sapp.specialize(lambda x: (x @ w) * table, jnp.ones((16, 200)), choose="all")
+        return sapp.specialize(lambda x: (x @ w) * table, jnp.ones((16, 200)), mode="always")
 
     before, fast = live(), specialized()
     assert live() - before == sum(a.nbytes for a in jax.tree.leaves(fast.weights)) < 200 * 120 * 4
@@ -337,7 +337,7 @@ def test_weights_are_held_once():
 
 def test_an_empty_batch():
     w = jnp.asarray(np.kron(np.eye(4), np.ones((4, 4))), jnp.float32)
-    fast = sapp.specialize(lambda x: x @ w, jnp.ones((0, 16)), choose="all")
+    fast = sapp.specialize(lambda x: x @ w, jnp.ones((0, 16)), mode="always")
     assert fast(jnp.ones((0, 16))).shape == (0, 16)
     mapped = jax.vmap(lambda x: sapp.block_sparse_matmul(x, BlockSparse.fromdense(w, 4)))
     assert mapped(jnp.ones((0, 3, 16))).shape == (0, 3, 16)
@@ -354,8 +354,8 @@ def test_microbatches_give_what_the_whole_batch_gives(precision):
         return {"head": y.mean((1, 2)) @ head + inputs["b"][:, None], "same": inputs["b"]}
 
     x = {"a": rng.normal(size=(6, 5, 5, 4)).astype(np.float32), "b": rng.normal(size=6).astype(np.float32)}
-    options = {"choose": "all", "precision": precision, "calibration": [x]}
-    if sapp.sparse.native.missing():
+    options = {"mode": "always", "precision": precision, "calibration": [x]}
+    if sapp.sparse.native.unavailable_reason():
         options = {}
     whole = sapp.specialize(fn, x, **options)
     cut = sapp.specialize(fn, x, microbatch=2, **options)
@@ -386,7 +386,7 @@ def test_several_devices_by_shard_map():
     kernel = np.kron(rng.random((6, 8)) < 0.4, np.ones((4, 4))) * rng.normal(size=(24, 32))
     w = BlockSparse.fromdense(kernel.astype(np.float32), 4)
     x = jnp.asarray(rng.normal(size=(8, 24)), jnp.float32)
-    fast = sapp.specialize(lambda x: jax.nn.relu(x @ w.todense()), x[:2], choose="all")
+    fast = sapp.specialize(lambda x: jax.nn.relu(x @ w.todense()), x[:2], mode="always")
     split = jax.jit(jax.shard_map(fast.fn, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec("d")))
     got = split(fast.weights, x)
     assert got.sharding.spec == spec("d")
@@ -434,7 +434,7 @@ def test_blocks_wider_than_their_kernel_are_found():
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(1024, 10)) * np.kron(rng.random(64) < 0.2, np.ones(16))[:, None]
     x, kernel = rng.normal(size=(3, 1024)).astype(np.float32), jnp.asarray(kernel, jnp.float32)
-    fast = sapp.specialize(lambda x: x @ kernel, x, choose="all")
+    fast = sapp.specialize(lambda x: x @ kernel, x, mode="always")
     assert (fast.choices[0].block, fast.choices[0].sparse) == ((16, 16), True)
     np.testing.assert_allclose(fast(x), x.astype(np.float64) @ np.asarray(kernel, np.float64), rtol=1e-4, atol=1e-4)
 
@@ -455,7 +455,7 @@ def test_a_product_with_every_nth_position_is_a_convolution(rows, columns):
     def fn(x):
         return jax.nn.relu(x[:, rows, columns] @ w + 1)
 
-    fast = sapp.specialize(fn, x, choose="all")
+    fast = sapp.specialize(fn, x, mode="always")
     np.testing.assert_allclose(fast(x), fn(x), rtol=1e-5, atol=1e-5)
     regular = rows.start is None
     assert fast.choices[0].layer == ("convolution 1×1, strides 2×3" if regular else "dense")
@@ -469,7 +469,7 @@ def test_a_residual_whose_place_the_result_takes_may_be_needed_again():
         y = jax.nn.relu(residual @ v + residual)
         return y, residual, y @ v + x @ w
 
-    fast = sapp.specialize(fn, x, choose="all")
+    fast = sapp.specialize(fn, x, mode="always")
     for got, want in zip(fast(x), fn(x), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
@@ -481,7 +481,7 @@ def test_means_over_positions(axes):
     def fn(x):
         return (x @ w).mean(axes)
 
-    fast = sapp.specialize(fn, x, choose="all")
+    fast = sapp.specialize(fn, x, mode="always")
     np.testing.assert_allclose(fast(x), fn(x), rtol=1e-5, atol=1e-5)
 
 
@@ -491,5 +491,5 @@ def test_average_pooling():
     def fn(x):
         return nn.avg_pool(x @ w, (3, 3), (2, 2), padding=((1, 1), (0, 1)), count_include_pad=False)
 
-    fast = sapp.specialize(fn, x, choose="all")
+    fast = sapp.specialize(fn, x, mode="always")
     np.testing.assert_allclose(fast(x), fn(x), rtol=1e-5, atol=1e-5)

@@ -120,9 +120,9 @@ flags.FLAGS(["x", "--rounds=1", "--engines="])
 specialize, setup = sapp.specialize, prepare_without_data(mnist.get_config())
 params, _ = setup.task.init(jax.random.key(0))
 for wrong in ("folded", "sparse"):
-    def twisted(apply, x, choose="measure", wrong=wrong):
-        right = specialize(apply, x, choose="none")
-        return (lambda x: right(x) * 1.01) if (choose == "none") == (wrong == "folded") else right
+    def twisted(apply, x, mode="autotune", wrong=wrong):
+        right = specialize(apply, x, mode="never")
+        return (lambda x: right(x) * 1.01) if (mode == "never") == (wrong == "folded") else right
     sapp.specialize = twisted
     with pytest.raises(RuntimeError, match=f"results of '{wrong}' are 1.0e-02 of the largest output away"):
         serve_bench.measure(setup, {"params": params}, 2)

@@ -15,10 +15,10 @@ import pytest
 
 import sa_plus_plus as sapp
 from sa_plus_plus import serve
-from sa_plus_plus.sparse import native
+from sa_plus_plus.sparse.ops import native
 
 pytestmark = pytest.mark.filterwarnings("ignore:specialize found no products")  # of functions without kernels
-needs_kernel = pytest.mark.skipif(native.missing() is not None, reason="there is no compiled kernel")
+needs_kernel = pytest.mark.skipif(native.unavailable_reason() is not None, reason="there is no compiled kernel")
 RNG = np.random.default_rng(0)
 KERNELS = [
     jnp.asarray(np.kron(RNG.random((4, 4)) < 0.4, np.ones((16, 16))) * RNG.normal(size=(64, 64)) / 5, jnp.float32)
@@ -38,7 +38,7 @@ def inputs(batch):
 
 def made(batch, precision="float32"):
     options = {"precision": "int8", "calibration": [jnp.asarray(inputs(batch))]} if precision == "int8" else {}
-    return sapp.specialize(model, jnp.asarray(inputs(batch)), choose="all", **options)
+    return sapp.specialize(model, jnp.asarray(inputs(batch)), mode="always", **options)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_any_batch_from_two(networks, tmp_path):
 
 
 def saved(fn, *examples):
-    return [sapp.specialize(fn, *arguments, choose="none") for arguments in examples]
+    return [sapp.specialize(fn, *arguments, mode="never") for arguments in examples]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_damaged_files(tmp_path):
 @needs_kernel
 def test_without_the_compiled_kernel(networks, tmp_path, monkeypatch):
     networks[2, "float32"].save(tmp_path / "file")
-    monkeypatch.setattr(native, "missing", lambda: "it was not compiled")
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "it was not compiled")
     with pytest.raises(
         RuntimeError, match="needs the compiled kernel for CPUs, and there is none: it was not compiled"
     ):
@@ -228,7 +228,7 @@ def test_results_do_not_depend_on_the_number_of_threads(precision, large):
 
 THREADS = """
 import pathlib, time, jax, jax.numpy as jnp, sa_plus_plus as sapp
-network = sapp.specialize(lambda x: x @ jnp.eye(256), jnp.ones((256, 256)), choose="all")
+network = sapp.specialize(lambda x: x @ jnp.eye(256), jnp.ones((256, 256)), mode="always")
 for threads in (1, 0):
     sapp.serve.set_threads(threads)
     for _ in range(20):  # a thread takes a while to begin

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-import sa_plus_plus.sparse.matmul as matmul
-import sa_plus_plus.sparse.native as native
-import sa_plus_plus.sparse.xla as xla
+import sa_plus_plus.sparse.ops.matmul as matmul
+import sa_plus_plus.sparse.ops.native as native
+import sa_plus_plus.sparse.ops.xla as xla
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse import BlockSparse, Layout, block_sparse_matmul
 
-needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 IMPLEMENTATIONS = ["xla", pytest.param("native", marks=needs_native), "dense"]
 CASES = {  # rows, columns, block, batch, share of blocks kept
     "square": (64, 64, 16, 5, 0.3),
@@ -139,7 +139,7 @@ def test_any_shape(sides, block, lead, density, dtype, epilogue, seed):
     bias, relu = bias if epilogue[0] else None, epilogue[1]
     wanted = expected(x, matrix, bias, relu).reshape(*lead, sides[1])
     x = x.reshape(*lead, sides[0])
-    implementations = ["xla", None] if native.missing() or dtype == jnp.float16 else ["xla", "native"]
+    implementations = ["xla", None] if native.unavailable_reason() or dtype == jnp.float16 else ["xla", "native"]
     for implementation in implementations:
         same(product(x, w, bias=bias, relu=relu, implementation=implementation), wanted)
 
@@ -203,7 +203,7 @@ def test_rows_on_several_devices():
 def test_a_program_for_another_platform_has_no_kernel_of_this_one():
     x, w, *_ = problem(*CASES["square"])
     unchecked = [jax.export.DisabledSafetyCheck.custom_call(native.CONV)]
-    for platform, has in (("cpu", native.missing() is None), ("cuda", False), ("tpu", False)):
+    for platform, has in (("cpu", native.unavailable_reason() is None), ("cuda", False), ("tpu", False)):
         exported = jax.export.export(jax.jit(block_sparse_matmul), platforms=[platform], disabled_checks=unchecked)(
             x, w
         )
@@ -256,7 +256,7 @@ def test_errors():
 
 def test_without_the_compiled_kernel_there_is_one_notice(monkeypatch):
     x, w, matrix, _ = problem(*CASES["ragged"])
-    monkeypatch.setattr(native, "missing", lambda: "no compiler was found")
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "no compiler was found")
     matmul._notice.cache_clear()
     with pytest.warns(UserWarning, match="no compiler was found"):
         same(block_sparse_matmul(x, w), expected(x, matrix))
@@ -271,7 +271,7 @@ def test_without_the_compiled_kernel_there_is_one_notice(monkeypatch):
 @needs_native
 def test_a_kernel_for_a_newer_interface_is_not_registered(monkeypatch):
     monkeypatch.setattr(native, "_ffi_version", lambda: 0)
-    assert "this jaxlib has 0" in native.missing.__wrapped__()
+    assert "this jaxlib has 0" in native.unavailable_reason.__wrapped__()
 
 
 @needs_native

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sa_plus_plus.sparse.convolution import output_size, patches
+from sa_plus_plus.sparse.ops.convolution import output_size, patches
 
 _FEW = 4  # positions of the result
 

@@ -37,7 +37,7 @@ def _page(content: Mapping[str, Any]) -> str:
     ]
     parts = [
         "# Theory, measured",
-        "Everything here is computed by `sapp.convex` in float64 (the digits in float32): "
+        "Everything here is computed by `sa_plus_plus.convex` in float64 (the digits in float32): "
         "`python -m experiments.theory`. The numbers are in `theory.json`.",
         "## The lemmas",
         "The minimum of each masked problem, found over mask and coefficients by L-BFGS from two starts on every "

@@ -13,10 +13,10 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.oneshot.uses import Use, uses_of
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers, path_string
-from sa_plus_plus.sparse.calibration import batches_of
-from sa_plus_plus.sparse.convolution import patches
-from sa_plus_plus.sparse.steps import Call, Constant, Linear, Traced, Variable, inputs_of
-from sa_plus_plus.sparse.tracing import trace_kernels
+from sa_plus_plus.sparse.arguments import batches_of
+from sa_plus_plus.sparse.compiler.frontend import layers_with_origins
+from sa_plus_plus.sparse.compiler.ir import Call, Constant, Layer, Traced, Variable, variables
+from sa_plus_plus.sparse.ops.convolution import patches
 
 CHUNK_BYTES = 1 << 26  # memory for the inputs that are multiplied at once
 Visit = Callable[[Use, np.ndarray, np.ndarray, int], np.ndarray]
@@ -45,9 +45,9 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Iterable[Any]
     if not batches:
         raise ValueError("calibration has no batches: give some of typical inputs")
     matrices = _matrices(params, plan)
-    traced = trace_kernels(fn, params, plan.pruned, *batches[0])
+    traced = layers_with_origins(fn, params, plan.pruned, *batches[0])
     held = [dict(zip(traced.inputs, jax.tree.leaves(b), strict=True)) for b in batches_of(traced, batches)]
-    last = {value: number for number, step in enumerate(traced.steps) for value in inputs_of(step)}
+    last = {value: number for number, step in enumerate(traced.steps) for value in variables(step)}
     kernels: dict[int, Any] = {}
     position = 0
     for (path, number), uses in uses_of(traced, plan.pruned).items():
@@ -60,7 +60,7 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Iterable[Any]
         new = visit(uses[0], gram, uses[0].oriented(old).astype(np.float64), rows)
         matrices[path][number] = uses[0].oriented(new).astype(old.dtype)
         for use in uses:
-            own = use.kernel(use.oriented(matrices[path][number]), np.shape(traced.steps[use.step].original))  # type: ignore[union-attr]
+            own = use.kernel(use.oriented(matrices[path][number]), np.shape(traced.steps[use.step].original))
             kernels[use.step] = jnp.asarray(own)
     return _replaced(params, plan, matrices)
 
@@ -88,26 +88,26 @@ def _replaced(params: Any, plan: Plan, matrices: dict[str, np.ndarray]) -> Any:
     return map_layers(one, params, plan.pruned)
 
 
-def _run(traced: Traced[Any], kernels: dict[int, Any], values: Values, start: int, stop: int, last: Any) -> None:
+def _run(traced: Traced, kernels: dict[int, Any], values: Values, start: int, stop: int, last: Any) -> None:
     """Run the steps `[start, stop)` on the values of one batch, dropping those that no later step takes."""
     for number in range(start, stop):
         step = traced.steps[number]
         values |= {value: array for value, array in _results(step, kernels.get(number), values) if value in last}
-        for value in inputs_of(step):
+        for value in variables(step):
             if last[value] == number:
                 values.pop(value, None)
 
 
-def _results(step: Call | Linear, kernel: Any, values: Values) -> list[tuple[Variable, Any]]:
-    if isinstance(step, Linear):
-        y = step.layer.dense(values[step.layer.x], step.original if kernel is None else kernel, None)
-        return [(step.layer.output, y)]
+def _results(step: Call | Layer, kernel: Any, values: Values) -> list[tuple[Variable, Any]]:
+    if isinstance(step, Layer):
+        y = step.spec.run(values[step.spec.x], step.original if kernel is None else kernel, None)
+        return [(step.spec.output, y)]
     arguments = [v.full if isinstance(v, Constant) else values[v] for v in step.inputs]
     return list(zip(step.outputs, step.run(*arguments), strict=True))
 
 
 def _gram(
-    traced: Traced[Any], kernels: dict[int, Any], held: Sequence[Values], uses: Sequence[Use], last: Any
+    traced: Traced, kernels: dict[int, Any], held: Sequence[Values], uses: Sequence[Use], last: Any
 ) -> tuple[np.ndarray, int]:
     """`X^T X` over all batches and uses, in the order of the matrix's inputs, and the number of rows of `X`."""
     size, rows = len(uses[0].inputs), 0
@@ -117,7 +117,7 @@ def _gram(
         for use in uses:
             _run(traced, kernels, ahead, position, use.step, last)
             position, order = use.step, np.argsort(use.inputs)
-            for piece in _rows(ahead[traced.steps[use.step].layer.x], use):
+            for piece in _rows(ahead[traced.steps[use.step].spec.x], use):
                 wide = np.asarray(piece, np.float64)[:, order]
                 gram += wide.T @ wide
                 rows += len(wide)

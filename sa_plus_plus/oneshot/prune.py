@@ -10,7 +10,7 @@ import numpy as np
 
 import sa_plus_plus.oneshot.layers as layers
 from sa_plus_plus import planning
-from sa_plus_plus.composition import PlanOptions
+from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.alps import alps
 from sa_plus_plus.oneshot.capture import visit_layers
 from sa_plus_plus.oneshot.layers import Choose, Problem, Solved

@@ -10,7 +10,7 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning, select
-from sa_plus_plus.composition import PlanOptions
+from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.capture import visit_layers
 from sa_plus_plus.oneshot.prune import DAMPING, changes, problem_of, relative, solver
 from sa_plus_plus.oneshot.uses import Use

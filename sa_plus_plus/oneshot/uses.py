@@ -1,14 +1,14 @@
 """The steps of a traced network that multiply by each matrix of a pruned leaf."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.planning import LeafPlan
-from sa_plus_plus.sparse.steps import Linear, Traced
-from sa_plus_plus.sparse.windows import Window, window_of
+from sa_plus_plus.sparse.compiler.conv_geometry import Window, window_of
+from sa_plus_plus.sparse.compiler.ir import Layer, Traced
 
 
 class Use(NamedTuple):
@@ -41,7 +41,7 @@ class Use(NamedTuple):
         return matrix[np.ix_(self.inputs, self.outputs)].reshape(shape)
 
 
-def uses_of(traced: Traced[Any], layers: Mapping[str, LeafPlan]) -> dict[tuple[str, int], list[Use]]:
+def uses_of(traced: Traced, layers: Mapping[str, LeafPlan]) -> dict[tuple[str, int], list[Use]]:
     """The uses of each matrix, by its leaf's path and its number, in order of first use.
 
     Args:
@@ -54,7 +54,7 @@ def uses_of(traced: Traced[Any], layers: Mapping[str, LeafPlan]) -> dict[tuple[s
     places = {path: _places(layer) for path, layer in layers.items()}
     found: dict[tuple[str, int], list[Use]] = {}
     for number, step in enumerate(traced.steps):
-        if isinstance(step, Linear) and step.origin is not None:
+        if isinstance(step, Layer) and step.origin is not None:
             use = _use(number, step, layers[step.origin.path], places[step.origin.path])
             found.setdefault((use.layer.path, use.stack), []).append(use)
     for path, layer in layers.items():
@@ -76,13 +76,13 @@ def _places(layer: LeafPlan) -> np.ndarray:
     return places
 
 
-def _use(number: int, step: Linear, layer: LeafPlan, places: np.ndarray) -> Use:
+def _use(number: int, step: Layer, layer: LeafPlan, places: np.ndarray) -> Use:
     assert step.origin is not None
-    window = window_of(step.layer)
+    window = window_of(step.spec)
     if isinstance(window, str):
         raise ValueError(f"{layer.path} is {window}, which has no one matrix of inputs: leave it out by `where`")
     rows, cols = blk.matrix_shape(layer.shape, layer.view)
-    kernel = np.asarray(step.origin.positions).reshape(-1, step.layer.kernel.shape[-1])
+    kernel = np.asarray(step.origin.positions).reshape(-1, step.spec.kernel.shape[-1])
     stack, rest = np.divmod(places[kernel], rows * cols)
     row, col = np.divmod(rest, cols)
     for transposed, (along, across) in ((False, (row, col)), (True, (col, row))):
@@ -91,7 +91,7 @@ def _use(number: int, step: Linear, layer: LeafPlan, places: np.ndarray) -> Use:
         if whole and (stack == stack[0, 0]).all() and (along == inputs[:, None]).all() and (across == outputs).all():
             return Use(number, layer, int(stack[0, 0]), inputs, outputs, transposed, window)
     raise ValueError(
-        f"{layer.path}, of shape {layer.shape}, is multiplied as a kernel of shape {step.layer.kernel.shape} whose "
+        f"{layer.path}, of shape {layer.shape}, is multiplied as a kernel of shape {step.spec.kernel.shape} whose "
         f"inputs are not the rows or the columns of its matrix {rows}×{cols}: give its view (`views`), or leave it out "
         "by `where`"
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus.sparse.array import Layout
-from sa_plus_plus.sparse.steps import Activation
+from sa_plus_plus.sparse.ops.activation import Activation
 
 CONV, ATTENTION, MAX_POOL, SUM_POOL, ROUND = TARGETS = (
     "sa_plus_plus_block_sparse_conv",
@@ -28,9 +28,9 @@ WIDE = 16  # columns of a block in bfloat16 and int8: a multiple of this many
 
 
 @functools.cache
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why there is no compiled kernel, or None if there is one; it is loaded at the first call."""
-    built = sorted(pathlib.Path(__file__).parent.glob("_native.*"))
+    built = _built()
     if not built:
         return "it was not compiled when the package was installed, which takes a C++17 compiler"
     try:
@@ -45,22 +45,22 @@ def missing() -> str | None:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     library.sa_plus_plus_kernel.restype = ctypes.c_char_p
     for code, dtype in enumerate((np.float32, jnp.bfloat16, np.uint8)):
-        _INSTRUCTIONS[np.dtype(dtype).name] = library.sa_plus_plus_kernel(code).decode()
+        _ISA[np.dtype(dtype).name] = library.sa_plus_plus_kernel(code).decode()
     return None
 
 
-_INSTRUCTIONS: dict[str, str] = {}
+_ISA: dict[str, str] = {}
 
 
-def instructions(dtype: Any) -> str:
+def isa(dtype: Any) -> str:
     """The instruction set used for matmuls, by the type of `x`: float32, bfloat16 or uint8."""
-    if why := missing():
+    if why := unavailable_reason():
         raise RuntimeError(f"there is no compiled kernel: {why}")
-    return _INSTRUCTIONS[np.dtype(dtype).name]
+    return _ISA[np.dtype(dtype).name]
 
 
 @functools.cache
-def halves_pay() -> bool:
+def bf16_is_faster() -> bool:
     """Whether products are faster in bfloat16 than in float32, measured once: on some processors they are slower."""
     library = _library()
     library.sa_plus_plus_nanoseconds.restype = ctypes.c_double
@@ -74,9 +74,13 @@ def set_threads(count: int) -> None:
 
 
 def _library() -> ctypes.CDLL:
-    if why := missing():
+    if why := unavailable_reason():
         raise RuntimeError(f"there is no compiled kernel: {why}")
-    return ctypes.CDLL(str(sorted(pathlib.Path(__file__).parent.glob("_native.*"))[-1]))  # the one that is loaded
+    return ctypes.CDLL(str(_built()[-1]))  # the one that is loaded
+
+
+def _built() -> list[pathlib.Path]:
+    return sorted(pathlib.Path(__file__).parent.parent.glob("_native.*"))
 
 
 def _ffi_version() -> int:
@@ -139,8 +143,8 @@ def conv(
 
     Args:
       x: `(batch, height, width, channels)`, float32, bfloat16 or uint8.
-      blocks: `(kept, b_r, b_c)` float32 or bfloat16 for `x` in float32; otherwise bfloat16 or int8, as `grouped`
-        returns them.
+      blocks: `(kept, b_r, b_c)` float32 or bfloat16 for `x` in float32; otherwise bfloat16 or int8, as
+        `interleave_rows` returns them.
       layout: the block positions of the kernel `(k_h, k_w, channels, outputs)` or `(channels, outputs)`; `b_r`
         divides `k_w * channels` where `k_h > 1`.
       strides: down and across.
@@ -282,7 +286,7 @@ def round_images(
     return jax.ffi.ffi_call(ROUND, out, vmap_method="sequential")(x, **options, scale=scale, zero=shift)
 
 
-def grouped(blocks: np.ndarray) -> np.ndarray:
+def interleave_rows(blocks: np.ndarray) -> np.ndarray:
     """Blocks as the kernel reads them for `x` in bfloat16 or uint8: four bytes of each column are contiguous.
 
     Args:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import sa_plus_plus.sparse.native as native
 from sa_plus_plus.sparse.array import BlockSparse, Layout
-from sa_plus_plus.sparse.matmul import Implementation, block_sparse_matmul, check, chosen
+from sa_plus_plus.sparse.ops import native
+from sa_plus_plus.sparse.ops.matmul import Implementation, block_sparse_matmul, check, chosen
 
 PATCH_BYTES = 2**22  # size of the patches built at a time: they fit a CPU's caches, and never exist all at once
 
@@ -67,7 +67,7 @@ def block_sparse_conv(
     if min(rows, columns) < 1 or (isinstance(x.shape[0], int) and not x.shape[0]):
         return jnp.zeros((x.shape[0], max(rows, 0), max(columns, 0), w.shape[3]), x.dtype)
     in_place = window != (1, 1) and (window[1] * w.shape[2]) % w.layout.block[0] == 0
-    if in_place and platform_choice in ("auto", "native") and not native.missing():
+    if in_place and platform_choice in ("auto", "native") and not native.unavailable_reason():
         return _in_place(x, w.blocks, bias, w.layout, strides, relu, implementation)
     return _by_patches(x, w, bias, strides, relu, implementation)
 

@@ -15,7 +15,7 @@ from sa_plus_plus.checks import unpruned
 from sa_plus_plus.files import write_atomically
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers, path_string
 from sa_plus_plus.sparse.array import BlockSparse
-from sa_plus_plus.sparse.packing import PARTS, STORABLE, STORAGE, as_jax, narrowed, packed, unpacked
+from sa_plus_plus.sparse.files.codec import PARTS, STORABLE, STORAGE, as_jax, narrowed, packed, unpacked
 
 FORMAT = "block-sparse 1"
 ESCAPED = "block-sparse 2"  # with escaped keys; written only if a key has `~` or `/`

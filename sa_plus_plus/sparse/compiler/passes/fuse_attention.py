@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from sa_plus_plus.sparse.attention import ABSORBING, Attention, Bias, Heads, summed
-from sa_plus_plus.sparse.steps import Call, Constant, Linear, Traced, Value, Variable, live, users_of
+from sa_plus_plus.sparse.compiler.attention import ABSORBING, Attention, Bias, Heads, summed
+from sa_plus_plus.sparse.compiler.ir import Call, Constant, Traced, Value, Variable, live, users_of
 
 FEWEST = 8  # queries and keys: the compiled kernel computes several rows of scores at a time
 DEEPEST = 512  # the largest depth: with more, a head does not fit the caches
@@ -29,17 +29,17 @@ class _Scores(NamedTuple):
     biases: tuple[Bias, ...] = ()
 
 
-def with_attention(traced: Traced[Call | Linear]) -> list[Any]:
-    """The steps of a network, with attention as one where the compiled kernel can run it."""
+def fuse_attention(traced: Traced) -> Traced:
+    """The network with attention as one step where the compiled kernel can run it."""
     steps: list[Any] = list(traced.steps)
     search = _Search({v: call for call in steps if isinstance(call, Call) for v in call.outputs})
     users = users_of(steps, traced.outputs)
     for number, step in enumerate(traced.steps):
-        if not isinstance(step, Call) or step.primitive.name != "dot_general":
+        if not isinstance(step, Call) or step.name != "dot_general":
             continue
         after = users.get(step.outputs[0], [])
         turned = traced.steps[after[0]] if len(after) == 1 and after[0] < len(steps) else None
-        if not isinstance(turned, Call) or turned.primitive.name != "transpose":
+        if not isinstance(turned, Call) or turned.name != "transpose":
             turned = None
         for side in (0, 1):
             shares = step.inputs[side]
@@ -49,8 +49,8 @@ def with_attention(traced: Traced[Call | Linear]) -> list[Any]:
                 steps[number], steps[number if turned is None else after[0]] = None, found
                 break
     if not any(isinstance(step, Attention) for step in steps):
-        return steps
-    return live([step for step in steps if step is not None], traced.outputs)
+        return traced
+    return traced._replace(steps=live([step for step in steps if step is not None], traced.outputs))
 
 
 class _Search:
@@ -62,14 +62,14 @@ class _Search:
 
     def attention(self, last: Call, side: int, turned: Call | None) -> Attention | None:
         """Attention that ends in a product, whose operand `side` is the shares; then transposed if `turned`."""
-        (over, over_v), (along, along_v) = (pair[:: 1 - 2 * side] for pair in last.options["dimension_numbers"])
+        (over, over_v), (along, along_v) = (pair[:: 1 - 2 * side] for pair in last.params["dimension_numbers"])
         shares, v = last.inputs[:: 1 - 2 * side]
         scores = self.softmax(shares, over[0]) if len(over) == 1 and isinstance(v, Variable) else None
         if scores is None or not isinstance(v, Variable):
             return None
         first, (_, shape, _) = scores.product, scores.product.outputs[0]
         q, k = first.inputs
-        numbers = first.options["dimension_numbers"]
+        numbers = first.params["dimension_numbers"]
         q_axes, k_axes = _axes_of(numbers, [len(x.shape) for x in (q, k)])
         keys, batches = scores.order[over[0]], len(numbers[1][0])
         if keys in q_axes:
@@ -86,7 +86,7 @@ class _Search:
         output = last.outputs[0] if turned is None else turned.outputs[0]
         y_axes = [*(scores.order[i] for i in along), *(rest if side == 0 else ()), -1, *(rest if side else ())]
         if turned is not None:
-            y_axes = [y_axes[i] for i in turned.options["permutation"]]
+            y_axes = [y_axes[i] for i in turned.params["permutation"]]
         order = Heads(tuple(shape), heads, queries, keys, q_axes, k_axes, tuple(v_axes), tuple(y_axes))
         if not _fits(order, q, k, v, output):
             return None
@@ -127,16 +127,16 @@ class _Search:
         """
         value, order = self.before(value)
         shares, place = self.maker(value), order[axis]
-        if shares is None or shares.primitive.name != "div" or place is None or not _variables(*shares.inputs):
+        if shares is None or shares.name != "div" or place is None or not _variables(*shares.inputs):
             return None
         powers = self.maker(shares.inputs[0])
-        if powers is None or powers.primitive.name != "exp" or powers.outputs[0].shape != value.shape:
+        if powers is None or powers.name != "exp" or powers.outputs[0].shape != value.shape:
             return None
         if not self.sums(shares.inputs[1], shares.inputs[0], place):
             return None
         scores = powers.inputs[0]
         below = self.maker(scores)
-        if below is not None and below.primitive.name == "sub" and self.same_along(below.inputs[1], place):
+        if below is not None and below.name == "sub" and self.same_along(below.inputs[1], place):
             scores = below.inputs[0]
         found = self.scores(scores) if scores.shape == value.shape else None
         return found and found._replace(order=tuple(None if i is None else found.order[i] for i in order))
@@ -151,21 +151,21 @@ class _Search:
 
     def sums(self, value: Value, of: Value, axis: int) -> bool:
         """Whether a value is the sum of another along an axis, broadcast along it."""
-        while (call := self.maker(value)) is not None and call.primitive.name != "reduce_sum":
+        while (call := self.maker(value)) is not None and call.name != "reduce_sum":
             (before, *more), (after,) = call.inputs, call.outputs
             if more or len(after.shape) != len(of.shape):
                 return False
             others = [i for i in range(len(after.shape)) if i != axis or len(before.shape) == len(after.shape)]
-            if call.primitive.name == "broadcast_in_dim":
-                fits = [*call.options["broadcast_dimensions"]] == others
-            elif call.primitive.name == "reshape":
+            if call.name == "broadcast_in_dim":
+                fits = [*call.params["broadcast_dimensions"]] == others
+            elif call.name == "reshape":
                 fits = after.shape[axis] == 1 and [after.shape[i] for i in others] == [*before.shape]
             else:
                 fits = _cast(call)
             if not fits:
                 return False
             value = before
-        return call is not None and tuple(call.options["axes"]) == (axis,) and call.inputs[0] == of
+        return call is not None and tuple(call.params["axes"]) == (axis,) and call.inputs[0] == of
 
     def same_along(self, value: Value, axis: int) -> bool:
         """Whether all entries along an axis, if there is one, are known to be equal."""
@@ -176,9 +176,9 @@ class _Search:
         if value.shape[axis] == 1:
             return True
         call = self.maker(value)
-        if call is None or call.primitive.name != "broadcast_in_dim":
+        if call is None or call.name != "broadcast_in_dim":
             return False
-        dims = [*call.options["broadcast_dimensions"]]
+        dims = [*call.params["broadcast_dimensions"]]
         return axis not in dims or call.inputs[0].shape[dims.index(axis)] == 1
 
     def scores(self, value: Value, depth: int = 0) -> _Scores | None:
@@ -191,7 +191,7 @@ class _Search:
         return self.known[value]
 
     def _scores(self, call: Call, depth: int) -> _Scores | None:
-        name, inputs, (output,) = call.primitive.name, call.inputs, call.outputs[:1]
+        name, inputs, (output,) = call.name, call.inputs, call.outputs[:1]
 
         def of(at: int) -> _Scores | None:
             return self.scores(inputs[at], depth + 1) if inputs[at].shape == output.shape else None
@@ -227,8 +227,8 @@ class _Search:
                 first = array.take([0], axis)
                 array = first if np.array_equal(np.broadcast_to(first, array.shape), array, equal_nan=False) else array
             value = Constant(array, array.shape)
-        elif (call := self.maker(value)) is not None and call.primitive.name == "broadcast_in_dim":
-            value, axes = call.inputs[0], tuple(axes[i] for i in call.options["broadcast_dimensions"])
+        elif (call := self.maker(value)) is not None and call.name == "broadcast_in_dim":
+            value, axes = call.inputs[0], tuple(axes[i] for i in call.params["broadcast_dimensions"])
         return scores._replace(biases=(*scores.biases, Bias(value, axes, factor, masked)))
 
 
@@ -261,9 +261,9 @@ def _causal(biases: Sequence[Bias], order: Heads) -> int | None:
     queries, keys = order.scores[order.queries], order.scores[order.keys]
     if total.shape[-2:] != (queries, keys) or total.size != queries * keys:
         return None
-    seen = total.reshape(queries, keys) == 0
-    first = int(seen[0].sum())
-    return first if first and np.array_equal(seen, np.tri(queries, keys, first - 1, dtype=bool)) else None
+    visible = total.reshape(queries, keys) == 0
+    first = int(visible[0].sum())
+    return first if first and np.array_equal(visible, np.tri(queries, keys, first - 1, dtype=bool)) else None
 
 
 def _axes_of(numbers: Any, ranks: Sequence[int]) -> list[tuple[int, ...]]:
@@ -286,16 +286,16 @@ def _renamed(call: Call) -> Axes | None:
 
     Operations on one value that permute axes, add or drop axes of length 1, or change the floating type do not.
     """
-    name, inputs = call.primitive.name, call.inputs
+    name, inputs = call.name, call.inputs
     if len(inputs) != 1 or not isinstance(inputs[0], Variable):
         return None
     (before,), (after,) = inputs, call.outputs
     if name == "transpose":
-        return tuple(call.options["permutation"])
+        return tuple(call.params["permutation"])
     if _cast(call):
         return tuple(range(len(after.shape)))
     if name == "broadcast_in_dim" and np.prod(before.shape) == np.prod(after.shape):
-        places = {axis: i for i, axis in enumerate(call.options["broadcast_dimensions"])}
+        places = {axis: i for i, axis in enumerate(call.params["broadcast_dimensions"])}
         return tuple(places.get(i) for i in range(len(after.shape)))
     long = [i for i, n in enumerate(before.shape) if n != 1]
     if name in ("reshape", "squeeze") and [before.shape[i] for i in long] == [n for n in after.shape if n != 1]:
@@ -307,7 +307,7 @@ def _renamed(call: Call) -> Axes | None:
 def _cast(call: Call) -> bool:
     """Whether an operation only changes one floating type into another."""
     types = {np.dtype(v.dtype) for v in (*call.inputs, *call.outputs) if isinstance(v, Variable)}
-    return call.primitive.name in _SAME and types <= {*_FLOATS}
+    return call.name in _SAME and types <= {*_FLOATS}
 
 
 def _scaled(scores: _Scores, factor: float) -> _Scores:

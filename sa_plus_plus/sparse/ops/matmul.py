@@ -9,10 +9,9 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-import sa_plus_plus.sparse.native as native
-import sa_plus_plus.sparse.xla as xla
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import BlockSparse, Layout
+from sa_plus_plus.sparse.ops import native, xla
 
 Implementation = Literal["xla", "native", "pallas", "dense"]
 
@@ -81,7 +80,7 @@ def chosen(implementation: Implementation | None, dtype: Any) -> str:
     """The implementation that the argument stands for, `"auto"` for the fastest on the platform."""
     if implementation is None:
         on_cpu = jax.default_backend() == "cpu"
-        if on_cpu and dtype in native.DTYPES and (why := native.missing()):
+        if on_cpu and dtype in native.DTYPES and (why := native.unavailable_reason()):
             _notice(f"block-sparse products run in plain JAX, not in the compiled kernel, several times as fast: {why}")
         return "auto" if _by_kernels(dtype) else "xla"
     if implementation not in get_args(Implementation):
@@ -93,7 +92,7 @@ def chosen(implementation: Implementation | None, dtype: Any) -> str:
             raise ValueError(
                 f"the native implementation computes in float32 and bfloat16, not {dtype}: use implementation='xla'"
             )
-        if why := native.missing():
+        if why := native.unavailable_reason():
             raise RuntimeError(
                 f"there is no native implementation: {why}; install the package again or use implementation='xla'"
             )
@@ -156,7 +155,7 @@ def _run(
 def _by_kernels(dtype: Any) -> dict[str, Callable[..., jax.Array]]:
     """The kernels for this type by platform. On GPUs, float32 was not measured."""
     kernels: dict[str, Callable[..., jax.Array]] = {}
-    if dtype in native.DTYPES and not native.missing():
+    if dtype in native.DTYPES and not native.unavailable_reason():
         kernels["cpu"] = native.matmul
     if jnp.dtype(dtype).itemsize == 2 and jax.default_backend() in ("gpu", "cuda"):
         kernels["cuda"] = functools.partial(_tiles, interpret=False)
@@ -164,7 +163,7 @@ def _by_kernels(dtype: Any) -> dict[str, Callable[..., jax.Array]]:
 
 
 def _tiles(*args: Any, **options: Any) -> jax.Array:
-    import sa_plus_plus.sparse.pallas as pallas  # noqa: PLC0415 - for few, and takes a while
+    from sa_plus_plus.sparse.ops import pallas  # noqa: PLC0415 - for few, and takes a while
 
     return pallas.matmul(*args, **options)
 

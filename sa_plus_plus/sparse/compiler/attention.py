@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-import sa_plus_plus.sparse.native as native
-from sa_plus_plus.sparse.steps import Call, Value, Variable
+from sa_plus_plus.sparse.compiler.ir import Call, Value, Variable
+from sa_plus_plus.sparse.ops import native
 
 ABSORBING = -1e30  # float32 rounds its sum with any usual score to itself
 
@@ -61,7 +61,7 @@ class Attention(NamedTuple):
       axes: how they are ordered.
       scale: of the scores.
       biases: what is applied to the scaled scores, in order.
-      seen: how many keys the first query sees; each of the others sees one more than the one before it.
+      visible: how many keys the first query sees; each of the others sees one more than the one before it.
       calls: the operations that it stands for, from `inputs` to `outputs`.
     """
 
@@ -70,8 +70,14 @@ class Attention(NamedTuple):
     axes: Heads
     scale: float
     biases: tuple[Bias, ...]
-    seen: int
+    visible: int
     calls: tuple[Call, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`attention`, and what it absorbed."""
+        causal = self.visible < self.axes.scores[self.axes.keys]
+        return ", ".join(["attention", *["causal"] * causal, *["bias"] * bool(self.biases)])
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -108,7 +114,7 @@ class Attention(NamedTuple):
             bias_strides = _strides(bias.shape, (*a.heads, a.queries, a.keys), (*heads, a.queries))
         strides.insert(3, bias_strides)
         lengths = [1 if i is None else a.scores[i] for i in (*heads, a.queries, a.keys)]
-        sizes = [*lengths, q.shape[-1], width, self.seen]
+        sizes = [*lengths, q.shape[-1], width, self.visible]
         y = native.attention(q, k, v, bias, self.scale, out, sizes, strides)
         return [jnp.transpose(y, [y_axes.index(i) for i in a.y if i is not None]).reshape(output.shape)]
 

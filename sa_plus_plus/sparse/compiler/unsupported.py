@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from sa_plus_plus.sparse.steps import Call, Constant, Linear, Traced, Variable
+from sa_plus_plus.sparse.compiler.ir import Call, Constant, Traced, Variable
 
 MOST_STEPS = 128  # longest loop that is unrolled
 MOST_EXPERTS = 64  # limit on kernels in one batched product, each of which becomes a layer
@@ -15,7 +15,7 @@ MOST_BYTES = 2**28  # limit on kernel bytes that unrolling a loop would duplicat
 _PRODUCTS = {"dot_general": "product", "conv_general_dilated": "convolution"}
 
 
-class Overlooked(NamedTuple):
+class Unsupported(NamedTuple):
     """A product with a constant kernel that is not a layer.
 
     Attributes:
@@ -29,27 +29,27 @@ class Overlooked(NamedTuple):
     note: str
 
 
-def overlooked(call: Call) -> list[Overlooked]:
+def unsupported(call: Call) -> list[Unsupported]:
     """The products of a variable with a constant of at least two axes in an operation, or nested in it."""
-    name = call.primitive.name
+    name = call.name
     if name in _PRODUCTS:
         constants = [v for v in call.inputs if isinstance(v, Constant)]
         if len(constants) != 1 or len(constants[0].shape) < 2:
             return []
-        return [Overlooked(_PRODUCTS[name], constants[0].shape, _why_not(call, constants[0]))]
+        return [Unsupported(_PRODUCTS[name], constants[0].shape, _why_not(call, constants[0]))]
     known = [isinstance(v, Constant) for v in call.inputs]
-    found = dict.fromkeys(_within(call.primitive.name, call.options, known))
-    return [Overlooked(_PRODUCTS[inner], shape, _loop(call)) for inner, shape in found]
+    found = dict.fromkeys(_within(call.name, call.params, known))
+    return [Unsupported(_PRODUCTS[inner], shape, _loop(call)) for inner, shape in found]
 
 
 def _why_not(call: Call, kernel: Constant) -> str:
-    types = [v.dtype if isinstance(v, Variable) else v.value.dtype for v in call.inputs]
+    types = [v.dtype for v in call.inputs]
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (*types, call.outputs[0].dtype)):
         return f"computes in {', '.join(dict.fromkeys(np.dtype(dtype).name for dtype in types))}"
-    if call.primitive.name == "conv_general_dilated":
+    if call.name == "conv_general_dilated":
         constant_image = isinstance(call.inputs[0], Constant)
         return "what is convolved is constant" if constant_image else "a convolution with batch groups"
-    (contracted, batch) = call.options["dimension_numbers"]
+    (contracted, batch) = call.params["dimension_numbers"]
     side = int(call.inputs[1] is kernel)
     number = int(np.prod([kernel.shape[i] for i in batch[side]]))
     if not contracted[0]:
@@ -58,22 +58,22 @@ def _why_not(call: Call, kernel: Constant) -> str:
 
 
 def _loop(call: Call) -> str:
-    name = call.primitive.name
+    name = call.name
     if name != "scan":
         return f"within {name}"
-    length = call.options["length"]
+    length = call.params["length"]
     return f"within scan, {length} steps" if length > MOST_STEPS else "within scan, too large to be unrolled"
 
 
-def weights_among(traced: Traced[Call | Linear]) -> bool:
+def weights_among(traced: Traced) -> bool:
     """Whether a product or convolution takes its kernel, the second operand, from the network's arguments."""
     arguments = {v for v in traced.inputs if len(v.shape) > 1 and jnp.issubdtype(v.dtype, jnp.floating)}
     for step in traced.steps:
         if not isinstance(step, Call) or not all(isinstance(v, Variable) for v in step.inputs):
             continue
-        if step.primitive.name in ("transpose", "convert_element_type", "reshape") and step.inputs[0] in arguments:
+        if step.name in ("transpose", "convert_element_type", "reshape") and step.inputs[0] in arguments:
             arguments.update(step.outputs)
-        elif step.primitive.name in _PRODUCTS and step.inputs[0] != step.inputs[1] and step.inputs[1] in arguments:
+        elif step.name in _PRODUCTS and step.inputs[0] != step.inputs[1] and step.inputs[1] in arguments:
             return True
     return False
 
@@ -86,7 +86,7 @@ def unrolls(eqn: Any, values: Sequence[Any]) -> bool:
     if not 0 < options["length"] <= MOST_STEPS or eqn.effects:
         return False
     repeated = [v for v in values[: options["num_consts"]] if isinstance(v, Constant) and len(v.shape) > 1]
-    if options["length"] * sum(int(np.prod(v.shape)) * v.value.dtype.itemsize for v in repeated) > MOST_BYTES:
+    if options["length"] * sum(int(np.prod(v.shape)) * v.dtype.itemsize for v in repeated) > MOST_BYTES:
         return False
     return any(_within("scan", options, [isinstance(v, Constant) for v in values]))
 

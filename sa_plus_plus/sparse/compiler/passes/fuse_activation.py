@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from sa_plus_plus.sparse.steps import Activation, Call, Constant, Linear, Value, Variable, activate, users_of
+from sa_plus_plus.sparse.compiler.ir import Call, Constant, Layer, Step, Traced, Value, Variable, users_of
+from sa_plus_plus.sparse.ops.activation import Activation, activate
 
 _ELEMENTWISE = (
     *("add", "sub", "mul", "div", "neg", "max", "min", "exp", "square", "integer_pow", "abs", "sign", "tanh"),
@@ -18,35 +20,31 @@ _POINTS = np.concatenate([np.linspace(-12, 12, 4801), np.linspace(-0.1, 0.1, 201
 _TOLERANCE = 2e-6  # absolute up to 1, relative above
 
 
-def with_activations(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -> list[Call | Linear]:
-    """Layers fused with the activation function that follows.
+def fuse_activations(traced: Traced) -> Traced:
+    """The network with layers that absorb the activation function that follows them, in float32.
 
     If the operations between a layer's result and a later value depend on nothing else, and nothing else uses the
     values in between, they are a function of one variable. It is recognised by its values, since frameworks write the
     same function in different ways.
-
-    Args:
-      steps: of a network in float32, in order.
-      outputs: its results.
     """
-    users = users_of(steps, outputs)
-    kept: list[Call | Linear | None] = list(steps)
+    steps, users = traced.steps, users_of(traced.steps, traced.outputs)
+    kept: list[Step | None] = list(steps)
     for i, step in enumerate(steps):
-        if not isinstance(step, Linear) or step.layer.activation != "none" or step.layer.output.dtype != np.float32:
+        if not isinstance(step, Layer) or step.spec.activation != "none" or step.spec.output.dtype != np.float32:
             continue
         for inside in _regions(steps, i, users):
-            output = steps[inside[-1]].outputs[0]  # type: ignore[union-attr]
-            if activation := _recognised([steps[j] for j in inside], step.layer.output, output):  # type: ignore[misc]
-                kept[i] = step._replace(layer=step.layer._replace(activation=activation, output=output))
+            output = steps[inside[-1]].outputs[0]
+            if activation := _recognised([steps[j] for j in inside], step.spec.output, output):
+                kept[i] = step._replace(spec=step.spec._replace(activation=activation, output=output))
                 for j in inside:
                     kept[j] = None
                 break
-    return [step for step in kept if step is not None]
+    return traced._replace(steps=[step for step in kept if step is not None])
 
 
-def _regions(steps: Sequence[Call | Linear], start: int, users: dict[Variable, list[int]]) -> Iterator[list[int]]:
+def _regions(steps: Sequence[Step], start: int, users: dict[Variable, list[int]]) -> Iterator[list[int]]:
     """Operations that depend only on a layer's result and whose last result alone is used elsewhere, longest first."""
-    layer, inside, found = steps[start].layer, [], []  # type: ignore[union-attr]
+    layer, inside, found = steps[start].spec, [], []
     values: set[Variable] = {layer.output}
     for i in sorted(_reached(steps, layer.output, users)):
         call = steps[i]
@@ -59,7 +57,7 @@ def _regions(steps: Sequence[Call | Linear], start: int, users: dict[Variable, l
     yield from reversed(found)
 
 
-def _reached(steps: Sequence[Call | Linear], value: Variable, users: dict[Variable, list[int]]) -> set[int]:
+def _reached(steps: Sequence[Step], value: Variable, users: dict[Variable, list[int]]) -> set[int]:
     """The nearest operations that follow a value."""
     reached: set[int] = set()
     front: list[Variable] = [value]
@@ -73,7 +71,7 @@ def _reached(steps: Sequence[Call | Linear], value: Variable, users: dict[Variab
 
 def _pointwise(call: Call, shape: tuple[int, ...], values: set[Variable]) -> bool:
     """Whether an operation is elementwise with constants that are the same for all entries."""
-    alike = call.primitive.name in _ELEMENTWISE and len(call.outputs) == 1 and call.outputs[0].shape == shape
+    alike = call.name in _ELEMENTWISE and len(call.outputs) == 1 and call.outputs[0].shape == shape
     return alike and all(np.size(v.value) == 1 if isinstance(v, Constant) else v in values for v in call.inputs)
 
 
@@ -82,10 +80,10 @@ def _recognised(calls: Sequence[Call], start: Variable, end: Variable) -> Activa
     if end.dtype != np.float32:
         return None
     with jax.ensure_compile_time_eval():
-        known: dict[Value, Any] = {start: jax.numpy.asarray(_POINTS)}
+        known: dict[Value, Any] = {start: jnp.asarray(_POINTS)}
         for call in calls:
             arguments = [
-                known[v] if isinstance(v, Variable) else jax.numpy.broadcast_to(np.reshape(v.value, ()), _POINTS.shape)
+                known[v] if isinstance(v, Variable) else jnp.broadcast_to(np.reshape(v.value, ()), _POINTS.shape)
                 for v in call.inputs
             ]
             known[call.outputs[0]] = call.run(*arguments)[0]
@@ -100,5 +98,5 @@ def _allowed(values: np.ndarray) -> np.ndarray:
 @functools.cache
 def _values() -> dict[Activation, np.ndarray]:
     with jax.ensure_compile_time_eval():
-        points = jax.numpy.asarray(_POINTS)
+        points = jnp.asarray(_POINTS)
         return {name: np.asarray(activate(name, points)) for name in get_args(Activation) if name != "none"}

@@ -1,12 +1,13 @@
-"""The parts of a traced network: values, operations, and layers with and without their weights."""
+"""The intermediate representation of a network: values, operations, and layers with and without their weights."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sa_plus_plus.sparse.ops.activation import Activation, activate
 
 
 class Variable(NamedTuple):
@@ -43,6 +44,10 @@ class Constant(NamedTuple):
     origin: Origin | None = None
 
     @property
+    def dtype(self) -> Any:
+        return self.value.dtype
+
+    @property
     def full(self) -> jax.Array:
         return jnp.broadcast_to(self.value, self.shape)
 
@@ -54,34 +59,28 @@ class Call(NamedTuple):
     """Any operation as JAX traced it."""
 
     primitive: Any
-    options: dict[str, Any]
+    params: dict[str, Any]
     inputs: tuple[Value, ...]
     outputs: tuple[Variable, ...]
 
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return self.primitive.name
+
+    def with_inputs(self, inputs: Sequence[Value]) -> "Call":
+        return self._replace(inputs=tuple(inputs))
+
     def run(self, *inputs: Any) -> Any:
-        results = self.primitive.bind(*inputs, **self.primitive.get_bind_params(self.options))
+        results = self.primitive.bind(*inputs, **self.primitive.get_bind_params(self.params))
         return results if self.primitive.multiple_results else [results]
 
 
-Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
-
-
-def activate(activation: Activation, y: Any) -> Any:
-    """The activation function of a value."""
-    functions: dict[str, Callable[[Any], Any]] = {
-        "relu": jax.nn.relu,
-        "gelu": functools.partial(jax.nn.gelu, approximate=False),
-        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-        "silu": jax.nn.silu,
-    }
-    return y if activation == "none" else functions[activation](y)
-
-
-class Layer(NamedTuple):
-    """A product with a kernel, without its weights: `activation(x @ kernel + bias + residual)`.
+class LayerSpec(NamedTuple):
+    """A layer without its weights: `activation(x @ kernel + bias + residual)`.
 
     Attributes:
-      call: the convolution of `x` and a kernel as JAX traced it; None for a matmul.
+      conv: parameters of `lax.conv_general_dilated_p`, channels last in images, kernel and result; None for a matmul.
       x: the left operand: images, or `(..., K)` with the contracted axes last.
       kernel: shape and dtype of the kernel: `(K, N)` of a product, otherwise the convolution's, outputs last.
       output: the result, after all of the above.
@@ -91,7 +90,7 @@ class Layer(NamedTuple):
       precision: of a matmul, as in `jax.lax.dot_general`.
     """
 
-    call: Call | None
+    conv: dict[str, Any] | None
     x: Variable
     kernel: jax.ShapeDtypeStruct
     output: Variable
@@ -105,9 +104,24 @@ class Layer(NamedTuple):
         """Number of rows that are multiplied with the kernel's matrix."""
         return int(np.prod(self.output.shape)) // self.kernel.shape[-1]
 
-    def dense(self, x: Any, kernel: Any, bias: Any, residual: Any = None) -> Any:
-        """Run it as it was traced."""
-        if self.call is None:
+    @property
+    def description(self) -> str:
+        """What it is, for people: `convolution 3×3, strides 2×2`."""
+        if self.conv is None:
+            return "dense"
+        window = "×".join(str(n) for n in self.kernel.shape[:-2])
+        strides = "×".join(map(str, self.conv["window_strides"]))
+        return f"convolution {window}" + (f", strides {strides}" if set(self.conv["window_strides"]) != {1} else "")
+
+    @property
+    def name(self) -> str:
+        """The description, and what the layer absorbed: `dense, residual, relu`."""
+        absorbed = ["residual"] * (self.residual is not None) + [self.activation] * (self.activation != "none")
+        return ", ".join([self.description, *absorbed])
+
+    def run(self, x: Any, kernel: Any, bias: Any, residual: Any = None) -> Any:
+        """The layer as it was traced."""
+        if self.conv is None:
             y = jax.lax.dot_general(
                 x.reshape(self.rows, self.kernel.shape[0]),
                 kernel,
@@ -116,7 +130,7 @@ class Layer(NamedTuple):
                 preferred_element_type=self.output.dtype,
             ).reshape(self.output.shape)
         else:
-            (y,) = self.call.run(x, kernel)
+            y = jax.lax.conv_general_dilated_p.bind(x, kernel, **self.conv)
         if bias is not None:
             y = y + jnp.reshape(bias, (1,) * (y.ndim - len(self.columns)) + self.columns)
         if residual is not None:
@@ -124,18 +138,18 @@ class Layer(NamedTuple):
         return activate(self.activation, y)
 
 
-class Linear(NamedTuple):
+class Layer(NamedTuple):
     """A layer with its weights: `activation(x @ (scale * original) + shift + residual)`.
 
     Attributes:
-      layer: what it does.
+      spec: the layer without its weights.
       original: the original kernel.
       scale: `(N,)` float64, or None: its factor.
       shift: `(N,)` float64, or None.
       origin: of the entries of `original`, if they come from a leaf whose kernels are searched for.
     """
 
-    layer: Layer
+    spec: LayerSpec
     original: Any
     scale: np.ndarray | None = None
     shift: np.ndarray | None = None
@@ -153,22 +167,54 @@ class Linear(NamedTuple):
         """The shift in the kernel's type."""
         return None if self.shift is None else jnp.asarray(self.shift, self.original.dtype)
 
+    @property
+    def inputs(self) -> tuple[Variable, ...]:
+        spec = self.spec
+        return (spec.x,) if spec.residual is None else (spec.x, spec.residual)
 
-Step = TypeVar("Step")
+    @property
+    def outputs(self) -> tuple[Variable]:
+        return (self.spec.output,)
+
+    def with_inputs(self, inputs: Sequence[Any]) -> "Layer":
+        return self._replace(spec=self.spec._replace(x=inputs[0], residual=inputs[1] if len(inputs) > 1 else None))
 
 
-def inputs_of(step: Call | Linear) -> list[Variable]:
-    """The values that a step takes."""
-    if isinstance(step, Linear):
-        return [v for v in (step.layer.x, step.layer.residual) if v is not None]
+Step = Any  # `Call`, `Layer`, or another tuple with `inputs` and `outputs`
+
+
+class Traced(NamedTuple):
+    """A traced network.
+
+    Attributes:
+      inputs: its arguments' leaves.
+      steps: in the order in which they can be run.
+      outputs: its results' leaves.
+      input_tree: the structure of its arguments.
+      output_tree: that of its result.
+    """
+
+    inputs: Sequence[Variable]
+    steps: Sequence[Step]
+    outputs: Sequence[Value]
+    input_tree: Any
+    output_tree: Any
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [step for step in self.steps if isinstance(step, Layer)]
+
+
+def variables(step: Step) -> list[Variable]:
+    """The values that a step takes and that depend on the network's inputs."""
     return [v for v in step.inputs if isinstance(v, Variable)]
 
 
-def users_of(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -> dict[Variable, list[int]]:
+def users_of(steps: Sequence[Step], outputs: Sequence[Value]) -> dict[Variable, list[int]]:
     """By value, the numbers of the steps that take it; `len(steps)` means the network's result."""
     users: dict[Variable, list[int]] = {}
     for number, step in enumerate(steps):
-        for value in inputs_of(step):
+        for value in variables(step):
             users.setdefault(value, []).append(number)
     for result in outputs:
         if isinstance(result, Variable):
@@ -180,27 +226,8 @@ def live(steps: Sequence[Step], outputs: Sequence[Value]) -> list[Step]:
     """The steps without those whose results are not used, except callbacks and steps without results."""
     needed, kept = {v for v in outputs if isinstance(v, Variable)}, []
     for step in reversed(steps):
-        results = (step.layer.output,) if isinstance(step, Linear) else step.outputs  # type: ignore[attr-defined]
-        calls_back = isinstance(step, Call) and "callback" in step.primitive.name
-        if not results or calls_back or not needed.isdisjoint(results):
-            needed.update(inputs_of(step))  # type: ignore[arg-type]
+        calls_back = isinstance(step, Call) and "callback" in step.name
+        if not step.outputs or calls_back or not needed.isdisjoint(step.outputs):
+            needed.update(variables(step))
             kept.append(step)
     return kept[::-1]
-
-
-class Traced(NamedTuple, Generic[Step]):
-    """A traced network.
-
-    Attributes:
-      inputs: its arguments' leaves.
-      steps: in the order in which they can be run.
-      outputs: its results' leaves.
-      input_tree: the structure of its arguments.
-      tree: that of its result.
-    """
-
-    inputs: Sequence[Variable]
-    steps: Sequence[Step]
-    outputs: Sequence[Value]
-    input_tree: Any
-    tree: Any

@@ -11,11 +11,11 @@ from typing import Any, TypedDict, Unpack
 
 import jax
 
-from sa_plus_plus import planning, rewiring, select
-from sa_plus_plus.composed import IDENTITY, Composed, Parametrisation, Score, Shrink, traced_once
+from sa_plus_plus import dynamic_sparsity, planning, select
+from sa_plus_plus._composed import IDENTITY, Composed, Parametrisation, Score, Shrink, traced_once
+from sa_plus_plus.dynamic_sparsity import Rewiring
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
 from sa_plus_plus.planning import Overrides, Views
-from sa_plus_plus.rewiring import Rewiring
 from sa_plus_plus.sparsifier import Sparsifier
 
 __all__ = ["IDENTITY", "Parametrisation", "PlanOptions", "PruningOptions", "check_phases", "check_start", "compose"]
@@ -101,7 +101,7 @@ def compose(
     if mask_every != int(mask_every):
         raise ValueError(f"mask_every must be a whole number of steps, got {mask_every}")
     if rewires is not None:
-        rewiring.check(rewires)
+        dynamic_sparsity.check(rewires)
     planning.check_options(block, sparsity, **options)
     algorithm = Composed(
         parametrisation=parametrisation,

@@ -16,11 +16,11 @@ from jax import lax
 from jax.sharding import AxisType
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import planning, rewiring
+from sa_plus_plus import dynamic_sparsity, planning
+from sa_plus_plus.dynamic_sparsity import Rewiring
 from sa_plus_plus.masking import adopted, differs, keep, spread, times, zero_masked
 from sa_plus_plus.phases import SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
-from sa_plus_plus.rewiring import Rewiring
 from sa_plus_plus.sharding import automatic, of_grid
 from sa_plus_plus.sparsifier import Masks, Params, PruneState, State, Trainable
 
@@ -267,7 +267,9 @@ class Composed:
             path: blk.frobenius(w, layers[path].block, layers[path].view) for path, w in _kernels(trainable, layers)
         }
         joins, kept = {path: growth(path) for path in norms}, {path: layers[path].kept_each for path in norms}
-        return rewiring.rewired(self.choose, prune.masks, norms, joins, kept, self.rewires.share(self.phases, step))
+        return dynamic_sparsity.rewired(
+            self.choose, prune.masks, norms, joins, kept, self.rewires.share(self.phases, step)
+        )
 
     @property
     def _by_gradient(self) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from sa_plus_plus.sparse.steps import Layer
+from sa_plus_plus.sparse.compiler.ir import LayerSpec
 
 Border = tuple[tuple[int, int], tuple[int, int]]
 NO_BORDER: Border = ((0, 0), (0, 0))
@@ -24,28 +24,28 @@ class Window(NamedTuple):
     padding: Border
 
 
-def window_of(layer: Layer) -> Window | str:
+def window_of(layer: LayerSpec) -> Window | str:
     """The layer as a convolution of images, or why it cannot run in the compiled kernel."""
-    if layer.call is None:
+    if layer.conv is None:
         rows, (inputs, outputs) = layer.rows, layer.kernel.shape
         alike = len(layer.x.shape) == len(layer.output.shape) == 4
         image: Any = layer.x.shape if alike else (1, 1, rows, inputs)
         return Window(image, (1, 1, inputs, outputs), (1, 1), NO_BORDER)
-    options, n = layer.call.options, len(layer.kernel.shape) - 2
+    conv, n = layer.conv, len(layer.kernel.shape) - 2
     if n not in (1, 2):
         return f"a convolution over {n} axes"
-    if options["feature_group_count"] != 1:
+    if conv["feature_group_count"] != 1:
         return "a grouped convolution"
-    if any(d != 1 for d in options["lhs_dilation"]):
+    if any(d != 1 for d in conv["lhs_dilation"]):
         return "a transposed convolution"
-    if any(d != 1 for d in options["rhs_dilation"]):
+    if any(d != 1 for d in conv["rhs_dilation"]):
         return "a dilated convolution"
-    numbers = options["dimension_numbers"]
+    numbers = conv["dimension_numbers"]
     last = n + 1
     images, kernel = (0, last, *range(1, last)), (last, last - 1, *range(last - 1))
     if (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) != (images, kernel, images):
         return "a convolution whose axes are in another order than batch, positions, channels"
-    strides, padding = tuple(options["window_strides"]), tuple(map(tuple, options["padding"]))
+    strides, padding = tuple(conv["window_strides"]), tuple(map(tuple, conv["padding"]))
     if any(p < 0 for pair in padding for p in pair):
         return "a convolution with negative padding"
     if n == 1:

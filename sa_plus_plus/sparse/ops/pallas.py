@@ -9,8 +9,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-import sa_plus_plus.sparse.xla as xla
 from sa_plus_plus.sparse.array import Layout
+from sa_plus_plus.sparse.ops import xla
 
 LEAST = 16  # a side of what the tensor cores multiply
 # Largest tile: rows of y, columns of y, rows of a block. The accumulators of a tile must fit the registers of four

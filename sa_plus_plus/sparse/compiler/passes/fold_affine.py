@@ -6,19 +6,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sa_plus_plus.sparse.steps import Call, Constant, Linear, Value, Variable, inputs_of, live
+from sa_plus_plus.sparse.compiler.ir import Call, Constant, Layer, Step, Traced, Value, Variable, live, variables
 
 
-def folded(calls: list[Call | Linear], outputs: list[Value]) -> list[Call | Linear]:
-    """Products with kernels as `Linear`, with everything folded that can be; unused results are dropped."""
-    needed = live(calls, outputs)
-    results = {v for v in outputs if isinstance(v, Variable)}
-    uses = Counter([*(v for call in needed for v in inputs_of(call)), *results])
-    steps: list[Call | Linear | None] = []
+def fold_affine(traced: Traced) -> Traced:
+    """The network with layers that absorb what follows them; steps whose results are not used are dropped."""
+    needed = live(traced.steps, traced.outputs)
+    results = {v for v in traced.outputs if isinstance(v, Variable)}
+    uses = Counter([*(v for step in needed for v in variables(step)), *results])
+    steps: list[Step | None] = []
     open_ends: dict[Value, int] = {}  # by result: positions in `steps` of products that nothing else uses
     for call in needed:
-        if isinstance(call, Linear):
-            open_ends[call.layer.output] = len(steps)
+        if isinstance(call, Layer):
+            open_ends[call.spec.output] = len(steps)
             steps.append(call)
             continue
         steps.append(call)
@@ -27,17 +27,17 @@ def folded(calls: list[Call | Linear], outputs: list[Value]) -> list[Call | Line
                 continue
             place = open_ends[value]
             before = steps[place]
-            assert isinstance(before, Linear)
+            assert isinstance(before, Layer)
             if together := _folded_into(before, call, at):
                 # At the position of the folded operation: a residual may come later than the product.
                 steps[place], steps[-1] = None, together
-                if together.layer.activation == "none":
-                    open_ends[together.layer.output] = len(steps) - 1
+                if together.spec.activation == "none":
+                    open_ends[together.spec.output] = len(steps) - 1
                 break
-    return [step for step in steps if step is not None]
+    return traced._replace(steps=[step for step in steps if step is not None])
 
 
-def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:
+def _folded_into(linear: Layer, call: Call, at: int) -> Layer | None:
     """A product fused with an operation on its result, if this changes only the rounding of the last digit.
 
     So nothing is folded across a change of type, where rounding may be intended, nor into low-precision types.
@@ -45,7 +45,7 @@ def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:
     if len(call.outputs) != 1 or len(call.inputs) != 2:
         return None
     (output,), (other,) = call.outputs, call.inputs[:at] + call.inputs[at + 1 :]
-    layer, name = linear.layer, call.primitive.name
+    layer, name = linear.spec, call.name
     if (output.shape, output.dtype) != (layer.output.shape, layer.output.dtype):
         return None
     wide = output.dtype in (np.float32, np.float64) and layer.kernel.dtype == output.dtype
@@ -53,10 +53,10 @@ def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:
         alike = (other.shape, other.dtype) == (output.shape, output.dtype) and other != layer.output
         if not wide or name not in ("add", "add_any") or not alike or layer.residual is not None:
             return None
-        return linear._replace(layer=layer._replace(residual=other, output=output))
+        return linear._replace(spec=layer._replace(residual=other, output=output))
     value = np.asarray(other.value)
     if name == "max" and value.size == 1 and not value.any():
-        return linear._replace(layer=layer._replace(activation="relu", output=output))
+        return linear._replace(spec=layer._replace(activation="relu", output=output))
     value = value.reshape((1,) * (len(output.shape) - value.ndim) + value.shape)
     lead = len(output.shape) - len(layer.columns)
     if not wide or any(n != 1 for n in value.shape[:lead]) or layer.residual is not None:
@@ -65,7 +65,7 @@ def _folded_into(linear: Linear, call: Call, at: int) -> Linear | None:
     return _affine(linear, name, at, value, output)
 
 
-def _affine(linear: Linear, name: str, at: int, c: np.ndarray, output: Variable) -> Linear | None:
+def _affine(linear: Layer, name: str, at: int, c: np.ndarray, output: Variable) -> Layer | None:
     """`y + c`, `y - c`, `c - y`, `y * c` or `y / c`, with a `c` for each column."""
     scale, shift = linear.scale, linear.shift
     if name in ("add", "add_any", "sub"):
@@ -82,7 +82,7 @@ def _affine(linear: Linear, name: str, at: int, c: np.ndarray, output: Variable)
         return None
     if not _holds(linear.original, scale) or not _holds(np.ones(1, output.dtype), shift):
         return None
-    return Linear(linear.layer._replace(output=output), linear.original, scale, shift)
+    return Layer(linear.spec._replace(output=output), linear.original, scale, shift)
 
 
 def _holds(original: Any, factor: np.ndarray | None) -> bool:

@@ -20,10 +20,10 @@ import jax
 import jax.export
 import numpy as np
 
-import sa_plus_plus.sparse.native as native
-import sa_plus_plus.sparse.serialization as serialization
-from sa_plus_plus.sparse.calibration import shapes
-from sa_plus_plus.sparse.packing import narrowed
+from sa_plus_plus.sparse.arguments import shapes
+from sa_plus_plus.sparse.files import serialization
+from sa_plus_plus.sparse.files.codec import narrowed
+from sa_plus_plus.sparse.ops import native
 
 FORMAT = 2  # 1: programs that call the compiled kernel with other options
 _KIND = "sa_plus_plus network"
@@ -131,7 +131,7 @@ def save(path: str | os.PathLike[str], networks: Specialised | Sequence[Speciali
 
         >>> import os, tempfile, jax.numpy as jnp, sa_plus_plus as sapp
         >>> fn = lambda x: x @ jnp.ones((16, 16))
-        >>> networks = [sapp.specialize(fn, jnp.ones((n, 16)), choose="all") for n in (1, 4)]
+        >>> networks = [sapp.specialize(fn, jnp.ones((n, 16)), mode="always") for n in (1, 4)]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     size = sapp.serve.save(os.path.join(folder, "network"), networks)
         ...     fast = sapp.serve.load(os.path.join(folder, "network"))
@@ -238,7 +238,7 @@ def set_threads(count: int) -> None:
     """Set how many threads the compiled kernel may use, process-wide, from the next call on. Results do not change.
 
         >>> import sa_plus_plus as sapp
-        >>> if sapp.sparse.native.missing() is None:
+        >>> if sapp.sparse.native.unavailable_reason() is None:
         ...     sapp.serve.set_threads(1)
         ...     sapp.serve.set_threads(0)
 
@@ -333,7 +333,7 @@ def _check_here(path: Any, about: dict[str, Any]) -> None:
             f"{path} was written with jax {about['jax']}, in version {version} of its format for programs; jax "
             f"{jax.__version__} reads {oldest} to {newest}: install a version nearer to it, or save the network again"
         )
-    why = native.missing()
+    why = native.unavailable_reason()
     if about["compiled"] and why:
         raise RuntimeError(f"{path} needs the compiled kernel for CPUs, and there is none: {why}")
 

@@ -1,0 +1,72 @@
+"""Operations on constants: computed while a network is traced, along with the origin of their entries."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sa_plus_plus.sparse.compiler.ir import Call, Constant
+
+_CASTS = ("convert_element_type", "copy", "copy_p", "stop_gradient")
+_ELEMENTWISE = (
+    *("add", "sub", "mul", "div", "neg", "max", "min", "sqrt", "rsqrt", "exp", "log", "square", "integer_pow", "pow"),
+    *_CASTS,
+)
+_MOVES = (  # operations that keep each entry of their first operand, up to rounding
+    *("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "slice", "dynamic_slice", "rev"),
+    *_CASTS,
+)
+
+
+def constant(value: Any) -> Constant:
+    """A constant without an origin."""
+    return Constant(value, np.shape(value))
+
+
+def computed(call: Call, inputs: Sequence[Constant], shapes: Sequence[tuple[int, ...]]) -> list[Constant]:
+    """An operation on constants; broadcasting along constant axes is deferred as long as possible.
+
+    Args:
+      call: the operation.
+      inputs: its operands.
+      shapes: of its results.
+    """
+    if (origin := inputs[0].origin if inputs and call.name in _MOVES else None) is not None:
+        (moved,) = computed(call, [inputs[0]._replace(origin=None), *inputs[1:]], shapes)
+        positions = origin.positions
+        if call.name not in _CASTS:
+            before = Constant(jnp.asarray(positions), inputs[0].shape)
+            positions = computed(call, [before, *inputs[1:]], shapes)[0].value
+        return [moved._replace(origin=origin._replace(positions=positions))]
+    if call.name == "broadcast_in_dim" and len(inputs) == 1:
+        shape, axes = call.params["shape"], call.params["broadcast_dimensions"]
+        narrow = [1] * len(shape)
+        for axis, length in zip(axes, np.shape(inputs[0].value), strict=True):
+            narrow[axis] = length
+        return [Constant(jnp.reshape(inputs[0].value, narrow), tuple(shape))]
+    if call.name in _ELEMENTWISE:
+        narrow_shape = np.broadcast_shapes(*(np.shape(c.value) for c in inputs))
+        results = call.run(*(jnp.broadcast_to(c.value, narrow_shape) for c in inputs))
+    else:
+        results = call.run(*(c.full for c in inputs))
+    return [Constant(value, tuple(shape)) for value, shape in zip(results, shapes, strict=True)]
+
+
+def arranged(kernel: Constant, order: Sequence[int], shape: Sequence[int] | None = None) -> Constant:
+    """A constant in full, transposed and then reshaped."""
+
+    def moved(value: Any) -> Any:
+        full = jnp.broadcast_to(value, kernel.shape)
+        full = full if tuple(order) == tuple(range(full.ndim)) else jnp.transpose(full, order)
+        return full if shape is None else full.reshape(shape)
+
+    value, origin = moved(kernel.value), kernel.origin
+    return Constant(value, value.shape, origin and origin._replace(positions=moved(origin.positions)))
+
+
+def item(stack: Constant, i: int) -> Constant:
+    """`stack[i]`."""
+    place = 0 if len(stack.value) == 1 else i
+    origin = stack.origin and stack.origin._replace(positions=stack.origin.positions[place])
+    return Constant(jnp.asarray(stack.value)[place], stack.shape[1:], origin)

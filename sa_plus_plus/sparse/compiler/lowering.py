@@ -1,0 +1,201 @@
+"""Layers in the compiled kernel: kernels packed in float32, bfloat16 or int8, and the call with its epilogue."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.checks import occupied
+from sa_plus_plus.sparse.array import BlockSparse, Layout
+from sa_plus_plus.sparse.compiler.conv_geometry import NO_BORDER, Window
+from sa_plus_plus.sparse.compiler.ir import Layer, LayerSpec, Variable
+from sa_plus_plus.sparse.compiler.planned import PackedKernel
+from sa_plus_plus.sparse.compiler.quantization import (
+    BFLOAT16,
+    FLOAT32,
+    UINT8,
+    Encoding,
+    convert,
+    quantize_kernel,
+    quantized,
+)
+from sa_plus_plus.sparse.ops import native
+
+REGISTER_BYTES = 64  # part of a block's column that matrix registers process at once
+DENSE_ROWS, DENSE_COLUMNS = 128, 32  # largest blocks for packing an unpruned float32 kernel
+
+Encodings = Mapping[Variable, Encoding]
+Ranges = Mapping[Variable, tuple[float, float]]
+
+
+class CompiledLayer(NamedTuple):
+    """A layer in the compiled kernel, without its weights.
+
+    Attributes:
+      spec: what it does.
+      window: its shapes.
+      layout: block positions of its kernel, which may have more channels than `x`, in whole groups.
+      x: encoding of its input.
+      y: encoding of its result.
+      residual: encoding of its residual, if it has one: any type, without a border.
+      in_place: whether its result may overwrite the residual.
+    """
+
+    spec: LayerSpec
+    window: Window
+    layout: Layout
+    x: Encoding
+    y: Encoding
+    residual: Encoding | None
+    in_place: bool = False
+
+    def run(self, x: Any, residual: Any, blocks: Any, scale: Any, bias: Any) -> Any:
+        """The layer's result in the encoding `y`, from arrays in the encodings `x` and `residual`."""
+        if x.ndim != 4 or self.spec.conv is None:
+            zero = jnp.asarray(self.x.zero_point, x.dtype)
+            pads = ((0, 0, 0), *((low, high, 0) for low, high in self.window.padding), (0, 0, 0))
+            x = lax.pad(x.reshape(self.window.image), zero, pads)
+        if missing := self.layout.shape[2] - x.shape[3]:
+            x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0),) * 3 + ((0, missing, 0),))
+        unit = self.y.scale
+        epilogue = native.Epilogue(
+            dtype=self.y.dtype,
+            activation=self.spec.activation,
+            zero=self.y.zero_point,
+            unit=unit,
+            residual_factor=self.residual.scale / unit if self.residual else 1.0,
+            residual_zero=self.residual.zero_point if self.residual else 0,
+            border=self.y.border,
+        )
+        operands: dict[str, Any] = {"scale": scale, "bias": bias, "residual": residual, "epilogue": epilogue}
+        strides, in_place = self.window.strides, self.in_place
+        y = native.conv(x, blocks, self.layout, strides=strides, in_place=in_place, **operands)
+        return y if self.y.border != NO_BORDER else y.reshape(self.spec.output.shape)
+
+
+def pack_kernel(layer: Layer, window: Window, dtype: np.dtype, block: blk.Block | None) -> PackedKernel:
+    """A layer's kernel for `x` in float32, bfloat16 or uint8.
+
+    Args:
+      layer: the layer, its kernel scaled.
+      window: its shapes.
+      dtype: of `x`.
+      block: in which the kernel is pruned, or None.
+    """
+    kernel = np.asarray(layer.kernel).astype(np.float32).reshape(window.kernel)
+    if dtype == FLOAT32:
+        return PackedKernel(window, dtype, pack_float32(kernel, block), None)
+    group, scales = (2 if dtype == BFLOAT16 else 4), None
+    kernel = np.pad(kernel, [(0, 0), (0, 0), (0, -kernel.shape[2] % group), (0, 0)])
+    if dtype == UINT8:
+        kernel, scales = quantize_kernel(kernel)
+    else:
+        kernel = kernel.astype(dtype)
+    return PackedKernel(window, dtype, pack_interleaved(kernel, kernel.dtype), scales)
+
+
+def pack_float32(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
+    """A float32 kernel by its blocks; an unpruned one in large blocks.
+
+    Args:
+      kernel: `(k_h, k_w, channels, outputs)`.
+      block: in which it is pruned, or None.
+    """
+    line = kernel.shape[1] * kernel.shape[2]
+    if block is None:
+        rows = max(n for n in range(1, min(line, DENSE_ROWS) + 1) if line % n == 0)
+        block = (rows, DENSE_COLUMNS)
+        grid = blk.grid_shape(kernel.shape, block)
+        return BlockSparse.fromdense(kernel, block, np.ones(grid, bool))
+    if kernel.shape[0] > 1 and line % block[0]:  # a block may not reach into the next line of the window
+        block = (math.gcd(line, block[0]), block[1])
+    return BlockSparse.fromdense(kernel, block)
+
+
+def pack_interleaved(kernel: np.ndarray, dtype: np.dtype) -> BlockSparse:
+    """A kernel in the blocks with which the compiled kernel is fastest, whatever it was pruned in.
+
+    Args:
+      kernel: `(k_h, k_w, channels, outputs)`, bfloat16 or int8; the channels of one line of the window are a whole
+        number of groups of four bytes.
+      dtype: of the kernel's entries.
+    """
+    line, size = kernel.shape[1] * kernel.shape[2], np.dtype(dtype).itemsize
+    group, most = 4 // size, REGISTER_BYTES // size
+    registers = native.isa(UINT8 if size == 1 else BFLOAT16) == "amx"
+    nonzero, best = kernel != 0, None
+    for rows in (d for d in range(group, min(most, line) + 1, group) if line % d == 0):
+        kept = int(occupied(nonzero, (rows, native.WIDE)).sum())
+        # Apart from loading, matrix registers take as long for few rows as for many.
+        cost = kept * (1 + rows / most) if registers else kept * (rows + 1)
+        if best is None or cost < best[0]:
+            best = cost, rows
+    assert best is not None
+    return BlockSparse.fromdense(kernel, (best[1], native.WIDE))
+
+
+def lower(
+    layer: Layer, packed: PackedKernel, x: Encoding, y: Encoding, residual: Encoding | None
+) -> tuple[CompiledLayer, tuple[Any, ...]]:
+    """What to run, and its blocks, scale and bias.
+
+    Args:
+      layer: the layer.
+      packed: its kernel.
+      x, y, residual: the encodings of its values.
+    """
+    w, outputs = packed.w, packed.w.shape[-1]
+    scales = np.ones(outputs) if packed.scales is None else packed.scales.astype(np.float64)
+    shift = np.zeros(outputs) if layer.shift is None else layer.shift
+    if x.dtype == UINT8:
+        scales = scales * x.scale
+        if x.zero_point:  # each sum is too large by the kernel's, times the zero point
+            sums = np.asarray(w.todense(), np.int64).reshape(-1, outputs).sum(0)
+            shift = shift - x.zero_point * scales * sums
+    plain = x.dtype != UINT8 and y.dtype != UINT8
+    scale = None if plain else jnp.asarray(scales / y.scale, jnp.float32)
+    bias = None if plain and layer.shift is None else jnp.asarray(shift / y.scale, jnp.float32)
+    blocks = np.asarray(w.blocks)
+    blocks = blocks if x.dtype == FLOAT32 else native.interleave_rows(blocks)
+    return CompiledLayer(layer.spec, packed.window, w.layout, x, y, residual), (jnp.asarray(blocks), scale, bias)
+
+
+def lower_in_network(
+    layer: Layer, packed: PackedKernel, encodings: Encodings, ranges: Ranges
+) -> tuple[CompiledLayer, tuple[Any, ...]]:
+    """A layer within a network whose values have these encodings."""
+    spec = layer.spec
+    y = encodings.get(spec.output, Encoding(np.dtype(spec.output.dtype)))
+    residual = None
+    if spec.residual is not None:
+        residual = encodings.get(spec.residual, Encoding(np.dtype(spec.residual.dtype)))._replace(border=NO_BORDER)
+    return lower(layer, packed, _input_encoding(spec, packed, encodings, ranges), y, residual)
+
+
+def _input_encoding(spec: LayerSpec, packed: PackedKernel, encodings: Encodings, ranges: Ranges) -> Encoding:
+    """The encoding in which a layer takes its input: that of the value, if it has the right type."""
+    x = encodings.get(spec.x, Encoding(np.dtype(spec.x.dtype)))
+    if x.dtype != packed.dtype:
+        x = quantized(*ranges[spec.x]) if packed.dtype == UINT8 else Encoding(packed.dtype)
+    border, channels = NO_BORDER, None
+    if spec.conv is not None and len(spec.x.shape) == 4:
+        border = packed.window.padding
+        channels = packed.w.shape[2] if packed.w.shape[2] != spec.x.shape[3] else None
+    return x._replace(border=border, channels=channels)
+
+
+def lower_alone(
+    layer: Layer, packed: PackedKernel, x: Any, residual: Any
+) -> tuple[tuple[Any, Any], CompiledLayer, tuple[Any, ...]]:
+    """A single layer, for timing, with its input and residual encoded as its neighbours would leave them."""
+    spec, dtype = layer.spec, packed.dtype
+    narrow = quantized(-4.0, 4.0) if dtype == UINT8 else Encoding(dtype)
+    encoding = _input_encoding(spec, packed, {spec.x: narrow}, {})
+    compiled, weights = lower(layer, packed, encoding, narrow, None if residual is None else narrow)
+    plain = Encoding(np.dtype(spec.x.dtype))
+    added = None if residual is None else convert(residual, plain, narrow)
+    return (convert(x, plain, encoding), added), compiled, weights

@@ -1,0 +1,1 @@
+"""Files of pruned parameters and of specialised networks."""

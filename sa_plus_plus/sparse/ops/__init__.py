@@ -1,0 +1,1 @@
+"""Products with block-sparse kernels, by XLA, Pallas or the compiled CPU kernel."""
