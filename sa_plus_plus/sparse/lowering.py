@@ -137,6 +137,24 @@ def packed_narrow(kernel: np.ndarray, dtype: np.dtype) -> BlockSparse:
     return BlockSparse.fromdense(kernel, (best[1], native.WIDE))
 
 
+def outer_type() -> np.dtype:
+    """The type of layers of an int8 network that int8 does not suit: the faster one."""
+    return BFLOAT16 if native.halves_pay() else FLOAT32
+
+
+def overflows(kernel: np.ndarray) -> bool:
+    """Whether a sum of products with a column of an int8 kernel can be beyond 32 bits.
+
+    With `x` from 0 to 255 each partial sum is between 255 times the sum of the negative and that of the positive weights.
+
+    Args:
+      kernel: `(..., outputs)` int8.
+    """
+    columns = kernel.reshape(-1, kernel.shape[-1])
+    sums = [part.sum(0, np.int64) for part in (np.maximum(columns, 0), np.minimum(columns, 0))]
+    return 255 * int(np.abs(sums).max(initial=0)) > np.iinfo(np.int32).max
+
+
 class Packed(NamedTuple):
     """A layer's kernel in the form that the compiled kernel takes.
 
@@ -154,12 +172,12 @@ class Packed(NamedTuple):
 
 
 def packed(step: Linear, window: Window, dtype: np.dtype, block: blk.Block | None) -> Packed:
-    """A layer's kernel for `x` in float32, bfloat16 or uint8.
+    """A layer's kernel for `x` in float32, bfloat16 or uint8; where sums of bytes could overflow, in a floating type.
 
     Args:
       step: the layer, its kernel scaled.
       window: its shapes.
-      dtype: of `x`.
+      dtype: of `x`, as requested.
       block: in which the kernel is pruned, or None.
     """
     kernel = np.asarray(step.kernel).astype(np.float32).reshape(window.kernel)
@@ -169,6 +187,8 @@ def packed(step: Linear, window: Window, dtype: np.dtype, block: blk.Block | Non
     kernel = np.pad(kernel, [(0, 0), (0, 0), (0, -kernel.shape[2] % group), (0, 0)])
     if dtype == UINT8:
         kernel, scales = rounded(kernel)
+        if overflows(kernel):
+            return packed(step, window, outer_type(), block)
     else:
         kernel = kernel.astype(dtype)
     return Packed(window, dtype, packed_narrow(kernel, kernel.dtype), scales)

@@ -157,7 +157,7 @@ def conv(
     k_h, k_w = layout.shape[:2] if len(layout.shape) == 4 else (1, 1)
     (down, across), (batch, height, width, _) = strides, x.shape
     border = (top, bottom), (left, right) = epilogue.border
-    rows, columns = (height - k_h) // down + 1, (width - k_w) // across + 1
+    rows, columns = (max((n - k) // s + 1, 0) for n, k, s in ((height, k_h, down), (width, k_w, across)))
     shape = (batch, rows + sum(border[0]), columns + sum(border[1]), layout.shape[-1])
     integers = {"window_rows": k_h, "window_columns": k_w, "stride_down": down, "stride_across": across}
     integers |= {"activation": ACTIVATIONS.index(epilogue.activation)}
@@ -248,7 +248,8 @@ def sum_pool(
 
 
 def _pool(target: str, x: jax.Array, window: Any, strides: Any, padding: Any) -> jax.Array:
-    sizes = [(n + sum(pads) - k) // s + 1 for n, pads, k, s in zip(x.shape[1:3], padding, window, strides, strict=True)]
+    axes = zip(x.shape[1:3], padding, window, strides, strict=True)
+    sizes = [max((n + sum(pads) - k) // s + 1, 0) for n, pads, k, s in axes]
     out = jax.ShapeDtypeStruct((x.shape[0], *sizes, x.shape[3]), x.dtype)
     options = {"window_rows": window[0], "window_columns": window[1], "stride_down": strides[0]}
     options |= {"stride_across": strides[1], "top": padding[0][0], "left": padding[1][0]}

@@ -50,7 +50,7 @@ class Choice(NamedTuple):
       precision: in which it computes.
       error: root mean square error of its result in low precision on the calibration data, including the effect of all
         previous layers, relative to that of the result; NaN without calibration data.
-      note: why it runs as traced, if there was no alternative.
+      note: why it runs as traced, if there was no alternative, or in another precision than was requested.
     """
 
     layer: str
@@ -323,7 +323,7 @@ def _check_precision(precision: Any, calibration: Any, implementation: Any, comp
 def _types(traced: Traced[Call | Linear], precision: Precision | None) -> dict[int, np.dtype]:
     """By step number: the input type of a layer that can run in the compiled kernel."""
     layers = [i for i, step in enumerate(traced.steps) if isinstance(step, Linear)]
-    outer = BFLOAT16 if precision == "int8" and native.halves_pay() else FLOAT32  # where rounding costs the most
+    outer = lowering.outer_type() if precision == "int8" else FLOAT32  # where rounding costs the most
     types = {}
     for i in layers:
         layer = traced.steps[i].layer  # type: ignore[union-attr]
@@ -358,6 +358,8 @@ def _decide(
         return None, choice._replace(note=window)
     if dtype is not None:
         form = lowering.packed(step, window, dtype, block)
+        if form.dtype != dtype:
+            dtype, choice = form.dtype, choice._replace(note="in int8 its sums could be beyond 32 bits")
     elif len(types := {np.dtype(a.dtype).name for a in (layer.x, layer.kernel, layer.output)}) > 1:
         choice = choice._replace(note=f"of more than one type: {', '.join(sorted(types))}")
     elif kernel.ndim == 3:
