@@ -137,7 +137,8 @@ class _Recorder:
             **dict.fromkeys(("reshape", "squeeze", "broadcast_in_dim"), self.reshape),
             **dict.fromkeys((*_ANY_ORDER, *_WINDOWS), self.before_transposition),
         }.get(eqn.primitive.name)
-        if special and (result := special(eqn, values)):
+        empty = any(0 in value.shape for value in constants)  # a kernel without weights is no layer
+        if special and not empty and (result := special(eqn, values)):
             return [result]
         return self.called(eqn, values)
 
