@@ -112,7 +112,8 @@ def rounds(state: dict[str, Any], parts: dict[str, Part]) -> Iterator[str]:
             state["failures"].append({"part": kind, "seed": seed, "output": failure[-4000:]})
         state["part"] = (state["part"] + 1) % len(kinds)
         state["rounds"] += state["part"] == 0
-        yield f"round {seed}, {kind}: {sum(inputs(state['counts']).values()):,} inputs, {len(state['failures'])} failures"
+        total = sum(inputs(state["counts"]).values())
+        yield f"round {seed}, {kind}: {total:,} inputs, {len(state['failures'])} failures"
 
 
 def save(states: Sequence[pathlib.Path]) -> pathlib.Path:

@@ -145,7 +145,7 @@ def outer_type() -> np.dtype:
 def overflows(kernel: np.ndarray) -> bool:
     """Whether a sum of products with a column of an int8 kernel can be beyond 32 bits.
 
-    With `x` from 0 to 255 each partial sum is between 255 times the sum of the negative and that of the positive weights.
+    With `x` from 0 to 255, partial sums lie between 255 times the sum of the negative weights and that of the positive.
 
     Args:
       kernel: `(..., outputs)` int8.
