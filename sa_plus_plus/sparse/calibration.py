@@ -24,7 +24,8 @@ def batches_of(traced: Traced[Any], calibration: Iterable[Any], pieces: int = 1)
                 f"calibration batch {number} is {shapes(got)}, but the network is made for {shapes(want)}: give "
                 "batches of the examples' shapes"
             )
-        if not all(np.isfinite(np.asarray(x, np.float64)).all() for x in leaves):
+        numbers = [x for x, (_, dtype) in zip(leaves, got, strict=True) if jnp.issubdtype(dtype, jnp.inexact)]
+        if not all(np.isfinite(np.asarray(x, np.float64)).all() for x in numbers):
             raise ValueError(f"calibration batch {number} has values that are not finite")
         batches += [jax.tree.unflatten(tree, piece) for piece in zip(*(_cut(x, pieces) for x in leaves), strict=True)]
     if not batches:
@@ -93,9 +94,9 @@ def _cut(x: Any, pieces: int) -> Sequence[Any]:
 
 def shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype; for a value that is not a JAX array, those after conversion to one."""
-    return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+    return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x), allow_extended_dtype=True)
 
 
 def shapes(values: Sequence[tuple[tuple[int, ...], Any]]) -> str:
     """Shapes and dtypes, for errors."""
-    return ", ".join(f"{np.dtype(dtype).name}{list(shape)}" for shape, dtype in values)
+    return ", ".join(f"{dtype.name}{list(shape)}" for shape, dtype in values)
