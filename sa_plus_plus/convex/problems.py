@@ -190,7 +190,7 @@ def _linear(
 
 
 def _value(dual: Dual, beta: jax.Array) -> jax.Array:
-    return dual.loss(dual.predict(beta)) + dual.ridge / 2 * jnp.sum(jnp.square(beta))
+    return dual.loss(dual.predict(beta)) + jnp.sum(dual.ridge * beta * beta) / 2  # 0 for no ridge, whatever beta^2 is
 
 
 def _predict(x: jax.Array, beta: jax.Array) -> jax.Array:
