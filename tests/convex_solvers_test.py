@@ -393,3 +393,53 @@ def test_theorem_b_3():
         rounds = promise.rounds(values[0] - float(best), eps)
         assert rounds <= 40
         assert values[: rounds + 1].min() <= best + eps
+
+
+def at_scale(c, d):
+    """Each solver on a problem in float32 whose design is multiplied by `c`, and its responses by `d`."""
+    x, y = (a.astype(np.float32) for a in (c * regression()[0], d * regression()[1]))
+    problem, g = problems.least_squares(x, y), groups.equal(10, 2)
+    lam = 0.2 * float(group_lasso.critical_lambda(problem, g))
+    root, penalty = np.sqrt(d / c), penalties.power(0.5)
+    ones = jnp.full(10, d / c, jnp.float32)
+    halves = jnp.full(5, root, jnp.float32), jnp.full(10, root, jnp.float32)
+    path = least_squares_path.solve(jnp.asarray(x), jnp.asarray(y), g, count=5, ratio=0.2, tol=1e-5)
+    return {
+        "omp": greedy.omp(problem, g, 2),
+        "magnitude": greedy.magnitude(problem, g, 2),
+        "iht": greedy.iht(problem, g, 2, 100),
+        "group lasso": group_lasso.solve(problem, g, lam),
+        "path": path._replace(coefficients=path.coefficients[-1], converged=path.converged.all()),
+        "power": penalised.solve(problem, g, penalty, lam * root, "sum", ones),
+        "masked": masked.solve(problem, g, masked.hoff(), lam, *halves),
+    }
+
+
+def test_the_scale_of_the_data_does_not_matter():
+    """In float32, which ends at 1e-38 and 3e38: against NumPy's least squares and solutions in float64."""
+    x, y = regression()
+    problem, g = made("squares"), groups.equal(10, 2)
+    lam = 0.2 * group_lasso.critical_lambda(problem, g)
+    want = {"group lasso": group_lasso.solve(problem, g, lam).coefficients}
+    want |= dict.fromkeys(("path", "masked"), want["group lasso"])
+    want["power"] = penalised.solve(problem, g, penalties.power(0.5), lam, "sum", jnp.ones(10)).coefficients
+    plain = at_scale(1, 1)
+    for c, d in [(1e-5, 1), (1e10, 1e10), (1e-10, 1e10), (1e-10, 1e-10)]:
+        for name, found in at_scale(c, d).items():
+            if name not in want:
+                index = np.flatnonzero(np.repeat(np.asarray(found.support), 2))
+                want[name] = np.zeros(10)
+                want[name][index] = np.linalg.lstsq(x[:, index], y)[0]
+                np.testing.assert_array_equal(found.support, plain[name].support)
+            got = np.asarray(found.coefficients, np.float64) * c / d
+            np.testing.assert_allclose(got, want[name], atol=2e-3, err_msg=f"{name} {c} {d}")
+            assert found.converged, (name, c, d)
+
+
+def test_a_descent_that_stops_early_says_so():
+    """Columns of scales too far apart for float32."""
+    x, y = regression()
+    problem = problems.least_squares((x * np.geomspace(1, 1e6, 10)).astype(np.float32), y.astype(np.float32))
+    g = groups.equal(10, 2)
+    assert not greedy.magnitude(problem, g, 2, tol=1e-7).converged
+    assert not masked.solve(problem, g, masked.hoff(), 0.1, jnp.ones(5, jnp.float32), problem.origin, 0.0).converged

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sa_plus_plus as sapp
-from sa_plus_plus.oneshot import alps, layers, obs
+from sa_plus_plus.oneshot import alps, layers, obs, prune
 
 METHODS = ("magnitude", "wanda", "obs", "alps")
 
@@ -255,6 +255,28 @@ def test_experts_that_no_example_reaches_are_pruned_by_magnitude(method):
     chex.assert_trees_all_close(again.params["dead"], got.params["dead"], rtol=1e-6)
 
 
+def test_random_keys_are_inputs_and_leaves(two_layers):
+    """They are no kernels, in stacks of any shape, and come back as they were."""
+    _, params, batches = two_layers
+    keys = jax.random.split(jax.random.key(0), (20, 20))
+    params = {**params, "keys": keys, "key": keys[0, 0]}
+
+    def fn(params, x, key):
+        for k in (key, params["key"], params["keys"][3, 5]):
+            x = jnp.where(jax.random.bernoulli(k, 0.9, x.shape), x, 0)
+        hidden = jax.nn.relu(x @ params["first"]["kernel"])
+        return hidden @ params["second"]["kernel"]
+
+    data = [((x, jax.random.key(i)), np.zeros((32, 7), np.float32)) for i, x in enumerate(batches)]
+    common = {"block": (4, 3), "min_blocks": 1, "where": lambda path: True}
+    got = sapp.one_shot(fn, params, [x for x, _ in data], sparsity=0.5, **common)
+    sapp.check_pruned(got.params, got.plan)
+    assert {layer.path for layer in got.plan.leaves if layer.skip_reason == "not a kernel (key<fry>)"} == {"keys"}
+    assert (got.params["keys"] == keys).all()
+    found = sapp.sensitivity(fn, params, data, optax.squared_error, sparsities=(0.5,), method="wanda", **common)
+    assert (found.losses["first/kernel"] != found.loss).sum() == 1
+
+
 def test_what_is_one_batch(two_layers):
     """An array or a dictionary, alone; a pair of inputs and targets; for `specialize` also a tuple of its arguments."""
     fn, params, batches = two_layers
@@ -313,6 +335,29 @@ def test_alps_is_never_worse_than_the_largest_blocks_refitted(down, across, bloc
     assert not found[~spread(mask, block, task.weights.shape)].any()
     scale = task.loss(np.zeros_like(task.weights))
     assert task.loss(found) <= task.loss(largest(task, kept)) + 1e-6 * scale
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_scale_of_inputs_and_weights_does_not_matter(method):
+    x, w = inputs(40, 8).astype(np.float64), weights(8, 4).astype(np.float64)
+
+    def solved(c, d):
+        task = layers.padded((c * x).T @ (c * x), d * w, (2, 2), 0.01, "w")
+        return prune.solver(method, refit=True)(task)(4)
+
+    mask, want = solved(1, 1)
+    assert not np.allclose(want, w * spread(mask, (2, 2), w.shape), rtol=0.1)
+    for c, d in itertools.product((1e-15, 1e9, 1e15), (1e-20, 1, 1e20)):
+        same, got = solved(c, d)
+        np.testing.assert_array_equal(same, mask)
+        np.testing.assert_allclose(got / d, want, rtol=1e-3, atol=1e-4)
+
+
+def test_alps_solves_exactly_where_its_descent_does_not_converge(monkeypatch):
+    monkeypatch.setattr(alps, "TOLERANCE", 0.0)
+    task = problem(14, 6, (2, 2), damping=0.01)  # a shape of its own: the descent is compiled for each
+    mask, found = alps.alps(task, 9)
+    np.testing.assert_array_equal(found, layers.refitted(task, mask))
 
 
 def test_methods_that_adjust_come_near_the_best_of_all_choices():

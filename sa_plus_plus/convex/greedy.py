@@ -31,6 +31,7 @@ _NOTHING = np.zeros(0, np.int32)
 
 
 _Pair = tuple[jax.Array, jax.Array]
+_Triple = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Refit(NamedTuple):
@@ -60,7 +61,7 @@ class Selection(NamedTuple):
       value: the loss there.
       values: the loss after each step or round.
       entered: the group added in each step or round of `omp` and `ompr`; empty for the others.
-      converged: whether the minimisation over that support reached its tolerance.
+      converged: whether all minimisations that led there reached their tolerance.
     """
 
     support: jax.Array
@@ -239,7 +240,8 @@ def from_group_lasso(
     lengths = jax.vmap(functools.partial(norms, groups))(solutions.coefficients)
     enough = jnp.sum(lengths > 0, axis=1) >= k
     at = jnp.where(jnp.any(enough), jnp.argmax(enough), count - 1)
-    return _kept(problem, groups, select.top_k(lengths[at], k), solutions.coefficients[at], None)
+    kept = _kept(problem, groups, select.top_k(lengths[at], k), solutions.coefficients[at], None)
+    return kept._replace(converged=kept.converged & solutions.converged[at])
 
 
 def supports(count: int, k: int) -> np.ndarray:
@@ -292,7 +294,7 @@ def check_k(groups: Groups, k: int) -> None:
 
 @functools.partial(jax.jit, static_argnames="k")
 def _omp(problem: Problem, groups: Groups, k: int, tol: float | None) -> Selection:
-    def step(state: _Pair, _: None) -> tuple[_Pair, tuple[jax.Array, jax.Array, jax.Array]]:
+    def step(state: _Pair, _: None) -> tuple[_Pair, _Triple]:
         support, beta = state
         gradient = norms(groups, jax.grad(problem.value)(beta))
         enters = jnp.argmax(jnp.where(support, -1, gradient))
@@ -302,7 +304,7 @@ def _omp(problem: Problem, groups: Groups, k: int, tol: float | None) -> Selecti
 
     start = jnp.zeros(groups.count, bool), problem.origin
     (support, beta), (values, entered, converged) = lax.scan(step, start, length=k)
-    return Selection(support, beta, values[-1], values, entered, converged[-1])
+    return Selection(support, beta, values[-1], values, entered, jnp.all(converged))
 
 
 @functools.partial(jax.jit, static_argnames=("rounds", "ratio"))
@@ -323,17 +325,18 @@ def _ompr(
         enters, leaves = jnp.argmax(outside), jnp.argmin(jnp.where(support, inside, jnp.inf))
         return (support | (number == enters)) & (number != leaves), enters
 
-    def step(state: _Chain, _: None) -> tuple[_Chain, _Pair]:
+    def step(state: _Chain, _: None) -> tuple[_Chain, _Triple]:
         (support, found), best = state
         support, enters = swap(support, found.coefficients)
         found = refit(problem, groups, support, found.coefficients, tol)
         better = found.value < best[1].value
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (support, found), best)
-        return ((support, found), best), (found.value, enters)
+        return ((support, found), best), (found.value, enters, found.converged)
 
-    (_, (support, best)), (values, entered) = lax.scan(step, (first, first), length=rounds)
+    (_, (support, best)), (values, entered, converged) = lax.scan(step, (first, first), length=rounds)
     values = jnp.concatenate([first[1].value[None], values])
-    return Selection(support, best.coefficients, best.value, values, entered, best.converged)
+    converged = jnp.all(converged) & first[1].converged
+    return Selection(support, best.coefficients, best.value, values, entered, converged)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
@@ -356,8 +359,9 @@ def _iht(problem: Problem, groups: Groups, k: int, steps: int, start: jax.Array,
 
 @jax.jit
 def _magnitude(problem: Problem, groups: Groups, k: int, tol: float | None) -> Selection:
-    dense = refit(problem, groups, jnp.ones(groups.count, bool), None, tol).coefficients
-    return _kept(problem, groups, select.top_k(norms(groups, dense), k), dense, tol)
+    dense = refit(problem, groups, jnp.ones(groups.count, bool), None, tol)
+    kept = _kept(problem, groups, select.top_k(norms(groups, dense.coefficients), k), dense.coefficients, tol)
+    return kept._replace(converged=kept.converged & dense.converged)
 
 
 @jax.jit
@@ -368,10 +372,11 @@ def _kept(problem: Problem, groups: Groups, support: jax.Array, beta: jax.Array,
 
 @functools.partial(jax.jit, static_argnames="batch")
 def _best_of(problem: Problem, groups: Groups, masks: jax.Array, tol: float | None, batch: int) -> Selection:
-    def loss(mask: jax.Array) -> jax.Array:
-        return refit(problem, groups, mask, None, tol).value
+    def loss(mask: jax.Array) -> _Pair:
+        found = refit(problem, groups, mask, None, tol)
+        return found.value, found.converged
 
-    values = lax.map(loss, masks, batch_size=min(batch, masks.shape[0]))
+    values, converged = lax.map(loss, masks, batch_size=min(batch, masks.shape[0]))
     support = masks[jnp.argmin(values)]
     found = refit(problem, groups, support, None, tol)
-    return Selection(support, found.coefficients, found.value, values, _NOTHING, found.converged)
+    return Selection(support, found.coefficients, found.value, values, _NOTHING, jnp.all(converged))

@@ -156,7 +156,13 @@ def solve(
         flat[np.asarray(index)[np.asarray(inside)]] = np.asarray(state.beta)[np.asarray(inside)]
         count_alive = int(np.asarray(_alive(state.beta)).sum())
         found.append(
-            (flat.reshape(groups.shape) * of_beta, float(state.value), float(state.gap), count_alive, int(safe_zero.sum()))
+            (
+                flat.reshape(groups.shape) * of_beta,
+                float(state.value),
+                float(state.gap),
+                count_alive,
+                int(safe_zero.sum()),
+            )
         )
         before = lam
     coefficients, values, gaps, active, screened = (np.array(column) for column in zip(*found, strict=True))

@@ -285,8 +285,8 @@ def warn_of_unreached(visited: Visited, plan: Plan, stacklevel: int = 4) -> None
         )
     several = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
     warnings.warn(
-        f"no calibration input reaches {several}: what is multiplied with it is always zero. Blocks are chosen there by "
-        "magnitude, and weights that stay are not adjusted; give examples that reach it, or leave it out by `where`",
+        f"no calibration input reaches {several}: what is multiplied with it is always zero. Blocks are chosen there "
+        "by magnitude, and weights that stay are not adjusted. Give examples that reach it, or leave it out by `where`",
         UserWarning,
         stacklevel=stacklevel,
     )
