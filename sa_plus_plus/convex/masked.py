@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 import sa_plus_plus.convex.penalties as penalties
-from sa_plus_plus.convex.descent import lbfgs
+from sa_plus_plus.convex.descent import curvature_along_gradient, lbfgs
 from sa_plus_plus.convex.group_lasso import check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, norms, scale
 from sa_plus_plus.convex.lambert import lambert_w
 from sa_plus_plus.convex.penalties import Penalty
-from sa_plus_plus.convex.problems import Problem
+from sa_plus_plus.convex.problems import Problem, gradient_at_zero
 from sa_plus_plus.convex.scaling import norm
 
 
@@ -200,8 +200,8 @@ def solve(
       lam: positive scalar.
       w: where the mask starts, `(count,)`; ones make `beta` the effective coefficients (zeros for `exponential`).
       beta: where the coefficients start.
-      tol: on the gradient's 2-norm, relative to the sum of that of the whole objective and that of the cost's part at the
-        start; by default 1e-10 in float64, 1e-5 in float32.
+      tol: on the gradient's 2-norm, relative to that of `lambda cost` where the effective coefficients are one gradient
+        step of the loss from 0; by default 1e-10 in float64, 1e-5 in float32.
       max_steps: largest number of steps.
 
     Raises:
@@ -234,8 +234,9 @@ def _solve(
     def cost(x: tuple[jax.Array, jax.Array]) -> jax.Array:
         return lam * form.cost(form.smooth_mask(x[0]), x[1])
 
-    start = form.smooth_inverse(w), beta
-    scale = norm(jax.grad(fn)(start)) + norm(jax.grad(cost)(start))
-    end = lbfgs(fn, start, tol=tol * scale, max_steps=max_steps)
+    step = gradient_at_zero(problem) / curvature_along_gradient(problem.value, problem.origin)
+    typical_w, typical_beta = split(form, groups, -step)
+    scale = norm(jax.grad(cost)((form.smooth_inverse(typical_w), typical_beta)))
+    end = lbfgs(fn, (form.smooth_inverse(w), beta), tol=tol * scale, max_steps=max_steps)
     w, beta = form.smooth_mask(end.x[0]), end.x[1]
     return Masked(w, beta, effective(form, groups, w, beta), end.value, end.gradient_norm, end.steps, end.converged)
