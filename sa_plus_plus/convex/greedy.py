@@ -23,7 +23,7 @@ from sa_plus_plus.convex.group_lasso import check_groups
 from sa_plus_plus.convex.groups import Groups, norms, spread
 from sa_plus_plus.convex.penalised import require_subadditive
 from sa_plus_plus.convex.penalties import Penalty
-from sa_plus_plus.convex.problems import Problem, gradient_at_zero
+from sa_plus_plus.convex.problems import Problem, gradient_at_zero, units_of_coefficients
 from sa_plus_plus.convex.scaling import norm
 
 _MOST_SUPPORTS = 200_000
@@ -75,20 +75,23 @@ class Selection(NamedTuple):
 def refit(
     problem: Problem, groups: Groups, support: jax.Array, start: jax.Array | None = None, tol: float | None = None
 ) -> Refit:
-    """Minimise the loss over a support, by L-BFGS.
+    """Minimise the loss over a support, by L-BFGS in coefficients for columns of one scale.
 
     Args:
       problem: the loss.
       groups: partition of its coefficients.
       support: mask of groups, `(count,)`.
       start: where to begin.
-      tol: on the gradient's 2-norm, relative to that at 0; 1e-8 in float64, 1e-4 in float32 by default.
+      tol: on the gradient's 2-norm by these coefficients, relative to that at 0; 1e-8 in float64, 1e-4 in float32 by
+        default.
     """
     start = problem.origin if start is None else start
-    mask = spread(groups, support.astype(start.dtype))
+    units = units_of_coefficients(problem)
+    mask = spread(groups, support.astype(start.dtype)) * units
     tol = (1e-8 if start.dtype.itemsize > 4 else 1e-4) if tol is None else tol
-    scale = norm(gradient_at_zero(problem))
-    end = lbfgs(lambda b: problem.value(b * mask), start * mask, tol * scale, max_steps=300)
+    scale = norm(gradient_at_zero(problem) * units)
+    first = jnp.where(mask > 0, start / units, 0)
+    end = lbfgs(lambda b: problem.value(b * mask), first, tol * scale, max_steps=300)
     return Refit(end.x * mask, end.value, end.converged)
 
 

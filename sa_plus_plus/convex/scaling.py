@@ -17,6 +17,7 @@ def power_of_two(x: jax.Array) -> jax.Array:
     return jnp.where((rounded > 0) & jnp.isfinite(rounded), rounded, 1)
 
 
+@jax.jit  # so that the absolute values of a large array are not stored
 def unit_of(tree: Any) -> jax.Array:
     """The power of two next to the largest absolute value; a constant in derivatives.
 

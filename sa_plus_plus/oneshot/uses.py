@@ -62,12 +62,15 @@ def uses_of(traced: Traced[Any], layers: Mapping[str, LeafPlan]) -> dict[tuple[s
         if isinstance(step, Linear) and step.origin is not None:
             use = _use(number, step, layers[step.origin.path], places[step.origin.path])
             found.setdefault((use.layer.path, use.stack), []).append(use)
+    others = other_uses_of(traced)
     for path, layer in layers.items():
         if missing := [i for i in range(int(np.prod(layer.stack))) if (path, i) not in found]:
             which = matrix_name(layer, missing[0]) + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            indirectly = ", but takes what is computed from it" if path in others else ""
             raise ValueError(
                 f"{which} is not reached by the calibration data: the function never multiplies by it in a product or "
-                "convolution outside `cond`, `while` and long loops. Leave it out by `where`, or prune it in training"
+                f"convolution outside `cond`, `while` and long loops{indirectly}. Leave it out by `where`, or prune "
+                "it in training"
             )
     return found
 
