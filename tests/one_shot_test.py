@@ -192,7 +192,7 @@ def test_every_use_of_a_leaf_sees_it_pruned(case):
         pairs = [(x @ pruned[path], x @ params[path]) for x in xs]
         return np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(b**2) for _, b in pairs))
 
-    got = sapp.one_shot(lambda p, x: case(p, x)[0], params, x, sparsity=0.5, **common)
+    got = sapp.one_shot(lambda p, x: case(p, x)[0], params, [x], sparsity=0.5, **common)
     sapp.check_pruned(got.params, got.plan)
     for layer in got.layers:
         assert layer.error == pytest.approx(float(errors(got.params, layer.plan.path)), rel=1e-3)
