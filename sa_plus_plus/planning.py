@@ -331,6 +331,8 @@ def _layer(
     shape = tuple(getattr(leaf, "shape", ()))
     if read is None or 0 in shape or not (2 <= len(shape) <= 5 + len(read.batch) or read.given):
         return _no_kernel(path, shape, f"not a kernel ({len(shape)}-D)")
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return _no_kernel(path, shape, f"not a kernel ({leaf.dtype})")
     if not where(path) and (other := _other_name(path)):
         return _no_kernel(path, shape, other)
     if read.view is None:

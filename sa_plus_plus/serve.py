@@ -100,19 +100,19 @@ class Loaded:
                 f"an output of this network does not have the batch as its leading axis, so only the batches that were "
                 f"saved can be run: {', '.join(map(str, self.batches))}, not {leaves[0].shape[0]}"
             )
-        arrays = [np.asarray(x) for x in leaves]
+        arrays = [_on_host(x) for x in leaves]
         count, most = arrays[0].shape[0], self.batches[-1]
         pieces = [self._padded([a[i : i + most] for a in arrays]) for i in range(0, max(count, 1), most)]
-        return jax.tree.map(lambda *parts: jax.numpy.asarray(np.concatenate(parts)), *pieces)
+        return jax.tree.map(lambda *parts: jax.numpy.asarray(_joined(parts)), *pieces)
 
-    def _padded(self, arrays: list[np.ndarray]) -> Any:
+    def _padded(self, arrays: list[Any]) -> Any:
         """At most the largest batch, as NumPy arrays: JAX would compile a program for each size."""
         count = arrays[0].shape[0]
         number = next(i for i, n in enumerate(self.batches) if n >= count)
         batch = self.batches[number]
-        full = [np.concatenate([a, np.zeros((batch - count, *a.shape[1:]), a.dtype)]) for a in arrays]
+        full = [_joined([a, _zeros((batch - count, *a.shape[1:]), a.dtype)]) for a in arrays]
         result = self._calls[number](self._weights[number], *jax.tree.unflatten(self._input_tree, full))
-        return jax.tree.map(lambda y: np.asarray(y)[:count], result)
+        return jax.tree.map(lambda y: _on_host(y)[:count], result)
 
     def __str__(self) -> str:
         return "\n\n".join(self._tables)
@@ -336,6 +336,22 @@ def _check_here(path: Any, about: dict[str, Any]) -> None:
     why = native.missing()
     if about["compiled"] and why:
         raise RuntimeError(f"{path} needs the compiled kernel for CPUs, and there is none: {why}")
+
+
+def _is_key(dtype: Any) -> bool:
+    return jax.numpy.issubdtype(dtype, jax.dtypes.extended)
+
+
+def _on_host(x: Any) -> Any:
+    return x if _is_key(x.dtype) else np.asarray(x)  # NumPy has no random keys
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    return (jax.numpy.empty if _is_key(dtype) else np.zeros)(shape, dtype)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return (jax.numpy if _is_key(parts[0].dtype) else np).concatenate(parts)
 
 
 def _kinds(values: Sequence[Any]) -> list[tuple[tuple[int, ...], Any]]:

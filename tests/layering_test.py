@@ -62,6 +62,7 @@ LIBRARY = (
     "oneshot.budgets",
     "oneshot",
     "convex.lambert",
+    "convex.scaling",
     "convex.groups",
     "convex.penalties",
     "convex.problems",

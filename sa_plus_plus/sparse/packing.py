@@ -22,7 +22,7 @@ PARTS = ("blocks", "index", "scales")  # suffixes of a kernel's tensors, after i
 
 def narrowed(dtype: np.dtype) -> bool:
     """Whether JAX would convert this dtype to a narrower one, such as float64 unless `jax_enable_x64` is set."""
-    return jax.dtypes.canonicalize_dtype(dtype) != dtype
+    return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) != dtype
 
 
 def as_jax(array: np.ndarray) -> Any:

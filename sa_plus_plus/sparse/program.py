@@ -78,7 +78,8 @@ def _without_weights(step: Call | Linear) -> Call | Layer:
 
 
 def _small(constant: Constant) -> bool:
-    return int(np.prod(constant.shape)) <= _INLINE
+    random_keys = isinstance(constant.value, jax.Array) and jnp.issubdtype(constant.value.dtype, jax.dtypes.extended)
+    return random_keys or int(np.prod(constant.shape)) <= _INLINE  # files have no type for keys among the weights
 
 
 class Values:
@@ -89,14 +90,14 @@ class Values:
         self.held: dict[tuple[Variable, Form], Any] = {}
 
     def form(self, value: Variable) -> Form:
-        return self.forms.get(value, Form(np.dtype(value.dtype)))
+        return self.forms.get(value, Form(value.dtype))
 
     def put(self, value: Variable, array: Any) -> None:
         self.held[value, self.form(value)] = array
 
     def get(self, value: Variable, form: Form | None = None) -> Any:
         """The value in the requested form, by default as traced."""
-        want, have = form or Form(np.dtype(value.dtype)), self.form(value)
+        want, have = form or Form(value.dtype), self.form(value)
         if (value, want) not in self.held:
             self.held[value, want] = converted(self.held[value, have], have, want)
         return self.held[value, want]

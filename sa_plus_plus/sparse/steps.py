@@ -36,11 +36,13 @@ class Constant(NamedTuple):
       value: of the same rank as `shape`, with 1 for axes along which it is constant.
       shape: the full shape.
       origin: of its entries, if they come from a leaf whose kernels are searched for, at most rearranged.
+      leaves: paths of all such leaves from which it is computed.
     """
 
     value: Any
     shape: tuple[int, ...]
     origin: Origin | None = None
+    leaves: frozenset[str] = frozenset()
 
     @property
     def full(self) -> jax.Array:
@@ -133,6 +135,7 @@ class Linear(NamedTuple):
       scale: `(N,)` float64, or None: its factor.
       shift: `(N,)` float64, or None.
       origin: of the entries of `original`, if they come from a leaf whose kernels are searched for.
+      leaves: paths of all such leaves from which `original` is computed.
     """
 
     layer: Layer
@@ -140,6 +143,7 @@ class Linear(NamedTuple):
     scale: np.ndarray | None = None
     shift: np.ndarray | None = None
     origin: Origin | None = None
+    leaves: frozenset[str] = frozenset()
 
     @property
     def kernel(self) -> Any:
@@ -162,6 +166,13 @@ def inputs_of(step: Call | Linear) -> list[Variable]:
     if isinstance(step, Linear):
         return [v for v in (step.layer.x, step.layer.residual) if v is not None]
     return [v for v in step.inputs if isinstance(v, Variable)]
+
+
+def leaves_of(step: Call | Linear) -> frozenset[str]:
+    """Paths of the leaves whose kernels are searched for from which a step's constants are computed."""
+    if isinstance(step, Linear):
+        return step.leaves
+    return frozenset[str]().union(*(v.leaves for v in step.inputs if isinstance(v, Constant)))
 
 
 def users_of(steps: Sequence[Call | Linear], outputs: Sequence[Value]) -> dict[Variable, list[int]]:

@@ -59,7 +59,9 @@ def trace(fn: Callable[..., Any], *examples: Any) -> Traced[Call | Linear]:
     return Traced(inputs, steps, outputs, *structures)
 
 
-def trace_kernels(fn: Callable[..., Any], params: Any, paths: Container[str], *examples: Any) -> Traced[Call | Linear]:
+def kernel_tracer(
+    fn: Callable[..., Any], params: Any, paths: Container[str], *examples: Any
+) -> Callable[[Any], Traced[Call | Linear]]:
     """Trace a network whose weights are its first argument; each layer has the origin of its kernel.
 
     Nothing is folded, and activations are separate steps.
@@ -69,18 +71,33 @@ def trace_kernels(fn: Callable[..., Any], params: Any, paths: Container[str], *e
       params: tree of arrays.
       paths: of the leaves whose kernels are searched for.
       examples: inputs, or their shapes and dtypes.
+
+    Returns:
+      A function from parameters to the network with these. The steps and values of any two results have the same
+      numbers; only constants differ.
     """
     closed, result = jax.make_jaxpr(fn, return_shape=True)(params, *examples)
-    recorder = _Recorder()
-    weights = [_leaf(path_string(keys), leaf, paths) for keys, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    inputs = [recorder.variable(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars[len(weights) :]]
-    outputs = recorder.walk(closed, [*weights, *inputs])
-    return Traced(inputs, recorder.calls, outputs, jax.tree.structure(examples), jax.tree.structure(result))
+
+    def traced(params: Any) -> Traced[Call | Linear]:
+        recorder = _Recorder()
+        weights = [_leaf(path_string(keys), leaf, paths) for keys, leaf in jax.tree_util.tree_leaves_with_path(params)]
+        inputs = [recorder.variable(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars[len(weights) :]]
+        outputs = recorder.walk(closed, [*weights, *inputs])
+        return Traced(inputs, recorder.calls, outputs, jax.tree.structure(examples), jax.tree.structure(result))
+
+    return traced
+
+
+def trace_kernels(fn: Callable[..., Any], params: Any, paths: Container[str], *examples: Any) -> Traced[Call | Linear]:
+    """`kernel_tracer(fn, params, paths, *examples)(params)`."""
+    return kernel_tracer(fn, params, paths, *examples)(params)
 
 
 def _leaf(path: str, leaf: Any, paths: Container[str]) -> Constant:
-    positions = np.arange(np.size(leaf), dtype=np.int32).reshape(np.shape(leaf)) if path in paths else None
-    return Constant(leaf, np.shape(leaf), None if positions is None else Origin(path, positions))
+    if path not in paths:
+        return _constant(leaf)
+    positions = np.arange(np.size(leaf), dtype=np.int32).reshape(np.shape(leaf))
+    return Constant(leaf, np.shape(leaf), Origin(path, positions), frozenset({path}))
 
 
 class _Recorder:
@@ -124,7 +141,9 @@ class _Recorder:
     def apply(self, eqn: Any, values: list[Value]) -> Sequence[Value]:
         constants = [value for value in values if isinstance(value, Constant)]
         if len(constants) == len(values) and not eqn.effects:
-            return _computed(Call(eqn.primitive, eqn.params, tuple(values), ()), constants, eqn.outvars)
+            results = _computed(Call(eqn.primitive, eqn.params, tuple(values), ()), constants, eqn.outvars)
+            leaves = frozenset[str]().union(*(c.leaves for c in constants))
+            return [c._replace(leaves=leaves) for c in results]
         if _does_nothing(eqn):
             return values[:1]
         if unrolls(eqn, values):
@@ -220,7 +239,7 @@ class _Recorder:
         output = self.variable((*x.shape[:lead], *columns), dtype)
         about = jax.ShapeDtypeStruct(matrix.shape, matrix.value.dtype)
         layer = Layer(None, x, about, output, columns, precision=precision)
-        self.calls.append(Linear(layer, matrix.value, origin=matrix.origin))
+        self.calls.append(Linear(layer, matrix.value, origin=matrix.origin, leaves=matrix.leaves))
         return output
 
     def convolution(self, eqn: Any, values: list[Value]) -> Variable | None:
@@ -242,7 +261,8 @@ class _Recorder:
         output = self.variable([out.aval.shape[i] for i in results], out.aval.dtype)
         call = Call(eqn.primitive, eqn.params | {"dimension_numbers": numbers}, (x,), (output,))
         about = jax.ShapeDtypeStruct(full.shape, full.dtype)
-        self.calls.append(Linear(Layer(call, x, about, output, full.shape[-1:]), full, origin=arranged.origin))
+        layer = Layer(call, x, about, output, full.shape[-1:])
+        self.calls.append(Linear(layer, full, origin=arranged.origin, leaves=arranged.leaves))
         return self.transposed(output, _inverse(results))
 
     def transpose(self, eqn: Any, values: list[Value]) -> Variable:
@@ -288,7 +308,8 @@ class _Recorder:
         if isinstance(value, Constant):
             if not value.shape:
                 return value
-            return Constant(jnp.transpose(value.value, inverse), tuple(value.shape[i] for i in inverse))
+            shape = tuple(value.shape[i] for i in inverse)
+            return Constant(jnp.transpose(value.value, inverse), shape, leaves=value.leaves)
         if value in self.permuted and self.permuted[value][1] == permutation:
             return self.permuted[value][0]
         return self.transpositions.get((value, inverse)) if value.shape else value
@@ -330,7 +351,7 @@ class _Recorder:
         if isinstance(value, Constant):
             place = 0 if len(value.value) == 1 else i
             origin = value.origin and value.origin._replace(positions=value.origin.positions[place])
-            return Constant(jnp.asarray(value.value)[place], value.shape[1:], origin)
+            return Constant(jnp.asarray(value.value)[place], value.shape[1:], origin, value.leaves)
         return self.inlined(lambda x: lax.index_in_dim(x, i, keepdims=False), value)[0]
 
     def stacked(self, values: Sequence[Value]) -> Value:
@@ -374,7 +395,8 @@ def _arranged(kernel: Constant, order: Sequence[int], shape: Sequence[int] | Non
         return full if shape is None else full.reshape(shape)
 
     value, origin = arranged(kernel.value), kernel.origin
-    return Constant(value, value.shape, origin and origin._replace(positions=arranged(origin.positions)))
+    origin = origin and origin._replace(positions=arranged(origin.positions))
+    return Constant(value, value.shape, origin, kernel.leaves)
 
 
 def _computed(call: Call, inputs: list[Constant], outvars: Sequence[Any]) -> list[Constant]:
