@@ -1,7 +1,6 @@
 """Kernels scaled by block, and kernels with masked blocks."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp

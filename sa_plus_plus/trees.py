@@ -9,6 +9,7 @@ import optax
 
 from sa_plus_plus.planning import path_string
 
+
 def owned(params: Any) -> Any:
     """A copy of a parameter tree, in buffers of its own.
 
@@ -103,30 +104,28 @@ def of_state(given: Any, weights: Any, what: str) -> Any:
       ValueError: if the trees do not fit, or an array has another shape than its weights.
     """
 
-    def one(path: Any, own: Any, found: Any) -> Any:
-        if own is None or found is None:
-            return None
-        if np.shape(own) != np.shape(found):
-            raise ValueError(
-                f"the {what} have {path_string(path)} of shape {np.shape(found)}, but the weights that `init` was "
-                f"given there have the shape {np.shape(own)}"
-            )
-        return found
-
     def spread(found: Any, own: Any) -> Any:
         return jax.tree.map(lambda _: None, own) if found is None else found
+
+    def checked(path: Any, own: Any, found: Any) -> Any:
+        if own is None or found is None:
+            return None
+        if np.shape(found) != np.shape(own):
+            raise ValueError(
+                f"the {what} hold {path_string(path)} with the shape {np.shape(found)}, but `init` was given it with "
+                f"the shape {np.shape(own)}"
+            )
+        return found
 
     try:
         if any(leaf is None for leaf in jax.tree.leaves(given, is_leaf=is_none)):
             given = jax.tree.map(spread, given, weights, is_leaf=is_none)
-        structure = jax.tree.structure(weights, is_leaf=is_none)
-        found = structure.flatten_up_to(given)
+        found = jax.tree.map(lambda own, found: found if own is not None else None, weights, given, is_leaf=is_none)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"the {what} are not the same tree as the parameters that `init` was given: {error}"
+            f"the {what} are not the same tree as the parameters that `init` was given: {error!s:.300}"
         ) from error
-    keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_none)]
-    return structure.unflatten(map(one, keys, jax.tree.leaves(weights, is_leaf=is_none), found))
+    return jax.tree_util.tree_map_with_path(checked, weights, found, is_leaf=is_none)
 
 
 def is_none(x: Any) -> bool:

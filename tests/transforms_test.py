@@ -1,6 +1,7 @@
 """`reset_on` and `sparsify`: what they reset, what they refuse, where weight decay goes."""
 
 import functools
+import re
 import warnings
 
 import chex
@@ -359,6 +360,20 @@ def test_what_is_no_schedule_is_refused():
     for make in (sapp.dense, lambda phases: sapp.magnitude(block=2, sparsity=0.5, phases=phases)):
         with pytest.raises(TypeError, match=r"phases must be a schedule .* got \[\('dense', 10\)\]"):
             make(phases=[("dense", 10)])
+
+
+@pytest.mark.parametrize("name", problems.NAMES)
+def test_a_number_of_steps_gets_the_schedule_of_the_algorithm_suggested(name):
+    options = {} if name == "dense" else {"block": 2, "sparsity": 0.5}
+    with pytest.raises(TypeError) as error:
+        getattr(sapp, name)(phases=100, **options)
+    suggested = re.fullmatch(r"phases must be a schedule such as `(.*)`, got 100", str(error.value))[1]
+    assert suggested == f"phases.{name}(100)"
+    phases = eval(suggested, {"phases": sapp.phases})
+    assert phases == getattr(sapp.phases, name)(100)
+    getattr(sapp, name)(phases=phases, **options)
+    with pytest.raises(TypeError, match=rf"such as `phases\.{name}\(total_steps\)`, got <function"):
+        getattr(sapp, name)(phases=getattr(sapp.phases, name), **options)
 
 
 def test_schedules_that_do_not_fit_the_algorithm_are_refused():
