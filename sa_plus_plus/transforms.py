@@ -109,8 +109,10 @@ def sparsify(
     of `sp.apply`; `tx` gets `phase=` with each update, for `reset_on`. Without a `reset_on` inside, momentum and
     moments carry over from phase to phase, which costs accuracy: `init` warns about this.
 
-    Changes that the loop makes to `params` between updates (loading trained weights after `tx.init`, clipping, noise)
-    take effect as described at `sp.adopt`. Nothing else belongs in a chain with `sparsify`. Before it, clipping and
+    Changes that the loop makes to `params` between updates (loading trained weights after `tx.init`, clipping, decay)
+    take effect as described at `sp.adopt`, however small they are. As with optax, a gradient may be None, and `update`
+    may be given more than `init` was (a whole Equinox model). Integers, booleans and random keys stay as the loop has
+    them; `tx` sees None in their place. Nothing else belongs in a chain with `sparsify`. Before it, clipping and
     weight decay would see gradients and weights of the effective network, masked blocks included; after it, anything
     that alters the updates would make the network deviate from the plan. So wrap the whole chain:
 
@@ -133,8 +135,10 @@ def sparsify(
       logits_tx: another optimizer for the logits.
 
     Raises:
-      TypeError: if `tx` is not a transformation or `sp` not a `Sparsifier`, for example if the two are swapped.
-      ValueError: by `init`, if `tx` cannot be initialised on a `Trainable`; by `update`, if the parameters are missing.
+      TypeError: if `tx` is not a transformation or `sp` not a `Sparsifier`, for example if the two are swapped; by
+        `init`, if a leaf is not an array.
+      ValueError: by `init`, if `tx` cannot be initialised on a `Trainable`; by `update`, if the parameters are missing,
+        or not the tree that `init` was given.
     """
     if not isinstance(sp, Sparsifier):
         raise TypeError(f"sparsify(tx, sp) takes the optimizer first and a Sparsifier second, got {type(sp).__name__}")

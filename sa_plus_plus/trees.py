@@ -23,8 +23,9 @@ def owned(params: Any) -> Any:
     def copied(path: Any, leaf: Any) -> Any:
         if not _is_array(leaf):
             raise TypeError(
-                f"{path_string(path) or 'the parameter tree'} is not an array but {leaf!r:.60}: give arrays alone, for "
-                "an Equinox model `eqx.filter(model, eqx.is_inexact_array)`, and put None in place of all else"
+                f"{path_string(path) or 'the parameter tree'} is not an array of numbers but of type "
+                f"{type(leaf).__name__}: give arrays alone, for an Equinox model `eqx.filter(model, "
+                "eqx.is_inexact_array)`, and put None in place of all else"
             )
         return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.copy(leaf)
 

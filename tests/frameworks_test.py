@@ -276,7 +276,7 @@ def test_equinox_may_pass_the_whole_model_where_a_part_is_trained():
             np.testing.assert_array_equal(*(jax.random.key_data(m.key) for m in (own, model)))
             np.testing.assert_array_equal(own.linear.weight, expected.linear.weight)
             np.testing.assert_array_equal(own.linear.bias, expected.linear.bias)
-    with pytest.raises(TypeError, match=r"activation is not an array but .*eqx\.filter\(model, eqx\.is_inexact"):
+    with pytest.raises(TypeError, match=r"activation is not an array of .*eqx\.filter\(model, eqx\.is_inexact"):
         tx.init(model)
 
 

@@ -347,7 +347,7 @@ def test_trees_that_do_not_fit_are_refused_by_name():
         tx.update(short, state, params)
     for leaf in (jnp.tanh, "text", np.asarray(["text"])):
         for init in (tx.init, problems.sparsifier("acdc").init, problems.sparsifier("dense").init):
-            with pytest.raises(TypeError, match=r"head/extra is not an array but .*eqx\.filter"):
+            with pytest.raises(TypeError, match=r"head/extra is not an array of numbers but .*eqx\.filter"):
                 init({**params, "head": {**params["head"], "extra": leaf}})
 
 
