@@ -332,6 +332,24 @@ def test_a_reset_takes_the_whole_model_where_a_part_is_trained(whole):
     assert updates["function"] is updates["rest"] is None
 
 
+def test_a_layer_frozen_from_outside_is_named():
+    sp = sapp.magnitude(block=2, sparsity=0.8, phases=sapp.phases.custom(1, [("sparse", 1)]))
+    params, frozen = problems.network(), {"conv": "trained", "wide": "frozen", "head": "trained"}
+    around = (
+        optax.partition({"trained": sapp.sparsify(optax.sgd(0.1), sp), "frozen": optax.set_to_zero()}, frozen),
+        optax.chain(
+            sapp.sparsify(optax.sgd(0.1), sp),
+            optax.masked(optax.set_to_zero(), {name: label == "frozen" for name, label in frozen.items()}),
+        ),
+    )
+    for tx in around:
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        after = optax.apply_updates(params, updates)
+        with pytest.raises(ValueError, match=r"1 of 2 layers .* freezes the layer, such as optax.masked") as error:
+            sapp.check_pruned(after, sp.plan(params))
+        assert re.findall(r"^  (.*?):", str(error.value), flags=re.M) == ["wide/kernel"]
+
+
 def test_trees_that_do_not_fit_are_refused_by_name():
     params = problems.network()
     tx = sapp.sparsify(optax.sgd(0.1), problems.sparsifier("magnitude"))
