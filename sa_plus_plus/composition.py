@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
+import numpy as np
 
 from sa_plus_plus import planning, rewiring, select
 from sa_plus_plus.composed import IDENTITY, Composed, Parametrisation, Score, Shrink, traced_once
@@ -146,7 +147,16 @@ def check_start(phases: Any, scores: str, otherwise: str = "") -> None:
         )
 
 
-def check_phases(phases: Any) -> None:
-    """Refuse anything that is not a schedule, such as a list of phases."""
-    if not isinstance(phases, Phases):
-        raise TypeError(f"phases must be a schedule such as `phases.custom(total_steps, [...])` makes, got {phases!r}")
+def check_phases(phases: Any, schedule: str | None = None) -> None:
+    """Refuse anything that is not a schedule, such as a number of steps or a list of phases.
+
+    Args:
+      phases: what was given.
+      schedule: the name of the function that makes the algorithm's own, to suggest in the message.
+    """
+    if isinstance(phases, Phases):
+        return
+    steps = phases if isinstance(phases, int | np.integer) and not isinstance(phases, bool) else "total_steps"
+    own = schedule is not None and not isinstance(phases, list | tuple)
+    example = f"{schedule}({steps})" if own else "phases.custom(total_steps, [...])"
+    raise TypeError(f"phases must be a schedule such as `{example}`, got {phases!r}")

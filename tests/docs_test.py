@@ -100,6 +100,7 @@ def test_troubleshooting_quotes_what_the_library_says():
     sp = sapp.magnitude(block=4, sparsity=0.9, phases=phases)
     acts = (
         lambda: sp.init({"in": params["in"].at[0, 0].set(jnp.nan)}),
+        lambda: sapp.check_pruned({"in": params["in"].at[7].set(jnp.nan)}, sp.plan(params)),
         lambda: sapp.check_pruned(params, sp.plan(params)),
         lambda: sp.finalize(*sp.init(params)),
         lambda: sapp.plan(params, block=16, sparsity=0.9),
@@ -107,6 +108,8 @@ def test_troubleshooting_quotes_what_the_library_says():
         lambda: sapp.specialize(lambda w, x: x @ w, params["in"], x),
         lambda: sapp.specialize(lambda x: x + 1, x),
         lambda: sapp.magnitude(block=4, sparsty=0.9, phases=phases),
+        lambda: sapp.magnitude(block=4, sparsity=0.9, phases=100),
+        lambda: sp.init({**params, "activation": readme_test.snippets_of}),
     )
     quoted = re.findall(r"```text\n(.*?)\n```", (DOCS / "troubleshooting.md").read_text(), flags=re.S)
     assert [message for act in acts for message in messages(act)] == quoted

@@ -16,6 +16,7 @@ LIBRARY = (
     "planning",
     "sharding",
     "sparsifier",
+    "trees",
     "masking",
     "rewiring",
     "composed",

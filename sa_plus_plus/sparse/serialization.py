@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sa_plus_plus.checks import unpruned
+from sa_plus_plus.checks import faults
 from sa_plus_plus.files import write_atomically
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers, path_string
 from sa_plus_plus.sparse.array import BlockSparse
@@ -43,8 +43,8 @@ def export(params: Any, plan: Plan) -> Any:
     """The same tree with each pruned kernel as a `BlockSparse` of its nonzero blocks.
 
     Exact, except that a block of only `-0.0` is not kept and is restored as `0.0`, and that JAX converts a float64
-    kernel to float32 unless `jax_enable_x64` is set. Warns if a layer keeps more blocks than planned; `check_pruned`
-    refuses such a network.
+    kernel to float32 unless `jax_enable_x64` is set. Warns if a layer keeps more blocks than planned or is not finite;
+    `check_pruned` refuses such a network.
 
     Args:
       params: what `Sparsifier.finalize`, or the loop around `sparsify`, ended with.
@@ -54,13 +54,9 @@ def export(params: Any, plan: Plan) -> Any:
       ValueError: if a layer of the plan is missing from the tree or has another shape.
       TypeError: under `jax.jit`, where weights have no values to look at.
     """
-    if sentences := unpruned(params, plan):
+    for fault, sentences in faults(params, plan):
         more = f" (and {len(sentences) - _NAMED} more)" if len(sentences) > _NAMED else ""
-        warnings.warn(
-            f"{len(sentences)} of {len(plan.pruned)} layers keep more blocks than planned; was the schedule finished, "
-            f"and are these the parameters that `finalize` returned? {'; '.join(sentences[:_NAMED])}{more}",
-            stacklevel=2,
-        )
+        warnings.warn(f"{fault}: {'; '.join(sentences[:_NAMED])}{more}", stacklevel=2)
 
     def one(layer: LeafPlan | None, leaf: Any) -> Any:
         return leaf if layer is None else BlockSparse.fromdense(leaf, layer.block, view=layer.view)
