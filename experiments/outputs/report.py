@@ -48,7 +48,7 @@ def layer_rows(outcome: Outcome) -> list[dict[str, Any]]:
         if not layer.is_kernel:
             continue
         weights = leaves[layer.path]
-        alive = occupied(weights, layer.block)
+        alive = occupied(weights, layer.block, layer.view)
         rows.append(
             {
                 "path": layer.path,
