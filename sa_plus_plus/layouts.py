@@ -1,8 +1,7 @@
 """How the leaves of frameworks' layers are laid out: the view of a leaf that is given none, and depthwise kernels.
 
-For each leaf there are the readings that its name and its bias allow. One is certain. Of several the likeliest is taken,
-and the plan says `assumed`. A kernel that may be depthwise stays dense: its columns have one input channel each, and the
-blocks of a few weights that would be left of them compute nothing useful.
+A leaf has one reading or several, by its name and its bias. Of several the likeliest is taken, and the plan says
+`assumed`. A kernel that may be depthwise stays dense: each of its columns is one small filter, with nothing to spare.
 """
 
 import collections
@@ -153,11 +152,11 @@ def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> G
 
     The outputs are the axes that are as long as the bias: the last ones, or the second-to-last of a transposed
     convolution (`h w o i` in Keras and Haiku), or the first under the name `weight`. A bias that begins with the leaf's
-    first axes belongs to stacked layers, as from `nn.scan`, `nnx.vmap` and `eqx.filter_vmap`; without a bias, layers are
-    stacked if all leaves of the nearest module with a bias or a scale begin with the same axes. Three axes under the
-    names that flax and Keras give to attention projections are `d (h k)`. A `weight` of its bias's shape is that of a
-    norm. A matrix whose sides its bias does not tell apart is `(out, in)` in Equinox and `(in, out)` elsewhere, unless
-    the biases of other matrices of that name say otherwise.
+    first axes belongs to stacked layers, as from `nn.scan`, `nnx.vmap` and `eqx.filter_vmap`; without a bias, layers
+    are stacked if all leaves of the nearest module with a bias or a scale begin with the same axes. Three axes under
+    the names that flax and Keras give to attention projections are `d (h k)`. A `weight` of its bias's shape is that of
+    a norm. A matrix whose sides its bias does not tell apart is `(out, in)` in Equinox and `(in, out)` elsewhere,
+    unless the biases of other matrices of that name say otherwise.
 
     Args:
       path: of the leaf, keys joined by `/`.
@@ -236,24 +235,21 @@ def _by_name(leaf: _Leaf) -> _Readings:
     filters = math.prod(inner[:-2]) > 1  # of more than one point
     if filters and names.depthwise(leaf.module, leaf.name):
         return [last if last.depthwise else multiplied], True
-    if names.convolution(leaf.module):
+    if names.convolution(leaf.module, leaf.name):
         return [last], sure
     readings, certain = _by_order(leaf, [last], [reading(_outputs_before_last(len(inner)))])
-    if (
-        certain
-        and filters
-        and sure
-        and not (len(inner) == 3 and leaf.attention)
-        and inner[-1] <= _MULTIPLIERS
-        and inner[-1] < inner[-2]
-    ):
+    named = (len(inner) == 3 and leaf.attention) or names.transposed(leaf.path) in names.TRANSPOSED
+    if sure and filters and not named and inner[-1] <= min(_MULTIPLIERS, inner[-2] - 1):
         readings.append(multiplied)
     return readings, certain and sure and len(inner) > 3
 
 
 def _by_order(leaf: _Leaf, last: list[Reading], before_last: list[Reading]) -> _Readings:
     """The readings of a convolution that has its outputs last, or before its inputs if it is transposed."""
+    inner = leaf.shape[len(last[0].view.batch) :]
     transposed = names.transposed(leaf.path)
+    if transposed == "possible" and (math.prod(inner[:-2]) == 1 or (len(inner) == 3 and leaf.attention)):
+        transposed = ""  # filters of one point are not transposed
     if not transposed:
         return last, True
     return (before_last + last if transposed == names.OUTPUTS_BEFORE_INPUTS else last + before_last), False

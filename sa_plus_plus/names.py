@@ -8,6 +8,7 @@ BIASES = ("bias", "b")
 MARKS = (*BIASES, "scale", "offset", "gamma", "beta")  # leaves of one axis, if layers are not stacked
 
 OUTPUTS_BEFORE_INPUTS = "outputs before inputs"  # the order of transposed convolutions in Keras and Haiku
+TRANSPOSED = (OUTPUTS_BEFORE_INPUTS, "named")  # what `transposed` returns for layers that are called so
 _EMBEDDING = re.compile(r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?")
 _COLLECTIONS = ("batch_stats", "cache", "intermediates")  # collections of variables that are not trained
 _WEIGHT = re.compile(r"(^|_)weight(_|\d|$)")
@@ -81,13 +82,14 @@ def weight(name: str) -> bool:
     return bool(_WEIGHT.search(name))
 
 
-def convolution(module: str) -> bool:
-    """Whether a framework itself has named a layer as a plain convolution, neither depthwise nor transposed.
+def convolution(module: str, name: str) -> bool:
+    """Whether a framework itself has named a kernel as that of a plain convolution, neither depthwise nor transposed.
 
     Args:
-      module: the last key but one of a kernel's path.
+      module: the last key but one of its path.
+      name: the last.
     """
-    return bool(_CONVOLUTION.fullmatch(module))
+    return bool(_CONVOLUTION.fullmatch(module)) or "pointwise" in name.lower()
 
 
 def depthwise(module: str, name: str) -> bool:
@@ -103,13 +105,17 @@ def depthwise(module: str, name: str) -> bool:
 def transposed(path: str) -> str:
     """Whether a convolution may be a transposed one: `OUTPUTS_BEFORE_INPUTS`, `"named"`, `"possible"` or empty.
 
+    It is not if the layer is called a convolution, and nothing around it is called a decoder or the like.
+
     Args:
       path: of its kernel.
     """
     *above, name = ["", *keys(path)]
     module = above[-1]
-    if convolution(module):
+    if convolution(module, name):
         return ""
     if _TRANSPOSED.search(module) or _TRANSPOSED.search(name):
         return OUTPUTS_BEFORE_INPUTS if name == "w" or _OUTPUTS_BEFORE_INPUTS.fullmatch(module) else "named"
-    return "possible" if any(_UPWARDS.search(key) or _TRANSPOSED.search(key) for key in above) else ""
+    layer = next((key for key in (name, *reversed(above)) if not key.isdigit() and key not in ("kernel", "w")), "")
+    plain = "conv" in layer.lower() and not any(_UPWARDS.search(key) or _TRANSPOSED.search(key) for key in above)
+    return "" if plain else "possible"

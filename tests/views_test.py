@@ -266,17 +266,23 @@ def test_flax_convolutions():
     assert plan_of(nn.DenseGeneral((2, 6)), series)["kernel"].grid == (2, 6)
 
 
-def read(shapes, attributes, kernels):
-    """`{path: (view, assumed)}` of the kernels among leaves, where `kernels` says whether there are any.
+def read(shapes, attributes=False, alone=True):
+    """`{path: (view, assumed)}` of the kernels among leaves; see `planned`."""
+    found = [layer for layer in planned(shapes, attributes, alone) if layer.is_kernel]
+    return {layer.path: (layer.view or views.default(len(layer.shape)), layer.assumed) for layer in found}
 
-    Leaves are entries of a dict, or attributes of a module as Equinox has them.
+
+def planned(shapes, attributes=False, alone=False):
+    """The plan's layers.
+
+    Leaves are entries of a dict, or attributes of a module as Equinox has them. If they are not alone, there is another
+    kernel, since a plan without any is refused.
     """
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
-    if not kernels:  # a plan without any is refused
+    if not alone:
         leaves["other"] = jax.ShapeDtypeStruct((40, 40), jnp.float32)
     plan = sapp.plan(Attributes(leaves) if attributes else leaves, block=1, sparsity=0.5, min_blocks=1)
-    found = [layer for layer in plan.leaves if layer.is_kernel and layer.path != "other"]
-    return {layer.path: (layer.view or views.default(len(layer.shape)), layer.assumed) for layer in found}
+    return [layer for layer in plan.leaves if layer.path != "other"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -317,14 +323,14 @@ def one(rows, cols, batch=()):
         ({"l/w": (24, 36), "l/b": (24, 1)}, {"l/w": (one((0,), (1,)), False), "l/b": (one((0,), (1,)), False)}),
         # Transposed convolutions of Keras and Haiku have their outputs first; of one as wide as deep it cannot be told.
         ({"c/kernel": (3, 3, 8, 16), "c/bias": (8,)}, {"c/kernel": (one((0, 1, 3), (2,)), False)}),
-        ({"transpose/w": (3, 3, 8, 8), "transpose/b": (8,)}, {"transpose/w": (one((0, 1, 2), (3,)), True)}),
+        ({"transpose/w": (3, 3, 8, 8), "transpose/b": (8,)}, {"transpose/w": (one((0, 1, 3), (2,)), True)}),
         # A bias that fits in two ways, and one that fits in none.
         ({"l/kernel": (4, 4, 6), "l/bias": (4, 6)}, {"l/kernel": (one((0,), (1, 2)), True)}),
         ({"l/kernel": (3, 24, 36), "l/bias": (5,)}, {"l/kernel": (one((0, 1), (2,)), True)}),
     ],
 )
 def test_what_biases_and_names_tell(shapes, want):
-    assert read(shapes, attributes=False, kernels=bool(want)) == want
+    assert read(shapes, alone=bool(want)) == want
 
 
 @pytest.mark.parametrize(
@@ -342,7 +348,7 @@ def test_what_biases_and_names_tell(shapes, want):
     ],
 )
 def test_weights_with_outputs_first(shapes, want):
-    assert read(shapes, attributes=True, kernels=bool(want)) == want
+    assert read(shapes, attributes=True, alone=False) == want
 
 
 def test_one_weight_for_each_channel_is_no_kernel():
@@ -354,11 +360,146 @@ def test_one_weight_for_each_channel_is_no_kernel():
     assert given.pruned["l/gate"].grid == (3, 24)
 
 
-def test_depthwise_kernels_of_keras():
-    params = {"depthwise_conv2d/kernel": jnp.ones((3, 3, 40, 1)), "conv2d/kernel": jnp.ones((3, 3, 40, 10))}
-    plan = sapp.plan(params, block=1, sparsity=0.5)
-    assert list(plan.pruned) == ["conv2d/kernel"]
-    assert plan.leaves[1].skip_reason == "depthwise kernel, or of one input channel"
+IN_OUT, OUT_IN = one((0,), (1,)), one((1,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "want"),
+    [
+        # PyTorch's order, in trees and in the flat names of its files.
+        ({"dense/weight": (96, 24), "dense/bias": (96,)}, {"dense/weight": (OUT_IN, False)}),
+        ({"a.dense.weight": (96, 24), "a.dense.bias": (96,)}, {"a.dense.weight": (OUT_IN, False)}),
+        ({"in_proj_weight": (96, 24), "in_proj_bias": (96,)}, {"in_proj_weight": (OUT_IN, False)}),
+        ({"conv/weight": (16, 8, 3, 3), "conv/bias": (16,)}, {"conv/weight": (one((2, 3, 1), (0,)), False)}),
+        ({"conv/weight": (16, 8, 3, 3)}, {"conv/weight": (one((2, 3, 1), (0,)), True)}),
+        ({"conv/weight": (3, 3, 8, 16)}, {"conv/weight": (one((0, 1, 2), (3,)), True)}),
+        ({"up/weight": (16, 8, 3, 3), "up/bias": (8,)}, {"up/weight": (one((2, 3, 0), (1,)), False)}),
+        # A plain tree with the same names and outputs last.
+        ({"dense/weight": (24, 96), "dense/bias": (96,)}, {"dense/weight": (IN_OUT, False)}),
+        ({"w1": (24, 96), "b1": (96,)}, {"w1": (IN_OUT, False)}),
+        # Ties.
+        ({"weight": (24, 24), "bias": (24,)}, {"weight": (IN_OUT, True)}),
+        ({"a.weight": (24, 36)}, {"a.weight": (OUT_IN, True)}),
+        ({"kernel": (24, 24), "bias": (24,)}, {"kernel": (IN_OUT, False)}),
+        # GPT-2 of transformers; what its biases do not decide is read as those they do.
+        (
+            {
+                **{"c_attn/kernel": (72, 24), "c_attn/bias": (72,)},
+                **{"c_proj/kernel": (24, 24), "c_proj/bias": (24,), "head/kernel": (24, 99)},
+            },
+            {"c_attn/kernel": (OUT_IN, False), "c_proj/kernel": (OUT_IN, True), "head/kernel": (OUT_IN, True)},
+        ),
+        # Stacks of these.
+        ({"l/kernel": (3, 72, 24), "l/bias": (3, 72)}, {"l/kernel": (one((2,), (1,), (0,)), False)}),
+        ({"l/kernel": (3, 24, 24), "l/bias": (3, 24)}, {"l/kernel": (one((1,), (2,), (0,)), False)}),
+        # A bias that two matrices have beside them contradicts none.
+        (
+            {"up": (24, 96), "down": (96, 24), "bias": (24,)},
+            {"up": (IN_OUT, True), "down": (IN_OUT, False)},
+        ),
+        # A norm's weights, one vector for each of three layers.
+        ({"norm/weight": (3, 24), "norm/bias": (3, 24)}, {}),
+    ],
+)
+def test_which_side_of_a_matrix_is_the_outputs(shapes, want):
+    assert read(shapes, alone=bool(want)) == want
+
+
+def test_matrices_of_equinox_are_read_by_their_biases_too():
+    assert read({"weight": (24, 96), "bias": (96,)}, attributes=True) == {"weight": (IN_OUT, False)}
+    assert read({"weight": (24, 24), "bias": (24,)}, attributes=True) == {"weight": (OUT_IN, False)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias", "path"),
+    [
+        ((3, 3, 40, 1), (40,), "a/kernel"),  # Keras
+        ((3, 3, 40, 2), (80,), "a/kernel"),
+        ((3, 40, 2), (80,), "a/kernel"),
+        ((3, 3, 40, 1), None, "conv_dw_1/kernel"),
+        ((3, 3, 40, 2), None, "spatial/kernel"),
+        ((5, 40, 1), None, "spatial/kernel"),
+        ((3, 3, 40, 16), None, "a/depthwise_kernel"),
+        ((3, 3, 1, 1), None, "depthwise_conv2d/kernel"),
+        ((3, 1, 80), (80,), "Conv_0/kernel"),  # flax and Haiku
+        ((3, 1, 80), None, "Conv_0/kernel"),
+        ((3, 3, 3, 1, 80), None, "a/w"),
+        ((6, 3, 3, 1, 80), (6, 80), "layers/kernel"),
+        ((6, 3, 1, 80), (6, 80), "layers/kernel"),
+        ((10, 1, 512), None, "conv_layers/0/conv/kernel"),  # on raw audio
+        ((4, 256), (256,), "conv_1d/w"),  # without an axis for its one input
+        ((80, 1, 3, 3), None, "a.weight"),  # PyTorch
+        ((8, 1, 5, 5), None, "a.weight"),
+        ((80, 1, 3), (80,), "a.weight"),
+    ],
+)
+def test_depthwise_kernels_by_their_structure(shape, bias, path):
+    beside = {path[: -len("kernel")] + "bias" if "kernel" in path else path[:-1] + "b": bias} if bias else {}
+    if path.endswith("weight"):
+        beside = {"a.bias": bias} if bias else {}
+    (layer,) = (layer for layer in planned({path: shape, **beside}) if layer.path == path)
+    assert "depthwise" in layer.skip_reason, layer
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias"),
+    [
+        ((80, 1, 3), (80, 1)),
+        ((80, 1, 3), None),
+        ((80, 1, 3, 3, 3), (80, 1, 1, 1)),
+        ((6, 80, 1, 3, 3), (6, 80, 1, 1)),
+        ((6, 80, 1, 3, 3), None),  # of stacked layers, or over one frame
+        ((6, 80, 1, 3), None),
+    ],
+)
+def test_depthwise_kernels_of_equinox(shape, bias):
+    shapes = {"weight": shape} | ({"bias": bias} if bias else {})
+    (layer,) = (layer for layer in planned(shapes, attributes=True) if layer.path == "weight")
+    assert "depthwise" in layer.skip_reason
+
+
+@pytest.mark.parametrize(
+    ("shape", "bias", "path"),
+    [
+        ((3, 3, 40, 1), (1,), "head/kernel"),  # one output channel
+        ((1, 1, 40, 1), None, "conv_head/kernel"),
+        ((3, 3, 40, 6), None, "Conv_3/kernel"),  # as linen numbers convolutions
+        ((3, 3, 40, 6), None, "conv2d_3/kernel"),
+        ((3, 3, 40, 16), None, "conv1/kernel"),
+        ((3, 3, 4, 40), (40,), "conv1/kernel"),  # four input channels a group
+        ((1, 1, 40, 8), None, "separable_conv2d/pointwise_kernel"),
+        ((512, 1, 64), (1, 64), "key/kernel"),  # attention of one head
+        ((512, 1, 64), None, "key/kernel"),
+        ((1, 24, 64), None, "out/kernel"),
+        ((24, 36), (36,), "graph_conv/kernel"),
+    ],
+)
+def test_kernels_that_are_not_depthwise(shape, bias, path):
+    beside = {path.replace("kernel", "bias"): bias} if bias else {}
+    layer = next(layer for layer in planned({path: shape, **beside}) if layer.path == path)
+    assert (layer.skip_reason, layer.assumed) == ("", False)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "bias", "want"),
+    [
+        ("conv2d_transpose_1/kernel", (3, 3, 8, 16), None, (one((0, 1, 3), (2,)), True)),
+        ("conv3_d_transpose/w", (3, 3, 3, 8, 16), None, (one((0, 1, 2, 4), (3,)), True)),
+        ("my_deconv/w", (3, 8, 16), None, (one((0, 2), (1,)), True)),
+        ("ConvTranspose_0/kernel", (3, 3, 8, 16), None, (one((0, 1, 2), (3,)), True)),  # linen has both orders
+        ("up_1/kernel", (3, 3, 8, 16), None, (one((0, 1, 2), (3,)), True)),
+        ("decoder/conv1/kernel", (3, 3, 8, 16), None, (one((0, 1, 2), (3,)), True)),
+        ("layer/kernel", (3, 3, 16, 16), (16,), (one((0, 1, 2), (3,)), True)),
+        ("conv2d_transpose_1/kernel", (3, 3, 16, 16), (16,), (one((0, 1, 3), (2,)), True)),
+        ("l/kernel", (5, 3, 3, 8, 16), (5, 8), (one((1, 2, 4), (3,), (0,)), False)),  # stacked
+        ("decoder/expand/kernel", (1, 1, 9, 54), None, (one((0, 1, 2), (3,)), False)),  # of one point
+        ("conv1/kernel", (3, 3, 16, 16), (16,), (one((0, 1, 2), (3,)), False)),
+        ("stage/convs/0/kernel", (3, 3, 16, 16), None, (one((0, 1, 2), (3,)), False)),
+    ],
+)
+def test_transposed_convolutions(path, shape, bias, want):
+    beside = {path.rpartition("/")[0] + "/bias": bias} if bias else {}
+    assert read({path: shape, **beside})[path] == want
 
 
 def test_the_plan_says_how_leaves_are_read():
