@@ -170,12 +170,13 @@ def plan(
         `(1, None)` prunes rows (inputs), `(None, 1)` columns (neurons, channels, filters).
       sparsity: share of the blocks to remove, in [0, 1).
       min_blocks: kernels with fewer blocks in a matrix stay dense.
-      where: predicate on the path of a leaf, `Dense_0/kernel`. By default `named_as_kernel` decides, and depthwise
-        kernels `(height, width, 1, channels)` stay dense, as do first layers for grey images, which look the same.
+      where: predicate on the path of a leaf, `Dense_0/kernel`; by default `named_as_kernel`. Kernels that are, or may
+        be, depthwise stay dense whatever it says, as do first layers for grey images, which look the same. Such a
+        kernel is pruned if its own path, not a pattern, is in `overrides` or `views`.
       overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...)` to
         use there. The first matching pattern applies.
       views: by path or pattern, how leaves are read as matrices: `"d (h k)"`, `"[l] i o"`, `"o i -> i o"` (see
-        `views.as_view`). By default `views.guess` decides by names and biases; `print(plan)` shows the result, and
+        `views.as_view`). By default `layouts.guess` decides by names and biases; `print(plan)` shows the result, and
         where it is an assumption.
 
     Raises:
