@@ -76,7 +76,7 @@ class Tree:
             shape, length = self.shapes[path], self.shapes[bias]
             first, last = length == shape[:-1], length == shape[:-2] + shape[-1:]
             if first != last and len(shape) > 1 and bias not in self._shared:
-                self._orders.setdefault(path[-1], set()).add(first)
+                self._orders.setdefault(_kind(path[-1]), set()).add(first)
 
     def _beside(self, path: tuple[str, ...]) -> tuple[str, ...] | None:
         *module, own = path
@@ -103,7 +103,12 @@ class Tree:
 
     def orders(self, path: str) -> set[bool]:
         """Whether matrices of the same name have their outputs first, by those of them whose biases tell."""
-        return self._orders.get(names.keys(path)[-1], set())
+        return self._orders.get(_kind(names.keys(path)[-1]), set())
+
+
+def _kind(name: str) -> str:
+    """The name of a leaf, one for all that are called a weight."""
+    return "weight" if names.weight(name) else name
 
 
 def _modules(path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

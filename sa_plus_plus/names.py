@@ -1,5 +1,6 @@
 """What the path of a leaf tells about it, by the names that flax, Haiku, Equinox, Keras and PyTorch give."""
 
+import functools
 import re
 
 PROJECTIONS = ("query", "key", "value", "q", "k", "v")  # attention: one input axis, heads and their size out
@@ -61,6 +62,7 @@ def other_than_kernel(path: str) -> str:
     return name if name in ("bias", "scale", "offset", "gamma", "beta") else ""
 
 
+@functools.cache
 def biases(name: str) -> list[str]:
     """Names that a leaf's own bias may have beside it, the most likely first.
 

@@ -119,7 +119,10 @@ IN_OUT, OUT_IN = one((0,), (1,)), one((1,), (0,))
         # PyTorch's order, in trees and in the flat names of its files.
         ({"dense/weight": (96, 24), "dense/bias": (96,)}, {"dense/weight": (OUT_IN, False)}),
         ({"a.dense.weight": (96, 24), "a.dense.bias": (96,)}, {"a.dense.weight": (OUT_IN, False)}),
-        ({"in_proj_weight": (96, 24), "in_proj_bias": (96,)}, {"in_proj_weight": (OUT_IN, False)}),
+        (
+            {"in_proj_weight": (96, 32), "in_proj_bias": (96,), "out/weight": (32, 32), "out/bias": (32,)},
+            {"in_proj_weight": (OUT_IN, False), "out/weight": (OUT_IN, True)},
+        ),
         ({"conv/weight": (16, 8, 3, 3), "conv/bias": (16,)}, {"conv/weight": (one((2, 3, 1), (0,)), False)}),
         ({"conv/weight": (16, 8, 3, 3)}, {"conv/weight": (one((2, 3, 1), (0,)), True)}),
         ({"conv/weight": (3, 3, 8, 16)}, {"conv/weight": (one((0, 1, 2), (3,)), True)}),
