@@ -268,7 +268,7 @@ class Transposed(nn.Module):
 # Layers of each framework: a kernel with a single column of its matrix changes a single output channel.
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-SIDE = 4
+SIDE = 3
 
 
 def linen(make):
@@ -388,9 +388,8 @@ def test_columns_are_the_output_channels_of_a_convolution(name, rank, bias):
     assert len(found) == 1
     assert found[0].assumed <= (not bias)
     if not found[0].assumed:
-        for column in (0, 4):
-            channels, n = channels_of(found[0].path[1:], params, column, found[0], call)
-            assert (channels.tolist(), blocks.matrix_shape(found[0].shape, found[0].view)[1]) == ([column], n)
+        channels, n = channels_of(found[0].path[1:], params, 4, found[0], call)
+        assert (channels.tolist(), blocks.matrix_shape(found[0].shape, found[0].view)[1]) == ([4], n)
 
 
 @pytest.mark.parametrize("bias", [True, False])
