@@ -28,7 +28,7 @@ class PlanOptions(TypedDict, total=False):
     Attributes:
       min_blocks: kernels with fewer blocks stay dense (default 100; paper, C.1).
       where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings, biases, scales, low-rank
-        factors, depthwise kernels and batch statistics.
+        factors and batch statistics. Depthwise kernels stay dense whatever it says.
       overrides: other `block`, `sparsity` or `min_blocks` by path or pattern.
       views: how leaves are read as matrices, by path or pattern: `{"*/query/kernel": "d (h k)"}`.
     """

@@ -10,6 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIBRARY = (
     "files",
     "views",
+    "names",
+    "layouts",
     "blocks",
     "select",
     "phases",
