@@ -2,9 +2,11 @@
 
 import collections
 import hashlib
+import itertools
 import json
 import struct
 
+import file_fuzz
 import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
@@ -147,7 +149,28 @@ def test_a_network_through_a_file_bit_by_bit(tmp_path):
         about = json.loads(file.metadata()["sa_plus_plus"])
         assert file.metadata()["accuracy"] == "0.95"
     assert about["kernels"]["conv/kernel"]["shape"] == [3, 3, 24, 40]
-    assert (tmp_path / "network.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_equal_content_has_equal_bytes(tmp_path):
+    w = BlockSparse.fromdense(np.kron(np.eye(3, 2), np.ones((4, 4))).astype(np.float32), 4)
+    leaves, metadata = [("b", w), ("a", np.ones(3)), ("c", np.int32(1))], [("x", "1"), ("é", "2\n"), ("z", "3")]
+    contents = set()
+    for orders in zip(itertools.permutations(leaves), itertools.permutations(metadata), strict=True):
+        tree, texts = map(collections.OrderedDict, orders)
+        saved = sapp.save(tmp_path / "a", tree, metadata=texts)
+        assert saved.bytes == (tmp_path / "a").stat().st_size
+        contents.add((tmp_path / "a").read_bytes())
+    (content,) = contents
+    assert int.from_bytes(content[:8], "little") % 8 == 0  # tensors are aligned
+    with safetensors.safe_open(tmp_path / "a", "numpy") as file:  # by the library, not this package
+        assert dict(metadata).items() <= file.metadata().items()
+        np.testing.assert_array_equal(file.get_tensor("a"), np.ones(3))
+
+
+def test_whatever_a_file_holds_it_is_read_or_refused():
+    outcomes = file_fuzz.run(seed=0, count=400)
+    assert {name.rpartition(": ")[2] for name in outcomes} == {"read", "refused"}
+    assert sum(outcomes.values()) == 400
 
 
 @pytest.mark.parametrize("block", [(4, 4), (16, 16), (20, 20), (32, 8)])
@@ -310,6 +333,18 @@ def test_no_leaf_has_the_name_of_a_kernels_tensor(tmp_path, part):
     fine = {"w": w, "v": {f"w:{part}": a}, "w:bias": a}
     sapp.save(tmp_path / "a", fine)
     assert_same(sapp.load(tmp_path / "a"), fine)
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 1e38])
+def test_scales_of_another_range_are_refused(tmp_path, scale):
+    def change(kernel, tensors):
+        kernel["storage"] = "int8"
+        tensors["k:blocks"] = np.full(48, 127, np.int8)
+        tensors["k:scales"] = np.array([1, scale, 1], np.float32)
+
+    hostile(tmp_path / "a", change)
+    with pytest.raises(ValueError, match=r"a: kernel 'k' is damaged: .*not finite in float32, which int8 never has"):
+        sapp.load(tmp_path / "a")
 
 
 def test_scales_are_those_of_int8_alone(tmp_path):

@@ -168,4 +168,8 @@ def unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Block
         raise ValueError(f"its blocks are {blocks.dtype}, though it is {dtype} in storage {storage!r}")
     full = np.zeros(layout.real.shape, blocks.dtype)
     full[layout.real] = blocks
-    return BlockSparse(as_jax(_widened(full, scales, jnp.dtype(dtype))), layout)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+        wide = _widened(full, scales, jnp.dtype(dtype))
+        if storage != "exact" and not np.isfinite(wide).all():
+            raise ValueError(f"it has weights or scales that are not finite in {dtype}, which {storage} never has")
+    return BlockSparse(as_jax(wide), layout)

@@ -28,6 +28,9 @@ _ABOUT = {
     "jax": str,
     "platforms": [str],
     "calling_convention": int,
+    "compiled": bool,
+    "inputs": [[str]],  # for readers of the file; as long as the networks are many
+    "outputs": [[str]],
     "networks": [{"weights": [int], "table": str}],
 }
 
@@ -122,7 +125,7 @@ def read(path: str | os.PathLike[str], custom_calls: Collection[str] = ()) -> St
     if not damage and about["format"] != FORMAT:
         what = f"up to {FORMAT}: install a newer one" if about["format"] > FORMAT else f"{FORMAT}: write it again"
         raise ValueError(f"{path} has format {shortened(about['format'])}, this version reads {what}")
-    damage = damage or container.misfit(about, _ABOUT, "about") or _misnamed(tensors, about["networks"])
+    damage = damage or container.misfit(about, _ABOUT, "about") or _misnamed(tensors, about)
     if damage or header["kernels"]:
         raise ValueError(f"{path} is damaged: {damage or 'a network has no kernels by blocks'}")
     _check_here(path, about)
@@ -191,7 +194,7 @@ def _program(
     try:
         program = jax.export.deserialize(bytearray(content))
         contents = _contents(program)
-        unfit = _unfit(program, about, weights)
+        unfit = _unfit(program, contents, about, weights)
     except Exception as error:  # flatbuffers, JAX and MLIR have no common base class for theirs
         raise ValueError(
             f"{path} was written with jax {shortened(about['jax'])}, jax {jax.__version__} cannot read its program: "
@@ -202,11 +205,7 @@ def _program(
             f"{path} calls {', '.join(map(shortened, foreign))}, with which a forged file could crash the process or "
             f"worse: if you trust the file, load it with custom_calls={shortened(foreign)}"
         )
-    strange = [name for name in contents.operations if name.split(".")[0] not in _DIALECTS or name in _TALKING]
-    if strange or unfit or contents.types != contents.stated:
-        unfit = unfit or (
-            f"has the operation {min(strange)}" if strange else "takes or returns other arrays than stated"
-        )
+    if unfit:
         raise ValueError(f"{path} is damaged: a program {unfit}")
     if contents.calls & {*native.TARGETS} and (why := native.missing()):
         raise RuntimeError(f"{path} needs the compiled kernel for CPUs, and there is none: {why}")
@@ -215,19 +214,25 @@ def _program(
     return program
 
 
-def _unfit(program: jax.export.Exported, about: Mapping[str, Any], weights: Sequence[Any]) -> str | None:
-    """What of a program contradicts its file."""
+def _unfit(
+    program: jax.export.Exported, contents: _Contents, about: Mapping[str, Any], weights: Sequence[Any]
+) -> str | None:
+    """What of a program contradicts its file or itself, or no network does."""
     arguments, options = jax.tree.unflatten(program.in_tree, program.in_avals)
     taken = arguments[0] if isinstance(arguments, tuple) and arguments else None
     jax.tree.unflatten(program.out_tree, program.out_avals)
     if list(program.platforms) != about["platforms"]:
-        return f"is for {', '.join(program.platforms)}"
+        return f"is for {shortened(program.platforms)}, not {shortened(about['platforms'])}"
     if program.calling_convention_version != about["calling_convention"]:
         return f"has the calling convention {program.calling_convention_version}"
     if program.ordered_effects or program.unordered_effects:
         return "has side effects"
     if not isinstance(taken, list) or options or [*map(_kind, taken)] != [*map(_kind, weights)]:
         return "does not take the weights beside it"
+    if strange := [name for name in contents.operations if name.split(".")[0] not in _DIALECTS or name in _TALKING]:
+        return f"has the operation {min(strange)}"
+    if contents.types != contents.stated:
+        return "takes or returns other arrays than are stated beside it"
     return None
 
 
@@ -244,14 +249,14 @@ def _check_here(path: Any, about: Mapping[str, Any]) -> None:
     here, version = jax.default_backend(), about["calling_convention"]
     known = {"gpu": {"cuda", "rocm"}}.get(here, {here})
     if not known & {*about["platforms"]}:
-        there = ", ".join(about["platforms"]) or "no platform"
+        there = ", ".join(map(shortened, about["platforms"])) or "no platform"
         raise ValueError(f"{path} is for {there}, JAX runs on {here}: save it on such a machine")
     oldest = jax.export.minimum_supported_calling_convention_version
     newest = jax.export.maximum_supported_calling_convention_version
     if not oldest <= version <= newest:
         raise ValueError(
-            f"{path} was written with jax {about['jax']}, in version {version} of its format for programs; jax "
-            f"{jax.__version__} reads {oldest} to {newest}: install a version nearer to it, or save the network again"
+            f"{path} was written with jax {shortened(about['jax'])}, in version {version} of its format for programs; "
+            f"jax {jax.__version__} reads {oldest} to {newest}: install one nearer to it, or save the network again"
         )
 
 
@@ -260,10 +265,12 @@ def _need_flatbuffers() -> None:
         raise ImportError("files of networks need the package flatbuffers: pip install flatbuffers safetensors")
 
 
-def _misnamed(tensors: Mapping[str, np.ndarray], networks: Sequence[Mapping[str, Any]]) -> str | None:
-    """What tensors of a file are missing, or are not those of its networks."""
-    if not networks:
-        return "it has no network"
+def _misnamed(tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str | None:
+    """What a file has too much or too little of."""
+    networks = about["networks"]
+    if not networks or not len(networks) == len(about["inputs"]) == len(about["outputs"]):
+        counts = ", ".join(f"{len(about[what])} {what}" for what in ("networks", "inputs", "outputs"))
+        return f"about has {counts}"
     programs = {f"programs/{number}" for number in range(len(networks))}
     wanted = {"about", *programs, *(f"weights/{i}" for network in networks for i in network["weights"])}
     if missing := sorted(wanted - tensors.keys()):
