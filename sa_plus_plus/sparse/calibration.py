@@ -129,4 +129,4 @@ def shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
 
 def shapes(values: Sequence[tuple[tuple[int, ...], Any]]) -> str:
     """Shapes and dtypes, for errors."""
-    return ", ".join(f"{dtype.name}{list(shape)}" for shape, dtype in values)
+    return ", ".join(f"{dtype.name}[{', '.join(map(str, shape))}]" for shape, dtype in values)

@@ -20,6 +20,7 @@ from sa_plus_plus.sparse.attention import Attention
 from sa_plus_plus.sparse.calibration import batch_of, batches_of, errors_of, ranges_of, shape_and_type, shapes
 from sa_plus_plus.sparse.forms import BFLOAT16, FLOAT32, UINT8
 from sa_plus_plus.sparse.fusing import with_attention
+from sa_plus_plus.sparse.inference import instead
 from sa_plus_plus.sparse.matmul import Implementation, chosen
 from sa_plus_plus.sparse.overlooked import overlooked, weights_among
 from sa_plus_plus.sparse.patterns import planned_blocks, pruned_in
@@ -98,10 +99,7 @@ class Network:
         got = [(x.shape, x.dtype) if isinstance(x, jax.Array) else shape_and_type(x) for x in leaves]
         want = self._wanted
         if got != want:
-            raise ValueError(
-                f"this network was made for {shapes(want)}, got {shapes(got)}: make another for these, "
-                "or pad them to that shape"
-            )
+            raise ValueError(f"this network was made for {shapes(want)}, got {shapes(got)}: {instead(want, got)}")
         return self._jitted(self._arrays, *inputs)
 
     @property
@@ -133,7 +131,7 @@ class Network:
 
     def __reduce__(self) -> Any:
         """The pickle is the file that `save` writes; it unpickles as a `sapp.serve.Loaded`."""
-        return serve.loads, (serve.dumps(self),)
+        return serve.reduced(self)
 
     def __deepcopy__(self, memo: Any) -> "Network":
         return Network(self._program, jax.tree.map(lambda a: a, self.weights), self.choices)
