@@ -19,9 +19,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import app, flags
 
-import sa_plus_plus.sparse.ops.native as native
 from benchmarks import timing
 from sa_plus_plus.sparse import BlockSparse, block_sparse_matmul
+from sa_plus_plus.sparse.ops import native
 
 SHAPES = flags.DEFINE_list("shapes", ["2048x2048", "4096x4096", "4608x512"], "Rows by columns of the kernel.")
 BATCHES = flags.DEFINE_list("batches", ["1", "32", "256"], "Rows of x.")

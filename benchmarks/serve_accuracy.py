@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from sa_plus_plus.sparse.compiler.specialize import Precision
 
 import sa_plus_plus as sapp
 from benchmarks import timing
 from experiments import cli
 from experiments.training import sharding
 from experiments.training.setup import prepare
+from sa_plus_plus.sparse.compiler.autotune import Precision
 
 flags.declare_key_flag("config")
 _WEIGHTS = flags.DEFINE_string("weights", None, "A pruned.safetensors of a run with this config.", required=True)

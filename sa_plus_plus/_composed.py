@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.sharding import AxisType
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import dynamic_sparsity, planning
 from sa_plus_plus.dynamic_sparsity import Rewiring
-from sa_plus_plus.masking import adopted, differs, keep, spread, times, zero_masked
+from sa_plus_plus.masking import keep, spread, times, zero_masked
 from sa_plus_plus.phases import SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
 from sa_plus_plus.sharding import automatic, of_grid
 from sa_plus_plus.sparsifier import Masks, Params, PruneState, State, Trainable
+from sa_plus_plus.trees import added, apart, differs, owned, taken_over
 
 
 class Parametrisation(NamedTuple):
@@ -77,6 +77,7 @@ class Composed:
     seed: Any
 
     def init(self, params: Params, key: jax.Array | None = None) -> State:
+        params = owned(params)
         layers, key = self.plan(params).pruned, self._key_data(key)
         _check_values(params, layers, self.parametrisation.by_norm or self.phases.phases[0].kind == SPARSE)
 
@@ -103,7 +104,8 @@ class Composed:
         return trainable, prune
 
     def apply(self, trainable: Trainable, prune: PruneState) -> Params:
-        return automatic(self._apply, lambda: trainable.params, trainable, prune)
+        params = automatic(self._apply, lambda: trainable.params, trainable, prune)
+        return apart(params, trainable)
 
     def _apply(self, trainable: Trainable, prune: PruneState) -> Params:
         def effective(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
@@ -132,20 +134,21 @@ class Composed:
         return zero_masked(self.apply(trainable, prune), prune.masks, self._layers(trainable))
 
     def adopt(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
-        return automatic(self._adopt, lambda: trainable, trainable, prune, params)
+        adopted = automatic(self._adopt, lambda: trainable, trainable, prune, params)
+        return apart(adopted, trainable, params)
 
     def _adopt(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
         def own(layer: LeafPlan | None, weights: jax.Array, given: jax.Array) -> jax.Array:
             if layer is None:
-                return adopted(given, weights)
+                return taken_over(given, weights)
             logits = trainable.logits.get(layer.path)
             scale = self.parametrisation.scale(weights, logits, layer)
-            unmasked = weights if scale is None else times(weights, scale, layer)
-            takes_part = prune.masks[layer.path] if scale is None else prune.masks[layer.path] & (scale != 0)
-            moved = differs(given, unmasked) & spread(takes_part, layer)
+            mask = prune.masks[layer.path]
+            effective = self._effective(layer, weights, logits, mask)
+            moved = differs(given, effective) & spread(mask if scale is None else mask & (scale != 0), layer)
 
             def changed() -> jax.Array:
-                wanted = jnp.where(moved, given.astype(weights.dtype), unmasked)
+                wanted = jnp.where(moved, given.astype(weights.dtype), effective)
                 new = self.parametrisation.weights(wanted, logits, layer)
                 if not self.parametrisation.by_norm:
                     return jnp.where(moved, new, weights)
@@ -154,7 +157,7 @@ class Composed:
                 )  # its norm is part of each weight
                 return keep(new, whole, layer, otherwise=weights)
 
-            # Norms take several passes over the weights, and a loop rarely changes any.
+            # Norms take several passes over the weights.
             return lax.cond(moved.any(), changed, lambda: weights) if self.parametrisation.by_norm else changed()
 
         return trainable._replace(params=map_layers(own, trainable.params, self._layers(trainable), params))
@@ -172,7 +175,8 @@ class Composed:
                 "those that the optimizer was given"
             )
         grads = grads if self._by_gradient else None
-        return automatic(self._update, lambda: (trainable, prune), trainable, prune, updates, grads)
+        state = automatic(self._update, lambda: (trainable, prune), trainable, prune, updates, grads)
+        return apart(state, trainable, prune)
 
     def _update(
         self, trainable: Trainable, prune: PruneState, updates: Trainable | None, grads: Trainable | None
@@ -208,7 +212,7 @@ class Composed:
         moved = trainable
         if updates is not None:
             scaled = {path: self.logit_lr * u for path, u in updates.logits.items()}
-            moved = optax.apply_updates(trainable, updates._replace(logits=scaled))
+            moved = added(trainable, updates._replace(logits=scaled))
         elif not self.forget_masked:
             return trainable
 
@@ -288,9 +292,9 @@ class Composed:
             return None
         key = jax.random.key(self.seed, impl="threefry2x32") if key is None else key
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            return jnp.asarray(key)
+            return jnp.copy(key)
         own = jax.random.key_impl(key) == "threefry2x32"
-        return jax.random.key_data(key) if own else jax.random.bits(key, (2,), "uint32")
+        return jnp.copy(jax.random.key_data(key)) if own else jax.random.bits(key, (2,), "uint32")
 
 
 def _as_kernels_lie(state: State, params: Params, layers: dict[str, LeafPlan]) -> State:

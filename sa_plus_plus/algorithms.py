@@ -11,7 +11,6 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import phases as schedules
@@ -24,11 +23,12 @@ from sa_plus_plus.compose import (
     check_start,
     compose,
 )
-from sa_plus_plus.masking import adopted, times
+from sa_plus_plus.masking import times
 from sa_plus_plus.phases import DENSE, KINDS, Phases
 from sa_plus_plus.planning import LeafPlan, Plan
 from sa_plus_plus.registry import algorithm
 from sa_plus_plus.sparsifier import Params, PruneState, Sparsifier, State, Trainable
+from sa_plus_plus.trees import added, apart, owned, taken_over
 
 
 def block_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
@@ -76,17 +76,19 @@ def dense(*, phases: Phases) -> Sparsifier:
 
     def init(params: Params, key: jax.Array | None = None) -> State:
         zero = jnp.zeros((), jnp.int32)
-        return Trainable(params, {}), PruneState(zero, jnp.zeros((), jnp.int32), {})
+        return Trainable(owned(params), {}), PruneState(zero, jnp.zeros((), jnp.int32), {})
 
     def update(trainable: Trainable, prune: PruneState, updates: Trainable | None = None, grads: Any = None) -> State:
-        if updates is not None:
-            trainable = optax.apply_updates(trainable, updates)
-        return trainable, PruneState(prune.step + 1, phases.index(prune.step + 1), {})
+        moved = trainable if updates is None else added(trainable, updates)
+        return apart(moved, trainable), PruneState(prune.step + 1, phases.index(prune.step + 1), {})
 
     def adopt(trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
-        return Trainable(jax.tree.map(adopted, params, trainable.params), {})
+        return Trainable(apart(jax.tree.map(taken_over, params, trainable.params), params), {})
 
-    return Sparsifier(init, lambda t, prune: t.params, update, lambda t, prune: t.params, adopt, plan, phases)
+    def apply(trainable: Trainable, prune: PruneState) -> Params:
+        return apart(trainable.params, trainable)
+
+    return Sparsifier(init, apply, update, apply, adopt, plan, phases)
 
 
 @algorithm(schedules.magnitude)

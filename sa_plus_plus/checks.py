@@ -1,4 +1,4 @@
-"""Whether a network is as sparse as was planned."""
+"""Whether a network is as sparse as was planned, and finite."""
 
 from typing import Any
 
@@ -9,9 +9,19 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus.planning import Plan, path_string
 from sa_plus_plus.views import View
 
+_CAUSES = (
+    "possible causes: an unfinished schedule, an average of weights over steps, something after `sparsify` in the "
+    "chain that changes the updates, such as clipping, or around it that freezes the layer, such as optax.masked; "
+    "train to the end of the schedule and take what `finalize` returns"
+)
+_DIVERGED = (
+    "training has diverged: lower the learning rate, clip gradients inside `sparsify` or put `optax.apply_if_finite` "
+    "around it, and go back to a checkpoint that is finite"
+)
+
 
 def check_pruned(params: Any, plan: Plan) -> None:
-    """Raise an error if layers keep more blocks than planned: the schedule was not finished, or not applied.
+    """Raise an error if layers keep more blocks than planned, or hold weights that are not finite.
 
     A block is kept if any of its weights is not zero. Fewer blocks than planned are not an error.
 
@@ -20,19 +30,19 @@ def check_pruned(params: Any, plan: Plan) -> None:
       plan: `sp.plan(params)`.
 
     Raises:
-      ValueError: naming each such layer; or if a layer of the plan is missing from the tree or has another shape.
+      ValueError: naming each such layer and what may have caused it; or if a layer of the plan is missing from the
+        tree or has another shape.
       TypeError: under `jax.jit`, where weights have no values to look at.
     """
-    if sentences := unpruned(params, plan):
-        listed = "\n".join(f"  {sentence}" for sentence in sentences)
-        raise ValueError(
-            f"{len(sentences)} of {len(plan.pruned)} layers keep more blocks than planned; train to the end of the "
-            f"schedule and take what `finalize` returns:\n{listed}"
-        )
+    if found := faults(params, plan):
+        raise ValueError("\n".join("\n  ".join([head + ":", *sentences]) for head, sentences in found))
 
 
-def unpruned(params: Any, plan: Plan) -> list[str]:
-    """One sentence for each layer that keeps more blocks than planned, largest surplus first.
+def faults(params: Any, plan: Plan) -> list[tuple[str, list[str]]]:
+    """What is wrong with a network that should be pruned: each fault, and a sentence for each layer that has it.
+
+    Layers with weights that are not finite come first, most of them first, then those that keep more blocks than
+    planned, largest surplus first.
 
     Args:
       params: tree of JAX or NumPy arrays.
@@ -42,24 +52,35 @@ def unpruned(params: Any, plan: Plan) -> list[str]:
       ValueError: if a layer of the plan is missing from the tree or has another shape.
       TypeError: under `jax.jit`.
     """
-    found, surplus = [], 0
+    broken, found, surplus = [], [], 0
     for path, kernel in planned_kernels(params, plan).items():
         layer = plan.pruned[path]
         if isinstance(kernel, jax.core.Tracer):
             raise TypeError(
                 "which blocks are zero is told by the weights' values: call this outside jit, vmap and grad"
             )
-        kept, n = int(occupied(np.asarray(kernel), layer.block, layer.view).sum()), layer.blocks
+        kernel = np.asarray(kernel)
+        kept, n = int(occupied(kernel, layer.block, layer.view).sum()), layer.blocks
         surplus += kept - layer.kept
-        if kept > layer.kept:
+        if bad := int(kernel.size - np.isfinite(kernel).sum()):
+            broken.append((bad / kernel.size, f"{path}: {bad:,} of {kernel.size:,} weights are NaN or infinite"))
+        elif kept > layer.kept:
             sentence = (
                 f"{path}: {kept:,} of {n:,} blocks are not zero, {layer.kept:,} planned "
                 f"({1 - kept / n:.1%} of blocks pruned instead of {1 - layer.kept / n:.1%})"
             )
             found.append(((kept - layer.kept) / n, sentence))
     if plan.scope == "global" and surplus <= 0:
-        return []  # some layers may keep more, since others keep fewer
-    return [sentence for _, sentence in sorted(found, key=lambda pair: -pair[0])]
+        found = []  # some layers may keep more, since others keep fewer
+    listed = (
+        ("hold weights that are not finite", _DIVERGED, broken),
+        ("keep more blocks than planned", _CAUSES, found),
+    )
+    return [
+        (f"{len(own)} of {len(plan.pruned)} layers {what} ({why})", [told for _, told in sorted(own, reverse=True)])
+        for what, why, own in listed
+        if own
+    ]
 
 
 def planned_kernels(params: Any, plan: Plan) -> dict[str, Any]:

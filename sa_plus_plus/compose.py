@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
+import numpy as np
 
 from sa_plus_plus import dynamic_sparsity, planning, select
 from sa_plus_plus._composed import IDENTITY, Composed, Parametrisation, Score, Shrink, traced_once
@@ -27,7 +28,7 @@ class PlanOptions(TypedDict, total=False):
     Attributes:
       min_blocks: kernels with fewer blocks stay dense (default 100; paper, C.1).
       where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings, biases, scales, low-rank
-        factors, depthwise kernels and batch statistics.
+        factors and batch statistics. Depthwise kernels stay dense whatever it says.
       overrides: other `block`, `sparsity` or `min_blocks` by path or pattern.
       views: how leaves are read as matrices, by path or pattern: `{"*/query/kernel": "d (h k)"}`.
     """
@@ -146,7 +147,16 @@ def check_start(phases: Any, scores: str, otherwise: str = "") -> None:
         )
 
 
-def check_phases(phases: Any) -> None:
-    """Refuse anything that is not a schedule, such as a list of phases."""
-    if not isinstance(phases, Phases):
-        raise TypeError(f"phases must be a schedule such as `phases.custom(total_steps, [...])` makes, got {phases!r}")
+def check_phases(phases: Any, schedule: str | None = None) -> None:
+    """Refuse anything that is not a schedule, such as a number of steps or a list of phases.
+
+    Args:
+      phases: what was given.
+      schedule: the name of the function that makes the algorithm's own, to suggest in the message.
+    """
+    if isinstance(phases, Phases):
+        return
+    steps = phases if isinstance(phases, int | np.integer) and not isinstance(phases, bool) else "total_steps"
+    own = schedule is not None and not isinstance(phases, list | tuple)
+    example = f"{schedule}({steps})" if own else "phases.custom(total_steps, [...])"
+    raise TypeError(f"phases must be a schedule such as `{example}`, got {phases!r}")

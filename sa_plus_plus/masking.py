@@ -1,7 +1,6 @@
-"""Kernels scaled by block, kernels with masked blocks, and detection of changed parameters."""
+"""Kernels scaled by block, and kernels with masked blocks."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,27 +37,3 @@ def zero_masked(params: Params, masks: Masks, layers: Mapping[str, LeafPlan]) ->
         return map_layers(exact, params, layers)
 
     return automatic(zeroed, lambda: params, params, masks)
-
-
-def differs(given: jax.Array, handed: jax.Array) -> jax.Array:
-    """Where `given` is not `handed` up to the rounding of `start + (handed - start)`, NaN included.
-
-    The rounding is relative to the larger of the two numbers added, estimated by the largest of the array. `handed` is
-    rounded to the type of `given` first: a loop may hold parameters of a narrower type than the trained weights.
-    """
-    given = jnp.asarray(given)
-    a, b = blk.widened(given), blk.widened(handed.astype(given.dtype))
-    if not jnp.issubdtype(a.dtype, jnp.floating):
-        return a != b
-    tolerance = 4 * float(jnp.finfo(a.dtype).eps) * jnp.maximum(jnp.abs(a), jnp.max(jnp.abs(b), initial=0))
-    if given.dtype.itemsize < handed.dtype.itemsize:  # rounded twice, so maybe off by one unit in the last place
-        tolerance += float(jnp.finfo(given.dtype).eps) * jnp.abs(a)
-    return ~(jnp.abs(a - b) <= tolerance)
-
-
-def adopted(given: Any, weights: jax.Array) -> jax.Array:
-    """An unpruned leaf as the loop has it, but `weights` where it differs only by rounding."""
-    given = jnp.asarray(given)
-    if not jnp.issubdtype(given.dtype, jnp.inexact):
-        return given
-    return jnp.where(differs(given, weights), given.astype(weights.dtype), weights)

@@ -4,7 +4,6 @@ import collections
 import difflib
 import fnmatch
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -14,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import select, views
+from sa_plus_plus import layouts, select, views
+from sa_plus_plus.names import named_as_kernel, other_than_kernel
 from sa_plus_plus.views import View
 
 _NUMBERS = (int, float, Fraction, np.generic, np.ndarray, jax.Array)
+_OUTPUTS_FIRST = ("weight", "weight_ih", "weight_hh")  # attributes of Equinox's modules
 MIN_BLOCKS = 100  # C.1: layers with fewer blocks stay dense
 
 Overrides = Mapping[str, Mapping[str, Any]]
@@ -141,37 +142,6 @@ def path_string(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def named_as_kernel(path: str) -> bool:
-    """The default predicate: false if a leaf's path shows that it is not a kernel, by the names in flax and others.
-
-    That is, embeddings and everything below them (`wte/embedding`, `pos_embed`), biases and norm scales, low-rank
-    factors (`lora_a`), and collections of a flax model's variables other than its parameters (`batch_stats`).
-
-    Biases and scales can be 2-D: an attention layer's biases per head, or those stacked by `nn.scan`.
-
-    Args:
-      path: of the leaf, keys joined by `/`.
-    """
-    return not _other_name(path)
-
-
-_EMBEDDING = re.compile(r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?")
-_OUTPUTS_FIRST = ("weight", "weight_ih", "weight_hh")  # attributes of Equinox's modules
-_COLLECTIONS = ("batch_stats", "cache", "intermediates")  # collections of variables that are not trained
-
-
-def _other_name(path: str) -> str:
-    """What a leaf is, if its path shows that it is not a kernel; else empty."""
-    *above, name = path.lower().split("/")
-    if "embed" in name or any(_EMBEDDING.fullmatch(key) for key in (*above, name)):
-        return "embedding"
-    if above and above[0] in _COLLECTIONS:
-        return f"not trained: {above[0]}"
-    if any(key.startswith("lora_") for key in (*above, name)):
-        return "low-rank factor"
-    return name if name in ("bias", "scale", "offset", "gamma", "beta") else ""
-
-
 def map_layers(fn: Callable[..., Any], params: Any, layers: Mapping[str, LeafPlan], *rest: Any) -> Any:
     """`fn(layer or None, leaf, *leaves of rest)` over a parameter tree: layer is None if the leaf is not pruned."""
     return jax.tree_util.tree_map_with_path(lambda path, *x: fn(layers.get(path_string(path)), *x), params, *rest)
@@ -200,12 +170,13 @@ def plan(
         `(1, None)` prunes rows (inputs), `(None, 1)` columns (neurons, channels, filters).
       sparsity: share of the blocks to remove, in [0, 1).
       min_blocks: kernels with fewer blocks in a matrix stay dense.
-      where: predicate on the path of a leaf, `Dense_0/kernel`. By default `named_as_kernel` decides, and depthwise
-        kernels `(height, width, 1, channels)` stay dense, as do first layers for grey images, which look the same.
+      where: predicate on the path of a leaf, `Dense_0/kernel`; by default `named_as_kernel`. Kernels that are, or may
+        be, depthwise stay dense whatever it says, as do first layers for grey images, which look the same. Such a
+        kernel is pruned if its own path, not a pattern, is in `overrides` or `views`.
       overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...)` to
         use there. The first matching pattern applies.
       views: by path or pattern, how leaves are read as matrices: `"d (h k)"`, `"[l] i o"`, `"o i -> i o"` (see
-        `views.as_view`). By default `views.guess` decides by names and biases; `print(plan)` shows the result, and
+        `views.as_view`). By default `layouts.guess` decides by names and biases; `print(plan)` shows the result, and
         where it is an assumption.
 
     Raises:
@@ -226,7 +197,7 @@ def plan(
     for pattern in views or {}:
         if not any(_matches(path, pattern) for path, _ in leaves):
             raise ValueError(f"the view of {pattern!r} matches no leaf{_nearest(pattern, leaves)}")
-    read = _read(keyed, views or {})
+    read = _read(keyed, views or {}, checked)
     layers = []
     for path, leaf in leaves:
         own = next((o for pattern, o in checked.items() if _matches(path, pattern)), {})
@@ -235,7 +206,7 @@ def plan(
         matched = [layer for layer in layers if _matches(layer.path, pattern)]
         if all(layer.skip_reason for layer in matched):
             first = next((layer for layer in matched if layer.is_kernel), matched[0])
-            remedy = "; the override may set `min_blocks` too" if "fewer than" in first.skip_reason else ""
+            remedy = _REMEDIES.get(first.skip_reason.split()[0], "")
             raise ValueError(
                 f"override {pattern!r} changes nothing, for {first.path} stays dense: {first.skip_reason}{remedy}"
             )
@@ -277,7 +248,7 @@ def stays_dense(path: str, leaf: Any, skip_reason: str) -> LeafPlan:
     shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
         return _no_kernel(path, shape, f"not a kernel ({len(shape)}-D)")
-    if other := _other_name(path):
+    if other := other_than_kernel(path):
         return _no_kernel(path, shape, other)
     return LeafPlan(path, shape, blk.matrix_shape(shape), (1, 1), 1, 0.0, skip_reason)
 
@@ -286,11 +257,19 @@ def _no_kernel(path: str, shape: tuple[int, ...], reason: str) -> LeafPlan:
     return LeafPlan(path, shape, (1, 1), (0, 0), 0, 0.0, reason)
 
 
+_REMEDIES = {  # by the beginning of a reason
+    "fewer": "; the override may set `min_blocks` too",
+    "depthwise": "; to prune it all the same, give its path instead of a pattern",
+    "perhaps": "; if it is not, give its path instead of a pattern, or its view",
+}
+
+
 class _Reading(NamedTuple):
     """How a leaf is read: by a view that is given, or by a guess."""
 
     view: View | None  # None where it holds no matrix
     sure: bool
+    dense: str  # why it stays dense, if that is told by its layout
     given: bool
 
     @property
@@ -298,25 +277,34 @@ class _Reading(NamedTuple):
         return self.view.batch if self.view else ()
 
 
-def _read(keyed: Sequence[tuple[Any, Any]], given: Views) -> dict[str, _Reading]:
+def _read(keyed: Sequence[tuple[Any, Any]], given: Views, overrides: Overrides) -> dict[str, _Reading]:
     """How each leaf of two or more axes is read, by path; `keyed` are the leaves with their keys."""
     leaves = {path_string(keys): (keys, leaf) for keys, leaf in keyed}
     shapes = {path: tuple(getattr(leaf, "shape", ())) for path, (_, leaf) in leaves.items()}
-    tree, readings = views.Tree(shapes), {}
+    tree, readings = layouts.Tree(shapes), {}
     for path, (keys, _) in leaves.items():
         shape = shapes[path]
-        own = [view for pattern, view in given.items() if _matches(path, pattern)]
-        if own:
-            try:
-                readings[path] = _Reading(views.as_view(own[0], len(shape)), sure=True, given=True)
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"{path}, of shape {shape}: {error}") from error
-        elif len(shape) > 1:
+        if len(shape) > 1:
             attribute = [key.name for key in keys if isinstance(key, jax.tree_util.GetAttrKey)][-1:]
             name = path.rpartition("/")[2]  # in Equinox modules an attribute, whatever the surrounding tree is
             outputs_first = attribute == [name] and name in _OUTPUTS_FIRST
-            readings[path] = _Reading(*views.guess(path, shape, tree, outputs_first), given=False)
+            guess = layouts.guess(path, shape, tree, outputs_first)
+            dense = "" if path in given or path in overrides else guess.dense  # a leaf that is named is meant
+            readings[path] = _Reading(guess.view, guess.sure, dense, given=False)
+        if own := [view for pattern, view in given.items() if _matches(path, pattern)]:
+            try:
+                view = views.as_view(own[0], len(shape))
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{path}, of shape {shape}: {error}") from error
+            dense = readings[path].dense if path in readings else ""
+            if dense == layouts.PERHAPS_DEPTHWISE and _roles(view) != _roles(readings[path].view):
+                dense = ""  # the view says what the shape does not
+            readings[path] = _Reading(view, sure=True, dense=dense, given=True)
     return readings
+
+
+def _roles(view: View | None) -> list[set[int]]:
+    return [set(axes) for axes in view or ()]
 
 
 def _layer(
@@ -331,7 +319,9 @@ def _layer(
     shape = tuple(getattr(leaf, "shape", ()))
     if read is None or 0 in shape or not (2 <= len(shape) <= 5 + len(read.batch) or read.given):
         return _no_kernel(path, shape, f"not a kernel ({len(shape)}-D)")
-    if not where(path) and (other := _other_name(path)):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return _no_kernel(path, shape, f"not a kernel ({leaf.dtype})")
+    if not where(path) and (other := other_than_kernel(path)):
         return _no_kernel(path, shape, other)
     if read.view is None:
         return _no_kernel(path, shape, "not a kernel (one weight for each channel)")
@@ -342,12 +332,10 @@ def _layer(
     if view != views.default(len(shape)):
         layer = layer._replace(view=view)
     layer = layer._replace(assumed=not read.sure)
-    inputs = math.prod(shape[axis] for axis in view.rows[-1:])  # a convolution's input channels
     if not where(path):
         return layer._replace(skip_reason="excluded by `where`")
-    depthwise = any("depthwise" in key for key in path.lower().split("/")[-2:])  # as Keras names these
-    if where is named_as_kernel and len(view.rows) > 2 and len(view.cols) == 1 and (inputs == 1 or depthwise):
-        return layer._replace(skip_reason="depthwise kernel, or of one input channel")
+    if read.dense:
+        return layer._replace(skip_reason=read.dense)
     if each < min_blocks:
         return layer._replace(skip_reason=f"fewer than {min_blocks} blocks")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):

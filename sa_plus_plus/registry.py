@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from sa_plus_plus.compose import PruningOptions
+from sa_plus_plus import phases as schedules
+from sa_plus_plus.compose import PruningOptions, check_phases
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.sparsifier import Sparsifier
 
@@ -50,7 +51,7 @@ def algorithm(schedule: Callable[..., Phases], control: bool = False) -> Callabl
         parameters = inspect.signature(make).parameters.values()
         if odd := [p.name for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]:
             raise TypeError(f"{make.__name__} must take keywords alone, def {make.__name__}(*, {odd[0]}, ...)")
-        known = options_of(make)
+        known, suggested = options_of(make), _schedule_name(schedule, make.__name__)
 
         @functools.wraps(make)
         def checked(**options: Any) -> Sparsifier:
@@ -61,12 +62,21 @@ def algorithm(schedule: Callable[..., Phases], control: bool = False) -> Callabl
                         f"{make.__name__}() got an unexpected keyword argument {name!r}; did you mean {nearest!r}? "
                         f"It takes {', '.join(known)}"
                     )
+            if "phases" in options:
+                check_phases(options["phases"], suggested)
             return make(**options)
 
         ALGORITHMS[make.__name__] = Algorithm(checked, schedule, control)
         return checked  # type: ignore[return-value]
 
     return register
+
+
+def _schedule_name(schedule: Callable[..., Phases], algorithm: str) -> str | None:
+    """How a user writes the schedule: as that of the algorithm, where several share one function."""
+    names = (algorithm, getattr(schedule, "__name__", ""))
+    in_phases = (f"phases.{name}" for name in names if getattr(schedules, name, None) is schedule)
+    return next(in_phases, names[1] or None)
 
 
 def options_of(make: Callable[..., Sparsifier]) -> tuple[str, ...]:

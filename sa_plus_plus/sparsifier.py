@@ -48,22 +48,25 @@ State = tuple[Trainable, PruneState]
 class Sparsifier(NamedTuple):
     """A pruning algorithm: pure functions, for use under `jit`, `vmap`, donation and any sharding.
 
+    Results never share a buffer with an argument or with each other, so that any of them may be donated.
+
     Attributes:
       init: `init(params, key=None) -> (trainable, prune)`. `key` is a `jax.random.key` for randomised
-        algorithms, instead of their own seed. Outside `jit` it also checks that the kernels are finite.
+        algorithms, instead of their own seed. Outside `jit` it also checks that the kernels are finite. All leaves of
+        `params` must be arrays or numbers.
       apply: `apply(trainable, prune) -> params`: the effective parameters, differentiable in `trainable`.
       update: `update(trainable, prune, updates=None, grads=None) -> (trainable, prune)`: add an optimizer's `updates`
         (a tree like `trainable`), then advance one step: phase, masks, changes at a boundary. `grads` are those that
         the optimizer was given; only `rigl` needs them, the others ignore them. Pass the updates rather than adding
         them yourself: only here are masked weights protected from momentum and weight decay, and is `logit_lr`
-        applied. None advances without an update.
+        applied. None advances without an update, and None in place of a leaf leaves that leaf as it is.
       finalize: `finalize(trainable, prune) -> params`: the pruned network in the model's own tree, masked blocks
         exactly zero. Equal to `apply`, for use after the last step: it applies the current masks, and in a dense
         phase, or if training stopped before `phases.total_steps`, these do not prune as planned. Outside `jit` it
         warns if fewer blocks than planned are masked.
       adopt: `adopt(trainable, prune, params) -> trainable`: the trained weights whose effective parameters are
-        `params`, with unchanged logits. An entry of `params` that has not changed (up to rounding) leaves its weight
-        alone, and so does every entry of a block that is masked or has scale zero, where it has no effect.
+        `params`, with unchanged logits. An entry that is effective already leaves its weight alone, and so does every
+        entry of a block that is masked or has scale zero, where it has no effect.
       plan: `plan(params) -> Plan`: which layers are pruned and how.
       phases: the schedule.
       attention: whether `trainable.logits` are those of attention weights, `N softmax(logits)`.

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from sa_plus_plus import trees
 from sa_plus_plus.blocks import widened
 from sa_plus_plus.masking import zero_masked
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
@@ -51,26 +51,33 @@ def reset_on(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     inner = _transformation(inner, "reset_on")
 
     def init(params: Any) -> ResetState:
-        return ResetState(jnp.zeros((), jnp.int32), inner.init(params))
+        return trees.apart(ResetState(jnp.zeros((), jnp.int32), inner.init(params)), params)
 
     def update(updates: Any, state: ResetState, params: Any = None, *, phase: Any, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(_NEEDS_PARAMS.format("reset_on"))
-        fresh = jax.tree.map(_with_hyperparams, inner.init(params), state.inner, is_leaf=_has_hyperparams)
-        begins = phase != state.phase
-        started = jax.tree.map(lambda new, old: jnp.where(begins, new, old), fresh, state.inner)
-        updates, after = inner.update(updates, started, params, phase=phase, **extra)
-        return updates, ResetState(jnp.asarray(phase, jnp.int32), after)
+        started = _restarted(state.inner, inner.init(trees.arrays(params)), phase != state.phase)
+        result, after = inner.update(updates, started, params, phase=phase, **extra)
+        return trees.apart((result, ResetState(jnp.array(phase, jnp.int32), after)), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _has_hyperparams(state: Any) -> bool:
-    return isinstance(state, optax.InjectStatefulHyperparamsState)
+def _restarted(state: optax.OptState, fresh: optax.OptState, begins: Any) -> optax.OptState:
+    """`fresh` where a phase begins, else `state`; the same without None in either, for parameters that come and go."""
 
+    def one(old: Any, new: Any) -> Any:
+        if old is None or new is None:
+            return old
+        if not isinstance(old, optax.InjectStatefulHyperparamsState):
+            return jnp.where(begins, new, old)
+        inner = _restarted(old.inner_state, new.inner_state, begins)
+        return new._replace(hyperparams=old.hyperparams)._replace(inner_state=inner)
 
-def _with_hyperparams(fresh: Any, old: Any) -> Any:
-    return fresh._replace(hyperparams=old.hyperparams) if _has_hyperparams(fresh) else fresh
+    def is_leaf(x: Any) -> bool:
+        return x is None or isinstance(x, optax.InjectStatefulHyperparamsState)
+
+    return jax.tree.map(one, state, fresh, is_leaf=is_leaf)
 
 
 class SparsifyState(NamedTuple):
@@ -102,8 +109,10 @@ def sparsify(
     of `sp.apply`; `tx` gets `phase=` with each update, for `reset_on`. Without a `reset_on` inside, momentum and
     moments carry over from phase to phase, which costs accuracy: `init` warns about this.
 
-    Changes that the loop makes to `params` between updates (loading trained weights after `tx.init`, clipping, noise)
-    take effect as described at `sp.adopt`. Nothing else belongs in a chain with `sparsify`. Before it, clipping and
+    Changes that the loop makes to `params` between updates (loading trained weights after `tx.init`, clipping, decay)
+    take effect as described at `sp.adopt`, however small they are. As with optax, a gradient may be None, and `update`
+    may be given more than `init` was (a whole Equinox model). Integers, booleans and random keys stay as the loop has
+    them; `tx` sees None in their place. Nothing else belongs in a chain with `sparsify`. Before it, clipping and
     weight decay would see gradients and weights of the effective network, masked blocks included; after it, anything
     that alters the updates would make the network deviate from the plan. So wrap the whole chain:
 
@@ -126,8 +135,10 @@ def sparsify(
       logits_tx: another optimizer for the logits.
 
     Raises:
-      TypeError: if `tx` is not a transformation or `sp` not a `Sparsifier`, for example if the two are swapped.
-      ValueError: by `init`, if `tx` cannot be initialised on a `Trainable`; by `update`, if the parameters are missing.
+      TypeError: if `tx` is not a transformation or `sp` not a `Sparsifier`, for example if the two are swapped; by
+        `init`, if a leaf is not an array.
+      ValueError: by `init`, if `tx` cannot be initialised on a `Trainable`; by `update`, if the parameters are missing,
+        or not the tree that `init` was given.
     """
     if not isinstance(sp, Sparsifier):
         raise TypeError(f"sparsify(tx, sp) takes the optimizer first and a Sparsifier second, got {type(sp).__name__}")
@@ -137,29 +148,36 @@ def sparsify(
 
     def init(params: Any) -> SparsifyState:
         trainable, prune = sp.init(params)
-        # Separate buffers: the loop may donate its params to the step.
-        trainable = jax.tree.map(jnp.copy, trainable)
-        state = SparsifyState(trainable, prune, _initialised(tx, trainable))
+        state = SparsifyState(trainable, prune, _initialised(tx, trees.inexact(trainable)))
         if len(sp.phases.phases) > 1 and _never_resets(state.inner):
             warnings.warn(
                 "this optimizer's moments go on from phase to phase, where the paper found it crucial that they start "
                 "afresh: write sapp.reset_on(optax.adam(...)) instead of optax.adam(...)",
                 stacklevel=2,
             )
-        return state
+        return trees.apart(state)
 
     def update(grads: Any, state: SparsifyState, params: Any = None, **extra: Any) -> tuple[Any, SparsifyState]:
         if params is None:
             raise ValueError(_NEEDS_PARAMS.format("sparsify"))
-        trainable = sp.adopt(state.trainable, state.prune, params)
-        effective, pull_back = jax.vjp(lambda trainable: sp.apply(trainable, state.prune), trainable)
-        (grads,) = pull_back(jax.tree.map(_cotangent, grads, effective, is_leaf=_is_none))
-        grads = jax.tree.map(_gradient, grads, trainable)
-        updates, inner = tx.update(grads, state.inner, trainable, phase=state.prune.phase, **extra)
-        trainable, prune = sp.update(trainable, state.prune, updates, grads)
+        weights = state.trainable.params
+        held = trees.of_state(params, weights, "parameters")
+        full = trees.filled(held, sp.apply(state.trainable, state.prune))
+        trainable = sp.adopt(state.trainable, state.prune, full)
+        trained = trees.inexact(trainable)
+
+        def apply(trained: Trainable) -> Any:
+            return trees.inexact(sp.apply(trees.filled(trained, trainable), state.prune))
+
+        effective, pull_back = jax.vjp(apply, trained)
+        given = trees.of_state(grads, weights, "gradients")
+        (pulled,) = pull_back(jax.tree.map(_cotangent, effective, given, is_leaf=trees.is_none))
+        updates, inner = tx.update(pulled, state.inner, trained, phase=state.prune.phase, **extra)
+        trainable, prune = sp.update(trainable, state.prune, updates, pulled)
         layers = sp.plan(trainable.params).pruned
         effective = zero_masked(sp.apply(trainable, prune), prune.masks, layers)
-        return jax.tree.map(_step_to, effective, params), SparsifyState(trainable, prune, inner)
+        steps = jax.tree.map(_step_to, effective, held, is_leaf=trees.is_none)
+        return trees.apart((steps, SparsifyState(trainable, prune, inner)), grads, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -192,32 +210,24 @@ def _never_resets(state: optax.OptState) -> bool:
     return not resets and any(jnp.ndim(leaf) > 0 for leaf in leaves)
 
 
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
-def _cotangent(gradient: Any, output: Any) -> Any:
-    """A loop's gradient in the dtype of the differentiated value; none for integers.
-
-    Equinox has None as the gradient of integers and of values that are not arrays.
-    """
+def _cotangent(output: Any, gradient: Any) -> Any:
+    """A loop's gradient in the dtype of the differentiated value; zero for None."""
     if output is None:
         return None
-    if gradient is None:
-        gradient = jnp.zeros_like(output)
-    if jnp.issubdtype(output.dtype, jnp.inexact):
-        return jnp.asarray(gradient).astype(output.dtype)
-    return np.zeros(output.shape, jax.dtypes.float0)
+    return jnp.zeros_like(output) if gradient is None else jnp.asarray(gradient).astype(output.dtype)
 
 
-def _gradient(pulled_back: Any, leaf: jax.Array) -> jax.Array:
-    """The gradient that was pulled back; zeros for integers."""
-    return jnp.zeros_like(leaf) if pulled_back.dtype == jax.dtypes.float0 else pulled_back
+def _step_to(target: Any, start: Any) -> Any:
+    """The update that takes `start` to `target`; in float32 for narrower types, so that adding it is exact.
 
-
-def _step_to(target: jax.Array, start: jax.Array) -> jax.Array:
-    """The update that takes `start` to `target`; in float32 for narrower types, so that adding it rounds once."""
-    return widened(target) - widened(jnp.asarray(start))
+    Zero for integers and booleans, and None for random keys, to which nothing can be added.
+    """
+    if start is None or jnp.issubdtype(target.dtype, jax.dtypes.extended):
+        return None
+    start = jnp.asarray(start)
+    if not trees.is_inexact(target):
+        return jnp.zeros_like(start)
+    return widened(target.astype(start.dtype)) - widened(start)
 
 
 def _side_by_side(

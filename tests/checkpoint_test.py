@@ -379,8 +379,8 @@ def test_nothing_is_deleted_before_the_next_is_intact(two, monkeypatch):
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    synced, sync, unfinished = [], checkpoint._sync, tmp_path / "1.unfinished"
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: synced.append(path) or sync(path))
+    synced, sync, unfinished = [], checkpoint.sync, tmp_path / "1.unfinished"
+    monkeypatch.setattr(checkpoint, "sync", lambda path: synced.append(path) or sync(path))
     save(tmp_path, 1)
     there = {unfinished / path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*")}
     assert there - {unfinished / "manifest.json"} <= set(synced[:-3])

@@ -83,6 +83,99 @@ def test_donated_state_is_reused(name, dtype):
     assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(after))
 
 
+def buffers(tree):
+    """Where each array of a tree lies in memory."""
+
+    def address(leaf):
+        if isinstance(leaf, np.ndarray):
+            return leaf.ctypes.data
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return (jax.random.key_data(leaf) if is_key else leaf).unsafe_buffer_pointer()
+
+    return [address(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_apart(result, *given):
+    """No array of the result is in a buffer of another, or of an argument."""
+    own = buffers(result)
+    assert len(set(own)) == len(own), "two arrays share a buffer, so that donating both would fail"
+    assert not set(own) & set(buffers(given)), "an array is an argument's, which donating it would delete"
+
+
+def mixed_network():
+    """The network with what else may be in a tree: arrays of NumPy, one array twice, integers, a random key."""
+    params = problems.network()
+    rest = {"key": jax.random.key(3), "steps": jnp.arange(5), "on": jnp.asarray([True, False])}
+    params["rest"] = {**rest, "tied": params["head"]["bias"], "numpy": np.linspace(0, 1, 9, dtype=np.float32)}
+    params["wide"]["kernel"] = np.asarray(params["wide"]["kernel"])
+    return params
+
+
+@pytest.mark.parametrize(
+    ("name", "jit"), [*((name, None) for name in problems.NAMES), ("sequential_attention", jax.jit)]
+)
+def test_results_share_no_buffer_with_arguments_or_each_other(name, jit):
+    """So that any of them may be donated, as the docs recommend."""
+    sp, _ = problems.algorithm(name)
+    init, apply, update, finalize, adopt = map(jit, sp[:5]) if jit else sp[:5]
+    params = mixed_network()
+    for key in (None, jax.random.key(5), jax.random.key_data(jax.random.key(5))):
+        state = init(params, key)
+        assert_apart(state, params, key)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a schedule that has not ended
+        assert_apart(finalize(*state), state)
+    given = apply(*state)
+    assert_apart(given, state)
+    assert_apart(adopt(*state, given), state, given)
+    assert_apart(update(*state), state)
+    updates = jax.tree.map(jnp.ones_like, state[0])
+    updates.params["rest"] = dict.fromkeys(params["rest"])  # None: left as they are
+    after = update(*state, updates, state[0])
+    assert_apart(after, state, updates)
+    np.testing.assert_array_equal(after[0].params["rest"]["steps"], np.arange(5))
+
+
+@every_algorithm
+def test_both_loops_may_donate_all_they_hold(name):
+    """From the network that the docs say to start from; the caller's own survives."""
+    sp, _ = problems.algorithm(name)
+    own, expected = problems.network(), jax.device_get(problems.network())
+    inner = optax.trace(0.9)
+    if name == "powerpropagation":  # with an optimizer whose state holds the weights once more, and hyperparameters
+        inner = optax.inject_hyperparams(optax.contrib.schedule_free_sgd)(learning_rate=0.05)
+    tx, tx_inside = sapp.sparsify(sapp.reset_on(inner), sp), sapp.reset_on(optax.trace(0.9))
+    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
+        warnings.simplefilter("ignore")
+        state = tx.init(own)
+        assert_apart(state, own)
+        params = sp.finalize(state.trainable, state.prune)
+        assert_apart(params, state)
+        grads = jax.tree.map(jnp.ones_like, params)
+        if name == "powerpropagation":  # in eager mode, where results are not copied in any case
+            assert_apart(tx.update(grads, state, params), grads, state, params)
+
+        def one_line(params, state):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        donating = jax.jit(one_line, donate_argnums=(0, 1))
+        for _ in range(2):
+            params, state = donating(params, state)
+
+        def explicit(trainable, prune, opt_state):
+            gradients = sapp.Trainable(grads, jax.tree.map(jnp.ones_like, trainable.logits))
+            updates, opt_state = tx_inside.update(gradients, opt_state, trainable, phase=prune.phase)
+            return *sp.update(trainable, prune, updates, gradients), opt_state
+
+        trainable, prune = sp.init(own)
+        run = trainable, prune, tx_inside.init(trainable)
+        donating = jax.jit(explicit, donate_argnums=(0, 1, 2))
+        for _ in range(2):
+            run = donating(*run)
+    chex.assert_trees_all_equal(jax.device_get(own), expected)
+
+
 @every_algorithm
 def test_vmap_over_seeds(name):
     sp, step = problems.algorithm(name)

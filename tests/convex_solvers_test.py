@@ -393,3 +393,64 @@ def test_theorem_b_3():
         rounds = promise.rounds(values[0] - float(best), eps)
         assert rounds <= 40
         assert values[: rounds + 1].min() <= best + eps
+
+
+def at_scale(c, d):
+    """Solvers on a problem in float32 whose design is multiplied by `c`, and its responses by `d`; and lambda."""
+    x, y = (a.astype(np.float32) for a in (c * regression()[0], d * regression()[1]))
+    problem, g = problems.least_squares(x, y), groups.equal(10, 2)
+    lam = 0.2 * float(group_lasso.critical_lambda(problem, g))
+    ones = jnp.full(10, d / c, jnp.float32)
+    own = jnp.ones(5, jnp.float32), jnp.sqrt(ones)
+    path = least_squares_path.solve(jnp.asarray(x), jnp.asarray(y), g, count=3, ratio=0.2, tol=1e-6)
+    root = penalties.power(0.5)
+    return lam, {
+        "omp": greedy.omp(problem, g, 2),
+        "magnitude": greedy.magnitude(problem, g, 2),
+        "iht": greedy.iht(problem, g, 2, 100),
+        "absolute": group_lasso.solve(problem, g, lam),
+        "absolute, path": path._replace(coefficients=path.coefficients[-1], converged=path.converged.all()),
+        "absolute, masked": masked.solve(problem, g, masked.own_norm(), lam, *own),
+        "power": penalised.solve(problem, g, root, lam * np.sqrt(d / c), "sum", ones, polished=False),
+    }
+
+
+def test_the_scale_of_the_data_does_not_matter():
+    """In float32, which ends at 1e-38 and 3e38: NumPy's least squares, and the conditions for a minimum."""
+    x, y = regression()
+    supports = {}
+    for c, d in [(1, 1), (1e-5, 1), (1e10, 1e10), (1e-10, 1e10), (1e10, 1e-10), (1e-10, 1e-10)]:
+        lam, results = at_scale(c, d)
+        for name, found in results.items():
+            assert found.converged, (name, c, d)
+            b = np.asarray(found.coefficients, np.float64) * c / d
+            if hasattr(found, "support"):
+                support = supports.setdefault(name, np.asarray(found.support))
+                np.testing.assert_array_equal(found.support, support, err_msg=f"{name} {c} {d}")
+                index = np.flatnonzero(np.repeat(support, 2))
+                want = np.linalg.lstsq(x[:, index], y)[0]
+                np.testing.assert_allclose(b[index], want, atol=2e-3, err_msg=f"{name} {c} {d}")
+                continue
+            gradient = (x.T @ (x @ b - y) / len(y)).reshape(5, 2) / (lam / (c * d))
+            length = np.linalg.norm(b.reshape(5, 2), axis=1)
+            alive = length > 1e-4 * length.max()
+            slope = np.ones(5) if "absolute" in name else 0.5 / np.sqrt(np.where(alive, length, 1))
+            outwards = slope[:, None] * b.reshape(5, 2) / np.where(alive, length, 1)[:, None]
+            assert 0 < alive.sum() < 5
+            np.testing.assert_allclose(gradient[alive], -outwards[alive], atol=5e-3, err_msg=f"{name} {c} {d}")
+            if "absolute" in name:
+                assert np.linalg.norm(gradient[~alive], axis=1).max() <= 1 + 1e-3
+
+
+def test_columns_may_have_any_scales_and_a_descent_that_stops_early_says_so():
+    x, y = (a.astype(np.float32) for a in regression())
+    apart, g = x * np.geomspace(1e-10, 1e10, 10, dtype=np.float32), groups.equal(10, 2)
+    found = greedy.refit(problems.least_squares(apart, y), g, jnp.ones(5, bool))
+    assert found.converged
+    want = np.linalg.lstsq(x.astype(float), y)[0]
+    got = np.asarray(found.coefficients, float) * np.geomspace(1e-10, 1e10, 10)
+    np.testing.assert_allclose(got, want, atol=2e-3)
+    problem = problems.least_squares(x, y)
+    assert not greedy.refit(problem, g, jnp.ones(5, bool), tol=0.0).converged
+    start = jnp.ones(5, jnp.float32), jnp.ones(10, jnp.float32)
+    assert not masked.solve(problem, g, masked.own_norm(), 0.1, *start, tol=0.0).converged

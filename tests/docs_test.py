@@ -3,10 +3,12 @@
 import builtins
 import importlib
 import inspect
+import pickle
 import re
 import sys
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -90,7 +92,7 @@ def messages(act):
         warnings.simplefilter("always")
         try:
             act()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, NotImplementedError) as error:
             return [str(error)]
     return [str(warning.message) for warning in caught]
 
@@ -99,15 +101,21 @@ def test_troubleshooting_quotes_what_the_library_says():
     params, x = {"in": jnp.ones((64, 96))}, jnp.ones((2, 64))
     phases = sapp.phases.magnitude(100)
     sp = sapp.magnitude(block=4, sparsity=0.9, phases=phases)
+    fast = sapp.specialize(lambda x: x @ params["in"], x, mode="never")
     acts = (
         lambda: sp.init({"in": params["in"].at[0, 0].set(jnp.nan)}),
+        lambda: sapp.check_pruned({"in": params["in"].at[7].set(jnp.nan)}, sp.plan(params)),
         lambda: sapp.check_pruned(params, sp.plan(params)),
         lambda: sp.finalize(*sp.init(params)),
         lambda: sapp.plan(params, block=16, sparsity=0.9),
         lambda: sapp.sparsify(optax.adam(1e-3), sp).init(params),
         lambda: sapp.specialize(lambda w, x: x @ w, params["in"], x),
         lambda: sapp.specialize(lambda x: x + 1, x),
+        lambda: jax.vmap(fast)(x),
+        lambda: jax.grad(lambda x: pickle.loads(pickle.dumps(fast))(x).sum())(x),
         lambda: sapp.magnitude(block=4, sparsty=0.9, phases=phases),
+        lambda: sapp.magnitude(block=4, sparsity=0.9, phases=100),
+        lambda: sp.init({**params, "activation": readme_test.snippets_of}),
     )
     quoted = re.findall(r"```text\n(.*?)\n```", (DOCS / "troubleshooting.md").read_text(), flags=re.S)
     assert [message for act in acts for message in messages(act)] == quoted

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import sys
+import types
 
 import commands
 import jax
@@ -15,9 +16,10 @@ import problems
 import pytest
 from PIL import Image
 
+import sa_plus_plus as sapp
 from configs import imagenette_block8, mnist
 from experiments import cli, main, tasks
-from experiments.outputs import progress
+from experiments.outputs import progress, report
 from experiments.training import checkpoint, loop, program, sharding
 from experiments.training.setup import prepare
 from experiments.utils import files
@@ -74,6 +76,26 @@ def test_a_run_leaves_complete_and_consistent_results(name, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
     assert matplotlib.image.imread(tmp_path / "run.png").shape[2] == 4
     assert ("churn" in {key for row in rows for key in row}) == (name in ("acdc", "sequential_attention"))
+
+
+def test_results_count_blocks_as_the_layers_view_has_them():
+    rng = np.random.default_rng(0)
+    tiles = rng.random((3, 6, 4)) < 0.4  # of a stack of three matrices, stored outputs first
+    weight = np.kron(tiles, np.ones((1, 4, 3), np.float32)).transpose(0, 2, 1)
+    query = np.kron(rng.random((6, 8)) < 0.4, np.ones((4, 3), np.float32)).reshape(24, 4, 6)
+    params = {"stack": weight, "query": {"kernel": query}}
+    plan = sapp.plan(params, block=(4, 3), sparsity=0.6, min_blocks=1, views={"stack": "[l] o i -> [l] i o"})
+    rows = {row["path"]: row for row in report.layer_rows(types.SimpleNamespace(params=params, plan=plan))}
+    assert (rows["stack"]["blocks"], rows["stack"]["kept"]) == (3 * 24, tiles.sum())
+    assert (rows["query/kernel"]["blocks"], rows["query/kernel"]["kept"]) == (48, np.count_nonzero(query) // 12)
+
+
+def test_chosen_inputs_are_rows_of_the_layers_view():
+    kernel = np.zeros((3, 5), np.float32)  # outputs first
+    kernel[:, 4], kernel[:, 1] = 2, 1
+    plan = sapp.plan({"w": kernel}, block=(1, None), sparsity=0.5, min_blocks=1, views={"w": "o i -> i o"})
+    chosen = report.chosen_features(types.SimpleNamespace(params={"w": kernel}, plan=plan), "abcde")
+    assert [row["name"] for row in chosen] == ["e", "b"]
 
 
 def test_seeds_side_by_side_equal_seeds_in_turn():

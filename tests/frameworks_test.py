@@ -240,6 +240,46 @@ def test_equinox(tmp_path):
     check(params, matrices, lambda params, x: jax.vmap(eqx.combine(params, static))(x), tmp_path / "file")
 
 
+def test_equinox_may_pass_the_whole_model_where_a_part_is_trained():
+    """As its documentation does; integers, booleans and random keys in the model stay as they are."""
+    eqx = pytest.importorskip("equinox", reason="Equinox is not installed")
+
+    class Model(eqx.Module):
+        linear: eqx.nn.Linear
+        activation: object
+        table: jax.Array
+        switch: jax.Array
+        key: jax.Array
+        rate: float
+
+    linear = eqx.nn.Linear(16, 32, key=jax.random.key(0))
+    model = Model(linear, jax.nn.relu, jnp.arange(3), jnp.asarray([True, False]), jax.random.key(1), 0.5)
+    sp = sapp.magnitude(block=BLOCK, sparsity=0.75, phases=sapp.phases.custom(1, [("sparse", 1)]), min_blocks=16)
+    tx = sapp.sparsify(sapp.reset_on(optax.adamw(0.1, weight_decay=0.1)), sp)
+    x = IMAGES[:, 0, 0].repeat(2, axis=1)
+    grads = eqx.filter_grad(lambda model: jnp.mean(model.activation(jax.vmap(model.linear)(x)) ** 2))(model)
+
+    def trained(first, then):
+        updates, _ = tx.update(grads, tx.init(eqx.filter(model, first)), eqx.filter(model, then))
+        own = eqx.apply_updates(model, updates)
+        sapp.check_pruned(own, sp.plan(own))
+        return own
+
+    expected = trained(eqx.is_inexact_array, eqx.is_inexact_array)
+    assert not np.array_equal(expected.linear.weight, model.linear.weight)
+    for first in (eqx.is_inexact_array, eqx.is_array):
+        for then in (eqx.is_inexact_array, eqx.is_array, lambda leaf: True):
+            own = trained(first, then)
+            for leaf in ("table", "switch", "rate"):
+                np.testing.assert_array_equal(getattr(own, leaf), getattr(model, leaf))
+            assert own.activation is jax.nn.relu
+            np.testing.assert_array_equal(*(jax.random.key_data(m.key) for m in (own, model)))
+            np.testing.assert_array_equal(own.linear.weight, expected.linear.weight)
+            np.testing.assert_array_equal(own.linear.bias, expected.linear.bias)
+    with pytest.raises(TypeError, match=r"activation is not an array of .*eqx\.filter\(model, eqx\.is_inexact"):
+        tx.init(model)
+
+
 def test_haiku(tmp_path):
     hk = pytest.importorskip("haiku", reason="Haiku is not installed")
 

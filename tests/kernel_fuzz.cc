@@ -11,8 +11,12 @@
 #include <random>
 #include <vector>
 
-#include "kernel.h"
+#include "checks.h"
+#include "fuzz.h"
 
+using fuzz::between;
+using fuzz::fail;
+using fuzz::generator;
 using sa_plus_plus::Activation;
 using sa_plus_plus::Attend;
 using sa_plus_plus::Attention;
@@ -21,10 +25,6 @@ using sa_plus_plus::Product;
 using sa_plus_plus::Type;
 
 namespace {
-
-std::mt19937 generator;
-
-int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
 
 template <class T>
 std::unique_ptr<T[]> exactly(const std::vector<T>& values) {  // a vector's memory may be larger than the vector
@@ -71,11 +71,6 @@ std::unique_ptr<char[]> memory(const std::vector<double>& values, Type type) {
 }
 
 std::vector<float> floats(const std::vector<double>& values) { return {values.begin(), values.end()}; }
-
-void fail(const char* what) {
-  std::printf("%s\n", what);
-  std::exit(1);
-}
 
 Type any_type() { return std::vector<Type>{Type::kFloat, Type::kHalf, Type::kByte}[between(0, 2)]; }
 
@@ -225,13 +220,14 @@ void one() {
   spoil(starts_memory[between(0, p.grid_c())]);
 }
 
-// An array of `rows` by `last` numbers for each head, its axes in any order but the last; returns how many numbers.
-int64_t placed(const Attention& a, int64_t rows, int64_t last, bool may_repeat, Attention::Place* place) {
+// An array of `rows` by `last` numbers for each head, its axes in any order but the last, the same along some of the
+// first `repeatable` axes; returns how many numbers.
+int64_t placed(const Attention& a, int64_t rows, int64_t last, int64_t repeatable, Attention::Place* place) {
   int64_t* strides[] = {&place->head[0], &place->head[1], &place->head[2], &place->row};
   int64_t sizes[] = {a.heads[0], a.heads[1], a.heads[2], rows}, order[] = {0, 1, 2, 3}, size = last;
   std::shuffle(order, order + 4, generator);
   for (int64_t axis : order) {
-    const bool repeated = may_repeat && between(0, 2) == 0;
+    const bool repeated = axis < repeatable && between(0, 2) == 0;
     *strides[axis] = repeated ? 0 : size;
     if (!repeated) size *= sizes[axis];
   }
@@ -246,9 +242,9 @@ void attend_one() {
   a.queries = any(), a.keys = any(), a.depth = any(), a.width = any();
   a.scale = std::ldexp(1.0f, between(-8, 0));
   a.seen = between(0, 1) ? a.keys : between(1, a.keys);
-  int64_t sizes[] = {placed(a, a.queries, a.depth, true, &a.q_at), placed(a, a.keys, a.depth, true, &a.k_at),
-                     placed(a, a.keys, a.width, true, &a.v_at), placed(a, a.queries, a.keys, true, &a.bias_at),
-                     placed(a, a.queries, a.width, false, &a.y_at)};
+  int64_t sizes[] = {placed(a, a.queries, a.depth, 4, &a.q_at), placed(a, a.keys, a.depth, 3, &a.k_at),
+                     placed(a, a.keys, a.width, 3, &a.v_at), placed(a, a.queries, a.keys, 4, &a.bias_at),
+                     placed(a, a.queries, a.width, 0, &a.y_at)};
   const auto q = numbers(sizes[0], a.type), k = numbers(sizes[1], a.type), v = numbers(sizes[2], a.type);
   auto bias = numbers(sizes[3], Type::kFloat);
   for (double& number : bias) number = between(0, 3) ? number : -1e9;
@@ -305,7 +301,7 @@ void attend_one() {
 
 int main(int argc, char** argv) {
   const int products = argc > 1 ? std::atoi(argv[1]) : 0;
-  if (argc > 2) generator.seed(std::atoi(argv[2]));
+  if (argc > 2) generator.state = std::atoll(argv[2]);
   for (int i = 0; i < products; ++i) i % 8 ? one() : attend_one();
   std::printf("%d products\n", products);
 }

@@ -1,4 +1,4 @@
-"""Builds `kernel_fuzz.cc`, random products through the compiled kernels, under sanitizers."""
+"""Builds the random tests of the compiled code under sanitizers: `kernel_fuzz.cc`, `calls_fuzz.cc`."""
 
 import pathlib
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "sa_plus_plus/sparse/csrc"
+PROGRAMS = ("kernel_fuzz", "calls_fuzz")  # random products; random calls, most of them malformed
 
 
 def instructions() -> dict[str, list[str]]:
@@ -16,8 +17,12 @@ def instructions() -> dict[str, list[str]]:
     return values["INSTRUCTIONS"]
 
 
-def build(directory: pathlib.Path) -> pathlib.Path:
-    """The program, below `directory`.
+def build(directory: pathlib.Path, optimisation: str = "-O0") -> list[pathlib.Path]:
+    """The programs, in the order of `PROGRAMS`.
+
+    Args:
+      directory: where they are built.
+      optimisation: the compiler's flag: "-O1" takes minutes and makes them several times as fast.
 
     Raises:
       LookupError: there is no C++ compiler, or it has no sanitizers.
@@ -27,21 +32,26 @@ def build(directory: pathlib.Path) -> pathlib.Path:
     if compiler is None:
         raise LookupError("no C++ compiler")
     machine = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True).stdout
-    flags = ["-O0", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCE}"]
+    sanitizers = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+    flags = [optimisation, "-std=c++17", *sanitizers, f"-I{SOURCE}"]
     probe = directory / "probe.cc"
     probe.write_text("int main() {}")
     if subprocess.run([compiler, *flags, probe, "-o", directory / "probe"], capture_output=True).returncode:
         raise LookupError(f"{compiler} has no sanitizers")
-    files = [file for file in SOURCE.glob("*.cc") if file.stem != "ffi"] + [ROOT / "tests/kernel_fuzz.cc"]
-    objects = [directory / f"{file.stem}.o" for file in files]
+    files = [file for file in SOURCE.glob("*.cc") if file.stem != "ffi"]
+    files += [ROOT / f"tests/{name}.cc" for name in PROGRAMS]
+    objects = {file.stem: directory / f"{file.stem}.o" for file in files}
     jobs = []
-    for file, result in zip(files, objects, strict=True):
+    for file in files:
         extra = instructions().get(file.stem, []) if machine.startswith("x86_64") else []
         # What gcc says of its own headers is left out.
         strict = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-        jobs.append(subprocess.Popen([compiler, *flags, *extra, *strict, "-c", file, "-o", result]))
+        jobs.append(subprocess.Popen([compiler, *flags, *extra, *strict, "-c", file, "-o", objects[file.stem]]))
     for job in jobs:
         if job.wait():
             raise subprocess.CalledProcessError(job.returncode, job.args)
-    subprocess.run([compiler, *flags, *objects, "-pthread", "-o", directory / "fuzz"], check=True)
-    return directory / "fuzz"
+    shared = [path for name, path in objects.items() if name not in PROGRAMS]
+    for name in PROGRAMS:
+        linked = [*shared, objects[name], "-pthread", "-o", directory / name]
+        subprocess.run([compiler, *flags, *linked], check=True)
+    return [directory / name for name in PROGRAMS]

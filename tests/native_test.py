@@ -10,8 +10,8 @@ import numpy as np
 import problems
 import pytest
 
-import sa_plus_plus.sparse.ops.native as native
 from sa_plus_plus.sparse import BlockSparse
+from sa_plus_plus.sparse.ops import native
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 
@@ -157,6 +157,81 @@ def test_rounding_of_images():
     got = native.round_images(x, jnp.bfloat16, border=border)
     want = np.pad(x.astype(jnp.bfloat16), ((0, 0), *border, (0, 0)))
     np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.uint8])
+def test_a_result_that_is_border_alone_is_written(dtype):
+    """Where there are no rows or no columns to compute, all of it is padding."""
+    w = BlockSparse.fromdense(np.ones((3, 3, 4, 16), np.int8), (4, 16))
+    blocks = native.interleave_rows(np.asarray(w.blocks))
+    epilogue = native.Epilogue(dtype=dtype, zero=7, border=((2, 1), (0, 3)))
+    for height, width in ((2, 5), (5, 2), (0, 9), (1, 0)):
+        got = native.conv(np.ones((2, height, width, 4), np.uint8), blocks, w.layout, epilogue=epilogue)
+        assert got.shape == (2, max(height - 2, 0) + 3, max(width - 2, 0) + 3, 16)
+        np.testing.assert_array_equal(np.asarray(got, np.float32), 7 if dtype == np.uint8 else 0)
+
+
+WINDOWS = {"window_rows": 1, "window_columns": 1, "stride_down": 1, "stride_across": 1, "top": 0, "left": 0}
+LAST = 2**63 - 1
+FORGED = [
+    (native.CONV, {"stride_down": 2**62 + 1}),
+    (native.CONV, {"stride_across": LAST}),
+    (native.CONV, {"window_rows": LAST, "window_columns": LAST}),
+    (native.CONV, {"top": 2**62, "bottom": 2**62}),
+    (native.CONV, {"top": -(2**63), "bottom": LAST}),
+    (native.CONV, {"left": LAST, "right": LAST}),
+    (native.ROUND, {"top": LAST}),
+    (native.ROUND, {"left": LAST - 1}),
+    (native.ROUND, {"top": -1, "left": -(2**63)}),
+    (native.MAX_POOL, {"window_rows": LAST, "top": 2**62}),
+    (native.MAX_POOL, {"left": LAST}),
+    (native.MAX_POOL, {"top": -(2**63)}),
+    (native.MAX_POOL, {"left": -(2**40)}),
+    (native.MAX_POOL, {"stride_across": 2**61}),
+    (native.SUM_POOL, {"stride_down": 2**62 - 1, "window_rows": 2**62}),
+    (native.ATTENTION, {"strides": {3: 2**61}}),  # q's from query to query
+    (native.ATTENTION, {"strides": {2: LAST, 3: LAST}}),
+    (native.ATTENTION, {"sizes": {4: 2**59}, "strides": {7: 0, 11: 0}}),  # as many keys as no memory holds
+    (native.ATTENTION, {"sizes": {5: 2**60}}),
+    (native.ATTENTION, {"sizes": {2: 2**32, 3: 2**32}}),
+    (native.ATTENTION, {"sizes": {7: LAST}}),  # how many keys the first query sees
+    (native.ATTENTION, {"strides": {19: 0}}),  # all queries' results in one place, the rest not written
+    (native.ATTENTION, {"strides": {18: 4, 19: 4}}),
+    (native.ATTENTION, {"sizes": {3: 4}}),  # half of the result is not written
+]
+
+
+@pytest.mark.parametrize(("target", "forged"), FORGED)
+def test_attributes_beyond_all_memory_are_refused(target, forged):
+    """As a forged file could have them. In the middle of a sum or a product they must not overflow."""
+    none, x = np.zeros(0, np.float32), np.ones((1, 4, 4, 8), np.float32)
+    if target == native.CONV:
+        arrays = [x, np.ones((1, 8, 8), np.float32), np.zeros(1, np.int32), np.array([0, 1], np.int32), *[none] * 3]
+        floats = dict.fromkeys(("residual_scale", "residual_zero", "y_zero", "y_unit"), np.float32(0))
+        integers = WINDOWS | {"bottom": 0, "right": 0, "activation": 0} | forged
+        shape = x.shape
+    elif target == native.ATTENTION:
+        x = np.ones((2, 8, 4), np.float32)
+        sizes, strides = [1, 1, 2, 8, 8, 4, 4, 8], [0, 0, 32, 4] * 3 + [0] * 4 + [0, 0, 32, 4]
+        for name, numbers in (("sizes", sizes), ("strides", strides)):
+            for at, number in forged.get(name, {}).items():
+                numbers[at] = number
+        arrays, integers, shape = [x, x, x, none], {"sizes": sizes, "strides": strides}, x.shape
+        floats = {"scale": np.float32(1)}
+    elif target == native.ROUND:
+        arrays, integers, shape = [x], {"top": 1, "left": 1} | forged, (1, 6, 6, 8)
+        floats = {"scale": np.float32(1), "zero": np.float32(0)}
+    else:
+        arrays, integers, floats, shape = [x], WINDOWS | forged, {}, x.shape
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, jnp.float32))
+    with pytest.raises((ValueError, RuntimeError), match="INVALID_ARGUMENT"):
+        jax.block_until_ready(call(*arrays, **{name: np.int64(n) for name, n in integers.items()}, **floats))
+
+
+@pytest.mark.parametrize("zero", [np.nan, np.inf, -1.0, 256.0])
+def test_a_code_for_zero_that_is_no_byte_is_refused(zero):
+    with pytest.raises((ValueError, RuntimeError), match="the code for 0 is not a byte"):
+        native.round_images(jnp.ones((1, 2, 2, 8)), np.uint8, 1.0, zero).block_until_ready()
 
 
 @pytest.mark.parametrize(("single", "half", "pays"), [(2.0, 1.0, True), (1.0, 2.0, False)])

@@ -1,6 +1,7 @@
 """Convolutions by blocks, and whole networks made fast: the same results as in full."""
 
 import gc
+import pickle
 import re
 
 import chex
@@ -238,6 +239,50 @@ def test_unusual_convolutions_stay_dense_but_are_folded(options):
     np.testing.assert_allclose(fast(x), apply(x), rtol=1e-4, atol=1e-4)
     assert fast.steps == ("convolution 3×3, relu",)
     assert not fast.choices[0].sparse
+
+
+def dropped(x, key):
+    return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0)
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_random_keys_are_inputs_like_others(precision):
+    """One key, one for each example, those of a scan; taken on, split and returned."""
+    rng = np.random.default_rng(0)
+    w, x = jnp.asarray(rng.normal(size=(16, 16)) / 4, jnp.float32), jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)
+    keys, many = jax.random.split(jax.random.key(1), 4), jax.random.split(jax.random.key(2), 2000)
+
+    def apply(x, key, each, steps):
+        y = dropped(x @ w, key) + jax.vmap(dropped)(x, each) + dropped(x, many[steps.size])
+        y, _ = jax.lax.scan(lambda y, k: (dropped(jnp.sin(y @ w), k), None), y, steps)
+        return y, jax.random.split(jnp.where(y.sum() > 99, key, each[1]))
+
+    inputs = (x, jax.random.key(3, impl="rbg")), (x, jax.random.key(0), keys, keys[:3])
+    other = sapp.specialize(lambda x, k: dropped(x @ w, k) @ w, *inputs[0], mode="always")
+    np.testing.assert_allclose(other(*inputs[0]), dropped(x @ w, inputs[0][1]) @ w, rtol=1e-4, atol=1e-5)
+    fast = sapp.specialize(apply, *inputs[1], mode="always", precision=precision, calibration=[inputs[1]])
+    (want, after), loaded = apply(*inputs[1]), pickle.loads(pickle.dumps(fast))
+    assert [c.runs for c in fast.choices] == ["dense"] * 4
+    for got, last in (fast(*inputs[1]), loaded(*inputs[1])):
+        np.testing.assert_allclose(got, want, atol=0.1 if precision else 1e-5)
+        np.testing.assert_array_equal(jax.random.key_data(last), jax.random.key_data(after))
+    with pytest.raises(ValueError, match=r"made for float32\[4, 16\], key<fry>\[\], .* got .* uint32\[2\]"):
+        fast(x, jax.random.PRNGKey(0), keys, keys[:3])
+
+
+def test_a_key_for_each_example_in_batches_of_any_size():
+    w, keys = jnp.eye(8), jax.random.split(jax.random.key(0), 5)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)
+
+    def apply(x, keys):
+        return jax.vmap(dropped)(x @ w, keys), jax.vmap(jax.random.split)(keys)
+
+    networks = [sapp.specialize(apply, x[:n], keys[:n], mode="always") for n in (1, 2)]
+    pieces = sapp.specialize(apply, x[:4], keys[:4], mode="always", microbatch=2)
+    for n, fast in ((5, sapp.serve.loads(sapp.serve.dumps(networks))), (4, pieces)):
+        (got, after), (want, last) = fast(x[:n], keys[:n]), apply(x[:n], keys[:n])
+        np.testing.assert_allclose(got, want, atol=1e-6)
+        np.testing.assert_array_equal(jax.random.key_data(after), jax.random.key_data(last))
 
 
 def test_half_precision():

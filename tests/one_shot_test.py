@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sa_plus_plus as sapp
-from sa_plus_plus.oneshot import alps, layers, obs
+from sa_plus_plus.oneshot import alps, layers, obs, prune
 
 METHODS = ("magnitude", "wanda", "obs", "alps")
 
@@ -142,6 +142,168 @@ def test_wanda_and_magnitude_score_as_numpy_does(two_layers):
         np.testing.assert_array_equal(got.params["kernel"], w * spread(keep, (4, 4), w.shape))
 
 
+@jax.custom_vjp
+def doubled(w):
+    return 2 * w
+
+
+doubled.defvjp(lambda w: (2 * w, None), lambda _, g: (2 * g,))
+
+
+def tied(params, x, w="w", v="v"):
+    """Looked up and multiplied with, transposed, by its path."""
+    looked = params[v].T[jnp.argmax(jnp.abs(x), -1)]
+    hidden = jnp.sin(looked @ params[w])
+    return hidden @ params[v], {w: [looked], v: [hidden]}
+
+
+def scaled(params, x):
+    """A factor from all weights of a leaf, between its two uses."""
+    hidden = jnp.sin(x @ params["w"]) * jax.jit(lambda w: jnp.sqrt(jnp.sum(jnp.square(w))))(params["w"]) / 8
+    last = jnp.cos(hidden @ params["w"])
+    return last @ params["v"], {"w": [x, hidden], "v": [last]}
+
+
+def standardised(params, x):
+    """Under `checkpoint` and `custom_vjp`, a product with what is computed from the kernel of another."""
+    first = jnp.sin(x @ params["w"])
+    other = jax.checkpoint(lambda w: doubled(w) / (1 + jnp.std(w, 0, keepdims=True)))(params["w"])
+    hidden = jnp.cos(first @ other)
+    return hidden @ params["v"], {"w": [x], "v": [hidden]}
+
+
+def within(params, x):
+    """A kernel that is also used where it cannot be seen, before and after."""
+    first = jax.lax.cond(x[0, 0] > 9, lambda: x, lambda: jnp.sin(x @ params["w"].astype(jnp.float32)))
+    hidden = jax.lax.fori_loop(
+        0, 2, lambda _, h: jnp.sin(h @ jnp.where(h[0, 0] > 9, 0, params["w"])), first @ params["w"]
+    )
+    return hidden @ params["v"], {"w": [first], "v": [hidden]}
+
+
+@pytest.mark.parametrize("case", [tied, scaled, standardised, within])
+def test_every_use_of_a_leaf_sees_it_pruned(case):
+    """Errors are those of the pruned network, whatever else is computed from a leaf."""
+    x, params = inputs(40, 12), {"w": weights(12, 12), "v": weights(12, 20, seed=2)}
+    common = {"block": (4, 2), "min_blocks": 1, "where": lambda path: True}
+
+    def errors(pruned, path):
+        xs = case(pruned, x)[1][path]
+        pairs = [(x @ pruned[path], x @ params[path]) for x in xs]
+        return np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(b**2) for _, b in pairs))
+
+    got = sapp.one_shot(lambda p, x: case(p, x)[0], params, [x], sparsity=0.5, **common)
+    sapp.check_pruned(got.params, got.plan)
+    for layer in got.layers:
+        assert layer.error == pytest.approx(float(errors(got.params, layer.plan.path)), rel=1e-3)
+    data = x, case(params, x)[0]
+    found = sapp.sensitivity(
+        lambda p, x: case(p, x)[0], params, data, optax.squared_error, sparsities=(0.5,), method="magnitude", **common
+    )
+    for path in params:
+        alone = sapp.one_shot(
+            lambda p, x: case(p, x)[0],
+            params,
+            [x],
+            sparsity=0,
+            method="magnitude",
+            overrides={path: {"sparsity": 0.5}},
+            **common,
+        ).params
+        assert found.errors[path][1] == pytest.approx(float(errors(alone, path)), rel=1e-3)
+        assert found.losses[path][1] == pytest.approx(float(np.mean((case(alone, x)[0] - data[1]) ** 2)), rel=1e-3)
+
+
+def experts(params, x):
+    """Each row goes to one of four experts, none to the last."""
+    chosen = jax.nn.one_hot(jnp.argmax(x[:, :3], -1), 4, axis=0)[..., None]
+    hidden = jax.nn.relu(jnp.einsum("ebi,eio->ebo", chosen * x[None], params["in"]))
+    return jnp.einsum("ebi,eio->ebo", hidden, params["out"]).sum(0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_that_no_example_reaches_are_pruned_by_magnitude(method):
+    x, params = inputs(60, 6), {"in": weights(4, 6, 6), "out": weights(4, 6, 6, seed=2), "dead": weights(6, 6, seed=3)}
+    common = {"block": 2, "min_blocks": 1, "method": method, "where": lambda path: True}
+    common["views"] = {"in": "[experts] i o", "out": "[experts] i o"}
+
+    def fn(params, x):
+        return experts(params, x) + (0 * x) @ params["dead"]
+
+    named = r"reaches matrix 3 of in, .*dead"
+    with pytest.warns(UserWarning, match=named) as warned:
+        got = sapp.one_shot(fn, params, [x[:30], x[30:]], sparsity=0.5, **common)
+    assert warned[0].filename == __file__
+    assert "matrix 3 of out" in str(warned[0].message)
+    assert "matrix 2" not in str(warned[0].message)
+    sapp.check_pruned(got.params, got.plan)
+    for path, matrix in (("in", 3), ("out", 3), ("dead", ...)):
+        w = params[path][matrix]
+        scores = np.square(w).reshape(w.shape[0] // 2, 2, -1, 2).sum((1, 3))
+        keep = scores >= np.sort(scores.ravel())[-int(got.masks[path][matrix].sum())]
+        np.testing.assert_array_equal(got.masks[path][matrix], keep)
+        np.testing.assert_array_equal(got.params[path][matrix], w * spread(keep, (2, 2), w.shape))
+    assert {layer.plan.path: layer.unreached for layer in got.layers} == {"in": 1, "out": 1, "dead": 1}
+    assert [np.isnan(layer.error) for layer in got.layers] == [layer.plan.path == "dead" for layer in got.layers]
+    assert "1 of 4 by magnitude" in str(got)
+    with pytest.warns(UserWarning, match=named):
+        found = sapp.sensitivity(fn, params, (x, fn(params, x)), optax.squared_error, sparsities=(0.5,), **common)
+    assert found.losses["dead"][1] == found.loss == 0
+    assert np.isnan(found.errors["dead"]).all()
+    with pytest.warns(UserWarning, match=named):
+        again = sapp.refit(fn, params, x, got.masks, got.plan)
+    chex.assert_trees_all_close(again.params["dead"], got.params["dead"], rtol=1e-6)
+
+
+def test_random_keys_are_inputs_and_leaves(two_layers):
+    """They are no kernels, in stacks of any shape, and come back as they were."""
+    _, params, batches = two_layers
+    keys = jax.random.split(jax.random.key(0), (20, 20))
+    params = {**params, "keys": keys, "key": keys[0, 0]}
+
+    def fn(params, x, key):
+        for k in (key, params["key"], params["keys"][3, 5]):
+            x = jnp.where(jax.random.bernoulli(k, 0.9, x.shape), x, 0)
+        hidden = jax.nn.relu(x @ params["first"]["kernel"])
+        return hidden @ params["second"]["kernel"]
+
+    data = [((x, jax.random.key(i)), np.zeros((32, 7), np.float32)) for i, x in enumerate(batches)]
+    common = {"block": (4, 3), "min_blocks": 1, "where": lambda path: True}
+    got = sapp.one_shot(fn, params, [x for x, _ in data], sparsity=0.5, **common)
+    sapp.check_pruned(got.params, got.plan)
+    assert {layer.path for layer in got.plan.leaves if layer.skip_reason == "not a kernel (key<fry>)"} == {"keys"}
+    assert (got.params["keys"] == keys).all()
+    found = sapp.sensitivity(fn, params, data, optax.squared_error, sparsities=(0.5,), method="wanda", **common)
+    assert (found.losses["first/kernel"] != found.loss).sum() == 1
+
+
+def test_what_is_one_batch(two_layers):
+    """An array or a dictionary, alone; a pair of inputs and targets; for `specialize` also a tuple of its arguments."""
+    fn, params, batches = two_layers
+    common = {"block": (4, 3), "sparsity": 0.5, "min_blocks": 1}
+    x, loss = np.concatenate(batches), optax.squared_error
+    want = sapp.one_shot(fn, params, [x], **common)
+    for one in (x, jnp.asarray(x)):
+        chex.assert_trees_all_equal(sapp.one_shot(fn, params, one, **common).params, want.params)
+    for one in ({"x": x}, [{"x": x}], iter([{"x": x}])):
+        got = sapp.one_shot(lambda p, b: fn(p, b["x"]), params, one, **common)
+        chex.assert_trees_all_equal(got.params, want.params)
+    del common["sparsity"]
+    y = fn(params, x) + 1
+    want = sapp.sensitivity(fn, params, [(x, y)], loss, sparsities=(0.5,), **common)
+    got = sapp.sensitivity(fn, params, (x, y), loss, sparsities=(0.5,), calibration=x, **common)
+    chex.assert_trees_all_equal(got.losses, want.losses)
+    for wrong, found in ((x, r"an array of shape \(96, 10\)"), ([x], r"an array of shape"), ({"x": x}, "dict")):
+        with pytest.raises(ValueError, match=rf"batch 0 of data is {found}.*, not a pair"):
+            sapp.sensitivity(fn, params, wrong, loss, **common)
+    scale = np.ones((96, 1), np.float32)
+    for calibration in (x, [x]):
+        assert sapp.specialize(lambda x: fn(params, x), x, calibration=calibration, mode="never").choices[0].error == 0
+    for calibration in ((x, scale), [(x, scale)]):
+        network = sapp.specialize(lambda x, s: fn(params, x * s), x, scale, calibration=calibration, mode="never")
+        assert network.choices[0].error == 0
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
 def test_obs_removes_what_costs_least_and_refits(grid, side, columns, seed):
@@ -173,6 +335,29 @@ def test_alps_is_never_worse_than_the_largest_blocks_refitted(down, across, bloc
     assert not found[~spread(mask, block, task.weights.shape)].any()
     scale = task.loss(np.zeros_like(task.weights))
     assert task.loss(found) <= task.loss(largest(task, kept)) + 1e-6 * scale
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_scale_of_inputs_and_weights_does_not_matter(method):
+    x, w = inputs(40, 8).astype(np.float64), weights(8, 4).astype(np.float64)
+
+    def solved(c, d):
+        task = layers.padded((c * x).T @ (c * x), d * w, (2, 2), 0.01, "w")
+        return prune.solver(method, refit=True)(task)(4)
+
+    mask, want = solved(1, 1)
+    assert not np.allclose(want, w * spread(mask, (2, 2), w.shape), rtol=0.1)
+    for c, d in itertools.product((1e-15, 1e9, 1e15), (1e-20, 1, 1e20)):
+        same, got = solved(c, d)
+        np.testing.assert_array_equal(same, mask)
+        np.testing.assert_allclose(got / d, want, rtol=1e-3, atol=1e-4)
+
+
+def test_alps_solves_exactly_where_its_descent_does_not_converge(monkeypatch):
+    monkeypatch.setattr(alps, "TOLERANCE", 0.0)
+    task = problem(14, 6, (2, 2), damping=0.01)  # a shape of its own: the descent is compiled for each
+    mask, found = alps.alps(task, 9)
+    np.testing.assert_array_equal(found, layers.refitted(task, mask))
 
 
 def test_methods_that_adjust_come_near_the_best_of_all_choices():
@@ -337,7 +522,11 @@ def test_what_is_wrong_is_said(two_layers):
     refused(r"batch 1 is float32\[5, 10\]", calibration=[batches[0], batches[1][:5]])
     refused("batch 0 has values that are not finite", calibration=[np.full((3, 10), np.nan, np.float32)])
     refused("first/kernel .*linearly dependent.*damping=0: give more", calibration=[batches[0][:4]], damping=0)
-    refused("first/kernel is not reached.*all that it is multiplied with is zero", calibration=[0 * batches[0]])
+    zeros = jax.tree.map(lambda a: 0 * a, params)["first"]["bias"]
+    unbiased = {**params, "first": {**params["first"], "bias": zeros}}
+    refused("no calibration input reaches any layer", params=unbiased, calibration=[0 * batches[0]])
+    refused("calibration is a tuple, which may be several batches", calibration=tuple(batches))
+    refused("calibration must be a batch of inputs or a list of batches, got 3", calibration=3)
     bad = jax.tree.map(np.copy, params)
     bad["second"]["kernel"][2, 3] = np.inf
     refused("second/kernel holds 1 NaN or infinite values of 98", params=bad)

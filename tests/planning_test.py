@@ -456,6 +456,8 @@ def test_an_override_may_prune_a_small_kernel():
         ("EmbeddingNet_0/Dense_0/kernel", ""),
         ("user_embedding_mlp/Dense_0/kernel", ""),
         ("explorer_a/kernel", ""),
+        ("model.wte.weight", "embedding"),
+        ("norm.bias", "bias"),
     ],
 )
 def test_what_a_path_says_is_no_kernel(path, reason):
@@ -469,8 +471,32 @@ def test_what_a_path_says_is_no_kernel(path, reason):
 
 def test_depthwise_kernels_stay_dense():
     params = {"depthwise": leaf(5, 5, 1, 512), "pointwise": leaf(1, 1, 512, 512)}
-    assert list(sapp.plan(params, block=4, sparsity=0.5).pruned) == ["pointwise"]
-    assert len(sapp.plan(params, block=4, sparsity=0.5, where=lambda path: True).pruned) == 2
+    for options in (
+        {},
+        {"where": lambda path: True},
+        {"views": {"*": "h w i o -> (h w i) o"}},
+        {"overrides": {"*": {"sparsity": 0.7}}},
+    ):
+        result = sapp.plan(params, block=4, sparsity=0.5, **options)
+        assert list(result.pruned) == ["pointwise"]
+        assert result.leaves[0].skip_reason == "depthwise kernel, or of one input channel"
+    with pytest.raises(ValueError, match=r"'depth\*' changes nothing.*depthwise kernel.*give its path instead"):
+        sapp.plan(params, block=4, sparsity=0.5, overrides={"depth*": {"sparsity": 0.7}})
+
+
+@pytest.mark.parametrize(
+    "options", [{"views": {"depthwise": "(h w i) o"}}, {"overrides": {"depthwise": {"block": (5, 4)}}}]
+)
+def test_a_depthwise_kernel_is_pruned_if_its_own_path_is_given(options):
+    params = {"depthwise": leaf(5, 5, 1, 512), "pointwise": leaf(1, 1, 512, 512)}
+    assert len(sapp.plan(params, block=4, sparsity=0.5, **options).pruned) == 2
+
+
+def test_a_view_by_pattern_tells_what_shapes_do_not():
+    params = {f"layer_{i}": {"to_keys": leaf(512, 1, 64)} for i in range(2)}
+    with pytest.raises(ValueError, match=r"(?s)nothing to prune.*depthwise"):
+        sapp.plan(params, block=8, sparsity=0.5)
+    assert len(sapp.plan(params, block=8, sparsity=0.5, views={"*/to_keys": "d (h k)"}).pruned) == 2
 
 
 def test_three_dimensional_kernels_of_one_head_are_no_depthwise_ones():

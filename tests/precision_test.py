@@ -7,7 +7,8 @@ import pytest
 
 import sa_plus_plus as sapp
 from experiments import models
-from sa_plus_plus.sparse import native
+from sa_plus_plus.sparse import BlockSparse, native
+from sa_plus_plus.sparse.compiler.quantization import overflows
 
 pytestmark = [
     pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason())),
@@ -100,6 +101,88 @@ def test_images_of_one_axis():
         want = network(x)
         assert np.linalg.norm(fast(x) - want) < most * np.linalg.norm(want)
         assert all(choice.runs != "traced" for choice in fast.choices)
+
+
+MOST = 66308  # rows of weights of 127 that meet bytes of 255, in groups of four: four more are beyond 2**31
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_sums_of_int8_are_exact(sign):
+    w = BlockSparse.fromdense(np.full((MOST, 16), 127 * sign, np.int8), (4, 16))
+    blocks = native.interleave_rows(np.asarray(w.blocks))
+    got = native.conv(np.full((1, 1, 1, MOST), 255, np.uint8), blocks, w.layout)
+    np.testing.assert_array_equal(got, np.float32(255 * 127 * sign * MOST))
+    assert not overflows(np.asarray(w.todense()))
+    assert overflows(np.full((MOST + 4, 16), 127 * sign, np.int8))
+    both = np.full((MOST, 2, 16), 127 * sign, np.int8)
+    both[:, 0] *= -1  # of two signs: each sum is within the same limits
+    assert not overflows(both)
+
+
+@pytest.mark.parametrize("pays", [False, True])
+@pytest.mark.parametrize("window", [1, 3])
+def test_layers_whose_sums_could_overflow_are_not_int8(monkeypatch, window, pays):
+    """A layer of more than 66,311 rows of large weights, as a product and as a convolution."""
+    monkeypatch.setattr(native, "bf16_is_faster", lambda: pays)
+    channels = -(-(MOST + 4) // window**2)
+    wide = np.full((window, window, channels, 16), 0.5, np.float32)
+
+    def convolved(x, kernel):
+        if window == 1:
+            return x @ kernel[0, 0]
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def network(x):
+        y = jax.nn.relu(x @ np.ones((1, channels), np.float32))
+        return jax.nn.relu(convolved(y, wide)) @ np.eye(16, dtype=np.float32)
+
+    x = np.full((1, window, window, 1), 2, np.float32)
+    fast = sapp.specialize(network, x, mode="always", precision="int8", calibration=[x])
+    np.testing.assert_allclose(fast(x), wide[..., 0].size, rtol=0.01)
+    assert fast.choices[1].precision == ("bfloat16" if pays else "float32")
+    assert "in int8 its sums could be beyond 32 bits" in str(fast)
+
+
+def images(x, kernel, *padding):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+K = np.random.default_rng(1).normal(size=(5, 5, 8, 8)).astype(np.float32)
+EMPTY = {  # by name: a network, and its input
+    "no rows": (
+        lambda x: images(jax.nn.relu(images(x, K, (0, 0), (2, 2))), K, (4, 1), (2, 2)) + 1,
+        np.ones((2, 4, 5, 8), np.float32),
+    ),
+    "fewer than no columns": (
+        lambda x: images(jax.nn.relu(images(x, K, (2, 2), (0, 0))), K, (2, 2), (1, 4)) + 1,
+        np.ones((2, 5, 2, 8), np.float32),
+    ),
+    "no examples": (
+        lambda x: images(jax.nn.relu(images(x, K, (2, 2), (2, 2))), K, (2, 2), (2, 2)),
+        np.ones((0, 5, 5, 8)),
+    ),
+    "no channels": (
+        lambda x: images(images(x, K[:, :, :0], (2, 2), (2, 2)) + 1, K, (2, 2), (2, 2)),
+        np.ones((2, 5, 5, 0)),
+    ),
+    "no features": (lambda x: jnp.pad(x @ K[0, 0, :, :0], ((0, 0), (0, 8))) @ K[0, 0], np.ones((3, 8))),
+    "an inner axis of length 0": (
+        lambda x: ((x @ K[0, 0]) @ K[0, 0, :, :0] @ K[0, 0, :0] + 1) @ K[0, 1],
+        np.ones((3, 8)),
+    ),
+    "no weights but 0": (lambda x: jax.nn.relu(x @ (0 * K[0, 0]) + 1) @ (0 * K[0, 0]) + 2, np.ones((3, 8))),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_values(name, precision):
+    """Nothing comes from memory that was not written."""
+    network, x = EMPTY[name]
+    x = x.astype(np.float32)
+    fast = sapp.specialize(network, x, mode="always", precision=precision, calibration=[x])
+    want = network(jnp.asarray(x))
+    np.testing.assert_allclose(fast(x), want, atol=0.02 * np.abs(want).max(initial=1e-30), strict=True)
 
 
 def test_bad_requests(monkeypatch):

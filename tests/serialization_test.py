@@ -1,9 +1,12 @@
 """Block-sparse kernels and files of them: exact, small, and never read where damaged."""
 
 import collections
+import hashlib
+import itertools
 import json
 import struct
 
+import file_fuzz
 import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
@@ -15,7 +18,8 @@ import pytest
 import safetensors.numpy
 
 import sa_plus_plus as sapp
-from sa_plus_plus.sparse import BlockSparse, Layout, serialization, to_bsr, to_onnx
+from sa_plus_plus.sparse import BlockSparse, Layout, to_bsr, to_onnx
+from sa_plus_plus.sparse.files import container, serialization
 
 # Ragged, tiny, long and of 2 to 5 dimensions: from a list, since each is a compilation.
 SHAPES = st.sampled_from([(1, 1), (9, 40), (64, 3), (3, 200), (2, 5, 12), (3, 3, 4, 16), (2, 1, 3, 2, 7)])
@@ -146,7 +150,28 @@ def test_a_network_through_a_file_bit_by_bit(tmp_path):
         about = json.loads(file.metadata()["sa_plus_plus"])
         assert file.metadata()["accuracy"] == "0.95"
     assert about["kernels"]["conv/kernel"]["shape"] == [3, 3, 24, 40]
-    assert (tmp_path / "network.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_equal_content_has_equal_bytes(tmp_path):
+    w = BlockSparse.fromdense(np.kron(np.eye(3, 2), np.ones((4, 4))).astype(np.float32), 4)
+    leaves, metadata = [("b", w), ("a", np.ones(3)), ("c", np.int32(1))], [("x", "1"), ("é", "2\n"), ("z", "3")]
+    contents = set()
+    for orders in zip(itertools.permutations(leaves), itertools.permutations(metadata), strict=True):
+        tree, texts = map(collections.OrderedDict, orders)
+        saved = sapp.save(tmp_path / "a", tree, metadata=texts)
+        assert saved.bytes == (tmp_path / "a").stat().st_size
+        contents.add((tmp_path / "a").read_bytes())
+    (content,) = contents
+    assert int.from_bytes(content[:8], "little") % 8 == 0  # tensors are aligned
+    with safetensors.safe_open(tmp_path / "a", "numpy") as file:  # by the library, not this package
+        assert dict(metadata).items() <= file.metadata().items()
+        np.testing.assert_array_equal(file.get_tensor("a"), np.ones(3))
+
+
+def test_whatever_a_file_holds_it_is_read_or_refused():
+    outcomes = file_fuzz.run(seed=0, count=400)
+    assert {name.rpartition(": ")[2] for name in outcomes} == {"read", "refused"}
+    assert sum(outcomes.values()) == 400
 
 
 @pytest.mark.parametrize("block", [(4, 4), (16, 16), (20, 20), (32, 8)])
@@ -208,13 +233,13 @@ def hostile(path, change, change_about=lambda about: about):
     tensors = {"k:index": np.array([0, 2, 4], np.int32), "k:blocks": np.ones(48, np.float32)}
     change(kernel_about, tensors)
     about = {
-        "format": serialization.FORMAT,
+        "format": container.FORMAT,
         "kernels": {"k": kernel_about},
-        "sha256": {name: serialization.digest(tensor) for name, tensor in tensors.items()},
+        "sha256": {name: container.digest(tensor) for name, tensor in tensors.items()},
     }
     text = change_about(about)
     text = text if isinstance(text, str) else json.dumps(text)
-    metadata = {"sa_plus_plus": text, "sha256": serialization.hashlib.sha256(text.encode()).hexdigest()}
+    metadata = {"sa_plus_plus": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     path.write_bytes(safetensors.numpy.save(tensors, metadata=metadata))
 
 
@@ -234,15 +259,21 @@ def hostile(path, change, change_about=lambda about: about):
         (lambda k, t: k.update({"shape": [16, 2**45]}), "too large"),
         (lambda k, t: k.update({"shape": [2**20, 2**20], "block": [1, 1]}), "too large"),
         (lambda k, t: k.update({"shape": [1, 2**25], "block": [1, 1]}), "too large"),
-        (lambda k, t: k.update({"shape": [12.0, 8]}), "not a list of positive integers"),
-        (lambda k, t: k.update({"shape": "12"}), "not a list of positive integers"),
+        (lambda k, t: k.update({"shape": [12.0, 8]}), r"its description.shape\[0\] is 12.0, not of type int"),
+        (lambda k, t: k.update({"shape": "12"}), "its description.shape is '12', not of type list"),
         (lambda k, t: k.update({"block": [2**40, 4]}), "nearly all padding"),
         (lambda k, t: k.update({"storage": "int2"}), "storage is 'int2'; this version reads exact, bfloat16, int8"),
         (lambda k, t: k.update({"storage": []}), "storage is "),
         (lambda k, t: k.update({"storage": "bfloat16"}), "its blocks are float32, though"),
         (lambda k, t: k.update({"dtype": "int32"}), "its blocks are float32, though"),
         (lambda k, t: k.update({"dtype": None}), "dtype is None"),
-        (lambda k, t: k.clear(), "is damaged"),
+        (lambda k, t: k.clear(), "its description has no 'shape'"),
+        (lambda k, t: k.update({"shape": []}), "not a list of positive integers"),
+        (lambda k, t: k.update({"shape": [True, 8]}), "not of type int"),
+        (lambda k, t: k.update({"kept": 4}), "its index has 3 blocks, where it keeps 4"),
+        (lambda k, t: k.pop("kept"), "its description has no 'kept'"),
+        (lambda k, t: k.update({"view": [[0], [1]]}), "not three lists of axes"),
+        (lambda k, t: k.update({"view": [[], [0], [9]]}), "is damaged"),
     ],
 )
 def test_files_made_to_harm_are_refused(tmp_path, change, message):
@@ -303,6 +334,18 @@ def test_no_leaf_has_the_name_of_a_kernels_tensor(tmp_path, part):
     fine = {"w": w, "v": {f"w:{part}": a}, "w:bias": a}
     sapp.save(tmp_path / "a", fine)
     assert_same(sapp.load(tmp_path / "a"), fine)
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, 1e38])
+def test_scales_of_another_range_are_refused(tmp_path, scale):
+    def change(kernel, tensors):
+        kernel["storage"] = "int8"
+        tensors["k:blocks"] = np.full(48, 127, np.int8)
+        tensors["k:scales"] = np.array([1, scale, 1], np.float32)
+
+    hostile(tmp_path / "a", change)
+    with pytest.raises(ValueError, match=r"a: kernel 'k' is damaged: .*not finite in float32, which int8 never has"):
+        sapp.load(tmp_path / "a")
 
 
 def test_scales_are_those_of_int8_alone(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 
 import sa_plus_plus as sapp
 from sa_plus_plus import serve
+from sa_plus_plus.sparse.files import container
 from sa_plus_plus.sparse.ops import native
 
 pytestmark = pytest.mark.filterwarnings("ignore:specialize found no products")  # of functions without kernels
@@ -64,8 +65,9 @@ def same(got, want):
 READER = """
 import sys, numpy as np, sa_plus_plus as sapp
 for path in sys.argv[1:]:
-    y = sapp.serve.load(path)(np.load(path + ".npy"))
-    np.savez(path + ".npz", **y)
+    network = sapp.serve.load(path)
+    np.savez(path + ".npz", **network(np.load(path + ".npy")))
+    open(path + ".again", "wb").write(network.__reduce__()[1][0])
 """
 
 
@@ -81,6 +83,7 @@ def test_another_process_has_the_same_results(networks, tmp_path):
     subprocess.run([sys.executable, "-c", READER, *paths.values()], check=True, timeout=300)
     for precision, path in paths.items():
         same(dict(np.load(path + ".npz")), networks[2, precision](inputs(2)))
+        assert (tmp_path / f"{precision}.again").read_bytes() == (tmp_path / precision).read_bytes()
 
 
 @needs_kernel
@@ -145,9 +148,9 @@ def test_outputs_without_a_batch_take_the_saved_sizes_alone(tmp_path):
 
 def changed(path, **about):
     """The file with something else said of it, and checksums that agree."""
-    tree = sapp.load(path)
-    said = json.loads(bytes(np.asarray(tree["about"]))) | about
-    sapp.save(path, tree | {"about": np.frombuffer(json.dumps(said).encode(), np.uint8)})
+    tensors, header = container.read(path)
+    said = json.loads(tensors["about"].tobytes()) | about
+    container.write(path, tensors | {"about": np.frombuffer(json.dumps(said).encode(), np.uint8)}, header)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def changed(path, **about):
     [
         ({"format": 99}, "format 99, this version reads up to 2"),
         ({"format": 1}, "format 1, this version reads 2: write it again"),
-        ({"platforms": ["tpu"]}, "is for tpu, JAX runs on cpu"),
+        ({"platforms": ["tpu"]}, "is for 'tpu', JAX runs on cpu"),
         ({"calling_convention": 1}, "in version 1 of its format for programs"),
         ({"kind": "something"}, "holds parameters, not a network"),
     ],
@@ -166,6 +169,25 @@ def test_files_that_cannot_be_read_here(about, message, tmp_path):
     changed(tmp_path / "file", **about)
     with pytest.raises(ValueError, match=message):
         serve.load(tmp_path / "file")
+
+
+def test_the_same_network_has_the_same_bytes_wherever_its_source_is(tmp_path):
+    w = np.eye(8, dtype=np.float32)
+    contents, limit = set(), jax.config.values["jax_traceback_in_locations_limit"]
+    jax.config.update("jax_traceback_in_locations_limit", 100)  # as outside of these tests
+    try:
+        for number in range(4):
+            names = {"w": w, "jax": jax}
+            source = "\n" * number + "def f(x):\n    return jax.nn.silu(x @ w) @ w"
+            exec(compile(source, f"/home/{number}/secret.py", "exec"), names)
+            serve.save(tmp_path / "file", saved(names["f"], (jnp.ones((1, 8)),), (jnp.ones((2, 8)),)))
+            contents.add((tmp_path / "file").read_bytes())
+        assert jax.config.values["jax_traceback_in_locations_limit"] == 100
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
+    (content,) = contents
+    assert b"secret" not in content
+    assert b".py" not in content
 
 
 def test_damaged_files(tmp_path):

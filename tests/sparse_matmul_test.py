@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import math
 import subprocess
 import warnings
@@ -15,10 +16,9 @@ import pytest
 from hypothesis import strategies as st
 
 import sa_plus_plus.sparse.ops.matmul as matmul
-import sa_plus_plus.sparse.ops.native as native
-import sa_plus_plus.sparse.ops.xla as xla
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse import BlockSparse, Layout, block_sparse_matmul
+from sa_plus_plus.sparse.ops import native, xla
 
 needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 IMPLEMENTATIONS = ["xla", pytest.param("native", marks=needs_native), "dense"]
@@ -315,11 +315,17 @@ def test_the_kernel_refuses_wrong_buffers(change, wanted):
 
 @pytest.mark.long
 def test_the_kernel_stays_within_its_memory(tmp_path):
-    """Its source under the address and undefined-behaviour sanitizers, on random products, without XLA."""
+    """Its source under the address and undefined-behaviour sanitizers, on random products and calls, without XLA."""
     try:
-        fuzzer = kernel_fuzz.build(tmp_path)
+        products, calls = kernel_fuzz.build(tmp_path)
     except LookupError as missing:
         pytest.skip(str(missing))
-    run = subprocess.run([fuzzer, "400"], capture_output=True, text=True)
+    run = subprocess.run([products, "400"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout == "400 products\n"
+    run = subprocess.run([calls, "40000"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    counts = json.loads(run.stdout)
+    assert set(counts) == {"convolution", "pooling", "rounding", "attention"}
+    for each in counts.values():
+        assert each["checked"] == 10_000 > each["accepted"] >= each["computed"] > 1000

@@ -48,7 +48,7 @@ def layer_rows(outcome: Outcome) -> list[dict[str, Any]]:
         if not layer.is_kernel:
             continue
         weights = leaves[layer.path]
-        alive = occupied(weights, layer.block)
+        alive = occupied(weights, layer.block, layer.view)
         rows.append(
             {
                 "path": layer.path,
@@ -98,8 +98,8 @@ def chosen_features(outcome: Outcome, names: Sequence[str]) -> list[dict[str, An
       outcome: of a network whose first kernel alone is pruned, in whole rows.
       names: of all inputs.
     """
-    (path,) = outcome.plan.pruned
-    norms = np.linalg.norm(kernel_leaves(outcome)[path], axis=1)
+    (layer,) = outcome.plan.pruned.values()
+    norms = np.linalg.norm(sapp.blocks.matrices(kernel_leaves(outcome)[layer.path], layer.view), axis=-1)
     order = np.argsort(-norms, kind="stable")[: np.count_nonzero(norms)]
     return [{"name": names[i], "index": int(i), "norm": float(norms[i])} for i in order]
 

@@ -47,7 +47,7 @@ def _compare(key: jax.Array, form: Form, kind: Kind) -> dict[str, jax.Array]:
     if form.name == "exponential":  # its mask is never 0, so neither is a minimiser's
         supports = np.ones_like(supports)
     inside = jax.vmap(functools.partial(groups.spread, g))(jnp.asarray(supports))
-    fitted = jax.vmap(lambda s: greedy.refit(problem, g, s, tol=1e-4)[0])(jnp.asarray(supports))
+    fitted = jax.vmap(lambda s: greedy.refit(problem, g, s, tol=1e-4).coefficients)(jnp.asarray(supports))
     one, two = jax.random.split(jax.random.fold_in(key, 1))
 
     def starts_from(key: jax.Array) -> jax.Array:

@@ -54,16 +54,17 @@ def digits(amount: Amount) -> dict[str, Any]:
     order = np.asarray(greedy.omp(problem, g, max(amount.blocks), tol=1e-3).entered)
     for k in amount.blocks:
         nested = greedy.as_support(g, order[:k].tolist())
-        curves["OMP"].append(point(k, *refit(problem, g, nested)))
+        fitted = refit(problem, g, nested)
+        curves["OMP"].append(point(k, fitted.coefficients, fitted.value))
         replaced = greedy.ompr(problem, g, nested, amount.replacements, tol=1e-3)
         curves["OMPR"].append(point(k, replaced.coefficients, replaced.value))
         for method in ("IHT", "group LASSO", "magnitude"):
             selection = _select(problem, g, k, method, tol=1e-3)
             curves[method].append(point(k, selection.coefficients, selection.value))
-    dense, value = refit(problem, g, jnp.ones(g.count, bool))
+    dense = refit(problem, g, jnp.ones(g.count, bool))
     return {
         "curves": curves,
-        "dense": point(g.count, dense, value),
+        "dense": point(g.count, dense.coefficients, dense.value),
         "train": len(pick),
         "test": len(test["label"]),
         "block": list(BLOCK),

@@ -36,6 +36,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from experiments.utils.files import sha256
+from sa_plus_plus.files import sync
 
 HOST, MANIFEST = "host.json", "manifest.json"
 
@@ -178,7 +179,7 @@ class Checkpoints:
         (unfinished / HOST).write_text(content)
         _write_manifest(unfinished)
         unfinished.rename(self._directory / str(step))
-        _sync(self._directory)
+        sync(self._directory)
         self._latest = step
         for old in superseded(_metrics(self._directory), self._keep):
             # Renamed first: cut short, a deletion must not leave a number with half its files.
@@ -333,22 +334,14 @@ def _write_manifest(folder: pathlib.Path) -> None:
     """Bring all files to the disk, then the manifest of them: older checkpoints go once this one is intact."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        _sync(path)
+        sync(path)
         if path.is_file():
             files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256(path)}
     unfinished = folder / f".{MANIFEST}"
     unfinished.write_text(json.dumps({"files": files}, indent=1))
-    _sync(unfinished)
+    sync(unfinished)
     unfinished.replace(folder / MANIFEST)
-    _sync(folder)
-
-
-def _sync(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(folder)
 
 
 def _from_first(compute: Callable[[], Any]) -> Any:

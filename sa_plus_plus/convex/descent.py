@@ -7,6 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.tree_util import Partial
+
+from sa_plus_plus.convex.problems import Problem
+from sa_plus_plus.convex.scaling import norm, power_of_two
 
 
 class Minimum(NamedTuple):
@@ -17,12 +21,26 @@ class Minimum(NamedTuple):
       value: of the function there.
       gradient_norm: 2-norm of the gradient there.
       steps: taken.
+      converged: whether the gradient reached the tolerance.
     """
 
     x: Any
     value: jax.Array
     gradient_norm: jax.Array
     steps: jax.Array
+    converged: jax.Array
+
+
+class Units(NamedTuple):
+    """Units for a function, powers of two: in these its gradient and the curvature along it are about 1 at one point.
+
+    Attributes:
+      x: of its argument.
+      value: of its value.
+    """
+
+    x: jax.Array
+    value: jax.Array
 
 
 class _State(NamedTuple):
@@ -40,7 +58,7 @@ class _State(NamedTuple):
 def lbfgs(
     fn: Callable[[Any], jax.Array], x: Any, tol: float | jax.Array = 1e-9, max_steps: int = 500, memory: int = 10
 ) -> Minimum:
-    """Minimise `fn` from `x` by L-BFGS with a zoom line search.
+    """Minimise `fn` from `x` by L-BFGS with a zoom line search, in units in which the first step has length 1.
 
     Args:
       fn: a smooth function of a pytree; a scalar.
@@ -54,18 +72,21 @@ def lbfgs(
     """
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes dtypes
         solver = optax.lbfgs(memory_size=memory, linesearch=optax.scale_by_zoom_linesearch(30))
-        value, gradient = jax.value_and_grad(fn)(x)
-        norm = optax.tree.norm(gradient)
+        units = units_at(fn, x)
+        scaled = Partial(_in_units, Partial(fn), *units)
+        tol = tol * (units.x / units.value)
+        x = jax.tree.map(lambda a: a / units.x, x)
+        value, gradient = jax.value_and_grad(scaled)(x)
         zero = jnp.zeros((), jnp.int32)
-        state = _State(x, value, gradient, solver.init(x), x, value, norm, zero, zero)
+        state = _State(x, value, gradient, solver.init(x), x, value, norm(gradient), zero, zero)
 
         def body(s: _State) -> _State:
-            updates, inner = solver.update(s.gradient, s.lbfgs, s.x, value=s.value, grad=s.gradient, value_fn=fn)
+            updates, inner = solver.update(s.gradient, s.lbfgs, s.x, value=s.value, grad=s.gradient, value_fn=scaled)
             x = optax.apply_updates(s.x, updates)
-            value, gradient = jax.value_and_grad(fn)(x)
-            norm = optax.tree.norm(gradient)
+            value, gradient = jax.value_and_grad(scaled)(x)
+            steepness = norm(gradient)
             slack = 8 * jnp.finfo(value.dtype).eps * jnp.abs(s.best_value)
-            better = (value < s.best_value - slack) | ((value <= s.best_value + slack) & (norm < s.best_norm))
+            better = (value < s.best_value - slack) | ((value <= s.best_value + slack) & (steepness < s.best_norm))
             best = jax.tree.map(lambda new, old: jnp.where(better, new, old), x, s.best)
             return _State(
                 x,
@@ -74,7 +95,7 @@ def lbfgs(
                 inner,
                 best,
                 jnp.where(better, value, s.best_value),
-                jnp.where(better, norm, s.best_norm),
+                jnp.where(better, steepness, s.best_norm),
                 jnp.where(better, 0, s.stalled + 1),
                 s.step + 1,
             )
@@ -83,7 +104,35 @@ def lbfgs(
             return (s.best_norm > tol) & (s.step < max_steps) & (s.stalled < 5) & jnp.isfinite(s.value)
 
         end = lax.while_loop(go_on, body, state)
-        return Minimum(end.best, end.best_value, end.best_norm, end.step)
+        best = jax.tree.map(lambda a: a * units.x, end.best)
+        steepness = end.best_norm * (units.value / units.x)
+        return Minimum(best, end.best_value * units.value, steepness, end.step, end.best_norm <= tol)
+
+
+def units_at(fn: Callable[[Any], jax.Array], at: Any) -> Units:
+    """`x = ||g|| / c` and `value = ||g||^2 / c`, rounded, for the gradient `g` and the curvature `c` along it.
+
+    Args:
+      fn: a scalar function of a pytree, twice differentiable.
+      at: where.
+    """
+    steepness, curvature = norm(jax.grad(fn)(at)), curvature_along_gradient(fn, at)
+    x = power_of_two(steepness / curvature)
+    return Units(x, power_of_two(steepness * x))
+
+
+def in_units(problem: Problem) -> tuple[Problem, Units]:
+    """The problem in units of its own at 0, `L(x z) / value`, so that solvers see the same for any scale of the data.
+
+    Args:
+      problem: the loss.
+    """
+    units = units_at(problem.value, problem.origin)
+    return Problem(Partial(_in_units, problem.value, *units), problem.origin), units
+
+
+def _in_units(fn: Callable[[Any], jax.Array], unit: jax.Array, of_value: jax.Array, x: Any) -> jax.Array:
+    return fn(jax.tree.map(lambda a: a * unit, x)) / of_value
 
 
 def proximal_step(
@@ -125,16 +174,17 @@ def proximal_step(
     return end[0], end[1], end[2]
 
 
-def curvature_along_gradient(fn: Callable[[jax.Array], jax.Array], at: jax.Array) -> jax.Array:
-    """Second derivative of `fn` along its gradient, 1 where that is 0: a first curvature for `proximal_step`.
+def curvature_along_gradient(fn: Callable[[Any], jax.Array], at: Any) -> jax.Array:
+    """Second derivative of `fn` along its gradient, 1 where that is not positive: a first one for `proximal_step`.
 
     Args:
-      fn: a scalar function, twice differentiable.
+      fn: a scalar function of a pytree, twice differentiable.
       at: where.
     """
     gradient = jax.grad(fn)
     g = gradient(at)
-    length = jnp.sqrt(jnp.sum(jnp.square(g)))
-    direction = g / jnp.where(length > 0, length, 1)
-    along = jnp.sum(direction * jax.jvp(gradient, (at,), (direction,))[1])
-    return jnp.where(along > 0, along, 1).astype(at.dtype)
+    length = norm(g)
+    direction = jax.tree.map(lambda a: a / jnp.where(length > 0, length, 1), g)
+    image = jax.jvp(gradient, (at,), (direction,))[1]
+    along = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(direction), jax.tree.leaves(image), strict=True))
+    return jnp.where(along > 0, along, 1).astype(length.dtype)

@@ -18,19 +18,38 @@ from jax import lax
 import sa_plus_plus.convex.group_lasso as group_lasso
 import sa_plus_plus.convex.penalties as penalties
 from sa_plus_plus import select
-from sa_plus_plus.convex.descent import curvature_along_gradient, lbfgs, proximal_step
+from sa_plus_plus.convex.descent import curvature_along_gradient, in_units, lbfgs, proximal_step
 from sa_plus_plus.convex.group_lasso import check_groups
 from sa_plus_plus.convex.groups import Groups, norms, spread
 from sa_plus_plus.convex.penalised import require_subadditive
 from sa_plus_plus.convex.penalties import Penalty
-from sa_plus_plus.convex.problems import Problem, gradient_at_zero
+from sa_plus_plus.convex.problems import Problem, gradient_at_zero, units_of_coefficients
+from sa_plus_plus.convex.scaling import norm
 
 _MOST_SUPPORTS = 200_000
 _NOTHING = np.zeros(0, np.int32)
 
 
 _Pair = tuple[jax.Array, jax.Array]
-_Chain = tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]  # support, coefficients, best so far
+_Triple = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class Refit(NamedTuple):
+    """The minimum over a support.
+
+    Attributes:
+      coefficients: the minimiser.
+      value: the loss there.
+      converged: whether the gradient reached the tolerance.
+    """
+
+    coefficients: jax.Array
+    value: jax.Array
+    converged: jax.Array
+
+
+_Best = tuple[jax.Array, Refit]  # support, minimum there
+_Chain = tuple[_Best, _Best]  # the latest, the best so far
 
 
 class Selection(NamedTuple):
@@ -42,6 +61,7 @@ class Selection(NamedTuple):
       value: the loss there.
       values: the loss after each step or round.
       entered: the group added in each step or round of `omp` and `ompr`; empty for the others.
+      converged: whether all minimisations that led there reached their tolerance.
     """
 
     support: jax.Array
@@ -49,29 +69,30 @@ class Selection(NamedTuple):
     value: jax.Array
     values: jax.Array
     entered: jax.Array | np.ndarray
+    converged: jax.Array
 
 
 def refit(
     problem: Problem, groups: Groups, support: jax.Array, start: jax.Array | None = None, tol: float | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Minimise the loss over a support, by L-BFGS.
+) -> Refit:
+    """Minimise the loss over a support, by L-BFGS in coefficients for columns of one scale.
 
     Args:
       problem: the loss.
       groups: partition of its coefficients.
       support: mask of groups, `(count,)`.
       start: where to begin.
-      tol: on the gradient's 2-norm, relative to that at 0; 1e-8 in float64, 1e-4 in float32 by default.
-
-    Returns:
-      Coefficients and loss.
+      tol: on the gradient's 2-norm by these coefficients, relative to that at 0; 1e-8 in float64, 1e-4 in float32 by
+        default.
     """
     start = problem.origin if start is None else start
-    mask = spread(groups, support.astype(start.dtype))
+    units = units_of_coefficients(problem)
+    mask = spread(groups, support.astype(start.dtype)) * units
     tol = (1e-8 if start.dtype.itemsize > 4 else 1e-4) if tol is None else tol
-    scale = jnp.sqrt(jnp.sum(jnp.square(gradient_at_zero(problem))))
-    end = lbfgs(lambda b: problem.value(b * mask), start * mask, tol * scale, max_steps=300)
-    return end.x * mask, end.value
+    scale = norm(gradient_at_zero(problem) * units)
+    first = jnp.where(mask > 0, start / units, 0)
+    end = lbfgs(lambda b: problem.value(b * mask), first, tol * scale, max_steps=300)
+    return Refit(end.x * mask, end.value, end.converged)
 
 
 def omp(problem: Problem, groups: Groups, k: int, tol: float | None = None) -> Selection:
@@ -222,7 +243,8 @@ def from_group_lasso(
     lengths = jax.vmap(functools.partial(norms, groups))(solutions.coefficients)
     enough = jnp.sum(lengths > 0, axis=1) >= k
     at = jnp.where(jnp.any(enough), jnp.argmax(enough), count - 1)
-    return _kept(problem, groups, select.top_k(lengths[at], k), solutions.coefficients[at], None)
+    kept = _kept(problem, groups, select.top_k(lengths[at], k), solutions.coefficients[at], None)
+    return kept._replace(converged=kept.converged & solutions.converged[at])
 
 
 def supports(count: int, k: int) -> np.ndarray:
@@ -275,17 +297,17 @@ def check_k(groups: Groups, k: int) -> None:
 
 @functools.partial(jax.jit, static_argnames="k")
 def _omp(problem: Problem, groups: Groups, k: int, tol: float | None) -> Selection:
-    def step(state: _Pair, _: None) -> tuple[_Pair, _Pair]:
+    def step(state: _Pair, _: None) -> tuple[_Pair, _Triple]:
         support, beta = state
         gradient = norms(groups, jax.grad(problem.value)(beta))
         enters = jnp.argmax(jnp.where(support, -1, gradient))
         support = support | (jnp.arange(groups.count) == enters)
-        beta, value = refit(problem, groups, support, beta, tol)
-        return (support, beta), (value, enters)
+        found = refit(problem, groups, support, beta, tol)
+        return (support, found.coefficients), (found.value, enters, found.converged)
 
     start = jnp.zeros(groups.count, bool), problem.origin
-    (support, beta), (values, entered) = lax.scan(step, start, length=k)
-    return Selection(support, beta, values[-1], values, entered)
+    (support, beta), (values, entered, converged) = lax.scan(step, start, length=k)
+    return Selection(support, beta, values[-1], values, entered, jnp.all(converged))
 
 
 @functools.partial(jax.jit, static_argnames=("rounds", "ratio"))
@@ -294,7 +316,7 @@ def _ompr(
 ) -> Selection:
     number = jnp.arange(groups.count)
     gradient = jax.grad(problem.value)
-    beta, value = refit(problem, groups, support, None, tol)
+    first = support, refit(problem, groups, support, None, tol)
 
     def swap(support: jax.Array, beta: jax.Array) -> _Pair:
         outside = jnp.where(support, -1, norms(groups, gradient(beta)))
@@ -306,52 +328,58 @@ def _ompr(
         enters, leaves = jnp.argmax(outside), jnp.argmin(jnp.where(support, inside, jnp.inf))
         return (support | (number == enters)) & (number != leaves), enters
 
-    def step(state: _Chain, _: None) -> tuple[_Chain, _Pair]:
-        support, beta, best = state
-        support, enters = swap(support, beta)
-        beta, value = refit(problem, groups, support, beta, tol)
-        better = value < best[2]
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (support, beta, value), best)
-        return (support, beta, best), (value, enters)
+    def step(state: _Chain, _: None) -> tuple[_Chain, _Triple]:
+        (support, found), best = state
+        support, enters = swap(support, found.coefficients)
+        found = refit(problem, groups, support, found.coefficients, tol)
+        better = found.value < best[1].value
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (support, found), best)
+        return ((support, found), best), (found.value, enters, found.converged)
 
-    (_, _, best), (values, entered) = lax.scan(step, (support, beta, (support, beta, value)), length=rounds)
-    return Selection(*best, jnp.concatenate([value[None], values]), entered)
+    (_, (support, best)), (values, entered, converged) = lax.scan(step, (first, first), length=rounds)
+    values = jnp.concatenate([first[1].value[None], values])
+    converged = jnp.all(converged) & first[1].converged
+    return Selection(support, best.coefficients, best.value, values, entered, converged)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
 def _iht(problem: Problem, groups: Groups, k: int, steps: int, start: jax.Array, tol: float | None) -> Selection:
+    scaled, units = in_units(problem)
+
     def threshold(x: jax.Array) -> jax.Array:
         return spread(groups, select.top_k(norms(groups, x), k).astype(x.dtype)) * x
 
     def step(state: _Pair, _: None) -> tuple[_Pair, jax.Array]:
         beta, c = state
-        c, new = proximal_step(problem.value, beta, c, lambda here, c: threshold(beta - here / c))[:2]
-        return (new, 0.95 * c), problem.value(new)
+        c, new = proximal_step(scaled.value, beta, c, lambda here, c: threshold(beta - here / c))[:2]
+        return (new, 0.95 * c), scaled.value(new)
 
-    first = threshold(start)
-    (beta, _), values = lax.scan(step, (first, curvature_along_gradient(problem.value, first)), length=steps)
+    first = threshold(start / units.x)
+    (beta, _), values = lax.scan(step, (first, curvature_along_gradient(scaled.value, first)), length=steps)
     support = select.top_k(norms(groups, beta), k)
-    return _kept(problem, groups, support, beta, tol)._replace(values=values)
+    return _kept(problem, groups, support, beta * units.x, tol)._replace(values=values * units.value)
 
 
 @jax.jit
 def _magnitude(problem: Problem, groups: Groups, k: int, tol: float | None) -> Selection:
-    dense, _ = refit(problem, groups, jnp.ones(groups.count, bool), None, tol)
-    return _kept(problem, groups, select.top_k(norms(groups, dense), k), dense, tol)
+    dense = refit(problem, groups, jnp.ones(groups.count, bool), None, tol)
+    kept = _kept(problem, groups, select.top_k(norms(groups, dense.coefficients), k), dense.coefficients, tol)
+    return kept._replace(converged=kept.converged & dense.converged)
 
 
 @jax.jit
 def _kept(problem: Problem, groups: Groups, support: jax.Array, beta: jax.Array, tol: float | None) -> Selection:
-    beta, value = refit(problem, groups, support, beta, tol)
-    return Selection(support, beta, value, value[None], _NOTHING)
+    found = refit(problem, groups, support, beta, tol)
+    return Selection(support, found.coefficients, found.value, found.value[None], _NOTHING, found.converged)
 
 
 @functools.partial(jax.jit, static_argnames="batch")
 def _best_of(problem: Problem, groups: Groups, masks: jax.Array, tol: float | None, batch: int) -> Selection:
-    def loss(mask: jax.Array) -> jax.Array:
-        return refit(problem, groups, mask, None, tol)[1]
+    def loss(mask: jax.Array) -> _Pair:
+        found = refit(problem, groups, mask, None, tol)
+        return found.value, found.converged
 
-    values = lax.map(loss, masks, batch_size=min(batch, masks.shape[0]))
+    values, converged = lax.map(loss, masks, batch_size=min(batch, masks.shape[0]))
     support = masks[jnp.argmin(values)]
-    beta, value = refit(problem, groups, support, None, tol)
-    return Selection(support, beta, value, values, _NOTHING)
+    found = refit(problem, groups, support, None, tol)
+    return Selection(support, found.coefficients, found.value, values, _NOTHING, jnp.all(converged))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sa_plus_plus.convex.descent import curvature_along_gradient, proximal_step
+from sa_plus_plus.convex.descent import Units, curvature_along_gradient, in_units, proximal_step
 from sa_plus_plus.convex.groups import Groups, norms, spread
 from sa_plus_plus.convex.problems import Problem, gradient_at_zero
 
@@ -234,15 +234,30 @@ def check_lambda(lam: jax.Array | np.ndarray | float) -> None:
 
 @functools.partial(jax.jit, static_argnames="max_steps")
 def _path(problem: Problem, groups: Groups, lams: jax.Array, tol: float, max_steps: int) -> Solution:
+    scaled, units = in_units(problem)
+
     def step(beta: jax.Array, lam: jax.Array) -> tuple[jax.Array, Solution]:
-        solution = _solve(problem, groups, lam, beta, tol, max_steps)
+        solution = _descended(scaled, groups, lam, beta, tol, max_steps)
         return solution.coefficients, solution
 
-    return lax.scan(step, problem.origin, lams)[1]
+    return _back(lax.scan(step, problem.origin, lams * (units.x / units.value))[1], units)
 
 
 @functools.partial(jax.jit, static_argnames="max_steps")
 def _solve(
+    problem: Problem, groups: Groups, lam: jax.Array, start: jax.Array, tol: jax.Array | float, max_steps: int
+) -> Solution:
+    scaled, units = in_units(problem)
+    lam = lam * (units.x / units.value)
+    return _back(_descended(scaled, groups, lam, start / units.x, tol, max_steps), units)
+
+
+def _back(solution: Solution, units: Units) -> Solution:
+    """The solution in the units of the problem as it was given."""
+    return solution._replace(coefficients=solution.coefficients * units.x, value=solution.value * units.value)
+
+
+def _descended(
     problem: Problem, groups: Groups, lam: jax.Array, start: jax.Array, tol: jax.Array | float, max_steps: int
 ) -> Solution:
     dtype = problem.origin.dtype

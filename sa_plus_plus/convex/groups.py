@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks
+from sa_plus_plus.convex.scaling import unit_of
 
 Kind = Literal["equal", "blocks", "partition"]
 
@@ -144,9 +145,10 @@ def norms(groups: Groups, x: jax.Array) -> jax.Array:
       groups: a partition of coefficients.
       x: of the groups' shape.
     """
-    squares = sum_per_group(groups, jnp.square(x))
+    unit = unit_of(x)
+    squares = sum_per_group(groups, jnp.square(x / unit))
     zero = squares == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
+    return unit * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 
 
 def scale(groups: Groups, s: jax.Array, x: jax.Array) -> jax.Array:

@@ -4,7 +4,8 @@
 
 The design matrix is read once for each batch of groups that enters: their rows of the Gram matrix `X'X / n` are kept,
 `ever active x p` numbers, and everything else (gradients, objectives, duality gaps) comes from those. The matrix is
-never copied, scaled or transposed. The loop over lambdas and working sets is in Python; the pieces are compiled for
+never copied, scaled or transposed; what is computed from it is divided by powers of two, so that the scale of the data
+does not matter. The loop over lambdas and working sets is in Python; the pieces are compiled for
 sizes that are powers of two, so a whole path compiles a handful of programs. To `jit` or `vmap` a path, use
 `group_lasso.path`.
 """
@@ -20,6 +21,7 @@ from jax import lax
 import sa_plus_plus.convex.problems as problems
 from sa_plus_plus.convex.group_lasso import check_grid, check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, members
+from sa_plus_plus.convex.scaling import unit_of
 
 _SWEEPS = 5_000  # limit on sweeps in one visit to a working set
 _WRITTEN_OUT = 32  # limit on rows of a product that is written out
@@ -110,13 +112,16 @@ def solve(
     responses = y.reshape(y.shape[0], -1)
     index, inside = _layout(groups)
     natural = groups.kind == "equal"
-    c, column_norms, square = _moments(x, responses, index, inside, natural)
+    unit = unit_of(x)  # divides the columns of X; its answer, `unit_y`, the responses
+    unit_y = unit_of(y)
+    of_lam, of_beta, of_value = _units(unit, unit_y)
+    c, column_norms, square = _moments(x, responses, index, inside, unit, unit_y, natural)
     bound = np.asarray(column_norms)  # bounds the largest eigenvalue of each group's Gram matrix
     state = _start(c)
     top = float(jnp.max(state.lengths))
     if lams is None:
         check_grid(count, ratio)
-        lams = top * np.geomspace(1, ratio, count)
+        lams = top * of_lam * np.geomspace(1, ratio, count)
     lams = np.asarray(lams, float)
     check_lambda(lams)
     if lams.ndim != 1 or (lams <= 0).any() or (np.diff(lams) > 0).any():
@@ -125,9 +130,9 @@ def solve(
     size, target = index.shape[1], tol * float(square) / 2
     gram = _Gram(jnp.zeros((0, index.size), x.dtype), np.full(groups.count, -1), 0)
     found: list[tuple[np.ndarray, float, float, int, int]] = []
-    before = max(top, lams[0])
+    before = max(top, lams[0] / of_lam)
     eps, small = np.inf, _Small(*[jnp.zeros(0, int)] * 4)
-    for lam in lams:
+    for lam in lams / of_lam:
         state = _certify(c, square, state, lam)
         lengths, scale = np.asarray(state.lengths), float(state.scale)
         alive = np.asarray(_alive(state.beta))
@@ -138,7 +143,7 @@ def solve(
         for _ in range(_ROUNDS):
             if float(state.gap) <= target or not work.any():
                 break
-            gram = _with_rows(gram, x, work, lengths, index, inside, natural)
+            gram = _with_rows(gram, x, work, lengths, index, inside, unit, natural)
             small = _restricted(gram, work, size, small)
             state = _visit(gram.rows, small, c, square, state, lam, eps)
             lengths = np.asarray(state.lengths)
@@ -151,11 +156,23 @@ def solve(
         flat[np.asarray(index)[np.asarray(inside)]] = np.asarray(state.beta)[np.asarray(inside)]
         count_alive = int(np.asarray(_alive(state.beta)).sum())
         found.append(
-            (flat.reshape(groups.shape), float(state.value), float(state.gap), count_alive, int(safe_zero.sum()))
+            (
+                flat.reshape(groups.shape) * of_beta,
+                float(state.value),
+                float(state.gap),
+                count_alive,
+                int(safe_zero.sum()),
+            )
         )
         before = lam
     coefficients, values, gaps, active, screened = (np.array(column) for column in zip(*found, strict=True))
-    return Path(lams, coefficients, values, gaps, active, screened, gaps <= target)
+    return Path(lams, coefficients, values * of_value, gaps * of_value, active, screened, gaps <= target)
+
+
+def _units(unit: jax.Array, unit_y: jax.Array) -> tuple[float, float, float]:
+    """Those of lambda, of coefficients and of values, for columns and responses in the given units."""
+    a, b = float(unit), float(unit_y)
+    return a * b, b / a, b * b
 
 
 def _layout(groups: Groups) -> tuple[jax.Array, jax.Array]:
@@ -179,6 +196,7 @@ def _with_rows(
     lengths: np.ndarray,
     index: jax.Array,
     inside: jax.Array,
+    unit: jax.Array,
     natural: bool,
 ) -> _Gram:
     """The Gram matrix with rows for all groups of the working set, and for likely candidates to fill the batch."""
@@ -194,7 +212,7 @@ def _with_rows(
     if (gram.used + len(new)) * size > rows.shape[0]:
         capacity = min(count, _power_of_two(gram.used + len(new), 64))
         rows = _grown(rows, capacity * size)
-    rows = _add_rows(rows, x, jnp.asarray(new), gram.used * size, index, inside, natural)
+    rows = _add_rows(rows, x, jnp.asarray(new), gram.used * size, index, inside, unit, natural)
     slot = gram.slot.copy()
     slot[new] = gram.used + np.arange(len(new))
     return _Gram(rows, slot, gram.used + len(new))
@@ -227,12 +245,18 @@ def _power_of_two(n: int, least: int = 8) -> int:
 
 @functools.partial(jax.jit, static_argnames="natural")
 def _moments(
-    x: jax.Array, y: jax.Array, index: jax.Array, inside: jax.Array, natural: bool
+    x: jax.Array,
+    y: jax.Array,
+    index: jax.Array,
+    inside: jax.Array,
+    unit: jax.Array,
+    unit_y: jax.Array,
+    natural: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`X'Y / n` by group, the sum over each group of its columns' mean squares, and `||Y||^2 / n`."""
-    n = x.shape[0]
-    c = jnp.tensordot(x, y, (0, 0)) / n
-    squares = jnp.sum(jnp.square(x), axis=0) / n
+    """`X'Y / n` by group, the sum over each group of its columns' mean squares, and `||Y||^2 / n`, of scaled data."""
+    n, y = x.shape[0], y / unit_y
+    c = jnp.tensordot(x, y, (0, 0)) / (n * unit)
+    squares = jnp.sum(jnp.square(x / unit), axis=0) / n
     by_group = c.reshape(*index.shape, -1) if natural else jnp.where(inside[..., None], c[index], 0)
     return by_group, jnp.sum(jnp.where(inside, squares[index], 0), axis=1), jnp.sum(jnp.square(y)) / n
 
@@ -278,9 +302,10 @@ def _add_rows(
     at: jax.Array | int,
     index: jax.Array,
     inside: jax.Array,
+    unit: jax.Array,
     natural: bool,
 ) -> jax.Array:
-    columns = jnp.where(inside[new].ravel(), x[:, index[new].ravel()], 0) / x.shape[0]
+    columns = jnp.where(inside[new].ravel(), x[:, index[new].ravel()], 0) / (x.shape[0] * unit) / unit
     rows = jnp.tensordot(columns, x, (0, 0))
     if not natural:
         rows = jnp.where(inside.ravel(), rows[:, index.ravel()], 0)

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 import sa_plus_plus.convex.penalties as penalties
-from sa_plus_plus.convex.descent import lbfgs
+from sa_plus_plus.convex.descent import curvature_along_gradient, lbfgs
 from sa_plus_plus.convex.group_lasso import check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, norms, scale
 from sa_plus_plus.convex.lambert import lambert_w
 from sa_plus_plus.convex.penalties import Penalty
-from sa_plus_plus.convex.problems import Problem
+from sa_plus_plus.convex.problems import Problem, gradient_at_zero
+from sa_plus_plus.convex.scaling import norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Masked(NamedTuple):
       value: objective of the masked problem.
       gradient_norm: at the end.
       steps: taken.
+      converged: whether the gradient reached the tolerance.
     """
 
     w: jax.Array
@@ -72,6 +74,7 @@ class Masked(NamedTuple):
     value: jax.Array
     gradient_norm: jax.Array
     steps: jax.Array
+    converged: jax.Array
 
 
 def _own_mask(groups: Groups, w: jax.Array, beta: jax.Array) -> jax.Array:
@@ -183,7 +186,7 @@ def solve(
     lam: jax.Array | float,
     w: jax.Array,
     beta: jax.Array,
-    tol: float = 1e-10,
+    tol: float | None = None,
     max_steps: int = 1000,
 ) -> Masked:
     """A local minimiser of a masked problem over `(w, beta)`, by L-BFGS.
@@ -197,7 +200,8 @@ def solve(
       lam: positive scalar.
       w: where the mask starts, `(count,)`; ones make `beta` the effective coefficients (zeros for `exponential`).
       beta: where the coefficients start.
-      tol: on the gradient's 2-norm.
+      tol: on the gradient's 2-norm, relative to that of `lambda cost` where the effective coefficients are one gradient
+        step of the loss from 0; by default 1e-10 in float64, 1e-5 in float32.
       max_steps: largest number of steps.
 
     Raises:
@@ -209,6 +213,7 @@ def solve(
         raise ValueError(
             f"w and beta must have shapes {(groups.count,)} and {groups.shape}, got {w.shape}, {beta.shape}"
         )
+    tol = (1e-10 if beta.dtype.itemsize > 4 else 1e-5) if tol is None else tol
     return _solve(problem, groups, form, jnp.asarray(lam, beta.dtype), w, beta, tol, max_steps)
 
 
@@ -226,6 +231,12 @@ def _solve(
     def fn(x: tuple[jax.Array, jax.Array]) -> jax.Array:
         return objective(problem, groups, form, lam, form.smooth_mask(x[0]), x[1])
 
-    end = lbfgs(fn, (form.smooth_inverse(w), beta), tol=tol, max_steps=max_steps)
+    def cost(x: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return lam * form.cost(form.smooth_mask(x[0]), x[1])
+
+    step = gradient_at_zero(problem) / curvature_along_gradient(problem.value, problem.origin)
+    typical_w, typical_beta = split(form, groups, -step)
+    scale = norm(jax.grad(cost)((form.smooth_inverse(typical_w), typical_beta)))
+    end = lbfgs(fn, (form.smooth_inverse(w), beta), tol=tol * scale, max_steps=max_steps)
     w, beta = form.smooth_mask(end.x[0]), end.x[1]
-    return Masked(w, beta, effective(form, groups, w, beta), end.value, end.gradient_norm, end.steps)
+    return Masked(w, beta, effective(form, groups, w, beta), end.value, end.gradient_norm, end.steps, end.converged)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 import sa_plus_plus.convex.group_lasso as group_lasso
-from sa_plus_plus.convex.descent import curvature_along_gradient, lbfgs, proximal_step
+from sa_plus_plus.convex.descent import curvature_along_gradient, in_units, lbfgs, proximal_step
 from sa_plus_plus.convex.group_lasso import Solution, check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, norms, spread
-from sa_plus_plus.convex.penalties import Penalty, prox, shrink_by_search
+from sa_plus_plus.convex.penalties import Penalty, in_unit, prox, shrink_by_search
 from sa_plus_plus.convex.problems import Problem
 
 Form = Literal["sum", "composite"]
@@ -94,7 +94,8 @@ def solve(
       form: which of the two objectives.
       start: of shape `S`; 0 if None.
       tol: the descent stops when a step (a sweep over the groups) moves the coefficients by less than this, relatively;
-        by default 1e-8 in float64, 1e-5 in float32. The polished point's gradient is reported as `residual`.
+        by default 1e-8 in float64, 1e-5 in float32. The polished point's gradient, relative to `critical_lambda`, is
+        reported as `residual`.
       max_steps: steps or sweeps.
       polished: whether L-BFGS follows; without it `residual` is the last step's relative length.
 
@@ -169,6 +170,9 @@ def _solve(
     if form == "composite" and math.isfinite(penalty.ceiling):  # shrink the start to where the objective is finite
         total = jnp.sum(norms(groups, start))
         start = start * jnp.minimum(1, 0.9 * penalty.ceiling / jnp.where(total > 0, total, 1))
+    problem, units = in_units(problem)
+    start, penalty = start / units.x, in_unit(penalty, units.x)
+    lam = lam / units.value * (units.x if form == "composite" else 1)
     step = _all_at_once if form == "sum" else _group_by_group
     curvature = curvature_along_gradient(problem.value, start)
 
@@ -188,8 +192,10 @@ def _solve(
     beta, _, moved, steps = lax.while_loop(go_on, body, first)
     value, residual = objective(problem, groups, penalty, lam, beta, form), moved
     if polished:
-        beta, value, residual = polish(problem, groups, penalty, lam, form, beta)
-    return Solution(beta, value, residual, steps, (moved <= tol) | ~jnp.any(beta != 0))
+        beta, value, steepness = polish(problem, groups, penalty, lam, form, beta)
+        tau = group_lasso.critical_lambda(problem, groups)
+        residual = steepness / jnp.where(tau > 0, tau, 1)
+    return Solution(beta * units.x, value * units.value, residual, steps, (moved <= tol) | ~jnp.any(beta != 0))
 
 
 def polish(

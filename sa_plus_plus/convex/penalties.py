@@ -69,6 +69,22 @@ def prox(penalty: Penalty, groups: Groups, x: jax.Array, t: jax.Array | float) -
     return scale(groups, jnp.where(length > 0, to / jnp.where(length > 0, length, 1), 0), x)
 
 
+def in_unit(penalty: Penalty, unit: jax.Array) -> Penalty:
+    """`x -> q(unit x)`: the penalty of norms that are given in multiples of a unit.
+
+    Args:
+      penalty: `q`.
+      unit: positive.
+    """
+    return dataclasses.replace(
+        penalty,
+        value=lambda x: penalty.value(unit * x),
+        derivative=lambda x: unit * penalty.derivative(unit * x),
+        inverse=lambda s: penalty.inverse(s) / unit,
+        shrink=lambda v, t: penalty.shrink(unit * v, unit * (unit * t)) / unit,
+    )
+
+
 def absolute() -> Penalty:
     """`q(x) = x`: the group LASSO."""
     return Penalty(
@@ -272,7 +288,8 @@ def shrink_by_search(value: Scalar, derivative: Scalar, v: jax.Array, t: jax.Arr
     """
     cells = 64
     grid = jnp.linspace(0, 1, cells + 1, dtype=v.dtype).reshape(-1, *[1] * v.ndim) * v[None]
-    height = jnp.square(grid - v[None]) / 2 + t[None] * value(grid)
+    unit = jnp.where(v > 0, v, 1)[None]
+    height = jnp.square((grid - v[None]) / unit) / 2 + t[None] / unit * (value(grid) / unit)
     at = jnp.argmin(height, axis=0)
     low, high = (
         jnp.maximum(at - 1, 0).astype(v.dtype) / cells * v,
@@ -296,9 +313,13 @@ def shrink_by_search(value: Scalar, derivative: Scalar, v: jax.Array, t: jax.Arr
 
 def _lowest(value: Scalar, v: jax.Array, t: jax.Array, candidates: list[jax.Array]) -> jax.Array:
     """The candidate with the least `(x - v)^2 / 2 + t q(x)`; ties go to the first."""
-    best = candidates[0]
-    height = jnp.square(best - v) / 2 + t * value(best)
+    unit = jnp.where(v > 0, v, 1)  # whose square may not be a number
+
+    def height_of(x: jax.Array) -> jax.Array:
+        return jnp.square((x - v) / unit) / 2 + t / unit * (value(x) / unit)
+
+    best, height = candidates[0], height_of(candidates[0])
     for x in candidates[1:]:
-        new = jnp.square(x - v) / 2 + t * value(x)
+        new = height_of(x)
         best, height = jnp.where(new < height, x, best), jnp.minimum(new, height)
     return best

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from sa_plus_plus.convex.scaling import power_of_two
+
 
 class Problem(NamedTuple):
     """A convex loss `L`.
@@ -148,6 +150,21 @@ def gradient_at_zero(problem: Problem) -> jax.Array:
     return jax.grad(problem.value)(problem.origin)
 
 
+def units_of_coefficients(problem: Problem) -> jax.Array:
+    """For each coefficient, one over the largest entry of its column of `X`, a power of two; 1 if `X` is not known.
+
+    Args:
+      problem: the loss.
+    """
+    if problem.dual is None:
+        return jnp.ones_like(problem.origin)
+    (x,), by_rows = problem.dual.predict.args, problem.dual.predict.func is _predict_rows
+    units = 1 / power_of_two(jnp.max(jnp.abs(x), axis=0))
+    if problem.origin.ndim == 1:
+        return units
+    return jnp.broadcast_to(units[None] if by_rows else units[:, None], problem.origin.shape)
+
+
 def _checked(x: jax.Array, y: jax.Array, ridge: float) -> tuple[jax.Array, jax.Array]:
     x, y = jnp.asarray(x), jnp.asarray(y)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -190,7 +207,7 @@ def _linear(
 
 
 def _value(dual: Dual, beta: jax.Array) -> jax.Array:
-    return dual.loss(dual.predict(beta)) + dual.ridge / 2 * jnp.sum(jnp.square(beta))
+    return dual.loss(dual.predict(beta)) + jnp.sum(dual.ridge * beta * beta) / 2  # 0 for no ridge, whatever beta^2 is
 
 
 def _predict(x: jax.Array, beta: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import select
-from sa_plus_plus.oneshot.layers import Problem, Solved, magnitude, top
+from sa_plus_plus.oneshot.layers import Problem, Solved, magnitude, refitted, top
 
 FIRST_PENALTY = 0.1  # relative to a Hessian with ones on its diagonal
 CHECK_EVERY = 3  # iterations between checks of how much the choice still changes
@@ -29,33 +29,35 @@ def alps(problem: Problem, kept: int) -> Solved:
 
         V = (H + ρI)^-1 (H W - U + ρD);  D = the largest blocks of V + U / ρ;  U += ρ (V - D)
 
-    `H` is scaled to ones on its diagonal, and `ρ` grows until the choice no longer changes. The weights are then solved
-    for with this choice and with the largest blocks, and the better result is returned.
+    `H` is scaled to ones on its diagonal and `W` to about 1, and `ρ` grows until the choice no longer changes. The
+    weights are then solved for with this choice and with the largest blocks, and the better result is returned.
     """
-    candidates = [_admm(problem, kept), top(magnitude(problem), kept)]
-    if (candidates[0] == candidates[1]).all():
-        candidates.pop()
-    hessian, weights = (jnp.asarray(a, jnp.float32) for a in (problem.hessian, problem.weights))
-    found = []
-    for mask in candidates:
-        solution = np.asarray(_descend(hessian, weights, problem.spread(mask)), np.float64)
-        found.append((problem.loss(solution), mask, solution))
-    _, mask, solution = min(found, key=lambda candidate: candidate[0])
-    return mask, solution
-
-
-def _admm(problem: Problem, kept: int) -> np.ndarray:
     scale = np.sqrt(np.diag(problem.hessian))
     hessian = jnp.asarray(problem.hessian / np.outer(scale, scale), jnp.float32)
-    weights = jnp.asarray(problem.weights * scale[:, None], jnp.float32)
-    rows, cols = problem.weights.shape
+    scaled = problem.weights * scale[:, None]
+    unit = 2.0 ** np.frexp(np.abs(scaled).max())[1]  # a power of two, which rounds nothing
+    weights = jnp.asarray(scaled / unit, jnp.float32)
+    candidates = [_admm(hessian, weights, problem.block, kept), top(magnitude(problem), kept)]
+    if (candidates[0] == candidates[1]).all():
+        candidates.pop()
+    found = []
+    for mask in candidates:
+        solution, converged = _descend(hessian, weights, problem.spread(mask))
+        back = np.asarray(solution, np.float64) * (unit / scale[:, None])
+        found.append((problem.loss(back), mask, back, bool(converged)))
+    _, mask, solution, converged = min(found, key=lambda candidate: candidate[0])
+    return mask, solution if converged else refitted(problem, mask)
+
+
+def _admm(hessian: jax.Array, weights: jax.Array, block: blk.Block, kept: int) -> np.ndarray:
+    rows, cols = weights.shape
     large = rows**3 / 3 + 2.0 * rows**2 * cols > LARGE
     penalty, every = FIRST_PENALTY, 1 if large else CHECK_EVERY
-    target, mask = _product(hessian, weights), _largest(weights, problem.block, kept)
-    sparse, dual = jnp.where(_spread(mask, problem.block), weights, 0), jnp.zeros_like(weights)
+    target, mask = _product(hessian, weights), _largest(weights, block, kept)
+    sparse, dual = jnp.where(_spread(mask, block), weights, 0), jnp.zeros_like(weights)
     for _ in range(MOST_LOOKS):
         before, now = mask, jnp.float32(penalty)
-        sparse, dual, mask = _iterate(hessian, target, sparse, dual, now, kept, problem.block, every)
+        sparse, dual, mask = _iterate(hessian, target, sparse, dual, now, kept, block, every)
         changed = int(jnp.sum(mask & ~before))
         if not changed:
             break
@@ -92,35 +94,34 @@ def _spread(mask: jax.Array, block: blk.Block) -> jax.Array:
 
 
 @jax.jit
-def _descend(hessian: jax.Array, weights: jax.Array, mask: jax.Array) -> jax.Array:
-    """`H_SS V_S = (H W)_S` for each column by conjugate gradients with the diagonal as preconditioner, from `W_S`."""
-    diagonal = jnp.diag(hessian)[:, None]
+def _descend(hessian: jax.Array, weights: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`H_SS V_S = (H W)_S` for each column by conjugate gradients from `W_S`, and whether all columns converged.
+
+    The Hessian has ones on its diagonal, so nothing is gained by a diagonal preconditioner.
+    """
 
     def times(x: jax.Array) -> jax.Array:
         return jnp.where(mask, jnp.matmul(hessian, x, precision="highest"), 0)
 
-    def inner(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.sum(a * b, 0, keepdims=True)
+    def square(a: jax.Array) -> jax.Array:
+        return jnp.sum(a * a, 0, keepdims=True)
 
     def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
     start, target = jnp.where(mask, weights, 0), times(weights)
-    wanted = TOLERANCE**2 * inner(target, target)
+    wanted = TOLERANCE**2 * square(target)
 
     def unfinished(state: Any) -> jax.Array:
-        return (state[0] < ROUNDS) & jnp.any(inner(state[2], state[2]) > wanted)
+        return (state[0] < ROUNDS) & jnp.any(square(state[2]) > wanted)
 
     def step(state: Any) -> Any:
-        i, x, residual, direction, size = state
-        image = times(direction)
-        length = ratio(size, inner(direction, image))
+        i, x, residual, direction = state
+        image, size = times(direction), square(residual)
+        length = ratio(size, jnp.sum(direction * image, 0, keepdims=True))
         x, residual = x + length * direction, residual - length * image
-        steepest = residual / diagonal
-        larger = inner(residual, steepest)
-        return i + 1, x, residual, steepest + ratio(larger, size) * direction, larger
+        return i + 1, x, residual, residual + ratio(square(residual), size) * direction
 
     residual = times(weights - start)
-    first = residual / diagonal
-    state = (jnp.int32(0), start, residual, first, inner(residual, first))
-    return jax.lax.while_loop(unfinished, step, state)[1]
+    end = jax.lax.while_loop(unfinished, step, (jnp.int32(0), start, residual, residual))
+    return end[1], jnp.all(square(times(weights - end[1])) <= 4 * wanted)  # not what the rounds have summed up

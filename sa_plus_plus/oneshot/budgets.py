@@ -12,7 +12,7 @@ from sa_plus_plus.masking import keep
 from sa_plus_plus.oneshot.sensitivities import Costs, Sensitivity
 from sa_plus_plus.oneshot.uses import uses_of
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
-from sa_plus_plus.sparse.compiler.frontend import layers_with_origins
+from sa_plus_plus.sparse.compiler.frontend import layer_tracer
 from sa_plus_plus.sparse.compiler.ir import Layer
 from sa_plus_plus.sparse.compiler.planned import Choice
 from sa_plus_plus.sparse.specialize import specialize
@@ -200,7 +200,7 @@ def milliseconds(
     Raises:
       ValueError: as `specialize` does, or if a layer cannot be measured here.
     """
-    traced = layers_with_origins(fn, params, sensitivity.plan.pruned, *examples)
+    traced = layer_tracer(fn, params, sensitivity.plan.pruned, *examples)(params)
     where = {use.step: path for (path, _), uses in uses_of(traced, sensitivity.plan.pruned).items() for use in uses}
     linear = [i for i, step in enumerate(traced.steps) if isinstance(step, Layer)]
     costs = {path: np.zeros(len(sensitivity.sparsities)) for path in sensitivity.losses}

@@ -3,73 +3,103 @@
 Memory holds the activations between two layers for all calibration batches, and one `X^T X` at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus.oneshot.uses import Use, uses_of
-from sa_plus_plus.planning import LeafPlan, Plan, map_layers, path_string
-from sa_plus_plus.sparse.arguments import batches_of
-from sa_plus_plus.sparse.compiler.frontend import layers_with_origins
-from sa_plus_plus.sparse.compiler.ir import Call, Constant, Layer, Traced, Variable, variables
+from sa_plus_plus.oneshot.uses import Use, other_uses_of, uses_of
+from sa_plus_plus.planning import LeafPlan, map_layers, path_string
+from sa_plus_plus.sparse.arguments import batches_of, listed
+from sa_plus_plus.sparse.compiler.frontend import layer_tracer
+from sa_plus_plus.sparse.compiler.ir import Call, Constant, Layer, Traced, Variable, leaves_of, variables
 from sa_plus_plus.sparse.ops.convolution import patches
 
 CHUNK_BYTES = 1 << 26  # memory for the inputs that are multiplied at once
 Visit = Callable[[Use, np.ndarray, np.ndarray, int], np.ndarray]
 Values = dict[Variable, Any]
+Layers = Mapping[str, LeafPlan]
 
 
-def visit_layers(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], plan: Plan, visit: Visit) -> Any:
+class Visited(NamedTuple):
+    """The outcome of `visit_layers`.
+
+    Attributes:
+      params: with the matrices replaced.
+      ahead: leaves whose inputs were computed before all that leads to them was replaced: the leaf is used in several
+        places.
+      unreached: the first use of each matrix whose inputs are all zero.
+    """
+
+    params: Any
+    ahead: frozenset[str]
+    unreached: list[Use]
+
+
+def visit_layers(fn: Callable[..., Any], params: Any, calibration: Any, layers: Layers, visit: Visit) -> Visited:
     """Replace each pruned matrix, in the order in which the network uses them, given all earlier replacements.
+
+    A matrix is replaced before the first step that takes it or its leaf in any way, so that no step ever runs with a
+    replaced product and a trained lookup of the same leaf.
 
     Args:
       fn: `fn(params, *inputs)`, jittable.
       params: tree of arrays.
-      calibration: batches, each an array or a tuple of arguments, all of one shape.
-      plan: what is pruned.
+      calibration: batches, each an array or a tuple of arguments, all of one shape; an array or a mapping is one batch.
+      layers: what is pruned, by path.
       visit: `visit(use, gram, matrix, rows) -> matrix`: `gram` is `X^T X` in float64, `(inputs, inputs)`, over all
         uses of the matrix; the matrix is `(inputs, outputs)` in float64; `rows` is the number of rows of `X`.
 
-    Returns:
-      The parameters with the matrices replaced.
-
     Raises:
-      ValueError: for calibration data that are empty, of several shapes or not finite; a leaf that is not finite, not
-        reached, or not used as the kernel of a product; or inputs of a layer that are not finite, or all zero.
+      ValueError: for calibration data that are empty, of several shapes or not finite; a leaf that is not finite, or
+        not used as the kernel of a product; or inputs of a layer that are not finite.
     """
-    batches = [b if isinstance(b, tuple) else (b,) for b in calibration]
+    batches = [b if isinstance(b, tuple) else (b,) for b in listed(calibration)]
     if not batches:
         raise ValueError("calibration has no batches: give some of typical inputs")
-    matrices = _matrices(params, plan)
-    traced = layers_with_origins(fn, params, plan.pruned, *batches[0])
+    matrices = matrices_of(params, layers)
+    trace = layer_tracer(fn, params, layers, *batches[0])
+    traced = trace(params)
     held = [dict(zip(traced.inputs, jax.tree.leaves(b), strict=True)) for b in batches_of(traced, batches)]
     last = {value: number for number, step in enumerate(traced.steps) for value in variables(step)}
     kernels: dict[int, Any] = {}
-    position = 0
-    for (path, number), uses in uses_of(traced, plan.pruned).items():
+    position, replaced, unreached = 0, set[str](), list[Use]()
+    all_uses, others = uses_of(traced, layers), other_uses_of(traced)
+    first = {key: min(uses[0].step, others.get(key[0], uses[0].step)) for key, uses in all_uses.items()}
+    for (path, number), start in sorted(first.items(), key=lambda item: item[1]):
+        uses = all_uses[path, number]
+        if replaced & frozenset[str]().union(*map(leaves_of, traced.steps[position:start])):
+            traced = trace(_replaced(params, layers, matrices))  # what is computed from leaves, from the new ones
+            replaced.clear()
         for values in held:
-            _run(traced, kernels, values, position, uses[0].step, last)
-        position = uses[0].step
-        gram, rows = _gram(traced, kernels, held, uses, last)
-        _check(path, gram)
+            _run(traced, kernels, values, position, start, last)
+        position = start
+        gram, rows = _gram(traced, kernels, held, uses, last, start)
+        if not np.isfinite(gram).all():
+            raise ValueError(f"what {uses[0].name} is multiplied with is not finite on the calibration data")
+        if not np.diag(gram).any():
+            unreached.append(uses[0])
         old = matrices[path][number]
         new = visit(uses[0], gram, uses[0].oriented(old).astype(np.float64), rows)
         matrices[path][number] = uses[0].oriented(new).astype(old.dtype)
+        if path in others:
+            replaced.add(path)
         for use in uses:
-            own = use.kernel(use.oriented(matrices[path][number]), np.shape(traced.steps[use.step].original))
-            kernels[use.step] = jnp.asarray(own)
-    return _replaced(params, plan, matrices)
+            original = traced.steps[use.step].original
+            own = use.kernel(use.oriented(matrices[path][number]), np.shape(original))
+            kernels[use.step] = jnp.asarray(own, original.dtype)
+    ahead = frozenset(key[0] for key, uses in all_uses.items() if first[key] < uses[0].step or uses[1:])
+    return Visited(_replaced(params, layers, matrices), ahead, unreached)
 
 
-def _matrices(params: Any, plan: Plan) -> dict[str, np.ndarray]:
+def matrices_of(params: Any, layers: Layers) -> dict[str, np.ndarray]:
     """`(matrices, rows, cols)` of each pruned leaf, copied."""
     found = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if (layer := plan.pruned.get(path_string(keys))) is not None:
+        if (layer := layers.get(path_string(keys))) is not None:
             values = np.array(leaf)
             if bad := values.size - int(np.isfinite(values.astype(np.float32)).sum()):
                 raise ValueError(f"{layer.path} holds {bad} NaN or infinite values of {values.size}")
@@ -78,14 +108,14 @@ def _matrices(params: Any, plan: Plan) -> dict[str, np.ndarray]:
     return found
 
 
-def _replaced(params: Any, plan: Plan, matrices: dict[str, np.ndarray]) -> Any:
+def _replaced(params: Any, layers: Layers, matrices: dict[str, np.ndarray]) -> Any:
     def one(layer: LeafPlan | None, leaf: Any) -> Any:
         if layer is None:
             return leaf
         read = matrices[layer.path].reshape(*layer.stack, *matrices[layer.path].shape[1:])
         return jnp.asarray(blk.from_matrices(read, layer.shape, layer.view))
 
-    return map_layers(one, params, plan.pruned)
+    return map_layers(one, params, dict(layers))
 
 
 def _run(traced: Traced, kernels: dict[int, Any], values: Values, start: int, stop: int, last: Any) -> None:
@@ -107,13 +137,16 @@ def _results(step: Call | Layer, kernel: Any, values: Values) -> list[tuple[Vari
 
 
 def _gram(
-    traced: Traced, kernels: dict[int, Any], held: Sequence[Values], uses: Sequence[Use], last: Any
+    traced: Traced, kernels: dict[int, Any], held: Sequence[Values], uses: Sequence[Use], last: Any, start: int
 ) -> tuple[np.ndarray, int]:
-    """`X^T X` over all batches and uses, in the order of the matrix's inputs, and the number of rows of `X`."""
+    """`X^T X` over all batches and uses, in the order of the matrix's inputs, and the number of rows of `X`.
+
+    The values held are those before the step `start`; they stay as they are.
+    """
     size, rows = len(uses[0].inputs), 0
     gram = np.zeros((size, size))
     for values in held:
-        ahead, position = dict(values), uses[0].step
+        ahead, position = dict(values), start
         for use in uses:
             _run(traced, kernels, ahead, position, use.step, last)
             position, order = use.step, np.argsort(use.inputs)
@@ -138,13 +171,3 @@ def _rows(x: Any, use: Use) -> Iterator[Any]:
     step = max(1, CHUNK_BYTES // (8 * size * positions))
     for i in range(0, len(images), step):
         yield patches(images[i : i + step], window.kernel[:2], window.strides).reshape(-1, size)
-
-
-def _check(path: str, gram: np.ndarray) -> None:
-    if not np.isfinite(gram).all():
-        raise ValueError(f"what {path} is multiplied with is not finite on the calibration data")
-    if not np.diag(gram).any():
-        raise ValueError(
-            f"{path} is not reached by the calibration data: all that it is multiplied with is zero on them. Give "
-            "examples that reach it, or leave it out by `where`"
-        )

@@ -1,7 +1,9 @@
 """Pruning of a trained network without training, and refitting of a pruned one."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -12,11 +14,12 @@ import sa_plus_plus.oneshot.layers as layers
 from sa_plus_plus import planning
 from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.alps import alps
-from sa_plus_plus.oneshot.capture import visit_layers
+from sa_plus_plus.oneshot.capture import Visited, matrices_of, visit_layers
 from sa_plus_plus.oneshot.layers import Choose, Problem, Solved
 from sa_plus_plus.oneshot.obs import obs
 from sa_plus_plus.oneshot.uses import Use
 from sa_plus_plus.planning import LeafPlan, Plan
+from sa_plus_plus.sparse.arguments import listed
 
 DAMPING = 0.01
 
@@ -27,14 +30,17 @@ class LayerReport(NamedTuple):
     Attributes:
       plan: the plan of the leaf.
       kept: number of kept blocks.
-      error: `‖X V - X W‖ / ‖X W‖`: deviation of its outputs on the calibration data from those of its trained weights.
+      error: `‖X V - X W‖ / ‖X W‖`: deviation of its outputs on the calibration data from those of its trained weights,
+        over all its uses in the pruned network; NaN if no calibration input reaches it.
       rows: of `X`, over all batches and uses, of its first matrix.
+      unreached: number of its matrices that no calibration input reaches: they are pruned by magnitude.
     """
 
     plan: LeafPlan
     kept: int
     error: float
     rows: int
+    unreached: int = 0
 
 
 class OneShot(NamedTuple):
@@ -62,13 +68,15 @@ class OneShot(NamedTuple):
 def _cells(layer: LayerReport) -> tuple[str, ...]:
     shape, block = ("×".join(map(str, sides)) for sides in (layer.plan.shape, layer.plan.block))
     kept = f"{layer.kept:,} of {layer.plan.blocks:,}, {layer.kept / layer.plan.blocks:.1%}"
-    return (layer.plan.path, shape, block, kept, f"{layer.error:.4f}", f"{layer.rows:,}")
+    error = "-" if np.isnan(layer.error) else f"{layer.error:.4f}"
+    magnitude = f", {layer.unreached} of {math.prod(layer.plan.stack)} by magnitude" if layer.unreached else ""
+    return (layer.plan.path, shape, block, kept, error, f"{layer.rows:,}{magnitude}")
 
 
 def one_shot(
     fn: Callable[..., Any],
     params: Any,
-    calibration: Iterable[Any],
+    calibration: Any,
     *,
     block: int | Sequence[int | None],
     sparsity: float,
@@ -85,13 +93,15 @@ def one_shot(
 
     is small, where `X` is the layer's input once the layers before it are pruned. Kernels are found by tracing,
     wherever `fn` multiplies by a leaf or convolves with it, even if it is transposed or reshaped, used in several
-    places or in a `scan` of up to 128 steps. Biases and all other leaves stay as they are.
+    places or in a `scan` of up to 128 steps. Biases and all other leaves stay as they are. What else is computed from a
+    leaf, such as the lookups of a tied embedding, is computed from the pruned one, which is chosen for its products.
 
     Args:
       fn: `fn(params, *inputs)`, jittable, dropout off and averages running.
       params: its trained parameters.
-      calibration: batches of typical inputs, each an array or a tuple of arguments, all of one shape; a few hundred
-        examples. Memory holds the activations between two layers for all of them.
+      calibration: a list of batches of typical inputs, each an array (or another pytree) or a tuple of arguments, all
+        of one shape; an array or a dictionary alone is one batch. A few hundred examples; memory holds the activations
+        between two layers for all of them.
       block: `(b_r, b_c)`, as `plan` takes it.
       sparsity: share of the blocks removed, in [0, 1).
       method: which blocks stay: `"magnitude"`, the largest; `"wanda"`, those with the largest norm of `|W_ij| ‖X_i‖`;
@@ -107,7 +117,11 @@ def one_shot(
     Raises:
       ValueError: as `plan` does; for an unknown method or a bad damping; for calibration data that are empty, not
         finite or of several shapes; for too few of them without damping; for weights or inputs of a layer that are not
-        finite, and for a layer that is never reached, or does not use its leaf as the kernel of a product.
+        finite; for a leaf that is never the kernel of a product; and if no input reaches any layer.
+
+    Warns:
+      UserWarning: naming the matrices that no calibration input reaches, such as those of an expert that no example is
+        routed to. Nothing is known of their inputs, so their largest blocks stay, with their weights as they are.
     """
     solve = solver(method, refit)
     plan = planning.plan(params, block=block, sparsity=sparsity, **options)
@@ -149,12 +163,15 @@ def problem_of(use: Use, gram: np.ndarray, matrix: np.ndarray, damping: float) -
       damping: as `one_shot` takes it.
 
     Raises:
-      ValueError: for a bad damping, or if the damped `X^T X` has no inverse.
+      ValueError: for a bad damping, or if the damped `X^T X` has no inverse; for one of all zeros the identity is
+        taken instead.
     """
     if not 0 <= damping < np.inf:
         raise ValueError(f"damping is a multiple of the mean of the diagonal of X^T X, at least 0; got {damping}")
     block = use.layer.block[::-1] if use.transposed else use.layer.block
-    return layers.padded(gram.copy(), matrix, block, damping, use.layer.path)
+    # Of inputs that are not known, none is larger than another: every method then takes the largest blocks.
+    known = gram.copy() if np.diag(gram).any() else np.eye(len(gram))
+    return layers.padded(known, matrix, block, damping, use.name)
 
 
 def changes(gram: np.ndarray, weights: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -163,7 +180,7 @@ def changes(gram: np.ndarray, weights: np.ndarray, trained: np.ndarray) -> np.nd
 
 
 def relative(squares: np.ndarray) -> float:
-    """`‖X V - X W‖ / ‖X W‖` from sums of `changes`; 0 for weights that are all zero."""
+    """`‖X V - X W‖ / ‖X W‖` from sums of `changes`; 0 for outputs that are all zero."""
     change, size = np.maximum(squares, 0)
     return float(np.sqrt(change / size)) if size else 0.0
 
@@ -171,7 +188,7 @@ def relative(squares: np.ndarray) -> float:
 def refit(
     fn: Callable[..., Any],
     params: Any,
-    calibration: Iterable[Any],
+    calibration: Any,
     masks: Mapping[str, Any],
     plan: Plan,
     *,
@@ -208,11 +225,12 @@ def refit(
 def _walked(
     fn: Callable[..., Any],
     params: Any,
-    calibration: Iterable[Any],
+    calibration: Any,
     plan: Plan,
     solve: Callable[[Problem, Use], Solved],
     damping: float,
 ) -> OneShot:
+    batches = listed(calibration)
     masks = {path: np.ones((int(np.prod(layer.stack)), *layer.grid), bool) for path, layer in plan.pruned.items()}
     squares = {path: np.zeros(2) for path in plan.pruned}
     rows_of: dict[str, int] = {}
@@ -226,10 +244,49 @@ def _walked(
         rows_of.setdefault(path, rows)
         return weights
 
-    result = visit_layers(fn, params, calibration, plan, visit)
-    reports = tuple(
-        LayerReport(layer, int(masks[path].sum()), relative(squares[path]), rows_of[path])
-        for path, layer in plan.pruned.items()
-    )
+    visited = visit_layers(fn, params, batches, plan.pruned, visit)
+    warn_of_unreached(visited, plan)
+    squares |= changes_in(fn, visited.params, params, batches, plan, visited.ahead)
+    reports = []
+    for path, layer in plan.pruned.items():
+        unreached = sum(use.layer.path == path for use in visited.unreached)
+        error = relative(squares[path]) if unreached < math.prod(layer.stack) else float("nan")
+        reports.append(LayerReport(layer, int(masks[path].sum()), error, rows_of[path], unreached))
     grids = {path: jnp.asarray(mask.reshape(plan.pruned[path].full_grid)) for path, mask in masks.items()}
-    return OneShot(result, grids, plan, reports)
+    return OneShot(visited.params, grids, plan, tuple(reports))
+
+
+def changes_in(
+    fn: Callable[..., Any], pruned: Any, trained: Any, batches: Sequence[Any], plan: Plan, paths: Collection[str]
+) -> dict[str, np.ndarray]:
+    """`changes` of some leaves of a pruned network, by path, over all their uses on their inputs in that network."""
+    if not paths:
+        return {}
+    layers = {path: plan.pruned[path] for path in paths}
+    matrices, squares = matrices_of(trained, layers), {path: np.zeros(2) for path in paths}
+
+    def visit(use: Use, gram: np.ndarray, matrix: np.ndarray, rows: int) -> np.ndarray:
+        path = use.layer.path
+        squares[path] += changes(gram, matrix, use.oriented(matrices[path][use.stack]).astype(np.float64))
+        return matrix
+
+    visit_layers(fn, pruned, batches, layers, visit)
+    return squares
+
+
+def warn_of_unreached(visited: Visited, plan: Plan, stacklevel: int = 4) -> None:
+    """Warn of matrices that no calibration input reaches; an error if there is no other."""
+    if not visited.unreached:
+        return
+    names = [use.name for use in visited.unreached]
+    if len(names) == sum(math.prod(layer.stack) for layer in plan.pruned.values()):
+        raise ValueError(
+            "no calibration input reaches any layer: what they are multiplied with is always zero. Give typical inputs"
+        )
+    several = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+    warnings.warn(
+        f"no calibration input reaches {several}: what is multiplied with it is always zero. Blocks are chosen there "
+        "by magnitude, and weights that stay are not adjusted. Give examples that reach it, or leave it out by `where`",
+        UserWarning,
+        stacklevel=stacklevel,
+    )

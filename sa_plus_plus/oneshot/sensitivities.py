@@ -1,7 +1,7 @@
 """The effect of pruning one layer of a trained network alone: the loss against the layer's sparsity."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -12,9 +12,18 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning, select
 from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.capture import visit_layers
-from sa_plus_plus.oneshot.prune import DAMPING, changes, problem_of, relative, solver
+from sa_plus_plus.oneshot.prune import (
+    DAMPING,
+    changes,
+    changes_in,
+    problem_of,
+    relative,
+    solver,
+    warn_of_unreached,
+)
 from sa_plus_plus.oneshot.uses import Use
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
+from sa_plus_plus.sparse.arguments import listed
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 Costs = dict[str, np.ndarray]  # by path, one for each sparsity
@@ -28,7 +37,8 @@ class Sensitivity(NamedTuple):
       sparsities: in rising order, from 0.
       loss: of the network as it was trained.
       losses: by path `(len(sparsities),)`; NaN where a sparsity leaves no block of the layer.
-      errors: likewise, `‖X V - X W‖ / ‖X W‖` of the layer's outputs.
+      errors: likewise, `‖X V - X W‖ / ‖X W‖` of the layer's outputs, over all its uses; NaN also for a leaf that no
+        calibration input reaches.
       rows: by path, how many rows of inputs each of the leaf's matrices is multiplied with in a batch.
     """
 
@@ -87,7 +97,7 @@ class Sensitivity(NamedTuple):
 def sensitivity(
     fn: Callable[..., Any],
     params: Any,
-    data: Iterable[tuple[Any, Any]],
+    data: Any,
     loss: Callable[[Any, Any], jax.Array],
     *,
     block: int | Sequence[int | None],
@@ -95,7 +105,7 @@ def sensitivity(
     method: str = "obs",
     refit: bool = False,
     damping: float = DAMPING,
-    calibration: Iterable[Any] | None = None,
+    calibration: Any = None,
     **options: Unpack[PlanOptions],
 ) -> Sensitivity:
     """Prune each layer alone to each of some sparsities, and measure the network's loss.
@@ -107,26 +117,29 @@ def sensitivity(
     Args:
       fn: `fn(params, *inputs)`, jittable, dropout off and averages running.
       params: its trained parameters.
-      data: batches `(inputs, targets)`, inputs an array or a tuple of arguments, all of one shape.
+      data: a list of batches `(inputs, targets)`, inputs an array or a tuple of arguments, all of one shape; a pair
+        alone is one batch, unless both parts are pairs too.
       loss: `loss(outputs, targets)`, of which the mean is taken, such as
         `optax.softmax_cross_entropy_with_integer_labels`.
       block: `(b_r, b_c)`, as `plan` takes it.
       sparsities: each in (0, 1); 0 is added.
       method: as `one_shot` takes it, likewise `refit` and `damping`.
-      calibration: batches of inputs for choosing blocks and adjusting weights; by default those of `data`, on which
-        the loss then rises less than on other data.
+      calibration: inputs for choosing blocks and adjusting weights, as `one_shot` takes them; by default those of
+        `data`, on which the loss then rises less than on other data.
       **options: as `plan` takes them; sparsities of `overrides` have no effect.
 
     Raises:
-      ValueError: as `one_shot` does; for sparsities out of range, no data, or a loss that is not finite as trained.
+      ValueError: as `one_shot` does; for sparsities out of range, data that are no pairs, or a loss that is not finite
+        as trained.
+
+    Warns:
+      UserWarning: as `one_shot` does.
     """
     if not sparsities or not all(0 < s < 1 for s in sparsities):
         raise ValueError(f"sparsities must be in (0, 1), some of them, got {sparsities!r}")
     steps = (0.0, *sorted({float(s) for s in sparsities}))
     solve = solver(method, refit)
-    batches = [(x if isinstance(x, tuple) else (x,), y) for x, y in data]
-    if not batches:
-        raise ValueError("data has no batches: give some of inputs and targets")
+    batches = [(x if isinstance(x, tuple) else (x,), y) for x, y in _pairs(data)]
     plan = planning.plan(params, block=block, sparsity=0.0, **_without_sparsity(options))
 
     @jax.jit
@@ -155,13 +168,38 @@ def sensitivity(
                 pruned[layer.path][i, place] = use.oriented(weights).ravel()
         return matrix
 
-    visit_layers(fn, params, [x for x, _ in batches] if calibration is None else calibration, plan, visit)
+    inputs = [x for x, _ in batches] if calibration is None else listed(calibration)
+    visited = visit_layers(fn, params, inputs, plan.pruned, visit)
+    warn_of_unreached(visited, plan, stacklevel=3)
+    for path in visited.ahead:
+        for i, flat in enumerate(pruned[path]):
+            if i and not np.isnan(flat[0]):
+                alone = _with(params, plan, path, flat)
+                squares[path][i] = changes_in(fn, alone, params, inputs, plan, [path])[path]
+    for path, layer in plan.pruned.items():
+        if sum(use.layer.path == path for use in visited.unreached) == math.prod(layer.stack):
+            squares[path][:] = np.nan
     losses = {
         path: np.array([base, *(measured(_with(params, plan, path, flat)) for flat in pruned[path][1:])])
         for path in pruned
     }
     errors = {path: np.array([relative(pair) for pair in squares[path]]) for path in squares}
     return Sensitivity(plan, steps, base, losses, errors, rows)
+
+
+def _pairs(data: Any) -> list[Any]:
+    """The batches of inputs and targets; one alone is a list of one."""
+    if isinstance(data, tuple) and len(data) == 2 and not all(isinstance(part, tuple) for part in data):
+        return [data]
+    alone = hasattr(data, "shape") or isinstance(data, Mapping)
+    batches = [data] if alone else list(data)
+    if not batches:
+        raise ValueError("data has no batches: give some of inputs and targets")
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            found = f"an array of shape {batch.shape}" if hasattr(batch, "shape") else f"{type(batch).__name__}"
+            raise ValueError(f"batch {number} of data is {found}, not a pair: give [(inputs, targets), ...]")
+    return batches
 
 
 def _without_sparsity(options: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.planning import LeafPlan
 from sa_plus_plus.sparse.compiler.conv_geometry import Window, window_of
-from sa_plus_plus.sparse.compiler.ir import Layer, Traced
+from sa_plus_plus.sparse.compiler.ir import Layer, Traced, leaves_of
 
 
 class Use(NamedTuple):
@@ -32,6 +32,11 @@ class Use(NamedTuple):
     transposed: bool
     window: Window
 
+    @property
+    def name(self) -> str:
+        """Of the matrix, for messages: its leaf's path, and its place in a stack."""
+        return matrix_name(self.layer, self.stack)
+
     def oriented(self, matrix: np.ndarray) -> np.ndarray:
         """A matrix of the leaf with its inputs as rows."""
         return matrix.T if self.transposed else matrix
@@ -45,11 +50,11 @@ def uses_of(traced: Traced, layers: Mapping[str, LeafPlan]) -> dict[tuple[str, i
     """The uses of each matrix, by its leaf's path and its number, in order of first use.
 
     Args:
-      traced: by `trace_kernels`.
+      traced: by `layer_tracer`.
       layers: the pruned leaves by path.
 
     Raises:
-      ValueError: naming the path, if a matrix is not used, or used other than in a product with all of it.
+      ValueError: naming the matrix, if it is not used, or a product takes only a part of it.
     """
     places = {path: _places(layer) for path, layer in layers.items()}
     found: dict[tuple[str, int], list[Use]] = {}
@@ -57,15 +62,32 @@ def uses_of(traced: Traced, layers: Mapping[str, LeafPlan]) -> dict[tuple[str, i
         if isinstance(step, Layer) and step.origin is not None:
             use = _use(number, step, layers[step.origin.path], places[step.origin.path])
             found.setdefault((use.layer.path, use.stack), []).append(use)
+    others = other_uses_of(traced)
     for path, layer in layers.items():
-        number = int(np.prod(layer.stack))
-        if missing := [i for i in range(number) if (path, i) not in found]:
-            which = path if number == 1 else f"matrix {missing[0]} of {path}"
+        if missing := [i for i in range(int(np.prod(layer.stack))) if (path, i) not in found]:
+            which = matrix_name(layer, missing[0]) + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            indirectly = ", but takes what is computed from it" if path in others else ""
             raise ValueError(
                 f"{which} is not reached by the calibration data: the function never multiplies by it in a product or "
-                "convolution outside `cond`, `while` and long loops. Leave it out by `where`, or prune it in training"
+                f"convolution outside `cond`, `while` and long loops{indirectly}. Leave it out by `where`, or prune "
+                "it in training"
             )
     return found
+
+
+def other_uses_of(traced: Traced) -> dict[str, int]:
+    """By a leaf's path: the first step that takes something computed from it other than a kernel."""
+    found: dict[str, int] = {}
+    for number, step in enumerate(traced.steps):
+        if not isinstance(step, Layer) or step.origin is None:
+            found = dict.fromkeys(leaves_of(step), number) | found
+    return found
+
+
+def matrix_name(layer: LeafPlan, number: int) -> str:
+    """One of a leaf's matrices, for messages."""
+    place = ", ".join(map(str, np.unravel_index(number, layer.stack)))
+    return f"matrix {place} of {layer.path}" if layer.stack else layer.path
 
 
 def _places(layer: LeafPlan) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Shapes and dtypes of a network's arguments, and batches of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,11 +8,41 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def listed(calibration: Any, tree: Any = None) -> list[Any]:
+    """Calibration data as a list of batches.
+
+    An array, a mapping or another pytree that is not a sequence is one batch. A tuple is one if it has the structure of
+    the network's arguments. Any other iterable, such as a list, holds batches.
+
+    Args:
+      calibration: the data.
+      tree: the structure of the network's arguments, if it is known.
+
+    Raises:
+      ValueError: for a tuple if the structure is not known, and for what is neither a batch nor holds some.
+    """
+    if isinstance(calibration, tuple):
+        if tree is None:
+            raise ValueError(
+                "calibration is a tuple, which may be several batches or one of several arguments: give a list, "
+                "[batch, ...], in which a tuple is one batch of several arguments"
+            )
+        return [calibration] if jax.tree.structure(calibration) == tree else list(calibration)
+    is_array = hasattr(calibration, "shape") and hasattr(calibration, "dtype")
+    if is_array or isinstance(calibration, Mapping):
+        return [calibration]
+    if isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes):
+        return list(calibration)
+    if jax.tree_util.all_leaves([calibration]):
+        raise ValueError(f"calibration must be a batch of inputs or a list of batches, got {calibration!r}")
+    return [calibration]
+
+
 def batches_of(traced: Any, calibration: Iterable[Any], pieces: int = 1) -> list[tuple[Any, ...]]:
     """The batches as tuples of arguments, checked; each is cut into `pieces`, since `traced` takes one at a time."""
     batches: list[tuple[Any, ...]] = []
     want = [(batch_of(v.shape, pieces), v.dtype) for v in traced.inputs]
-    for number, batch in enumerate(calibration):
+    for number, batch in enumerate(listed(calibration, traced.input_tree)):
         batch = batch if isinstance(batch, tuple) else (batch,)
         leaves, tree = jax.tree.flatten(batch)
         got = [shape_and_type(x) for x in leaves]
@@ -21,7 +51,8 @@ def batches_of(traced: Any, calibration: Iterable[Any], pieces: int = 1) -> list
                 f"calibration batch {number} is {shapes(got)}, but the network is made for {shapes(want)}: give "
                 "batches of the examples' shapes"
             )
-        if not all(np.isfinite(np.asarray(x, np.float64)).all() for x in leaves):
+        numbers = [x for x, (_, dtype) in zip(leaves, got, strict=True) if jnp.issubdtype(dtype, jnp.inexact)]
+        if not all(np.isfinite(np.asarray(x, np.float64)).all() for x in numbers):
             raise ValueError(f"calibration batch {number} has values that are not finite")
         batches += [jax.tree.unflatten(tree, piece) for piece in zip(*(_cut(x, pieces) for x in leaves), strict=True)]
     if not batches:
@@ -40,9 +71,25 @@ def _cut(x: Any, pieces: int) -> Sequence[Any]:
 
 def shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype; for a value that is not a JAX array, those after conversion to one."""
-    return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+    return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x), allow_extended_dtype=True)
 
 
 def shapes(values: Sequence[tuple[tuple[int, ...], Any]]) -> str:
     """Shapes and dtypes, for errors."""
-    return ", ".join(f"{np.dtype(dtype).name}{list(shape)}" for shape, dtype in values)
+    return ", ".join(f"{dtype.name}[{', '.join(map(str, shape))}]" for shape, dtype in values)
+
+
+def instead(want: Sequence[Any], got: Sequence[Any]) -> str:
+    """What to do with inputs of other shapes or types than a network was made for.
+
+    Args:
+      want: shapes and dtypes that it was made for, in pairs.
+      got: those of the inputs.
+    """
+    if any(type(n) is not int for shape, _ in got for n in shape):
+        return "its sizes are fixed, so export or trace it with numbers for all of them"
+    if [here for _, here in got] != [there for _, there in want]:
+        return "convert them to the types that it was made for"
+    if any(there for there, _ in want) and [here for here, _ in got] == [there[1:] for there, _ in want]:
+        return "give it the whole batch, whose axis is missing, and leave out any `jax.vmap` around it"
+    return "make another for these, or pad them to that shape"

@@ -206,10 +206,12 @@ class BlockSparse:
 
         Raises:
           TypeError: under `jax.jit`, where no values are available.
-          ValueError: if the mask does not have the shape of the kernel's grid.
+          ValueError: if the kernel is empty, or the mask does not have the shape of its grid.
         """
         if isinstance(kernel, jax.core.Tracer):
             raise TypeError("BlockSparse.fromdense looks at the weights, so call it outside jit, vmap and grad")
+        if 0 in kernel.shape:
+            raise ValueError(f"a kernel has no side of length 0, got shape {kernel.shape}")
         read = None if view is None else as_view(view, kernel.ndim)
         sides = blk.as_block(block, blk.matrix_shape(kernel.shape, read))
         tiles = blk.to_blocks(np.asarray(kernel), sides, read).swapaxes(-3, -2)  # (*stack, grid_r, grid_c, b_r, b_c)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sa_plus_plus.sparse.arguments import batch_of, shape_and_type, shapes
+from sa_plus_plus.sparse.arguments import batch_of, instead, shape_and_type, shapes
 from sa_plus_plus.sparse.compiler.executor import Program, run
 from sa_plus_plus.sparse.compiler.planned import Choice
 from sa_plus_plus.sparse.files import serve
@@ -41,10 +41,7 @@ class Network:
         got = [(x.shape, x.dtype) if isinstance(x, jax.Array) else shape_and_type(x) for x in leaves]
         want = self._wanted
         if got != want:
-            raise ValueError(
-                f"this network was made for {shapes(want)}, got {shapes(got)}: make another for these, "
-                "or pad them to that shape"
-            )
+            raise ValueError(f"this network was made for {shapes(want)}, got {shapes(got)}: {instead(want, got)}")
         return self._jitted(self._arrays, *inputs)
 
     @property
@@ -76,7 +73,7 @@ class Network:
 
     def __reduce__(self) -> Any:
         """The pickle is the file that `save` writes; it unpickles as a `sapp.serve.Loaded`."""
-        return serve.loads, (serve.dumps(self),)
+        return serve.reduced(self)
 
     def __deepcopy__(self, memo: Any) -> "Network":
         return Network(self._program, jax.tree.map(lambda a: a, self.weights), self.choices)
@@ -84,7 +81,8 @@ class Network:
     @property
     def steps(self) -> tuple[str, ...]:
         """What it runs, in order: layers as `dense, residual, relu`, `attention`, and names of JAX's primitives."""
-        return tuple(getattr(step, "spec", step).name for step in self._program.steps)
+        specs: list[Any] = [getattr(step, "spec", step) for step in self._program.steps]
+        return tuple(spec.name for spec in specs)
 
     def __str__(self) -> str:
         rows = [_cells(choice) for choice in self.choices]

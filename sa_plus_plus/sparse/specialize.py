@@ -81,8 +81,9 @@ def specialize(
         `"xla"`.
       precision: of layers that are float32 in the network: `"float32"`, `"bfloat16"` or `"int8"`; the
         latter two need the compiled kernel. None: as in the network.
-      calibration: some batches of typical inputs, each an array or a tuple of arguments of the shapes of `examples`.
-        `"int8"` needs them; otherwise they are used only to measure errors.
+      calibration: a list of some batches of typical inputs, each an array or a tuple of arguments of the shapes of
+        `examples`; an array, or a tuple of all arguments, alone is one batch. `"int8"` needs them; otherwise they are
+        used only to measure errors.
       microbatch: how many examples go through the whole network at a time, so that activations stay in the caches: 32
         images through a pruned ResNet-50 take little more than half the time. The batch must be the
         first axis of every input and output, and no example may depend on another. None: the whole batch at once.

@@ -17,9 +17,8 @@ from sa_plus_plus.sparse.compiler.infer_blocks import pruned_in
 from sa_plus_plus.sparse.compiler.ir import Layer, Step, Variable
 from sa_plus_plus.sparse.compiler.lowering import lower_alone, pack_kernel
 from sa_plus_plus.sparse.compiler.planned import Choice, PackedKernel, PlannedStep
-from sa_plus_plus.sparse.compiler.quantization import BFLOAT16, FLOAT32, UINT8
+from sa_plus_plus.sparse.compiler.quantization import BFLOAT16, FLOAT32, UINT8, fallback_type
 from sa_plus_plus.sparse.compiler.unsupported import unsupported
-from sa_plus_plus.sparse.ops import native
 from sa_plus_plus.sparse.ops.matmul import Implementation
 
 Mode = Literal["autotune", "always", "never"]
@@ -68,6 +67,8 @@ class Autotuner:
             choice = choice._replace(note=window)
         elif dtype is not None:
             packed = pack_kernel(layer, window, dtype, block)
+            if packed.dtype != dtype:
+                dtype, choice = packed.dtype, choice._replace(note="in int8 its sums could be beyond 32 bits")
         elif len(types := {np.dtype(a.dtype).name for a in (spec.x, spec.kernel, spec.output)}) > 1:
             choice = choice._replace(note=f"of more than one type: {', '.join(sorted(types))}")
         elif kernel.ndim == 3:
@@ -124,7 +125,7 @@ class Autotuner:
 
 def input_types(layers: Sequence[Layer], precision: Precision | None) -> dict[Variable, np.dtype]:
     """By result: the type in which a layer that can run in the compiled kernel takes its input."""
-    outer = BFLOAT16 if precision == "int8" and native.bf16_is_faster() else FLOAT32  # where rounding costs the most
+    outer = fallback_type() if precision == "int8" else FLOAT32  # where rounding costs the most
     types = {}
     for i, spec in enumerate(layer.spec for layer in layers):
         dtype = np.dtype(spec.kernel.dtype)

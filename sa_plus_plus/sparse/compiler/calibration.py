@@ -24,7 +24,7 @@ def ranges_of(traced: Traced, batches: Sequence[Any]) -> dict[Variable, tuple[fl
     def ends(weights: Any, *inputs: Any) -> Any:
         values = evaluate(program, weights, inputs)
         arrays = [values.get(v).astype(jnp.float32) for v in wanted]
-        return jnp.stack([jnp.stack([a.min(), a.max()]) for a in arrays])
+        return jnp.stack([jnp.stack([a.min(initial=0), a.max(initial=0)]) for a in arrays])  # ranges include 0
 
     seen = np.stack([np.asarray(ends(weights, *batch)) for batch in batches])
     if not np.isfinite(seen).all():

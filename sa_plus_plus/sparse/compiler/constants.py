@@ -32,12 +32,17 @@ def computed(call: Call, inputs: Sequence[Constant], shapes: Sequence[tuple[int,
       inputs: its operands.
       shapes: of its results.
     """
+    leaves = frozenset[str]().union(*(value.leaves for value in inputs))
+    return [result._replace(leaves=leaves) for result in _computed(call, inputs, shapes)]
+
+
+def _computed(call: Call, inputs: Sequence[Constant], shapes: Sequence[tuple[int, ...]]) -> list[Constant]:
     if (origin := inputs[0].origin if inputs and call.name in _MOVES else None) is not None:
-        (moved,) = computed(call, [inputs[0]._replace(origin=None), *inputs[1:]], shapes)
+        (moved,) = _computed(call, [inputs[0]._replace(origin=None), *inputs[1:]], shapes)
         positions = origin.positions
         if call.name not in _CASTS:
             before = Constant(jnp.asarray(positions), inputs[0].shape)
-            positions = computed(call, [before, *inputs[1:]], shapes)[0].value
+            positions = _computed(call, [before, *inputs[1:]], shapes)[0].value
         return [moved._replace(origin=origin._replace(positions=positions))]
     if call.name == "broadcast_in_dim" and len(inputs) == 1:
         shape, axes = call.params["shape"], call.params["broadcast_dimensions"]
@@ -62,11 +67,12 @@ def arranged(kernel: Constant, order: Sequence[int], shape: Sequence[int] | None
         return full if shape is None else full.reshape(shape)
 
     value, origin = moved(kernel.value), kernel.origin
-    return Constant(value, value.shape, origin and origin._replace(positions=moved(origin.positions)))
+    origin = origin and origin._replace(positions=moved(origin.positions))
+    return Constant(value, value.shape, origin, kernel.leaves)
 
 
 def item(stack: Constant, i: int) -> Constant:
     """`stack[i]`."""
     place = 0 if len(stack.value) == 1 else i
     origin = stack.origin and stack.origin._replace(positions=stack.origin.positions[place])
-    return Constant(jnp.asarray(stack.value)[place], stack.shape[1:], origin)
+    return Constant(jnp.asarray(stack.value)[place], stack.shape[1:], origin, stack.leaves)

@@ -83,7 +83,8 @@ def assemble(
 
 
 def _small(constant: Constant) -> bool:
-    return int(np.prod(constant.shape)) <= _INLINE
+    random_keys = isinstance(constant.value, jax.Array) and jnp.issubdtype(constant.dtype, jax.dtypes.extended)
+    return random_keys or int(np.prod(constant.shape)) <= _INLINE  # files have no type for keys among the weights
 
 
 class Values:
@@ -94,14 +95,14 @@ class Values:
         self._arrays: dict[tuple[Variable, Encoding], Any] = {}
 
     def encoding(self, value: Variable) -> Encoding:
-        return self._encodings.get(value, Encoding(np.dtype(value.dtype)))
+        return self._encodings.get(value, Encoding(value.dtype))
 
     def put(self, value: Variable, array: Any) -> None:
         self._arrays[value, self.encoding(value)] = array
 
     def get(self, value: Variable, encoding: Encoding | None = None) -> Any:
         """The value in the requested encoding, by default as traced."""
-        want, have = encoding or Encoding(np.dtype(value.dtype)), self.encoding(value)
+        want, have = encoding or Encoding(value.dtype), self.encoding(value)
         if (value, want) not in self._arrays:
             self._arrays[value, want] = convert(self._arrays[value, have], have, want)
         return self._arrays[value, want]

@@ -8,7 +8,7 @@ from sa_plus_plus.sparse.compiler.passes.find_layers import find_layers
 from sa_plus_plus.sparse.compiler.passes.fold_affine import fold_affine
 from sa_plus_plus.sparse.compiler.passes.fuse_activation import fuse_activations
 from sa_plus_plus.sparse.compiler.passes.transpose import merge_transpositions
-from sa_plus_plus.sparse.compiler.trace import trace, trace_with_origins
+from sa_plus_plus.sparse.compiler.trace import trace, tracer_with_origins
 
 
 def layers_fused(fn: Callable[..., Any], *examples: Any) -> Traced:
@@ -21,7 +21,7 @@ def layers_fused(fn: Callable[..., Any], *examples: Any) -> Traced:
     return fuse_activations(fold_affine(merge_transpositions(find_layers(trace(fn, *examples)))))
 
 
-def layers_with_origins(fn: Callable[..., Any], params: Any, paths: Container[str], *examples: Any) -> Traced:
+def layer_tracer(fn: Callable[..., Any], params: Any, paths: Container[str], *examples: Any) -> Callable[[Any], Traced]:
     """A network whose weights are its first argument; each layer has the origin of its kernel. Nothing is fused.
 
     Args:
@@ -29,6 +29,15 @@ def layers_with_origins(fn: Callable[..., Any], params: Any, paths: Container[st
       params: tree of arrays.
       paths: of the leaves whose kernels are searched for.
       examples: inputs, or their shapes and dtypes.
+
+    Returns:
+      A function from parameters to the network with these. The steps and values of any two results have the same
+      numbers; only constants differ.
     """
-    traced = merge_transpositions(find_layers(trace_with_origins(fn, params, paths, *examples)))
-    return traced._replace(steps=live(traced.steps, traced.outputs))
+    trace = tracer_with_origins(fn, params, paths, *examples)
+
+    def layers(params: Any) -> Traced:
+        traced = merge_transpositions(find_layers(trace(params)))
+        return traced._replace(steps=live(traced.steps, traced.outputs))
+
+    return layers

@@ -37,11 +37,13 @@ class Constant(NamedTuple):
       value: of the same rank as `shape`, with 1 for axes along which it is constant.
       shape: the full shape.
       origin: of its entries, if they come from a leaf whose kernels are searched for, at most rearranged.
+      leaves: paths of all such leaves from which it is computed.
     """
 
     value: Any
     shape: tuple[int, ...]
     origin: Origin | None = None
+    leaves: frozenset[str] = frozenset()
 
     @property
     def dtype(self) -> Any:
@@ -147,6 +149,7 @@ class Layer(NamedTuple):
       scale: `(N,)` float64, or None: its factor.
       shift: `(N,)` float64, or None.
       origin: of the entries of `original`, if they come from a leaf whose kernels are searched for.
+      leaves: paths of all such leaves from which `original` is computed.
     """
 
     spec: LayerSpec
@@ -154,6 +157,7 @@ class Layer(NamedTuple):
     scale: np.ndarray | None = None
     shift: np.ndarray | None = None
     origin: Origin | None = None
+    leaves: frozenset[str] = frozenset()
 
     @property
     def kernel(self) -> Any:
@@ -208,6 +212,13 @@ class Traced(NamedTuple):
 def variables(step: Step) -> list[Variable]:
     """The values that a step takes and that depend on the network's inputs."""
     return [v for v in step.inputs if isinstance(v, Variable)]
+
+
+def leaves_of(step: Step) -> frozenset[str]:
+    """Paths of the leaves whose kernels are searched for from which a step's constants are computed."""
+    if isinstance(step, Layer):
+        return step.leaves
+    return frozenset[str]().union(*(v.leaves for v in step.inputs if isinstance(v, Constant)))
 
 
 def users_of(steps: Sequence[Step], outputs: Sequence[Value]) -> dict[Variable, list[int]]:

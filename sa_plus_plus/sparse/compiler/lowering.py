@@ -20,6 +20,8 @@ from sa_plus_plus.sparse.compiler.quantization import (
     UINT8,
     Encoding,
     convert,
+    fallback_type,
+    overflows,
     quantize_kernel,
     quantized,
 )
@@ -78,12 +80,12 @@ class CompiledLayer(NamedTuple):
 
 
 def pack_kernel(layer: Layer, window: Window, dtype: np.dtype, block: blk.Block | None) -> PackedKernel:
-    """A layer's kernel for `x` in float32, bfloat16 or uint8.
+    """A layer's kernel for `x` in float32, bfloat16 or uint8; where sums of bytes could overflow, in a floating type.
 
     Args:
       layer: the layer, its kernel scaled.
       window: its shapes.
-      dtype: of `x`.
+      dtype: of `x`, as requested.
       block: in which the kernel is pruned, or None.
     """
     kernel = np.asarray(layer.kernel).astype(np.float32).reshape(window.kernel)
@@ -93,6 +95,8 @@ def pack_kernel(layer: Layer, window: Window, dtype: np.dtype, block: blk.Block 
     kernel = np.pad(kernel, [(0, 0), (0, 0), (0, -kernel.shape[2] % group), (0, 0)])
     if dtype == UINT8:
         kernel, scales = quantize_kernel(kernel)
+        if overflows(kernel):
+            return pack_kernel(layer, window, fallback_type(), block)
     else:
         kernel = kernel.astype(dtype)
     return PackedKernel(window, dtype, pack_interleaved(kernel, kernel.dtype), scales)

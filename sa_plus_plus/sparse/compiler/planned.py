@@ -27,7 +27,7 @@ class Choice(NamedTuple):
       precision: in which it computes.
       error: root mean square error of its result in low precision on the calibration data, including the effect of all
         previous layers, relative to that of the result; NaN without calibration data.
-      note: why it runs as traced, if there was no alternative.
+      note: why it runs as traced, if there was no alternative, or in another precision than was requested.
     """
 
     layer: str

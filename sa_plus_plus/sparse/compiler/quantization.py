@@ -58,6 +58,25 @@ def quantize_kernel(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(wide / scales).clip(-127, 127).astype(np.int8), scales.astype(np.float32)
 
 
+def overflows(kernel: np.ndarray) -> bool:
+    """Whether a sum of products with a column of an int8 kernel can be beyond 32 bits.
+
+    With `x` from 0 to 255 each partial sum is between 255 times the sum of the negative weights and that of the
+    positive ones.
+
+    Args:
+      kernel: `(..., outputs)` int8.
+    """
+    columns = kernel.reshape(-1, kernel.shape[-1])
+    sums = [part.sum(0, np.int64) for part in (np.maximum(columns, 0), np.minimum(columns, 0))]
+    return 255 * int(np.abs(sums).max(initial=0)) > np.iinfo(np.int32).max
+
+
+def fallback_type() -> np.dtype:
+    """The type of layers of an int8 network that int8 does not suit: the faster one."""
+    return BFLOAT16 if native.bf16_is_faster() else FLOAT32
+
+
 def convert(array: Any, have: Encoding, want: Encoding) -> Any:
     """A value in another encoding.
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from sa_plus_plus.planning import path_string
 from sa_plus_plus.sparse.compiler.builder import Builder, walk
+from sa_plus_plus.sparse.compiler.constants import constant
 from sa_plus_plus.sparse.compiler.ir import Constant, Origin, Traced, Value
 from sa_plus_plus.sparse.compiler.unsupported import unrolls
 
@@ -21,10 +22,15 @@ def trace(fn: Callable[..., Any], *examples: Any) -> Traced:
       fn: jittable.
       examples: arrays, or their shapes and dtypes.
     """
-    return _trace(fn, examples, ())
+    closed, result = jax.make_jaxpr(fn, return_shape=True)(*examples)
+    if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
+        raise TypeError("weights must have values to look at: specialize a network outside jit, vmap and grad")
+    return _recorded(closed, (), jax.tree.structure(examples), jax.tree.structure(result))
 
 
-def trace_with_origins(fn: Callable[..., Any], params: Any, paths: Container[str], *examples: Any) -> Traced:
+def tracer_with_origins(
+    fn: Callable[..., Any], params: Any, paths: Container[str], *examples: Any
+) -> Callable[[Any], Traced]:
     """Trace a function whose weights are its first argument, as constants whose entries have an origin.
 
     Args:
@@ -32,21 +38,29 @@ def trace_with_origins(fn: Callable[..., Any], params: Any, paths: Container[str
       params: tree of arrays.
       paths: of the leaves whose kernels are searched for.
       examples: inputs, or their shapes and dtypes.
+
+    Returns:
+      A function from parameters to the network with these. The steps and values of any two results have the same
+      numbers; only constants differ.
     """
+    closed, result = jax.make_jaxpr(fn, return_shape=True)(params, *examples)
+    structures = jax.tree.structure(examples), jax.tree.structure(result)
 
     def leaf(path: str, leaf: Any) -> Constant:
+        if path not in paths:
+            return constant(leaf)
         positions = np.arange(np.size(leaf), dtype=np.int32).reshape(np.shape(leaf))
-        return Constant(leaf, np.shape(leaf), Origin(path, positions) if path in paths else None)
+        return Constant(leaf, np.shape(leaf), Origin(path, positions), frozenset({path}))
 
-    weights = [leaf(path_string(keys), x) for keys, x in jax.tree_util.tree_leaves_with_path(params)]
-    return _trace(fn, (params, *examples), weights)
+    def traced(params: Any) -> Traced:
+        weights = [leaf(path_string(keys), x) for keys, x in jax.tree_util.tree_leaves_with_path(params)]
+        return _recorded(closed, weights, *structures)
+
+    return traced
 
 
-def _trace(fn: Callable[..., Any], examples: tuple[Any, ...], weights: Sequence[Constant]) -> Traced:
-    """`weights` are the leaves of the first argument, if they are constants."""
-    closed, result = jax.make_jaxpr(fn, return_shape=True)(*examples)
-    if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
-        raise TypeError("weights must have values to look at: specialize a network outside jit, vmap and grad")
+def _recorded(closed: Any, weights: Sequence[Constant], input_tree: Any, output_tree: Any) -> Traced:
+    """The steps of a jaxpr whose first arguments are the weights."""
     builder = Builder()
     inputs = [builder.variable(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars[len(weights) :]]
 
@@ -56,8 +70,7 @@ def _trace(fn: Callable[..., Any], examples: tuple[Any, ...], weights: Sequence[
         return _unrolled(builder, eqn, values, apply) if unroll else builder.equation(eqn, values)
 
     outputs = walk(closed, [*weights, *inputs], apply)
-    structure = jax.tree.structure(examples[1:] if weights else examples)
-    return Traced(inputs, builder.steps, outputs, structure, jax.tree.structure(result))
+    return Traced(inputs, builder.steps, outputs, input_tree, output_tree)
 
 
 def _unrolled(builder: Builder, eqn: Any, values: list[Value], apply: Any) -> list[Value]:

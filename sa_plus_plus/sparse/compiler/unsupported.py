@@ -43,6 +43,8 @@ def unsupported(call: Call) -> list[Unsupported]:
 
 
 def _why_not(call: Call, kernel: Constant) -> str:
+    if 0 in kernel.shape:
+        return "a kernel without weights"
     types = [v.dtype for v in call.inputs]
     if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (*types, call.outputs[0].dtype)):
         return f"computes in {', '.join(dict.fromkeys(np.dtype(dtype).name for dtype in types))}"

@@ -1,20 +1,90 @@
-#include "kernel.h"
+#include "checks.h"
 
 #include <algorithm>
-#include <initializer_list>
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(__x86_64__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include <utility>
 
 namespace sa_plus_plus {
 
+int64_t Array::count() const {
+  if (std::find(sizes, sizes + rank, 0) != sizes + rank) return 0;
+  int64_t count = 1;
+  for (int64_t i = 0; i < rank; ++i) count = times(count, sizes[i]);
+  return count;
+}
+
+namespace {
+
+// Positions of windows along an axis; the last of them, if there are any, ends within `size`.
+bool fit(int64_t positions, int64_t stride, int64_t window, int64_t size) {
+  return !positions || plus(times(positions - 1, stride), window) <= size;
+}
+
+bool is_byte(float number) { return number >= 0 && number <= 255; }  // false for NaN
+
+}  // namespace
+
+const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o, Convolution* convolution) {
+  const Array &x = arrays.x, &y = arrays.y, &blocks = arrays.blocks;
+  if (x.rank != 4 || y.rank != 4) return "x and y need four dimensions";
+  const int64_t *in = x.sizes, *out = y.sizes, *kept = blocks.sizes, channels = in[3];
+  const char* const misfit = "the result does not fit the images";
+  if (o.window_rows < 1 || o.window_columns < 1 || o.stride_down < 1 || o.stride_across < 1 || in[0] != out[0]) return misfit;
+  if (std::min({o.top, o.bottom, o.left, o.right}) < 0 || o.top > out[1] || o.bottom > out[1] - o.top ||
+      o.left > out[2] || o.right > out[2] - o.left) {
+    return misfit;
+  }
+  Product& p = convolution->product = {};
+  p.top = o.top, p.bottom = o.bottom, p.left = o.left, p.right = o.right;
+  p.lines = out[1] - o.top - o.bottom, p.line = out[2] - o.left - o.right;
+  if (!fit(p.lines, o.stride_down, o.window_rows, in[1]) || !fit(p.line, o.stride_across, o.window_columns, in[2])) return misfit;
+  p.x_type = x.type, p.w_type = blocks.type, p.y_type = y.type, p.y = y.data;
+  p.residual_scale = o.residual_scale, p.residual_zero = o.residual_zero, p.y_zero = o.y_zero, p.y_unit = o.y_unit;
+  if (p.y_type == Type::kByte && !is_byte(o.y_zero)) return "the code for 0 is not a byte";
+  if (o.activation < 0 || o.activation >= static_cast<int64_t>(Activation::kCount)) return "an unknown activation";
+  p.activation = static_cast<Activation>(o.activation);
+  if (blocks.rank != (p.grouped() ? 4 : 3)) return "blocks have another number of dimensions";
+  convolution->count = y.count();
+  if (!convolution->count || !p.lines || !p.line) return nullptr;
+
+  // All sizes of y are real from here on, and so are those of x, unless it has no channels.
+  p.batch = in[0] * p.lines * p.line, p.width = out[3];
+  p.height = times(times(o.window_rows, o.window_columns), channels);
+  p.kept = kept[0], p.b_r = p.grouped() ? times(kept[1], kept[3]) : kept[1], p.b_c = kept[2];
+  if (p.b_r < 1 || p.b_c < 1 || (p.grouped() && kept[3] != p.group())) return "blocks are empty, or not grouped";
+  if (!p.kept) {  // as if x had no columns: blocks of which there are none may be of any size
+    p.height = 0, p.b_r = p.group(), p.b_c = std::min(p.b_c, (p.width + kWide - 1) / kWide * kWide);
+  }
+  p.x = x.data, p.blocks = blocks.data, p.rows = arrays.rows.data, p.starts = arrays.starts.data;
+  if (arrays.rows.count != p.kept || arrays.starts.count != p.grid_c() + 1) return "the indices are not those of the blocks";
+  for (const List<float>& numbers : {arrays.scale, arrays.bias}) {
+    if (numbers.count && numbers.count != p.width) return "scale or bias is not as long as y is wide";
+  }
+  p.scale = arrays.scale.count ? arrays.scale.data : nullptr;
+  p.bias = arrays.bias.count ? arrays.bias.data : nullptr;
+  if (const int64_t n = arrays.residual.count()) {
+    if (n != p.batch * p.width) return "the residual is not like y";
+    p.residual = arrays.residual.data, p.residual_type = arrays.residual.type;
+  }
+  // A single position has no stride. Rows of x follow one another in a line of y; where nothing lies between lines or
+  // images, beyond it as well.
+  const int64_t down = p.lines > 1 ? o.stride_down : 1, right = p.line > 1 ? o.stride_across : 1;
+  const bool lines_adjoin = down == 1 && right == 1 && o.window_columns == 1 && p.line == in[2];
+  const bool images_adjoin = lines_adjoin && p.lines == in[1];
+  const int64_t line = in[2] * channels, across = o.window_columns * channels;
+  p.stride = right * channels;
+  p.run = images_adjoin ? p.batch : lines_adjoin ? p.lines * p.line : p.line;
+  p.runs = lines_adjoin ? 1 : p.lines;
+  p.run_stride = down * line, p.runs_stride = in[1] * line;
+  if (const char* why = complaint(p)) return why;
+  if (p.height && across % p.b_r && o.window_rows > 1) return "a block is in two lines of the window";
+  convolution->down.resize(p.grid_r());
+  for (int64_t i = 0; i < p.grid_r(); ++i) convolution->down[i] = i * p.b_r / across * line + i * p.b_r % across;
+  p.down = convolution->down.data();
+  return nullptr;
+}
+
 const char* complaint(const Product& p) {
-  if (p.batch < 0 || p.height < 1 || p.width < 1 || p.b_r < 1 || p.b_c < 1 || p.kept < 0 || p.run < 1 || p.runs < 1 ||
+  if (p.batch < 0 || p.height < 0 || p.width < 1 || p.b_r < 1 || p.b_c < 1 || p.kept < 0 || p.run < 1 || p.runs < 1 ||
       p.line < 1 || p.lines < 1 || p.top < 0 || p.bottom < 0 || p.left < 0 || p.right < 0) {
     return "a size is out of range";
   }
@@ -29,128 +99,110 @@ const char* complaint(const Product& p) {
   return wrong ? "a block stands in a row outside the grid" : nullptr;
 }
 
+const char* prepare(const Array& x, const Array& y, const Windows& o, bool sums, Pooling* pooling) {
+  constexpr int64_t far = int64_t{1} << 60;  // positions this far apart can still be added
+  if (x.rank != 4 || y.rank != 4) return "x and y need four dimensions";
+  const int64_t *in = x.sizes, *out = y.sizes;
+  if (in[0] != out[0] || in[3] != out[3] || x.type != y.type || (sums && x.type != Type::kFloat)) return "x and y do not go together";
+  if (std::min({o.window_rows, o.window_columns, o.stride_down, o.stride_across}) < 1 || std::min(o.top, o.left) < 0) {
+    return "a window, stride or padding is out of range";
+  }
+  Pooling& p = *pooling = {};
+  p.type = x.type, p.sums = sums, p.x = x.data, p.y = y.data;
+  if (!y.count()) return nullptr;
+  if (!fit(out[1], o.stride_down, o.window_rows, far) || !fit(out[2], o.stride_across, o.window_columns, far) ||
+      std::max(o.top, o.left) > far) {
+    return "a window, stride or padding is out of range";
+  }
+  const bool empty = !x.count();  // then all windows are
+  p.rows = empty ? 0 : in[1], p.columns = empty ? 0 : in[2], p.channels = in[3];
+  p.lines = out[0] * out[1], p.y_rows = out[1], p.y_columns = out[2];
+  p.window_rows = o.window_rows, p.window_columns = o.window_columns, p.top = o.top, p.left = o.left;
+  p.stride_down = out[1] > 1 ? o.stride_down : 1, p.stride_across = out[2] > 1 ? o.stride_across : 1;
+  return nullptr;
+}
+
+const char* prepare(const Array& x, const Array& y, const Rounding& o, Images* images) {
+  if (x.rank != 4 || y.rank != 4) return "x and y need four dimensions";
+  const int64_t *in = x.sizes, *out = y.sizes;
+  if (x.type != Type::kFloat || in[0] != out[0] || in[1] > out[1] || in[2] > out[2] || in[3] > out[3] ||
+      std::min(o.top, o.left) < 0 || o.top > out[1] - in[1] || o.left > out[2] - in[2]) {
+    return "x and y do not go together";
+  }
+  if (y.type == Type::kByte && !is_byte(o.zero)) return "the code for 0 is not a byte";
+  const int64_t lines = y.count() ? out[0] * out[1] : 0;  // so that all sizes are real where there are any
+  *images = {y.type, static_cast<const float*>(x.data), y.data, lines, in[1], in[2], in[3], out[1], out[2], out[3], o};
+  return nullptr;
+}
+
+const char* prepare(const AttentionArrays& arrays, List<int64_t> sizes, List<int64_t> strides, float scale,
+                    Attention* attention) {
+  if (sizes.count != 8 || strides.count != 20) return "the numbers of sizes and strides are wrong";
+  Attention& a = *attention = {};
+  const Array *q = &arrays.q, *k = &arrays.k, *v = &arrays.v, *y = &arrays.y;
+  for (const Array* other : {k, v, y}) {
+    if (other->type != q->type) return "q, k, v and y are of different types";
+  }
+  if (arrays.bias.type != Type::kFloat) return "the bias is not float32";
+  a.type = q->type, a.scale = scale;
+  std::copy_n(sizes.data, 3, a.heads);
+  a.queries = sizes.data[3], a.keys = sizes.data[4], a.depth = sizes.data[5], a.width = sizes.data[6];
+  a.seen = sizes.data[7];
+  Attention::Place* places[] = {&a.q_at, &a.k_at, &a.v_at, &a.bias_at, &a.y_at};
+  for (int i = 0; i < 5; ++i) {
+    std::copy_n(strides.data + 4 * i, 3, places[i]->head);
+    places[i]->row = strides.data[4 * i + 3];
+  }
+  a.q = q->data, a.k = k->data, a.v = v->data, a.y = y->data;
+  const int64_t counts[] = {q->count(), k->count(), v->count(), arrays.bias.count(), y->count()};
+  a.bias = counts[3] ? static_cast<const float*>(arrays.bias.data) : nullptr;
+  return complaint(a, counts);
+}
+
 namespace {
 
-#if defined(__x86_64__)
-// gcc 12 and clang do not know these by name everywhere, so the processor is asked itself.
-bool has(unsigned leaf, unsigned subleaf, int word, int bit) {
-  unsigned words[4] = {};
-  if (__get_cpuid_max(0, nullptr) < leaf) return false;
-  __cpuid_count(leaf, subleaf, words[0], words[1], words[2], words[3]);
-  return words[word] >> bit & 1;
-}
-
-bool amx(int bit) {  // the system gives a process matrix registers when it asks for them
-#if defined(__linux__)
-  static const bool granted = has(7, 0, 3, 24) && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
-  return granted && has(7, 0, 3, bit);
-#else
-  return false;
-#endif
-}
-#endif
-
-#if defined(__x86_64__)
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-#endif
-
-struct Choices {
-  Choice of[3][7] = {};
-
-  Choices() {
-    int n[3] = {};
-    auto add = [&](Type type, Kernel kernel, const char* name) {
-      const int t = static_cast<int>(type);
-      of[t][n[t]++] = {kernel, name};
-    };
-    auto add_all = [&](Kernel kernel, const char* name) {
-      for (Type type : {Type::kFloat, Type::kHalf, Type::kByte}) add(type, kernel, name);
-    };
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx512 = has_avx512(), avx2 = has_avx2();
-#if defined(__linux__)
-    if (avx512 && amx(25)) add(Type::kByte, kernel_amx, "amx");
-    if (avx512 && amx(22)) add(Type::kHalf, kernel_amx, "amx");
-#endif
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) add(Type::kByte, kernel_avx512vnni, "avx512_vnni");
-    if (avx512 && has(7, 1, 0, 5)) add(Type::kHalf, kernel_avx512bf16, "avx512_bf16");
-    if (avx2 && has(7, 1, 0, 4)) add(Type::kByte, kernel_avxvnni, "avx_vnni");
-    if (avx512) add_all(kernel_avx512, "avx512");
-    if (avx2) add_all(kernel_avx2, "avx2");
-#endif
-    add_all(kernel_baseline, "baseline");
+// Whether rows of `last` numbers in each head are all of an array, each number once: in order of its stride, each axis
+// begins where those before it end.
+bool covers(const Attention& a, const Attention::Place& place, int64_t rows, int64_t last, int64_t count) {
+  std::pair<int64_t, int64_t> axes[] = {{place.head[0], a.heads[0]}, {place.head[1], a.heads[1]},
+                                        {place.head[2], a.heads[2]}, {place.row, rows}};
+  std::sort(std::begin(axes), std::end(axes));
+  for (const auto& [stride, size] : axes) {
+    if (size == 1) continue;
+    if (stride != last) return false;
+    last = times(last, size);
   }
-};
+  return last == count;
+}
 
 }  // namespace
 
-#if defined(__x86_64__)
-#define FORMS(name) {name##_avx512, name##_avx2, name##_baseline, nullptr}
-#else
-#define FORMS(name) {name##_baseline, nullptr}
-#endif
-
-// From the first of all forms of a function that this processor can run.
-template <class Form>
-const Form* runnable(const Form* forms) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return forms + (has_avx512() ? 0 : has_avx2() ? 1 : 2);
-#else
-  return forms;
-#endif
-}
-
-Pool pool() {
-  static const Pool forms[] = FORMS(pool);
-  return *runnable(forms);
-}
-
-Round round() {
-  static const Round forms[] = FORMS(round);
-  return *runnable(forms);
-}
-
-const Attend* attends() {
-  static const Attend forms[] = FORMS(attend);
-  return runnable(forms);
-}
-
-const char* complaint(const Attention& a, const int64_t sizes[5]) {
+const char* complaint(const Attention& a, const int64_t counts[5]) {
   if (a.type == Type::kByte) return "q, k, v and y are neither float32 nor bfloat16";
   const int64_t least = std::min({a.heads[0], a.heads[1], a.heads[2], a.queries, a.keys, a.depth, a.width, a.seen});
-  if (least < 1) return "an axis is empty, or a query sees no key";
+  if (least < 1 || a.seen > a.keys) return "an axis is empty, or a query sees no key, or more than there are";
   const Attention::Place* places[] = {&a.q_at, &a.k_at, &a.v_at, &a.bias_at, &a.y_at};
   const int64_t rows[] = {a.queries, a.keys, a.keys, a.queries, a.queries};
   const int64_t lasts[] = {a.depth, a.depth, a.width, a.keys, a.width};
   for (int i = 0; i < 5; ++i) {
     if (i == 3 && !a.bias) continue;
-    int64_t end = (rows[i] - 1) * places[i]->row + lasts[i];
+    if (places[i]->row < 0) return "a stride is negative";
+    int64_t end = plus(times(rows[i] - 1, places[i]->row), lasts[i]);
     for (int h = 0; h < 3; ++h) {
       if (places[i]->head[h] < 0) return "a stride is negative";
-      end += (a.heads[h] - 1) * places[i]->head[h];
+      end = plus(end, times(a.heads[h] - 1, places[i]->head[h]));
     }
-    if (places[i]->row < 0) return "a stride is negative";
-    if (end > sizes[i]) return "an operand is too small";
+    if (end > counts[i]) return "an operand is too small";
   }
-  return nullptr;
+  // So scratch memory is not much more than that of keys and values.
+  if (a.keys > 1 && (a.k_at.row < a.depth || a.v_at.row < a.width)) return "keys or values overlap";
+  return covers(a, a.y_at, a.queries, a.width, counts[4]) ? nullptr : "the result is not covered";
 }
 
 int64_t scratch_of(const Attention& a) {
   constexpr int64_t rows = kMostScores;
   auto whole = [](int64_t n) { return (n + kMostPanel - 1) / kMostPanel * kMostPanel; };
   return whole(a.keys) * (a.depth + rows) + whole(a.width) * (a.keys + rows) + a.depth * rows;
-}
-
-const Choice* kernels(Type x_type) {
-  static const Choices choices;
-  return choices.of[static_cast<int>(x_type)];
 }
 
 }  // namespace sa_plus_plus

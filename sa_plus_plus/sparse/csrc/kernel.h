@@ -67,9 +67,6 @@ struct Part {
   int64_t top, bottom, left, right;
 };
 
-// What is wrong with the product, or null. A kernel may be run only on one that passes: it looks at nothing again.
-const char* complaint(const Product& product);
-
 // One source compiled for several instruction sets, and one for matrix registers (AMX). Each knows some types.
 using Kernel = void (*)(const Product&, const Part&);
 void kernel_baseline(const Product& product, const Part& part);
@@ -87,7 +84,7 @@ struct Pooling {
   bool sums;
   const void* x;
   void* y;
-  int64_t rows, columns, channels, y_rows, y_columns;
+  int64_t lines, rows, columns, channels, y_rows, y_columns;  // `lines` of y in all images
   int64_t window_rows, window_columns, stride_down, stride_across, top, left;  // the latter two are the padding
 };
 
@@ -96,7 +93,7 @@ using Pool = void (*)(const Pooling&, int64_t line);
 void pool_baseline(const Pooling& pooling, int64_t line);
 void pool_avx2(const Pooling& pooling, int64_t line);
 void pool_avx512(const Pooling& pooling, int64_t line);
-Pool pool();  // the best that this processor can run
+const Pool* pools();  // those that this processor can run, the best first, and null at the end
 
 // Runs of numbers, each followed by zeros until there are `wide` of them: as they are, in bfloat16, or in bytes as
 // round(x * scale) + zero, clamped to 0 to 255.
@@ -112,7 +109,7 @@ using Round = void (*)(const Runs&);
 void round_baseline(const Runs&);
 void round_avx2(const Runs&);
 void round_avx512(const Runs&);
-Round round();  // the best that this processor can run
+const Round* rounds();  // as `pools`
 
 // softmax(scale q kᵀ + bias) v in each head: q is (heads, queries, depth), k (heads, keys, depth), v (heads, keys, width),
 // bias (heads, queries, keys) and y (heads, queries, width). Heads have three axes of their own. In memory, all axes
@@ -140,19 +137,13 @@ struct Attention {
 constexpr int64_t kMostPanel = 64;  // columns of a matrix that are packed together, at most
 constexpr int64_t kMostScores = 8;  // rows of scores that are computed together, at most
 
-// What is wrong with it, or null. `sizes` are those of q, k, v, bias and y.
-const char* complaint(const Attention& attention, const int64_t sizes[5]);
-
-// How many floats the scratch memory of a thread holds.
-int64_t scratch_of(const Attention& attention);
-
 // Queries `first` to `last` of a head. Scratch memory, best aligned to cache lines, is kept between calls: it is `packed`
 // if the call before was for the same head.
 using Attend = void (*)(const Attention&, int64_t head, int64_t first, int64_t last, float* scratch, bool packed);
 void attend_baseline(const Attention&, int64_t, int64_t, int64_t, float*, bool);
 void attend_avx2(const Attention&, int64_t, int64_t, int64_t, float*, bool);
 void attend_avx512(const Attention&, int64_t, int64_t, int64_t, float*, bool);
-const Attend* attends();  // those that this processor can run, the best first, and null at the end
+const Attend* attends();  // as `pools`
 
 // Those that this processor can run on such types, the best first, and null at the end. `names` gets their names.
 struct Choice {

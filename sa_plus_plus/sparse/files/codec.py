@@ -10,6 +10,7 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import BlockSparse, Layout
+from sa_plus_plus.sparse.files.container import misfit, shortened
 from sa_plus_plus.views import View, as_view
 
 STORAGE = ("exact", "bfloat16", "int8")
@@ -18,11 +19,12 @@ STORABLE = (  # dtypes that come back from a safetensors file as they were
     *("float16", "bfloat16", "float32", "float64", "complex64"),
 )
 PARTS = ("blocks", "index", "scales")  # suffixes of a kernel's tensors, after its path and a colon
+_DESCRIPTION = {"shape": [int], "block": [int], "kept": int, "dtype": str, "storage": str}
 
 
 def narrowed(dtype: np.dtype) -> bool:
     """Whether JAX would convert this dtype to a narrower one, such as float64 unless `jax_enable_x64` is set."""
-    return jax.dtypes.canonicalize_dtype(dtype) != dtype
+    return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) != dtype
 
 
 def as_jax(array: np.ndarray) -> Any:
@@ -103,38 +105,51 @@ def _widened(blocks: np.ndarray, scales: np.ndarray | None, dtype: np.dtype) -> 
     return (blocks if scales is None else blocks * scales[:, None, None]).astype(dtype)
 
 
-def _view(axes: Any, ndim: int) -> View:
-    lists = isinstance(axes, list) and len(axes) == 3 and all(isinstance(role, list) for role in axes)
-    if not lists or not all(type(axis) is int for role in axes for axis in role):
-        raise ValueError(f"its view is {axes!r}, not three lists of axes")
-    return as_view(View(*map(tuple, axes)), ndim)
+def parts_of(about: Any) -> tuple[str, ...]:
+    """Which tensors a kernel has, of those in `PARTS`.
+
+    Args:
+      about: its description in a file.
+
+    Raises:
+      ValueError: if that is none.
+    """
+    wanted = _DESCRIPTION | ({"view": [[int]]} if isinstance(about, dict) and "view" in about else {})
+    if found := misfit(about, wanted, "description"):
+        raise ValueError(f"its {found}")
+    if about["storage"] not in STORAGE:
+        raise ValueError(f"its storage is {shortened(about['storage'])}; this version reads {', '.join(STORAGE)}")
+    return PARTS if about["storage"] == "int8" else PARTS[:2]
 
 
 def unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> BlockSparse:
     """The kernel from the result of `packed`.
 
     Args:
-      about: its `shape`, `block`, `storage` and `dtype`, and its `view` if it has one.
+      about: what `parts_of` accepts: its `shape`, `block`, `kept`, `storage` and `dtype`, and its `view` if it has one.
       parts: the first result of `packed`.
 
     Raises:
-      ValueError, TypeError, KeyError or OverflowError: if these do not fit together.
+      ValueError: if these do not fit together.
     """
     for part in PARTS[:2]:
         if part not in parts:
             raise ValueError(f"it has no tensor for its {part}")
     blocks, index, scales = parts["blocks"], parts["index"], parts.get("scales")
-    shape, block, storage, dtype = about["shape"], blk.as_block(about["block"]), about["storage"], about["dtype"]
-    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise ValueError(f"its shape is {shape!r}, not a list of positive integers")
-    shape = tuple(shape)
-    view = _view(about["view"], len(shape)) if "view" in about else None
-    if storage not in STORAGE:
-        raise ValueError(f"its storage is {storage!r}; this version reads {', '.join(STORAGE)}")
+    shape, block, storage, dtype = tuple(about["shape"]), blk.as_block(about["block"]), about["storage"], about["dtype"]
+    if not shape or min(shape) < 1:
+        raise ValueError(f"its shape is {shortened(about['shape'])}, not a list of positive integers")
     if dtype not in STORABLE:
-        raise ValueError(f"its dtype is {dtype!r}; this version reads {', '.join(STORABLE)}")
+        raise ValueError(f"its dtype is {shortened(dtype)}; this version reads {', '.join(STORABLE)}")
+    view = None
+    if "view" in about:
+        if len(about["view"]) != 3:
+            raise ValueError(f"its view is {shortened(about['view'])}, not three lists of axes")
+        view = as_view(View(*map(tuple, about["view"])), len(shape))
     if index.ndim != 1 or index.dtype != np.int32:
         raise ValueError(f"its index is {index.dtype} of shape {index.shape}, not a list of int32")
+    if about["kept"] != index.size:
+        raise ValueError(f"its index has {index.size} blocks, where it keeps {shortened(about['kept'])}")
     _check_size(shape, block, index.size, blocks.size, view)  # before anything is allocated for it
     *stack, grid_r, each = blk.full_grid(shape, block, view)
     grid_c = each * math.prod(stack)
@@ -153,4 +168,8 @@ def unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Block
         raise ValueError(f"its blocks are {blocks.dtype}, though it is {dtype} in storage {storage!r}")
     full = np.zeros(layout.real.shape, blocks.dtype)
     full[layout.real] = blocks
-    return BlockSparse(as_jax(_widened(full, scales, jnp.dtype(dtype))), layout)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+        wide = _widened(full, scales, jnp.dtype(dtype))
+        if storage != "exact" and not np.isfinite(wide).all():
+            raise ValueError(f"it has weights or scales that are not finite in {dtype}, which {storage} never has")
+    return BlockSparse(as_jax(wide), layout)

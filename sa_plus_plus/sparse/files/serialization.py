@@ -1,9 +1,7 @@
 """Pruned networks as small files: a parameter tree stored by its kept blocks in one safetensors file."""
 
-import hashlib
 import json
 import os
-import pathlib
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,17 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sa_plus_plus.checks import unpruned
-from sa_plus_plus.files import write_atomically
+from sa_plus_plus.checks import faults
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers, path_string
 from sa_plus_plus.sparse.array import BlockSparse
-from sa_plus_plus.sparse.files.codec import PARTS, STORABLE, STORAGE, as_jax, narrowed, packed, unpacked
+from sa_plus_plus.sparse.files import container
+from sa_plus_plus.sparse.files.codec import PARTS, STORABLE, STORAGE, as_jax, narrowed, packed, parts_of, unpacked
+from sa_plus_plus.sparse.files.container import ESCAPED, FORMAT, VIEWED
 
-FORMAT = "block-sparse 1"
-ESCAPED = "block-sparse 2"  # with escaped keys; written only if a key has `~` or `/`
-VIEWED = "block-sparse 3"  # with escaped keys and views of kernels; written only if a kernel has a view
+NETWORK = "sa_plus_plus network"  # the "kind" in the tensor "about" of files that `sapp.serve` writes
 _NAMED = 3  # number of layers named in a warning
-_KEY = "sa_plus_plus"  # key of the JSON text in the file's metadata
 
 
 class Saved(NamedTuple):
@@ -43,8 +39,8 @@ def export(params: Any, plan: Plan) -> Any:
     """The same tree with each pruned kernel as a `BlockSparse` of its nonzero blocks.
 
     Exact, except that a block of only `-0.0` is not kept and is restored as `0.0`, and that JAX converts a float64
-    kernel to float32 unless `jax_enable_x64` is set. Warns if a layer keeps more blocks than planned; `check_pruned`
-    refuses such a network.
+    kernel to float32 unless `jax_enable_x64` is set. Warns if a layer keeps more blocks than planned or is not finite;
+    `check_pruned` refuses such a network.
 
     Args:
       params: what `Sparsifier.finalize`, or the loop around `sparsify`, ended with.
@@ -54,13 +50,9 @@ def export(params: Any, plan: Plan) -> Any:
       ValueError: if a layer of the plan is missing from the tree or has another shape.
       TypeError: under `jax.jit`, where weights have no values to look at.
     """
-    if sentences := unpruned(params, plan):
+    for fault, sentences in faults(params, plan):
         more = f" (and {len(sentences) - _NAMED} more)" if len(sentences) > _NAMED else ""
-        warnings.warn(
-            f"{len(sentences)} of {len(plan.pruned)} layers keep more blocks than planned; was the schedule finished, "
-            f"and are these the parameters that `finalize` returned? {'; '.join(sentences[:_NAMED])}{more}",
-            stacklevel=2,
-        )
+        warnings.warn(f"{fault}: {'; '.join(sentences[:_NAMED])}{more}", stacklevel=2)
 
     def one(layer: LeafPlan | None, leaf: Any) -> Any:
         return leaf if layer is None else BlockSparse.fromdense(leaf, layer.block, view=layer.view)
@@ -126,16 +118,9 @@ def save(
             values = np.asarray(leaf, order="C")
             tensors[name] = values.astype(values.dtype.newbyteorder("="), copy=False)  # as it will be read
             dense_bytes += tensors[name].nbytes
-    about = {
-        "format": _format(tensors, kernels),
-        "kernels": kernels,
-        "sha256": {name: digest(tensor) for name, tensor in tensors.items()},
-    }
-    text = json.dumps(about)
-    texts = {**(metadata or {}), _KEY: text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    content = _safetensors().numpy.save(tensors, metadata=texts)
-    write_atomically(pathlib.Path(path), lambda file: file.write(content))
-    return Saved(len(content), dense_bytes, errors)
+    about = {"format": _format(tensors, kernels), "kernels": kernels}
+    size = container.write(path, tensors, about, metadata)
+    return Saved(size, dense_bytes, errors)
 
 
 def _format(tensors: Mapping[str, Any], kernels: Mapping[str, Mapping[str, Any]]) -> str:
@@ -158,16 +143,18 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged or not from `save`, naming the tensor; or if `like` has other paths.
+      ValueError: if the file is damaged or not from `save`, naming the tensor; if it is a network's, for
+        `sa_plus_plus.sparse.files.serve.load`; or if `like` has other paths.
     """
-    tensors, about = _read(pathlib.Path(path))
+    tensors, about = container.read(path)
+    if kind_of(tensors) == NETWORK:
+        raise ValueError(f"{path} holds a specialised network, not parameters: read it by sapp.serve.load")
     leaves: dict[str, Any] = {}
     for name, kernel in about["kernels"].items():
         try:
-            wanted = PARTS if kernel["storage"] == "int8" else PARTS[:2]
-            parts = {part: tensors.pop(f"{name}:{part}") for part in wanted if f"{name}:{part}" in tensors}
+            parts = {part: tensors.pop(f"{name}:{part}") for part in parts_of(kernel) if f"{name}:{part}" in tensors}
             leaves[name] = unpacked(kernel, parts)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: kernel {name!r} is damaged: {error}") from error
     if twice := sorted(leaves.keys() & tensors.keys()):
         raise ValueError(f"{path} is damaged: {twice[0]!r} is both a kernel and a tensor")
@@ -185,6 +172,19 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
         raise ValueError(f"{path} and the tree to load it into differ in {', '.join(different)}")
     structure = jax.tree.structure(like, is_leaf=_is_sparse)
     return jax.tree.unflatten(structure, [leaves[name] for name in paths])
+
+
+def kind_of(tensors: Mapping[str, np.ndarray]) -> Any:
+    """What a file of `sapp.serve` calls itself; None for other files.
+
+    Args:
+      tensors: the file's.
+    """
+    about = tensors.get("about", np.zeros(0))
+    try:
+        return json.loads(about.tobytes())["kind"] if about.dtype == np.uint8 else None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def _is_sparse(x: Any) -> bool:
@@ -234,48 +234,6 @@ def _in_full(w: BlockSparse) -> Any:
     return w.layout.kernel(tiles)
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All tensors of a file, with verified checksums, and their metadata."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    if not path.is_file():
-        raise ValueError(f"{path} is a directory or device, not a file: give the path of one that save has written")
-    safetensors = _safetensors()
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            texts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (safetensors.SafetensorError, AttributeError, TypeError) as error:  # the latter for dtypes NumPy has not
-        raise ValueError(f"{path} is damaged, or not a safetensors file of NumPy's dtypes: {error}") from error
-    text = texts.get(_KEY)
-    if text is None:
-        raise ValueError(f"{path} was not written by sa_plus_plus.save: its metadata has no {_KEY!r}")
-    if hashlib.sha256(text.encode()).hexdigest() != texts.get("sha256"):
-        raise ValueError(f"{path} is damaged: its metadata does not have the checksum written beside it")
-    try:
-        about = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata is not JSON: {error}") from error
-    if not isinstance(about, dict) or "format" not in about:
-        raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata names no format")
-    if about["format"] not in (FORMAT, ESCAPED, VIEWED):
-        known = ", ".join(map(repr, (FORMAT, ESCAPED, VIEWED)))
-        raise ValueError(f"{path} has the format {about['format']!r}; this version reads {known}")
-    for part in ("kernels", "sha256"):
-        if not isinstance(about.get(part), dict):
-            raise ValueError(f"{path} is damaged: the {_KEY!r} of its metadata has no mapping {part!r}")
-    for name in sorted({*tensors, *about["sha256"]}):
-        if name not in tensors or digest(tensors[name]) != about["sha256"].get(name):
-            raise ValueError(f"{path}: tensor {name!r} is damaged: it does not have the checksum in the metadata")
-    return tensors, about
-
-
-def digest(tensor: np.ndarray) -> str:
-    """SHA-256 of a tensor's type, shape and bytes."""
-    head = f"{tensor.dtype.name} {tensor.shape} ".encode()
-    return hashlib.sha256(head + tensor.tobytes()).hexdigest()
-
-
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -289,11 +247,3 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"something lies below the leaf {name!r}: load it into a tree, `like`")
         branch[last] = leaf
     return tree
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy  # noqa: PLC0415 - optional: only files need it
-    except ImportError as error:
-        raise ImportError("files of pruned networks need the package safetensors: pip install safetensors") from error
-    return safetensors

@@ -8,25 +8,21 @@
 A file may hold networks for several batch sizes, and then accepts any batch size.
 """
 
-import importlib.util
-import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.export
 import numpy as np
 
-from sa_plus_plus.sparse.arguments import shapes
-from sa_plus_plus.sparse.files import serialization
-from sa_plus_plus.sparse.files.codec import narrowed
+from sa_plus_plus.sparse.arguments import instead, shape_and_type, shapes
+from sa_plus_plus.sparse.files import programs
+from sa_plus_plus.sparse.files.programs import Stored
 from sa_plus_plus.sparse.ops import native
-
-FORMAT = 2  # 1: programs that call the compiled kernel with other options
-_KIND = "sa_plus_plus network"
+from sa_plus_plus.sparse.ops.inference import inference
 
 
 class Specialised(Protocol):
@@ -50,16 +46,19 @@ class Loaded:
       batches: the batch sizes, ascending; empty if there is one network.
     """
 
-    def __init__(
-        self, exported: Sequence[jax.export.Exported], weights: Sequence[Sequence[Any]], tables: Sequence[str]
-    ):
-        self._exported, self._weights, self._tables = exported, weights, tables
-        self._calls = [jax.jit(program.call) for program in exported]
-        trees = [jax.tree.unflatten(program.in_tree, program.in_avals)[0] for program in exported]
+    def __init__(self, stored: Stored):
+        self._stored = stored
+        self._calls = [jax.jit(_callable(program)) for program in stored.programs]
+        trees = [jax.tree.unflatten(program.in_tree, program.in_avals)[0] for program in stored.programs]
         self._inputs = [arguments[1:] for arguments in trees]
         self._input_tree: Any = jax.tree.structure(self._inputs[0])
-        outputs = [program.out_avals for program in exported]
-        self.batches = _batch_sizes([jax.tree.leaves(tree) for tree in self._inputs]) if len(exported) > 1 else ()
+        outputs = [program.out_avals for program in stored.programs]
+        several = len(stored.programs) > 1
+        self.batches = _batch_sizes([jax.tree.leaves(tree) for tree in self._inputs]) if several else ()
+        if {*map(jax.tree.structure, self._inputs)} != {self._input_tree} or [*self.batches] != sorted(self.batches):
+            raise ValueError("its networks take different arguments, or are not in order of their batches")
+        if len({program.out_tree for program in stored.programs}) > 1:
+            raise ValueError("its networks return different results")
         self._cuts = all(
             y.shape[:1] == (n,) for n, several in zip(self.batches, outputs, strict=False) for y in several
         )
@@ -77,48 +76,65 @@ class Loaded:
         leaves, tree = jax.tree.flatten(inputs)
         if tree != self._input_tree:
             raise ValueError(f"this network was made for arguments like {self._input_tree}, got {tree}")
-        leaves = [x if isinstance(x, jax.Array) else np.asarray(x, jax.numpy.result_type(x)) for x in leaves]
-        got = _kinds(leaves)
+        got = [(x.shape, x.dtype) if isinstance(x, jax.Array) else shape_and_type(x) for x in leaves]
         for number, want in enumerate(self._inputs):
             if got == _kinds(jax.tree.leaves(want)):
-                return self._calls[number](self._weights[number], *inputs)
+                return self._called(number, inputs)
         return self._in_pieces(leaves, got)
+
+    def _called(self, number: int, inputs: Any) -> Any:
+        return self._calls[number](self._stored.weights[number], *inputs)
 
     def _in_pieces(self, leaves: list[Any], got: list[Any]) -> Any:
         """Run a batch of a size that was not saved."""
         largest = jax.tree.leaves(self._inputs[-1])
         sizes = {shape[:1] for shape, _ in got}
         fits = all(
-            dtype == x.dtype and shape[:1] and shape[1:] == x.shape[1:]
+            dtype == x.dtype and len(shape) > 0 and type(shape[0]) is int and shape[1:] == x.shape[1:]
             for (shape, dtype), x in zip(got, largest, strict=True)
         )
         if not self.batches or not fits or len(sizes) != 1:
             batches = f", in batches of any size, the same for every input ({self.batches} saved)" * bool(self.batches)
-            raise ValueError(f"this network was made for {shapes(_kinds(largest))}{batches}; got {shapes(got)}")
+            want = _kinds(largest)
+            raise ValueError(
+                f"this network was made for {shapes(want)}{batches}; got {shapes(got)}: {instead(want, got)}"
+            )
         if not self._cuts:
             raise ValueError(
                 f"an output of this network does not have the batch as its leading axis, so only the batches that were "
-                f"saved can be run: {', '.join(map(str, self.batches))}, not {leaves[0].shape[0]}"
+                f"saved can be run: {', '.join(map(str, self.batches))}, not {got[0][0][0]}"
             )
-        arrays = [np.asarray(x) for x in leaves]
-        count, most = arrays[0].shape[0], self.batches[-1]
-        pieces = [self._padded([a[i : i + most] for a in arrays]) for i in range(0, max(count, 1), most)]
-        return jax.tree.map(lambda *parts: jax.numpy.asarray(np.concatenate(parts)), *pieces)
+        # NumPy, for which JAX need not compile a program for each size; but within another program there are no values
+        # yet, and NumPy has no random keys.
+        keys = any(_is_key(a.dtype) for a in (*largest, *self._stored.programs[-1].out_avals))
+        xp = jax.numpy if keys or any(isinstance(x, jax.core.Tracer) for x in leaves) else np
+        arrays = [x if _is_key(dtype) else xp.asarray(x, dtype) for x, (_, dtype) in zip(leaves, got, strict=True)]
+        count, most = got[0][0][0], self.batches[-1]
+        pieces = [self._padded([a[i : i + most] for a in arrays], xp) for i in range(0, max(count, 1), most)]
+        return jax.tree.map(lambda *parts: jax.numpy.asarray(xp.concatenate(parts)), *pieces)
 
-    def _padded(self, arrays: list[np.ndarray]) -> Any:
-        """At most the largest batch, as NumPy arrays: JAX would compile a program for each size."""
+    def _padded(self, arrays: list[Any], xp: Any) -> Any:
+        """At most the largest batch, computed by `xp`, NumPy or JAX's."""
         count = arrays[0].shape[0]
         number = next(i for i, n in enumerate(self.batches) if n >= count)
         batch = self.batches[number]
-        full = [np.concatenate([a, np.zeros((batch - count, *a.shape[1:]), a.dtype)]) for a in arrays]
-        result = self._calls[number](self._weights[number], *jax.tree.unflatten(self._input_tree, full))
-        return jax.tree.map(lambda y: np.asarray(y)[:count], result)
+        full = [xp.concatenate([a, _padding((batch - count, *a.shape[1:]), a.dtype, xp)]) for a in arrays]
+        result = self._called(number, jax.tree.unflatten(self._input_tree, full))
+        return jax.tree.map(lambda y: xp.asarray(y)[:count], result)
 
     def __str__(self) -> str:
-        return "\n\n".join(self._tables)
+        return "\n\n".join(self._stored.tables)
 
     def __reduce__(self) -> Any:
-        return loads, (_bytes_of(lambda path: _write(path, self._exported, self._weights, self._tables)),)
+        return _reduced(self._stored)
+
+
+def _callable(program: jax.export.Exported) -> Any:
+    """The program as a function that can be mapped, but not differentiated."""
+    return inference(
+        jax.custom_batching.sequential_vmap(program.call),
+        "a network from a file, which is for inference: differentiate the function that it was made from",
+    )
 
 
 def save(path: str | os.PathLike[str], networks: Specialised | Sequence[Specialised]) -> int:
@@ -153,65 +169,41 @@ def save(path: str | os.PathLike[str], networks: Specialised | Sequence[Speciali
         arguments or results are pytrees that `jax.export` cannot write.
       ImportError: without `safetensors` or `flatbuffers`.
     """
-    several = list(networks) if isinstance(networks, Sequence) else [networks]
-    if not several:
-        raise ValueError("there is no network to save: give at least one")
-    if len(several) > 1:
-        structures = {jax.tree.structure(network.examples) for network in several}
-        if len(structures) > 1:
-            raise ValueError(f"the networks take different arguments, {' and '.join(map(str, structures))}")
-        several.sort(key=lambda network: tuple(x.shape for x in jax.tree.leaves(network.examples)))
-        _batch_sizes([jax.tree.leaves(network.examples) for network in several])
-    exported, weights = zip(*map(_exported, several), strict=True)
-    return _write(path, exported, weights, [str(network) for network in several])
+    return programs.write(path, _stored(networks))
 
 
-def load(path: str | os.PathLike[str]) -> Loaded:
+def load(path: str | os.PathLike[str], *, custom_calls: Collection[str] = ()) -> Loaded:
     """Load a file written by `save` or `Network.save`, to be called like the network. See `save` for an example.
+
+    The file holds a program: like a pickle, it is for those who trust its source. Damage is noticed, and a program that
+    calls functions outside this package is refused; but the reader of programs and the compiler, XLA, are not made for
+    forged ones, and may crash.
 
     Args:
       path: of the file.
+      custom_calls: names of functions outside this package that the program may call, such as LAPACK's, which
+        `jax.numpy.linalg` calls and which do not check sizes. The error lists those that a file needs.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is damaged, holds something else, or is for another platform or version.
+      ValueError: if it is damaged, holds something else, is for another platform or version, or calls functions that
+        are not permitted.
       RuntimeError: if it needs the compiled kernel, and this installation has none.
       ImportError: without `safetensors` or `flatbuffers`.
     """
-    _need_flatbuffers()
-    tree = serialization.load(path)
+    stored = programs.read(path, custom_calls)
     try:
-        about = json.loads(bytes(np.asarray(tree["about"])))
-        ours = about["kind"] == _KIND
-    except (KeyError, TypeError, ValueError):
-        ours = False
-    if not ours:
-        raise ValueError(f"{path} holds parameters, not a network: read it by sapp.load, or write one by Network.save")
-    if about["format"] > FORMAT:
-        raise ValueError(f"{path} has format {about['format']}, this version reads up to {FORMAT}: install a newer one")
-    if about["format"] < FORMAT:
-        raise ValueError(f"{path} has format {about['format']}, this version reads {FORMAT}: write it again")
-    _check_here(path, about)
-    stored = tree.get("weights", {})
-    exported, weights = [], []
-    for number, network in enumerate(about["networks"]):
-        try:
-            exported.append(jax.export.deserialize(bytearray(np.asarray(tree["programs"][str(number)]))))
-        except Exception as error:
-            raise ValueError(
-                f"{path} was written with jax {about['jax']}, jax {jax.__version__} cannot read its program: {error}"
-            ) from error
-        weights.append([stored[str(i)] for i in network["weights"]])
-        if any(narrowed(a.dtype) for a in exported[-1].in_avals):
-            raise ValueError(f"{path} computes in 64 bits: call jax.config.update('jax_enable_x64', True) first")
-    return Loaded(exported, weights, [network["table"] for network in about["networks"]])
+        return Loaded(stored)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def loads(content: bytes) -> Loaded:
+def loads(content: bytes, custom_calls: Collection[str] = ()) -> Loaded:
     """`load` from a file's bytes; called by pickle.
 
     Args:
       content: of a file that `save` wrote.
+      custom_calls: as `load` takes them.
 
     Raises:
       ValueError: as `load` does.
@@ -219,7 +211,7 @@ def loads(content: bytes) -> Loaded:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "network")
         path.write_bytes(content)
-        return load(path)
+        return load(path, custom_calls=custom_calls)
 
 
 def dumps(networks: Specialised | Sequence[Specialised]) -> bytes:
@@ -231,7 +223,19 @@ def dumps(networks: Specialised | Sequence[Specialised]) -> bytes:
     Raises:
       ValueError: as `save` does.
     """
-    return _bytes_of(lambda path: save(path, networks))
+    return _bytes_of(_stored(networks))
+
+
+def reduced(network: Specialised) -> tuple[Any, ...]:
+    """What pickle is to write for a network: the call that loads its file.
+
+    Args:
+      network: what `sapp.specialize` returned.
+
+    Raises:
+      ValueError: as `save` does.
+    """
+    return _reduced(_stored(network))
 
 
 def set_threads(count: int) -> None:
@@ -254,47 +258,38 @@ def set_threads(count: int) -> None:
     native.set_threads(count)
 
 
+def _stored(networks: Specialised | Sequence[Specialised]) -> Stored:
+    """The networks as `save` writes them: checked, in order of their batch sizes."""
+    several = list(networks) if isinstance(networks, Sequence) else [networks]
+    if not several:
+        raise ValueError("there is no network to save: give at least one")
+    if len(several) > 1:
+        structures = {jax.tree.structure(network.examples) for network in several}
+        if len(structures) > 1:
+            raise ValueError(f"the networks take different arguments, {' and '.join(map(str, structures))}")
+        several.sort(key=lambda network: tuple(x.shape for x in jax.tree.leaves(network.examples)))
+        _batch_sizes([jax.tree.leaves(network.examples) for network in several])
+    exported, weights = zip(*map(_exported, several), strict=True)
+    return Stored(exported, weights, [str(network) for network in several])
+
+
 def _exported(network: Specialised) -> tuple[jax.export.Exported, list[Any]]:
     arrays, structure = jax.tree.flatten(network.weights)
 
     def run(weights: Any, *inputs: Any) -> Any:
         return network.fn(jax.tree.unflatten(structure, weights), *inputs)
 
-    allowed = [jax.export.DisabledSafetyCheck.custom_call(target) for target in native.TARGETS]
-    return jax.export.export(jax.jit(run), disabled_checks=allowed)(arrays, *network.examples), arrays
+    return programs.exported(run, arrays, network.examples), arrays
 
 
-def _write(path: Any, exported: Sequence[jax.export.Exported], weights: Any, tables: Sequence[str]) -> int:
-    _need_flatbuffers()
-    stored: dict[str, int] = {}
-    tensors, programs, networks = {}, {}, []
-    for number, (program, arrays, table) in enumerate(zip(exported, weights, tables, strict=True)):
-        programs[str(number)] = np.frombuffer(program.serialize(), np.uint8)
-        numbers = []
-        for array in map(np.asarray, arrays):
-            i = stored.setdefault(serialization.digest(array), len(stored))
-            tensors[str(i)] = array
-            numbers.append(i)
-        networks.append({"weights": numbers, "table": table})
-    about = {
-        "kind": _KIND,
-        "format": FORMAT,
-        "jax": jax.__version__,
-        "platforms": exported[0].platforms,
-        "calling_convention": exported[0].calling_convention_version,
-        "compiled": any(t.encode() in program.mlir_module_serialized for program in exported for t in native.TARGETS),
-        "inputs": [[str(a) for a in program.in_avals[len(w) :]] for program, w in zip(exported, weights, strict=True)],
-        "outputs": [[str(a) for a in program.out_avals] for program in exported],
-        "networks": networks,
-    }
-    text = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    return serialization.save(path, {"about": text, "programs": programs, "weights": tensors}).bytes
+def _reduced(stored: Stored) -> tuple[Any, ...]:
+    return loads, (_bytes_of(stored), programs.foreign(stored))  # a pickle is for those who trust it anyway
 
 
-def _bytes_of(write: Callable[[pathlib.Path], Any]) -> bytes:
+def _bytes_of(stored: Stored) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "network")
-        write(path)
+        programs.write(path, stored)
         return path.read_bytes()
 
 
@@ -318,30 +313,13 @@ def _batch_sizes(several: Sequence[Sequence[Any]]) -> tuple[int, ...]:
     return sizes
 
 
-def _check_here(path: Any, about: dict[str, Any]) -> None:
-    """Check that this installation can run the file."""
-    here, version = jax.default_backend(), about["calling_convention"]
-    known = {"gpu": {"cuda", "rocm"}}.get(here, {here})
-    if not known & set(about["platforms"]):
-        raise ValueError(
-            f"{path} is for {', '.join(about['platforms'])}, JAX runs on {here}: save it on such a machine"
-        )
-    oldest = jax.export.minimum_supported_calling_convention_version
-    newest = jax.export.maximum_supported_calling_convention_version
-    if not oldest <= version <= newest:
-        raise ValueError(
-            f"{path} was written with jax {about['jax']}, in version {version} of its format for programs; jax "
-            f"{jax.__version__} reads {oldest} to {newest}: install a version nearer to it, or save the network again"
-        )
-    why = native.unavailable_reason()
-    if about["compiled"] and why:
-        raise RuntimeError(f"{path} needs the compiled kernel for CPUs, and there is none: {why}")
+def _is_key(dtype: Any) -> bool:
+    return jax.numpy.issubdtype(dtype, jax.dtypes.extended)
+
+
+def _padding(shape: tuple[int, ...], dtype: Any, xp: Any) -> Any:
+    return jax.numpy.empty(shape, dtype) if _is_key(dtype) else xp.zeros(shape, dtype)
 
 
 def _kinds(values: Sequence[Any]) -> list[tuple[tuple[int, ...], Any]]:
     return [(x.shape, x.dtype) for x in values]
-
-
-def _need_flatbuffers() -> None:
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise ImportError("files of networks need the package flatbuffers: pip install flatbuffers safetensors")

@@ -5,7 +5,7 @@ import functools
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from sa_plus_plus.sparse.array import Layout
 from sa_plus_plus.sparse.ops.activation import Activation
+from sa_plus_plus.sparse.ops.inference import inference
 
 CONV, ATTENTION, MAX_POOL, SUM_POOL, ROUND = TARGETS = (
     "sa_plus_plus_block_sparse_conv",
@@ -24,6 +25,10 @@ CONV, ATTENTION, MAX_POOL, SUM_POOL, ROUND = TARGETS = (
 )
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 ACTIVATIONS = get_args(Activation)  # in the order in which the compiled kernel numbers them
+_UNDERIVED = (
+    "the compiled kernel, which is for inference: differentiate the function that `specialize` was given, or a product "
+    "by `block_sparse_matmul`, which has first derivatives"
+)
 WIDE = 16  # columns of a block in bfloat16 and int8: a multiple of this many
 
 
@@ -161,7 +166,7 @@ def conv(
     k_h, k_w = layout.shape[:2] if len(layout.shape) == 4 else (1, 1)
     (down, across), (batch, height, width, _) = strides, x.shape
     border = (top, bottom), (left, right) = epilogue.border
-    rows, columns = (height - k_h) // down + 1, (width - k_w) // across + 1
+    rows, columns = (max((n - k) // s + 1, 0) for n, k, s in ((height, k_h, down), (width, k_w, across)))
     shape = (batch, rows + sum(border[0]), columns + sum(border[1]), layout.shape[-1])
     integers = {"window_rows": k_h, "window_columns": k_w, "stride_down": down, "stride_across": across}
     integers |= {"activation": ACTIVATIONS.index(epilogue.activation)}
@@ -173,18 +178,26 @@ def conv(
         residual, in_place = jnp.zeros(0, epilogue.dtype), False
     elif in_place := in_place and (residual.size, residual.dtype) == (math.prod(shape), epilogue.dtype):
         residual = residual.reshape(shape)
-    call = jax.ffi.ffi_call(
+    y = _called(
         CONV,
         jax.ShapeDtypeStruct(shape, epilogue.dtype),
-        vmap_method="sequential",
-        input_output_aliases={6: 0} if in_place else None,
-    )
-    y = call(
-        *(x, blocks, layout.indices, layout.indptr, scale, bias, residual),
-        **{name: np.int64(n) for name, n in integers.items()},
-        **{name: np.float32(n) for name, n in floats.items()},
+        (x, blocks, layout.indices, layout.indptr, scale, bias, residual),
+        _in_64_bits(integers) | {name: np.float32(n) for name, n in floats.items()},
+        aliases={6: 0} if in_place else None,
     )
     return _varying(y, x, blocks, scale, bias, residual)
+
+
+def _called(
+    target: str, out: Any, operands: Sequence[Any], options: Mapping[str, Any], aliases: dict[int, int] | None = None
+) -> Any:
+    """A call of the compiled kernel; under `jax.vmap` one after the other."""
+    call = jax.ffi.ffi_call(target, out, vmap_method="sequential", input_output_aliases=aliases)
+    return inference(functools.partial(call, **options), _UNDERIVED)(*operands)
+
+
+def _in_64_bits(options: Mapping[str, int]) -> dict[str, Any]:
+    return {name: np.int64(n) for name, n in options.items()}
 
 
 def _varying(y: jax.Array, *operands: jax.Array) -> jax.Array:
@@ -219,8 +232,8 @@ def attention(
     """
     bias = jnp.zeros(0, jnp.float32) if bias is None else bias
     flat = np.array(strides, np.int64).reshape(-1)
-    call = jax.ffi.ffi_call(ATTENTION, out, vmap_method="sequential")
-    y = call(q, k, v, bias, sizes=np.array(sizes, np.int64), strides=flat, scale=np.float32(scale))
+    options = {"sizes": np.array(sizes, np.int64), "strides": flat, "scale": np.float32(scale)}
+    y = _called(ATTENTION, out, (q, k, v, bias), options)
     return _varying(y, q, k, v, bias)
 
 
@@ -252,12 +265,12 @@ def sum_pool(
 
 
 def _pool(target: str, x: jax.Array, window: Any, strides: Any, padding: Any) -> jax.Array:
-    sizes = [(n + sum(pads) - k) // s + 1 for n, pads, k, s in zip(x.shape[1:3], padding, window, strides, strict=True)]
+    axes = zip(x.shape[1:3], padding, window, strides, strict=True)
+    sizes = [max((n + sum(pads) - k) // s + 1, 0) for n, pads, k, s in axes]
     out = jax.ShapeDtypeStruct((x.shape[0], *sizes, x.shape[3]), x.dtype)
     options = {"window_rows": window[0], "window_columns": window[1], "stride_down": strides[0]}
     options |= {"stride_across": strides[1], "top": padding[0][0], "left": padding[1][0]}
-    call = jax.ffi.ffi_call(target, out, vmap_method="sequential")
-    return call(x, **{name: np.int64(n) for name, n in options.items()})
+    return _called(target, out, (x,), _in_64_bits(options))
 
 
 def round_images(
@@ -280,10 +293,9 @@ def round_images(
     """
     sizes = [n + sum(pads) for n, pads in zip(x.shape[1:3], border, strict=True)]
     out = jax.ShapeDtypeStruct((x.shape[0], *sizes, channels or x.shape[3]), dtype)
-    options = {"top": np.int64(border[0][0]), "left": np.int64(border[1][0])}
-    units = (1 / factor, zero) if dtype == np.uint8 else (1, 0)
-    scale, shift = map(np.float32, units)
-    return jax.ffi.ffi_call(ROUND, out, vmap_method="sequential")(x, **options, scale=scale, zero=shift)
+    scale, shift = map(np.float32, (1 / factor, zero) if dtype == np.uint8 else (1, 0))
+    options = _in_64_bits({"top": border[0][0], "left": border[1][0]}) | {"scale": scale, "zero": shift}
+    return _called(ROUND, out, (x,), options)
 
 
 def interleave_rows(blocks: np.ndarray) -> np.ndarray:

@@ -26,7 +26,8 @@ class _Rule:
         self.strided: dict[Variable, tuple[Variable, tuple[int, int]]] = {}
 
     def __call__(self, step: Step, inputs: tuple[Value, ...]) -> Sequence[Value] | None:
-        if not isinstance(step, Call):
+        empty = any(isinstance(value, Constant) and 0 in value.shape for value in inputs)
+        if not isinstance(step, Call) or empty:  # a kernel without weights is no layer
             return None
         if step.name == "slice":
             self.slice(step, inputs)
@@ -80,7 +81,7 @@ class _Rule:
             output = build.variable((*x.shape[:m], *columns), out.dtype)
             about = jax.ShapeDtypeStruct(matrix.shape, matrix.dtype)
             spec = LayerSpec(None, x, about, output, columns, precision=call.params["precision"])
-            build.steps.append(Layer(spec, matrix.value, origin=matrix.origin))
+            build.steps.append(Layer(spec, matrix.value, origin=matrix.origin, leaves=matrix.leaves))
             return output
 
         if not batch_x:
@@ -126,5 +127,5 @@ class _Rule:
         output = build.variable([out.shape[i] for i in results], out.dtype)
         about = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
         layer = LayerSpec(params | {"dimension_numbers": numbers}, x, about, output, kernel.shape[-1:])
-        build.steps.append(Layer(layer, kernel.value, origin=kernel.origin))
+        build.steps.append(Layer(layer, kernel.value, origin=kernel.origin, leaves=kernel.leaves))
         return [build.transpose(output, np.argsort(results).tolist())]

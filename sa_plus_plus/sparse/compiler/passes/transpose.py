@@ -78,7 +78,8 @@ class _Rule:
         if isinstance(value, Constant):
             if not value.shape:
                 return value
-            return Constant(jnp.transpose(value.value, inverse), tuple(value.shape[i] for i in inverse))
+            shape = tuple(value.shape[i] for i in inverse)
+            return Constant(jnp.transpose(value.value, inverse), shape, leaves=value.leaves)
         if value in self.before and self.before[value][1] == permutation:
             return self.before[value][0]
         return self.after.get((value, inverse)) if value.shape else value

@@ -1,0 +1,123 @@
+"""What the path of a leaf tells about it, by the names that flax, Haiku, Equinox, Keras and PyTorch give."""
+
+import functools
+import re
+
+PROJECTIONS = ("query", "key", "value", "q", "k", "v")  # attention: one input axis, heads and their size out
+OUTPUTS = ("out", "attention_output", "output", "o")  # attention: heads and their size in, one axis out
+BIASES = ("bias", "b")
+MARKS = (*BIASES, "scale", "offset", "gamma", "beta")  # leaves of one axis, if layers are not stacked
+
+OUTPUTS_BEFORE_INPUTS = "outputs before inputs"  # the order of transposed convolutions in Keras and Haiku
+TRANSPOSED = (OUTPUTS_BEFORE_INPUTS, "named")  # what `transposed` returns for layers that are called so
+_EMBEDDING = re.compile(r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?")
+_COLLECTIONS = ("batch_stats", "cache", "intermediates")  # collections of variables that are not trained
+_WEIGHT = re.compile(r"(^|_)weight(_|\d|$)")
+_WORD = re.compile(r"(^|_)(kernel|weights?|w)(?=_|\d|$)", re.IGNORECASE)  # in the name of a matrix, where a bias has b
+_CONVOLUTION = re.compile(r"Conv_\d+|conv[123]_?d(_\d+)?")  # as linen, Keras and Haiku number them
+_OUTPUTS_BEFORE_INPUTS = re.compile(r"conv[123]_?d_transpose(_\d+)?")  # the same of Keras and Haiku
+_TRANSPOSED = re.compile(r"transpose|deconv|conv_?t($|[_\d])|(^|_)tconv|upconv", re.IGNORECASE)
+_UPWARDS = re.compile(r"(^|_)(up|upsampl\w*|upscal\w*|decod\w*|generat\w*)(_?\d+)?($|_)", re.IGNORECASE)
+
+
+def keys(path: str) -> list[str]:
+    """The keys of a path, also where they are joined by dots as in PyTorch's files.
+
+    Args:
+      path: of a leaf, keys joined by `/` or `.`.
+
+    >>> keys("layers.0.dense/weight")
+    ['layers', '0', 'dense', 'weight']
+    """
+    return re.split(r"[/.]", path)
+
+
+def named_as_kernel(path: str) -> bool:
+    """The default predicate: false if a leaf's path shows that it is not a kernel, by the names in flax and others.
+
+    That is, embeddings and everything below them (`wte/embedding`, `pos_embed`), biases and norm scales, low-rank
+    factors (`lora_a`), and collections of a flax model's variables other than its parameters (`batch_stats`).
+
+    Biases and scales can be 2-D: an attention layer's biases per head, or those stacked by `nn.scan`.
+
+    Args:
+      path: of the leaf, keys joined by `/`.
+    """
+    return not other_than_kernel(path)
+
+
+def other_than_kernel(path: str) -> str:
+    """What a leaf is, if its path shows that it is not a kernel; else empty.
+
+    Args:
+      path: of the leaf, keys joined by `/`.
+    """
+    *above, name = keys(path.lower())
+    if "embed" in name or any(_EMBEDDING.fullmatch(key) for key in (*above, name)):
+        return "embedding"
+    if above and above[0] in _COLLECTIONS:
+        return f"not trained: {above[0]}"
+    if any(key.startswith("lora_") for key in (*above, name)):
+        return "low-rank factor"
+    return name if name in ("bias", "scale", "offset", "gamma", "beta") else ""
+
+
+@functools.cache
+def biases(name: str) -> list[str]:
+    """Names that a leaf's own bias may have beside it, the most likely first.
+
+    Args:
+      name: the last key of the leaf's path.
+
+    >>> biases("weight_ih_l0")
+    ['bias_ih_l0', 'b_ih_l0']
+    """
+    return [_WORD.sub(rf"\g<1>{bias}", name, count=1) for bias in BIASES if _WORD.search(name)]
+
+
+def weight(name: str) -> bool:
+    """Whether a leaf is called `weight`, as in PyTorch and Equinox, which store outputs first.
+
+    Args:
+      name: the last key of the leaf's path.
+    """
+    return bool(_WEIGHT.search(name))
+
+
+def convolution(module: str, name: str) -> bool:
+    """Whether a framework itself has named a kernel as that of a plain convolution, neither depthwise nor transposed.
+
+    Args:
+      module: the last key but one of its path.
+      name: the last.
+    """
+    return bool(_CONVOLUTION.fullmatch(module)) or "pointwise" in name.lower()
+
+
+def depthwise(module: str, name: str) -> bool:
+    """Whether a kernel is called depthwise.
+
+    Args:
+      module: the last key but one of its path.
+      name: the last.
+    """
+    return "depthwise" in name.lower() or ("depthwise" in module.lower() and "pointwise" not in name.lower())
+
+
+def transposed(path: str) -> str:
+    """Whether a convolution may be a transposed one: `OUTPUTS_BEFORE_INPUTS`, `"named"`, `"possible"` or empty.
+
+    It is not if the layer is called a convolution, and nothing around it is called a decoder or the like.
+
+    Args:
+      path: of its kernel.
+    """
+    *above, name = ["", *keys(path)]
+    module = above[-1]
+    if convolution(module, name):
+        return ""
+    if _TRANSPOSED.search(module) or _TRANSPOSED.search(name):
+        return OUTPUTS_BEFORE_INPUTS if name == "w" or _OUTPUTS_BEFORE_INPUTS.fullmatch(module) else "named"
+    layer = next((key for key in (name, *reversed(above)) if not key.isdigit() and key not in ("kernel", "w")), "")
+    plain = "conv" in layer.lower() and not any(_UPWARDS.search(key) or _TRANSPOSED.search(key) for key in above)
+    return "" if plain else "possible"

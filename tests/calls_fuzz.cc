@@ -1,0 +1,431 @@
+// Calls as a forged file could make them: attributes drawn from the whole of int64, arrays without numbers that claim any
+// size. All go through the checks; what these accept is run, with every buffer allocated to its exact size, so that an
+// address sanitizer sees any access beyond one, and twice over different contents of the result, which must become equal:
+// so all of it is written. Prints by kind how many calls were checked, how many of them accepted, and how many of those
+// had a result that is not empty.
+//
+//     calls_fuzz CALLS [FIRST]
+//
+// Call number i depends on nothing but i: `calls_fuzz 1 i` repeats it.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <csignal>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "fuzz.h"
+#include "pool.h"
+#include "run.h"
+
+// So that every failure of a sanitizer ends in a signal.
+extern "C" const char* __asan_default_options() { return "abort_on_error=1"; }
+extern "C" const char* __ubsan_default_options() { return "abort_on_error=1"; }
+
+using fuzz::between;
+using fuzz::fail;
+using fuzz::one_in;
+using namespace sa_plus_plus;
+
+namespace {
+
+long long number;  // of the call
+
+enum Outcome { kRefused, kEmpty, kComputed };
+
+void tell(int signal) {
+  std::printf("%sin call %lld\n", signal == SIGALRM ? "no end " : "", number);
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
+constexpr int64_t kMostNumbers = 1 << 12;  // in an array
+
+// Any 64 bits, most often where arithmetic goes wrong: near powers of two, near what is real, near the quotient of a limit
+// and what is real.
+int64_t wild(int64_t real) {
+  const int64_t few = between(-2, 2);
+  const uint64_t power = uint64_t{1} << between(0, 63), limit = uint64_t{1} << between(29, 63);
+  uint64_t bits;
+  switch (between(0, 6)) {
+    case 0: return few;
+    case 1: bits = static_cast<uint64_t>(real) + few; break;
+    case 2: bits = power + few; break;
+    case 3: bits = -power + few; break;
+    case 4: bits = limit / std::max<int64_t>(1, real) + few; break;
+    case 5: bits = limit / between(1, 64) + few; break;
+    default: bits = fuzz::generator();
+  }
+  return static_cast<int64_t>(bits);
+}
+
+float wild_float() {
+  const float numbers[] = {0, 1, -1, 127.5, 255, 255.5, 256, -0.25, 1e30, -1e30, INFINITY, -INFINITY, NAN};
+  return numbers[between(0, 12)];
+}
+
+Type any_type() { return static_cast<Type>(between(0, 2)); }
+
+// Numbers that every type holds exactly, in memory of exactly their size.
+std::unique_ptr<char[]> memory(Type type, int64_t count) {
+  auto bytes = std::make_unique<char[]>(count * size_of(type));
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t byte = fuzz::generator() & 7;
+    const float value = byte;
+    if (type == Type::kByte) bytes[i] = byte;
+    else std::memcpy(&bytes[i * size_of(type)], reinterpret_cast<const char*>(&value) + 4 - size_of(type), size_of(type));
+  }
+  return bytes;
+}
+
+float value(const Array& array, int64_t at) {
+  const char* from = static_cast<const char*>(array.data) + at * size_of(array.type);
+  if (array.type == Type::kByte) return static_cast<uint8_t>(*from);
+  float value = 0;
+  std::memcpy(reinterpret_cast<char*>(&value) + 4 - size_of(array.type), from, size_of(array.type));
+  return value;
+}
+
+// An array with its sizes and memory.
+struct Held {
+  Array array;
+  std::vector<int64_t> sizes;
+  std::unique_ptr<char[]> bytes;
+
+  Held(Type type, std::vector<int64_t> sizes) : array{type, nullptr, 0, nullptr}, sizes(std::move(sizes)) {}
+
+  // Another size, which may be out of all proportion if the array then has no numbers.
+  void spoil() {
+    if (sizes.empty()) return;
+    int64_t& size = sizes[between(0, sizes.size() - 1)];
+    size = std::max<int64_t>(0, wild(size) & INT64_MAX);
+    if (count() <= kMostNumbers) return;
+    sizes[between(0, sizes.size() - 1)] = 0;
+    if (one_in(2)) sizes[between(0, sizes.size() - 1)] = wild(1) & INT64_MAX;
+    if (count() > kMostNumbers) sizes[0] = 0;
+  }
+
+  int64_t count() {
+    array.rank = sizes.size(), array.sizes = sizes.data();
+    return array.count();
+  }
+
+  Array& made() {
+    bytes = memory(array.type, count());
+    array.data = bytes.get();
+    return array;
+  }
+};
+
+template <class Number>
+struct Listed {
+  std::vector<Number> numbers;
+  std::unique_ptr<Number[]> exact;
+
+  List<Number> made() {
+    exact = std::make_unique<Number[]>(numbers.size());
+    std::copy(numbers.begin(), numbers.end(), exact.get());
+    return {exact.get(), static_cast<int64_t>(numbers.size())};
+  }
+};
+
+// Runs twice, over different contents of y.
+template <class Run>
+void run_twice(const Array& y, Run run) {
+  const int64_t size = y.count() * size_of(y.type);
+  std::memset(y.data, 0x55, size);
+  run();
+  std::vector<char> first(static_cast<char*>(y.data), static_cast<char*>(y.data) + size);
+  std::memset(y.data, 0xaa, size);
+  run();
+  if (size && std::memcmp(first.data(), y.data, size)) fail("not all of the result is written");
+}
+
+void same(double got, double want, const char* what) {
+  if (got == want) return;
+  std::printf("%s: %g, not %g\n", what, got, want);
+  fail("a wrong number");
+}
+
+template <class Options>
+void spoil(Options& options, int64_t integers) {  // one of the integers that it begins with
+  int64_t* const at = reinterpret_cast<int64_t*>(&options) + between(0, integers - 1);
+  *at = wild(*at);
+}
+
+// Sums of products by the definition of a convolution, for results that are these alone.
+void check_sums(const ConvolutionArrays& a, const ConvolutionOptions& o, const Product& p) {
+  if (!p.batch) return;
+  const int64_t *in = a.x.sizes, *out = a.y.sizes, group = p.group(), across = o.window_columns * in[3];
+  for (int64_t i = 0; i < p.batch; ++i) {
+    const int64_t image = i / (p.lines * p.line), row = i / p.line % p.lines, column = i % p.line;
+    for (int64_t c = 0; c < p.width; ++c) {
+      double sum = 0;
+      for (int64_t at = p.starts[c / p.b_c]; at < p.starts[c / p.b_c + 1]; ++at) {
+        for (int64_t r = 0; r < p.b_r && p.rows[at] * p.b_r + r < p.height; ++r) {
+          const int64_t k = p.rows[at] * p.b_r + r;
+          const int64_t down = row * o.stride_down + k / across, right = column * o.stride_across + k % across / in[3];
+          const int64_t from = ((image * in[1] + down) * in[2] + right) * in[3] + k % in[3];
+          sum += value(a.x, from) * value(a.blocks, ((at * p.b_r / group + r / group) * p.b_c + c % p.b_c) * group + r % group);
+        }
+      }
+      same(value(a.y, ((image * out[1] + o.top + row) * out[2] + o.left + column) * out[3] + c), sum, "a convolution");
+    }
+  }
+}
+
+Outcome convolve() {
+  const Type type = any_type();
+  const int64_t group = type == Type::kFloat ? 1 : type == Type::kHalf ? 2 : 4;
+  ConvolutionOptions o{between(1, 3), between(1, 3), between(1, 2), between(1, 2), 0, 0, 0, 0, 0, 1, 0, 0, 1};
+  if (one_in(2)) o.window_rows = o.window_columns = o.stride_down = o.stride_across = 1;
+  if (one_in(2)) o.top = between(0, 2), o.bottom = between(0, 2), o.left = between(0, 2), o.right = between(0, 2);
+  const bool plain = one_in(2);
+  if (!plain) {
+    o.activation = between(0, static_cast<int64_t>(Activation::kCount) - 1);
+    o.y_zero = between(0, 255), o.y_unit = 0.5, o.residual_scale = 2, o.residual_zero = 3;
+  }
+  const int64_t images = between(0, 2), lines = between(0, 4), line = between(0, one_in(4) ? 40 : 6), width = between(0, 40);
+  const int64_t channels = one_in(20) ? 0 : group * between(1, 6);
+  Held x(type, {images, std::max<int64_t>(0, lines - 1) * o.stride_down + o.window_rows + between(0, 1),
+                std::max<int64_t>(0, line - 1) * o.stride_across + o.window_columns + between(0, 1), channels});
+  Held y(plain ? Type::kFloat : any_type(), {images, o.top + lines + o.bottom, o.left + line + o.right, width});
+  int64_t b_r = group * between(1, 6);
+  while (channels && (o.window_columns * channels) % b_r && (type != Type::kFloat || o.window_rows > 1)) b_r -= group;
+  const int64_t b_c = type == Type::kFloat ? between(1, 40) : kWide * between(1, 2);
+  const int64_t grid_r = (o.window_rows * o.window_columns * channels + b_r - 1) / b_r, grid_c = (width + b_c - 1) / b_c;
+  Listed<int32_t> rows, starts{{0}, {}};
+  const int64_t rare = between(1, 4);
+  for (int64_t j = 0; j < grid_c; ++j) {
+    for (int64_t i = 0; i < grid_r; ++i) {
+      if (one_in(rare)) rows.numbers.push_back(i);
+    }
+    starts.numbers.push_back(rows.numbers.size());
+  }
+  const int64_t kept = rows.numbers.size();
+  Held blocks(type == Type::kFloat && one_in(3) ? Type::kHalf : type, {kept, b_r, b_c});
+  if (type != Type::kFloat) blocks.sizes = {kept, b_r / group, b_c, group};
+  Listed<float> scale, bias;
+  Held residual(any_type(), {0});
+  if (!plain && one_in(2)) scale.numbers.resize(width, 0.5f);
+  if (!plain && one_in(2)) bias.numbers.resize(width, 1.0f);
+  if (!plain && one_in(2)) residual.sizes = {images, lines, line, width};
+
+  for (int64_t i = between(0, 3); i > 0; --i) {
+    switch (between(0, 9)) {
+      case 0: x.spoil(); break;
+      case 1: y.spoil(); break;
+      case 2: blocks.spoil(); break;
+      case 3: residual.spoil(); break;
+      case 4: (one_in(2) ? rows : starts).numbers.resize(between(0, 4), between(0, 3)); break;
+      case 5: (one_in(2) ? scale : bias).numbers.resize(between(0, 41)); break;
+      case 6: {
+        std::vector<int32_t>& list = (one_in(2) ? rows : starts).numbers;
+        if (!list.empty()) list[between(0, list.size() - 1)] = wild(kept);
+        break;
+      }
+      case 7: (one_in(2) ? o.y_zero : one_in(2) ? o.y_unit : o.residual_zero) = wild_float(); break;
+      case 8: (one_in(2) ? x : blocks).array.type = any_type(); break;
+      default: spoil(o, 9);
+    }
+  }
+  const ConvolutionArrays arrays{x.made(), blocks.made(), rows.made(), starts.made(), scale.made(), bias.made(),
+                                 residual.made(), y.made()};
+  Convolution prepared;
+  if (prepare(arrays, o, &prepared)) return kRefused;
+  const Choice* choices = kernels(x.array.type);
+  int64_t known = 0;
+  while (choices[known].kernel) ++known;
+  const Kernel kernel = choices[between(0, known - 1)].kernel;
+  const int64_t threads = between(1, 4);
+  run_twice(arrays.y, [&] { run(prepared, threads, kernel); });
+  const Product& p = prepared.product;
+  const bool alone = !p.scale && !p.bias && !p.residual && p.activation == Activation::kNone;
+  if (alone && p.y_type == Type::kFloat) check_sums(arrays, o, p);
+  return y.count() ? kComputed : kEmpty;
+}
+
+template <class Form>
+Form any_form(const Form* forms) {
+  int64_t known = 0;
+  while (forms[known]) ++known;
+  return forms[between(0, known - 1)];
+}
+
+void check_pooled(const Array& x, const Array& y, const Pooling& p, const Windows& w) {
+  const int64_t *out = y.sizes;
+  int64_t at = 0;
+  for (int64_t n = 0; n < out[0]; ++n) {
+    for (int64_t i = 0; i < out[1]; ++i) {
+      for (int64_t j = 0; j < out[2]; ++j) {
+        for (int64_t c = 0; c < out[3]; ++c, ++at) {
+          double want = p.sums || p.type == Type::kByte ? 0 : -INFINITY;
+          for (int64_t r = 0; r < p.rows; ++r) {
+            for (int64_t s = 0; s < p.columns; ++s) {
+              const __int128 down = r + static_cast<__int128>(w.top) - static_cast<__int128>(i) * w.stride_down;
+              const __int128 right = s + static_cast<__int128>(w.left) - static_cast<__int128>(j) * w.stride_across;
+              if (down < 0 || right < 0 || down >= w.window_rows || right >= w.window_columns) continue;
+              const double number = value(x, ((n * p.rows + r) * p.columns + s) * out[3] + c);
+              want = p.sums ? want + number : std::max(want, number);
+            }
+          }
+          same(value(y, at), want, "pooling");
+        }
+      }
+    }
+  }
+}
+
+Outcome pool() {
+  Windows w{between(1, 3), between(1, 3), between(1, 2), between(1, 2), between(0, 2), between(0, 2)};
+  const bool sums = one_in(3);
+  const Type type = sums ? Type::kFloat : any_type();
+  const int64_t images = between(0, 2), channels = one_in(4) ? between(60, 150) : between(0, 20);
+  Held x(type, {images, between(0, 5), between(0, 5), channels}), y(type, {images, between(0, 4), between(0, 4), channels});
+  for (int64_t i = between(0, 3); i > 0; --i) {
+    switch (between(0, 5)) {
+      case 0: x.spoil(); break;
+      case 1: y.spoil(); break;
+      case 2: {
+        const int64_t axis = one_in(2) ? 0 : 3;
+        x.spoil(), y.sizes[axis] = x.sizes[axis];
+        if (y.count() > kMostNumbers) y.sizes[1] = 0;
+        break;
+      }
+      default: spoil(w, 6);
+    }
+  }
+  Pooling prepared;
+  x.made(), y.made();
+  if (prepare(x.array, y.array, w, sums, &prepared)) return kRefused;
+  const Pool form = any_form(pools());
+  const int64_t threads = between(1, 4);
+  run_twice(y.array, [&] { run(prepared, threads, form); });
+  if (y.count()) check_pooled(x.array, y.array, prepared, w);
+  return y.count() ? kComputed : kEmpty;
+}
+
+void check_rounded(const Array& x, const Array& y, const Rounding& r) {
+  const int64_t *in = x.sizes, *out = y.sizes;
+  int64_t at = 0;
+  for (int64_t n = 0; n < out[0]; ++n) {
+    for (int64_t i = 0; i < out[1]; ++i) {
+      for (int64_t j = 0; j < out[2]; ++j) {
+        for (int64_t c = 0; c < out[3]; ++c, ++at) {
+          const int64_t row = i - r.top, column = j - r.left;
+          const bool inside = row >= 0 && row < in[1] && column >= 0 && column < in[2] && c < in[3];
+          double want = inside ? value(x, ((n * in[1] + row) * in[2] + column) * in[3] + c) : 0;
+          if (y.type == Type::kByte) {
+            want = inside ? std::nearbyint(std::clamp(want * r.scale + r.zero, 0.0, 255.0)) : static_cast<int>(r.zero);
+          }
+          same(value(y, at), want, "rounding");
+        }
+      }
+    }
+  }
+}
+
+Outcome round_some() {
+  Rounding r{0, 0, 1, 0};
+  const Type type = any_type();
+  if (type == Type::kByte) r.scale = std::ldexp(1.0f, between(-3, 6)), r.zero = between(0, 255);
+  if (one_in(2)) r.top = between(0, 2), r.left = between(0, 2);
+  const int64_t images = between(0, 2), rows = between(0, 4), columns = between(0, 4), channels = between(0, 20);
+  const int64_t more = one_in(2) ? 0 : between(0, 3);
+  Held x(Type::kFloat, {images, rows, columns, channels});
+  Held y(type, {images, r.top + rows + more, r.left + columns + more, channels + (one_in(2) ? more : 0)});
+  bool finite = true;
+  for (int64_t i = between(0, 3); i > 0; --i) {
+    switch (between(0, 4)) {
+      case 0: x.spoil(); break;
+      case 1: y.spoil(); break;
+      case 2: (one_in(2) ? r.scale : r.zero) = wild_float(), finite = false; break;
+      default: spoil(r, 2);
+    }
+  }
+  Images prepared;
+  x.made(), y.made();
+  if (prepare(x.array, y.array, r, &prepared)) return kRefused;
+  const Round form = any_form(rounds());
+  const int64_t threads = between(1, 4);
+  run_twice(y.array, [&] { run(prepared, threads, form); });
+  if (finite && y.count()) check_rounded(x.array, y.array, r);
+  return y.count() ? kComputed : kEmpty;
+}
+
+Outcome attend() {
+  const Type type = one_in(20) ? Type::kByte : one_in(2) ? Type::kFloat : Type::kHalf;
+  std::vector<int64_t> sizes{between(1, 3), between(1, 2), between(1, 2), between(1, 9), between(1, 9), between(1, 9), between(1, 9), 1};
+  sizes[7] = between(1, sizes[4]);
+  std::vector<int64_t> strides(20);
+  const int64_t rows[] = {sizes[3], sizes[4], sizes[4], sizes[3], sizes[3]};
+  const int64_t lasts[] = {sizes[5], sizes[5], sizes[6], sizes[4], sizes[6]};
+  std::vector<Held> held;
+  const bool biased = one_in(2);
+  for (int64_t i = 0; i < 5; ++i) {  // axes in any order, and the same along some of them
+    int64_t order[] = {0, 1, 2, 3}, size = lasts[i];
+    std::shuffle(order, order + 4, fuzz::generator);
+    for (int64_t axis : order) {
+      const int64_t length = axis < 3 ? sizes[axis] : rows[i];
+      if (length == 1 || (i < 4 && (axis < 3 || i == 3) && one_in(3))) continue;
+      strides[4 * i + axis] = size, size *= length;
+    }
+    if (i == 3 && !biased) size = 0;
+    held.emplace_back(i == 3 ? Type::kFloat : type, std::vector<int64_t>{size});
+  }
+  for (int64_t i = between(0, 3); i > 0; --i) {
+    switch (between(0, 9)) {
+      case 0: held[between(0, 4)].spoil(); break;
+      case 1: (one_in(2) ? sizes : strides).resize(between(0, 21), 1); break;
+      case 2: case 3: case 4:
+        if (sizes.empty()) break;
+        else sizes[between(0, sizes.size() - 1)] = wild(lasts[between(0, 4)]);
+        break;
+      default:
+        if (strides.empty()) break;
+        else strides[between(0, strides.size() - 1)] = wild(held[between(0, 4)].count());
+    }
+  }
+  Listed<int64_t> lengths{sizes, {}}, steps{strides, {}};
+  const AttentionArrays arrays{held[0].made(), held[1].made(), held[2].made(), held[3].made(), held[4].made()};
+  Attention prepared;
+  if (prepare(arrays, lengths.made(), steps.made(), 0.25f, &prepared)) return kRefused;
+  const Attend form = any_form(attends());
+  const int64_t threads = between(1, 4);
+  run_twice(arrays.y, [&] {
+    if (!run(prepared, threads, form)) fail("attention that fits its arrays needs too much memory");
+  });
+  return kComputed;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::signal(SIGABRT, tell), std::signal(SIGALRM, tell);
+  set_threads(1);
+  struct {
+    const char* name;
+    Outcome (*one)();
+    long long checked, accepted, computed;
+  } kinds[] = {{"convolution", convolve, 0, 0, 0},
+               {"pooling", pool, 0, 0, 0},
+               {"rounding", round_some, 0, 0, 0},
+               {"attention", attend, 0, 0, 0}};
+  const long long calls = argc > 1 ? std::atoll(argv[1]) : 0, first = argc > 2 ? std::atoll(argv[2]) : 0;
+  for (number = first; number < first + calls; ++number) {
+    if (number % 1024 == 0) alarm(100);
+    fuzz::generator.state = static_cast<uint64_t>(number) * 0x2545f4914f6cdd1d;
+    auto& kind = kinds[number % 4];
+    const Outcome outcome = kind.one();
+    ++kind.checked, kind.accepted += outcome != kRefused, kind.computed += outcome == kComputed;
+  }
+  const char* before = "{";
+  for (const auto& kind : kinds) {
+    std::printf("%s\"%s\": {\"checked\": %lld, \"accepted\": %lld, \"computed\": %lld}", before, kind.name, kind.checked,
+                kind.accepted, kind.computed);
+    before = ", ";
+  }
+  std::printf("}\n");
+}
