@@ -15,6 +15,7 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import layouts, select, views
 from sa_plus_plus.names import named_as_kernel, other_than_kernel
+from sa_plus_plus.text import table
 from sa_plus_plus.views import View
 
 _NUMBERS = (int, float, Fraction, np.generic, np.ndarray, jax.Array)
@@ -109,13 +110,10 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         head = ("path", "shape", "read as", "block", "grid", "blocks", "kept", "pruned")
-        rows = [head, *(_row(layer) for layer in self.leaves)]
-        used = [i for i in range(len(head)) if i != 2 or any(layer.view or layer.assumed for layer in self.leaves)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(row[i].ljust(widths[i]) for i in used).rstrip() for row in rows]
-        lines.insert(1, "-" * max(map(len, lines)))
+        viewed = any(layer.view or layer.assumed for layer in self.leaves)
+        rows = table(head, [_row(layer) for layer in self.leaves], omit=() if viewed else ("read as",))
         total = f"{len(self.pruned)} of {len(self.leaves)} leaves pruned; {self.sparsity:.2%} of "
-        return "\n".join([*lines, total + f"{self.kernel_weights:,} kernel weights removed"])
+        return f"{rows}\n{total}{self.kernel_weights:,} kernel weights removed"
 
 
 def _row(layer: LeafPlan) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from sa_plus_plus.sparse.compiler.frontend import layer_tracer
 from sa_plus_plus.sparse.compiler.ir import Layer
 from sa_plus_plus.sparse.compiler.planned import Choice
 from sa_plus_plus.sparse.specialize import specialize
+from sa_plus_plus.text import table
 
 
 class Uniform(NamedTuple):
@@ -57,12 +58,11 @@ class Budget(NamedTuple):
         return {path: {"sparsity": sparsity} for path, sparsity in self.sparsities.items()}
 
     def __str__(self) -> str:
-        width = max(map(len, self.sparsities))
-        lines = [f"{path.ljust(width)}  {sparsity:.1%}" for path, sparsity in self.sparsities.items()]
+        rows = [(path, f"{sparsity:.1%}") for path, sparsity in self.sparsities.items()]
         control = self.uniform
         return "\n".join(
             [
-                *lines,
+                table(("path", "sparsity"), rows),
                 f"cost {self.cost:,.4g} of {self.dense:,.4g} ({self.cost / self.dense:.1%}), limit {self.limit:,.4g}",
                 f"predicted loss {self.loss:.4g}; with all layers at {control.sparsity:.1%} {control.loss:.4g}",
             ]

@@ -20,6 +20,7 @@ from sa_plus_plus.oneshot.obs import obs
 from sa_plus_plus.oneshot.uses import Use
 from sa_plus_plus.planning import LeafPlan, Plan
 from sa_plus_plus.sparse.arguments import listed
+from sa_plus_plus.text import table
 
 DAMPING = 0.01
 
@@ -59,10 +60,7 @@ class OneShot(NamedTuple):
     layers: tuple[LayerReport, ...]
 
     def __str__(self) -> str:
-        rows = [("path", "shape", "block", "kept", "error", "rows"), *map(_cells, self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        return table(("path", "shape", "block", "kept", "error", "rows"), [*map(_cells, self.layers)])
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from sa_plus_plus.oneshot.prune import (
 from sa_plus_plus.oneshot.uses import Use
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
 from sa_plus_plus.sparse.arguments import listed
+from sa_plus_plus.text import table
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 Costs = dict[str, np.ndarray]  # by path, one for each sparsity
@@ -87,11 +88,7 @@ class Sensitivity(NamedTuple):
             [path, f"{self.plan.pruned[path].weights:,}", *("-" if np.isnan(x) else f"{x:.4g}" for x in losses)]
             for path, losses in self.losses.items()
         ]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-        ]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        return table(head, rows)
 
 
 def sensitivity(
