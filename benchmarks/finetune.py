@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
     del argv
     console, seeds = progress.console(), range(_SEEDS.value)
     cells = [(int(block), float(sparsity)) for block, _, sparsity in (cell.partition(":") for cell in _CELLS.value)]
-    with cli.users_mistakes():
+    with cli.input_errors():
         dataset = tasks.dataset_of(config_of("dense", VARIANTS["from scratch"]).data)
     cli.cache_compilations(pathlib.Path(_DIRECTORY.value))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # seeds that start from networks of their own

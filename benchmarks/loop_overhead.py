@@ -53,7 +53,7 @@ def whole_loop(run: program.Program, save: bool) -> float:
         return False
 
     with tempfile.TemporaryDirectory() as directory:
-        saved = Checkpoints(pathlib.Path(directory), keep=2) if save else None
+        saved = Checkpoints(pathlib.Path(directory), max_to_keep=2) if save else None
         loop.train(run, [0], loop.Hooks(on_step=on_step), saved)
         if saved:
             saved.close()

@@ -313,7 +313,7 @@ def main(argv: list[str]) -> None:
         rows = results(first)
         summarise(rows, results(jobs("confirm", chosen(rows))))
         return
-    with cli.users_mistakes():
+    with cli.input_errors():
         for name in _DATA.value:
             dataset(name, "confirm")
     console = progress.console()

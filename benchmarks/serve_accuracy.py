@@ -31,7 +31,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 
 def main(argv: list[str]) -> None:
     del argv
-    with cli.users_mistakes():
+    with cli.input_errors():
         setup = prepare(cli.CONFIG.value, sharding.make_mesh(devices=jax.devices()[:1]))
         if setup.config.task != "classification":
             raise ValueError(f"this counts right classes, but config.task is {setup.config.task!r}")

@@ -18,7 +18,7 @@ def experiment(name: str) -> ConfigDict:
     config.distil = ConfigDict(
         {
             "weight": 0.0,  # weight of the teacher in the loss; the labels have the rest; 0: no teacher
-            "weights": "",  # the teacher's, as for init_from; "": those of init_from
+            "teacher": "",  # its weights's, as for init_from; "": those of init_from
             "temperature": 2.0,  # temperature of both softmaxes
         }
     )
@@ -28,7 +28,7 @@ def experiment(name: str) -> ConfigDict:
     config.log_every = 100
     config.eval_every = 500
     config.checkpoint_every = 1000
-    config.keep = 2  # newest checkpoints kept, besides the best
+    config.max_to_keep = 2  # newest checkpoints kept, besides the best
     config.mesh = ConfigDict({"fsdp": 1})  # number of devices that shard the state; batches are split over all
     config.dense_twin = True  # also train the same network without pruning, to compare with
     config.optimizer = ConfigDict(
@@ -117,7 +117,7 @@ def criteo(block: int) -> ConfigDict:
     config.optimizer.schedule = "exponential"
     config.optimizer.final_fraction = 0.015  # to 3e-4
     config.sparsifier.block = (block, block)
-    config.sparsifier.only = "hidden1/kernel"
+    config.sparsifier.include = "hidden1/kernel"
     config.sparsifier.recipe = "criteo"
     config.sparsifier.acdc.form = "masking"
     return config
@@ -132,7 +132,7 @@ def sparsifier() -> ConfigDict:
     config.sparsity = 0.9
     config.min_blocks = 100
     config.scope = "layer"  # or "global"
-    config.only = ""  # pattern of the kernels to prune; "" for all
+    config.include = ""  # pattern of the kernels to prune; "" for all
     config.views = ConfigDict()  # how leaves are read as matrices: {"*/query/kernel": "d (h k)"}
     config.overrides = ConfigDict()  # by path or pattern: {"*/Dense_0/kernel": {"block": (4, 4), "sparsity": 0.5}}
     config.recipe = "imagenet"  # "imagenet", "criteo" (paper, section 4.2), "gradual"; after init_from "finetune"

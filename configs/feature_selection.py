@@ -40,7 +40,7 @@ def get_config(data: str = "table") -> ConfigDict:
     config.model_options.widths = (67,)
     config.features = 50  # how many are kept; the sparsity follows from it
     config.sparsifier.block = (1, None)
-    config.sparsifier.only = "Dense_0/kernel"
+    config.sparsifier.include = "Dense_0/kernel"
     config.sparsifier.min_blocks = 1
     config.sparsifier.schedule = (("dense", 0.4), ("sparsification", 0.45), ("sparse", 0.15))
     return config

@@ -53,5 +53,5 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_epochs = 10.0
     config.optimizer.final_fraction = 0.0
     config.sparsifier.block = (32, 32)
-    config.sparsifier.only = "layer*/kernel"
+    config.sparsifier.include = "layer*/kernel"
     return config

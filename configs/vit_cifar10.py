@@ -41,5 +41,5 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_epochs = 5.0
     config.optimizer.final_fraction = 0.01
     config.sparsifier.block = (16, 16)
-    config.sparsifier.only = "layer*/kernel"
+    config.sparsifier.include = "layer*/kernel"
     return config

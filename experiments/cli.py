@@ -93,7 +93,7 @@ def _keys(config: ConfigDict, prefix: str = "config.") -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def users_mistakes() -> Iterator[None]:
+def input_errors() -> Iterator[None]:
     """For the checks of the user's input, not for the run itself, where a traceback is wanted."""
     try:
         yield

@@ -39,7 +39,7 @@ RESULT = "compare.json"
 def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     config, console = cli.CONFIG.value, progress.console()
-    with cli.users_mistakes():
+    with cli.input_errors():
         names = factories.NAMES if _ALGORITHMS.value == ["all"] else tuple(dict.fromkeys(_ALGORITHMS.value))
         if not names:
             raise ValueError(f"--algorithms is empty; write all, or some of {', '.join(factories.NAMES)}")

@@ -25,7 +25,7 @@ _SPARSITIES = flags.DEFINE_list("sparsities", [], "Target sparsities to tabulate
 def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     config, console = cli.CONFIG.value, progress.console()
-    with cli.users_mistakes():
+    with cli.input_errors():
         if _SPARSITIES.value:
             dataset = blank(config)
             setups = [prepare_without_data(_at_sparsity(config, float(s)), dataset) for s in _SPARSITIES.value]

@@ -45,14 +45,14 @@ def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     config, console = cli.CONFIG.value, progress.console()
     with contextlib.ExitStack() as stack:
-        with cli.users_mistakes():
+        with cli.input_errors():
             setup = prepare(config)
             path = cli.workdir_path(_WORKDIR.value, f"{config.name}-{config.sparsifier.name}")
             if jax.process_index() == 0:
                 stack.enter_context(workdir.claim(path))
                 if _OVERWRITE.value:
                     _clear(path)
-                workdir.settle(path, config, _RESUME_CHANGED.value)
+                workdir.write_config(path, config, _RESUME_CHANGED.value)
         cli.cache_compilations(path.parent)
         progress.warn_of_short_phases({setup.config.sparsifier.name: setup.phases}, console)
         try:
@@ -108,7 +108,7 @@ def run(
 
 def _dense_twin(setup: Setup) -> Setup:
     """The same run without pruning, on the same data."""
-    config = setup.given.copy_and_resolve_references()
+    config = setup.raw_config.copy_and_resolve_references()
     config.sparsifier.name, config.dense_twin = "dense", False
     return prepare(config, setup.mesh, setup.task.dataset)
 
@@ -126,9 +126,10 @@ def _one(
     """Run or resume one network in one directory, or return its result if it is already done."""
     if (path / workdir.RESULT).exists():
         return json.loads((path / workdir.RESULT).read_text())
-    config, metric = setup.given, setup.task.metric
+    config, metric = setup.raw_config, setup.task.metric
     with contextlib.ExitStack() as stack:
-        saved = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(path / "checkpoints", keep=config.keep)))
+        checkpoints = checkpoint.Checkpoints(path / "checkpoints", config.max_to_keep)
+        saved = stack.enter_context(contextlib.closing(checkpoints))
         observer = hooks.Observer(path, title, setup.config.steps, metric, console, profile, setup.sparsifier.attention)
         stack.enter_context(observer)
         (outcome,) = loop.train(compiled(setup), [config.seed], observer.hooks, saved)

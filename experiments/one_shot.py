@@ -6,9 +6,9 @@
 
 For each network it shows the metric on the test set, the file size, the milliseconds of the specialised network beside
 those of the dense one, and the seconds that pruning took. Batch-norm averages are estimated again for each. Blocks
-follow `config.sparsifier`: its block, min_blocks, only, overrides and views. `--refit` adds variants of `magnitude` and
-`wanda` with adjusted weights; `--budget` adds, for each method, a sparsity per layer from its sensitivity, at the total
-cost of one sparsity for all layers.
+follow `config.sparsifier`: its block, min_blocks, include, overrides and views. `--refit` adds variants of `magnitude`
+and `wanda` with adjusted weights; `--budget` adds, for each method, a sparsity per layer from its sensitivity, at the
+total cost of one sparsity for all layers.
 It writes `one_shot.json`, `one_shot.png`, the pruned networks in `networks`, and with a budget the sensitivity of each
 layer as a table and a picture to the work directory.
 """
@@ -65,7 +65,7 @@ class Variant(NamedTuple):
 def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     console, config = progress.console(), cli.CONFIG.value
-    with cli.users_mistakes():
+    with cli.input_errors():
         sparsities = _sparsities()
         variants = list(_variants())
         if not _WEIGHTS.value:

@@ -48,7 +48,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     flags.FLAGS.mark_as_parsed()  # the processes that read data check this
     console, directory = progress.console(), pathlib.Path(arguments.directory)
-    with cli.users_mistakes():
+    with cli.input_errors():
         names = _names(arguments.what)
         needed = dict.fromkeys(NEEDS[name] for name in names if NEEDS[name])
         local = _local(arguments.local)

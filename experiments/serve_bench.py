@@ -52,7 +52,7 @@ Served = tuple[dict[str, Any], Setup, Callable[[], dict[str, Any]]]  # what it i
 def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     console, config = progress.console(), cli.CONFIG.value
-    with cli.users_mistakes():
+    with cli.input_errors():
         batches = _numbers("batches", int, 1, 2**20)
         _in_range("rounds", _ROUNDS.value, 1, 2**20)
         _precision(config)

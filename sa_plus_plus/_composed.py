@@ -16,8 +16,8 @@ from jax.sharding import AxisType
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import dynamic_sparsity, planning
-from sa_plus_plus.dynamic_sparsity import Rewiring
-from sa_plus_plus.masking import keep, spread, times, zero_masked
+from sa_plus_plus.dynamic_sparsity import Regrowth
+from sa_plus_plus.masking import apply_mask, expand_blocks, scale_blocks, zero_masked
 from sa_plus_plus.phases import SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
 from sa_plus_plus.sharding import automatic, of_grid
@@ -29,7 +29,7 @@ class Parametrisation(NamedTuple):
     """How the effective kernel follows from the trained weights, `W * spread(scale)`.
 
     Functions of a layer are traced once for all layers that differ only in their paths, so `layer.path` is empty here,
-    in a `Score` and in a `Shrink`.
+    in a `Score` and in a `ProximalStep`.
 
     Attributes:
       weights: `weights(kernel, logits, layer)`: the trained weights whose effective kernel is `kernel`. `logits` is
@@ -54,8 +54,8 @@ IDENTITY = Parametrisation(lambda kernel, logits, layer: kernel, lambda weights,
 # score(weights, logits, layer, key) -> a number per block, of the shape `layer.full_grid`: the higher, the more a block
 # deserves to stay. `logits` is None without logits, `key` (the layer's own) without a seed.
 Score = Callable[[jax.Array, Any, LeafPlan, Any], jax.Array]
-# shrink(layer, weights, logits) -> (weights, logits): one step of a penalty.
-Shrink = Callable[[LeafPlan, jax.Array, Any], tuple[jax.Array, Any]]
+# proximal_step(layer, weights, logits) -> (weights, logits): one step of a penalty.
+ProximalStep = Callable[[LeafPlan, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,8 +72,8 @@ class Composed:
     forget_masked: bool
     logit_lr: float
     reset_logits_at: tuple[str, ...]
-    rewires: Rewiring | None
-    shrink: Shrink | None
+    regrow: Regrowth | None
+    proximal_step: ProximalStep | None
     seed: Any
 
     def init(self, params: Params, key: jax.Array | None = None) -> State:
@@ -115,7 +115,7 @@ class Composed:
             own = self._effective(layer, weights, trainable.logits.get(layer.path), mask)
             return _open_to_gradients(layer, own, weights, ~mask & due) if self._by_gradient else own
 
-        due = self._by_gradient and self.rewires.due(self.phases, prune.step + 1)  # type: ignore[union-attr]
+        due = self._by_gradient and self.regrow.due(self.phases, prune.step + 1)  # type: ignore[union-attr]
         return map_layers(effective, trainable.params, self._layers(trainable))
 
     @functools.cached_property
@@ -125,7 +125,7 @@ class Composed:
             factors = jnp.where(mask, 1 if scale is None else scale, 0)
             if self.parametrisation.straight_through:
                 factors = factors + (logits - lax.stop_gradient(logits))
-            return times(weights, factors, layer)
+            return scale_blocks(weights, factors, layer)
 
         return traced_once(effective)
 
@@ -133,11 +133,11 @@ class Composed:
         _warn_unfinished(self.phases, prune, self._layers(trainable))
         return zero_masked(self.apply(trainable, prune), prune.masks, self._layers(trainable))
 
-    def adopt(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
-        adopted = automatic(self._adopt, lambda: trainable, trainable, prune, params)
+    def sync_from_params(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
+        adopted = automatic(self._sync_from_params, lambda: trainable, trainable, prune, params)
         return apart(adopted, trainable, params)
 
-    def _adopt(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
+    def _sync_from_params(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
         def own(layer: LeafPlan | None, weights: jax.Array, given: jax.Array) -> jax.Array:
             if layer is None:
                 return taken_over(given, weights)
@@ -145,7 +145,7 @@ class Composed:
             scale = self.parametrisation.scale(weights, logits, layer)
             mask = prune.masks[layer.path]
             effective = self._effective(layer, weights, logits, mask)
-            moved = differs(given, effective) & spread(mask if scale is None else mask & (scale != 0), layer)
+            moved = differs(given, effective) & expand_blocks(mask if scale is None else mask & (scale != 0), layer)
 
             def changed() -> jax.Array:
                 wanted = jnp.where(moved, given.astype(weights.dtype), effective)
@@ -155,7 +155,7 @@ class Composed:
                 whole = jnp.any(
                     blk.to_blocks(moved, layer.block, layer.view), (-3, -1)
                 )  # its norm is part of each weight
-                return keep(new, whole, layer, otherwise=weights)
+                return apply_mask(new, whole, layer, otherwise=weights)
 
             # Norms take several passes over the weights.
             return lax.cond(moved.any(), changed, lambda: weights) if self.parametrisation.by_norm else changed()
@@ -183,8 +183,8 @@ class Composed:
     ) -> State:
         layers = self._layers(trainable)
         trainable = self._moved(trainable, prune.masks, updates, layers)
-        if self.shrink is not None and updates is not None:
-            trainable = self._shrunk(trainable, ~self.phases.kind_in([SPARSE], prune.step), layers)
+        if self.proximal_step is not None and updates is not None:
+            trainable = self._after_proximal_step(trainable, ~self.phases.kind_in([SPARSE], prune.step), layers)
         step = prune.step + 1
         # Only the choice of masks is inside the branch: small arrays out, weights read but never copied.
         masks = lax.cond(
@@ -192,10 +192,10 @@ class Composed:
             lambda: self._chosen(trainable, prune, step, layers),
             lambda: prune.masks,
         )
-        if self.rewires is not None and (grads is not None or not self._by_gradient):
+        if self.regrow is not None and (grads is not None or not self._by_gradient):
             masks = lax.cond(
-                self.rewires.due(self.phases, step),
-                lambda: self._rewired(trainable, prune._replace(masks=masks), step, grads, layers),
+                self.regrow.due(self.phases, step),
+                lambda: self._regrown(trainable, prune._replace(masks=masks), step, grads, layers),
                 lambda: masks,
             )
         phase = self.phases.index(step)
@@ -223,20 +223,20 @@ class Composed:
 
         return moved._replace(params=map_layers(held, moved.params, layers, trainable.params))
 
-    def _shrunk(self, trainable: Trainable, due: jax.Array, layers: dict[str, LeafPlan]) -> Trainable:
+    def _after_proximal_step(self, trainable: Trainable, due: jax.Array, layers: dict[str, LeafPlan]) -> Trainable:
         logits = dict(trainable.logits)
 
-        def shrunk(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
+        def stepped(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
             if layer is None:
                 return weights
             old = weights, logits.get(layer.path)
-            new = self.shrink(layer, *old)  # type: ignore[misc]
+            new = self.proximal_step(layer, *old)  # type: ignore[misc]
             weights, own = jax.tree.map(lambda new, old: jnp.where(due, new, old), new, old)
             if own is not None:
                 logits[layer.path] = own
             return weights
 
-        return Trainable(map_layers(shrunk, trainable.params, layers), logits)
+        return Trainable(map_layers(stepped, trainable.params, layers), logits)
 
     def _chosen(self, trainable: Trainable, prune: PruneState, step: jax.Array, layers: dict[str, LeafPlan]) -> Masks:
         """The masks due at a step, given the current ones."""
@@ -251,7 +251,7 @@ class Composed:
         narrows = self.phases.narrows(step) & self.monotone
         return self.choose(scores, k, {path: mask | ~narrows for path, mask in prune.masks.items()})
 
-    def _rewired(
+    def _regrown(
         self,
         trainable: Trainable,
         prune: PruneState,
@@ -260,24 +260,24 @@ class Composed:
         layers: dict[str, LeafPlan],
     ) -> Masks:
         """The masks after blocks have been replaced at a step."""
-        assert self.rewires is not None
+        assert self.regrow is not None
         gradients = {} if grads is None else dict(_kernels(grads, layers))
 
         def growth(path: str) -> jax.Array:
             key = None if prune.key is None else jax.random.fold_in(_layer_key(prune.key, path), step)
-            return self.rewires.growth(gradients.get(path), layers[path], key)  # type: ignore[union-attr]
+            return self.regrow.growth(gradients.get(path), layers[path], key)  # type: ignore[union-attr]
 
         norms = {
             path: blk.frobenius(w, layers[path].block, layers[path].view) for path, w in _kernels(trainable, layers)
         }
         joins, kept = {path: growth(path) for path in norms}, {path: layers[path].kept_each for path in norms}
-        return dynamic_sparsity.rewired(
-            self.choose, prune.masks, norms, joins, kept, self.rewires.share(self.phases, step)
+        return dynamic_sparsity.regrow(
+            self.choose, prune.masks, norms, joins, kept, self.regrow.share(self.phases, step)
         )
 
     @property
     def _by_gradient(self) -> bool:
-        return self.rewires is not None and self.rewires.by_gradient
+        return self.regrow is not None and self.regrow.by_gradient
 
     @functools.cached_property
     def _scored(self) -> Callable[..., jax.Array]:
@@ -326,12 +326,12 @@ def traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
 @traced_once
 def _open_to_gradients(layer: LeafPlan, effective: jax.Array, weights: jax.Array, opened: jax.Array) -> jax.Array:
     """The same kernel, with the gradients of the blocks where `opened` is true passed on to their weights."""
-    return effective + keep(weights - lax.stop_gradient(weights), opened, layer)
+    return effective + apply_mask(weights - lax.stop_gradient(weights), opened, layer)
 
 
 @traced_once
 def _keep(layer: LeafPlan, weights: jax.Array, mask: jax.Array, otherwise: Any) -> jax.Array:
-    return keep(weights, mask, layer, otherwise)
+    return apply_mask(weights, mask, layer, otherwise)
 
 
 @traced_once

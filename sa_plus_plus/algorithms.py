@@ -23,7 +23,7 @@ from sa_plus_plus.compose import (
     check_start,
     compose,
 )
-from sa_plus_plus.masking import times
+from sa_plus_plus.masking import scale_blocks
 from sa_plus_plus.phases import DENSE, KINDS, Phases
 from sa_plus_plus.planning import LeafPlan, Plan
 from sa_plus_plus.registry import algorithm
@@ -43,7 +43,7 @@ def block_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> ja
     return blk.frobenius(weights, layer.block, layer.view)
 
 
-def drawn(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
+def random_score(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
     """The score of `random` and others: uniformly random.
 
     Args:
@@ -82,13 +82,13 @@ def dense(*, phases: Phases) -> Sparsifier:
         moved = trainable if updates is None else added(trainable, updates)
         return apart(moved, trainable), PruneState(prune.step + 1, phases.index(prune.step + 1), {})
 
-    def adopt(trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
+    def sync_from_params(trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
         return Trainable(apart(jax.tree.map(taken_over, params, trainable.params), params), {})
 
     def apply(trainable: Trainable, prune: PruneState) -> Params:
         return apart(trainable.params, trainable)
 
-    return Sparsifier(init, apply, update, apply, adopt, plan, phases)
+    return Sparsifier(init, apply, update, apply, sync_from_params, plan, phases)
 
 
 @algorithm(schedules.magnitude)
@@ -171,7 +171,7 @@ def powerpropagation(
         return jnp.where(zero, 0, jnp.where(zero, 1, squares) ** (power / 2))
 
     def weights(kernel: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
-        return times(kernel, norm_to(kernel, (1 - alpha) / alpha, layer), layer)
+        return scale_blocks(kernel, norm_to(kernel, (1 - alpha) / alpha, layer), layer)
 
     def scale(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array | None:
         return None if alpha == 1 else norm_to(weights, alpha - 1, layer)
@@ -248,7 +248,7 @@ def sequential_attention(
         if logits is None:
             return kernel
         attention = scale(kernel, logits, layer)
-        return times(kernel, 1 / jnp.where(attention > 0, attention, 1), layer)
+        return scale_blocks(kernel, 1 / jnp.where(attention > 0, attention, 1), layer)
 
     def effective_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
         return scale(weights, logits, layer) * block_norm(weights, logits, layer, key)
@@ -331,4 +331,4 @@ def random(
       ValueError: for options out of range, or a schedule that ends dense.
     """
 
-    return compose(IDENTITY, drawn, phases, block=block, sparsity=sparsity, seed=seed, **options)
+    return compose(IDENTITY, random_score, phases, block=block, sparsity=sparsity, seed=seed, **options)

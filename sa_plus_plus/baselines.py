@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import phases as schedules
 from sa_plus_plus import select
-from sa_plus_plus.algorithms import block_norm, drawn
+from sa_plus_plus.algorithms import block_norm, random_score
 from sa_plus_plus.compose import IDENTITY, Parametrisation, PruningOptions, check_phases, check_start, compose
-from sa_plus_plus.dynamic_sparsity import Rewiring
-from sa_plus_plus.masking import times
+from sa_plus_plus.dynamic_sparsity import Regrowth
+from sa_plus_plus.masking import scale_blocks
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan
 from sa_plus_plus.registry import algorithm
@@ -57,8 +57,8 @@ def rigl(
     def growth(gradient: Any, layer: LeafPlan, key: Any) -> jax.Array:
         return blk.frobenius(gradient, layer.block, layer.view)
 
-    rewires = Rewiring(growth, True, mask_every, fraction, until)
-    return _dynamic(rewires, phases, block=block, sparsity=sparsity, seed=seed, **options)
+    regrow = Regrowth(growth, True, mask_every, fraction, until)
+    return _dynamic(regrow, phases, block=block, sparsity=sparsity, seed=seed, **options)
 
 
 @algorithm(schedules.sparse_evolutionary, control=True)
@@ -94,14 +94,14 @@ def sparse_evolutionary(
     """
 
     def growth(gradient: Any, layer: LeafPlan, key: Any) -> jax.Array:
-        return drawn(gradient, None, layer, key)
+        return random_score(gradient, None, layer, key)
 
-    rewires = Rewiring(growth, False, mask_every, fraction, until)
-    return _dynamic(rewires, phases, block=block, sparsity=sparsity, seed=seed, **options)
+    regrow = Regrowth(growth, False, mask_every, fraction, until)
+    return _dynamic(regrow, phases, block=block, sparsity=sparsity, seed=seed, **options)
 
 
-def _dynamic(rewires: Rewiring, phases: Phases, **options: Any) -> Sparsifier:
-    return compose(IDENTITY, drawn, phases, rewires=rewires, forget_masked=True, **options)
+def _dynamic(regrow: Regrowth, phases: Phases, **options: Any) -> Sparsifier:
+    return compose(IDENTITY, random_score, phases, regrow=regrow, forget_masked=True, **options)
 
 
 @algorithm(schedules.movement, control=True)
@@ -175,12 +175,12 @@ def group_lasso(
     """
     _check_strength(strength, phases)
 
-    def shrink(layer: LeafPlan, weights: jax.Array, logits: Any) -> tuple[jax.Array, Any]:
+    def proximal_step(layer: LeafPlan, weights: jax.Array, logits: Any) -> tuple[jax.Array, Any]:
         norms = blk.frobenius(weights, layer.block, layer.view)
         threshold = strength / phases.total_steps * _last_kept(norms, layer.kept_each)
         return soft_threshold(weights, threshold, norms, layer), logits
 
-    return compose(IDENTITY, block_norm, phases, block=block, sparsity=sparsity, shrink=shrink, **options)
+    return compose(IDENTITY, block_norm, phases, block=block, sparsity=sparsity, proximal_step=proximal_step, **options)
 
 
 def _last_kept(norms: jax.Array, kept: int) -> jax.Array:
@@ -192,7 +192,7 @@ def _last_kept(norms: jax.Array, kept: int) -> jax.Array:
 def soft_threshold(weights: jax.Array, threshold: jax.Array, norms: jax.Array, layer: LeafPlan) -> jax.Array:
     """`max(0, 1 - threshold / norm)` times each block, the proximal map of `threshold * norm`."""
     factors = jnp.where(norms > threshold, 1 - threshold / jnp.where(norms > 0, norms, 1), 0)
-    return times(weights, factors, layer)
+    return scale_blocks(weights, factors, layer)
 
 
 def _check_strength(strength: float, phases: Any) -> None:
@@ -249,13 +249,13 @@ def d_gating(
         if logits is None:
             return kernel
         factors = scale(kernel, logits, layer)
-        return times(kernel, 1 / jnp.where(factors != 0, factors, 1), layer)
+        return scale_blocks(kernel, 1 / jnp.where(factors != 0, factors, 1), layer)
 
     def score(weights: jax.Array, logits: jax.Array, layer: LeafPlan, key: Any) -> jax.Array:
         return jnp.abs(scale(weights, logits, layer)) * blk.frobenius(weights, layer.block, layer.view)
 
-    def shrink(layer: LeafPlan, weights: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return (left * blk.widened(weights)).astype(weights.dtype), left * (1 + logits) - 1
+    def decay(layer: LeafPlan, weights: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (left * blk.at_least_float32(weights)).astype(weights.dtype), left * (1 + logits) - 1
 
     parametrisation = Parametrisation(weights, scale, has_logits=True)
-    return compose(parametrisation, score, phases, block=block, sparsity=sparsity, shrink=shrink, **options)
+    return compose(parametrisation, score, phases, block=block, sparsity=sparsity, proximal_step=decay, **options)

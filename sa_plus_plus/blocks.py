@@ -203,7 +203,7 @@ def full_grid(shape: Sequence[int], block: Block, view: View | None = None) -> t
     return *view_of(shape, view).stack(shape), *grid_shape(shape, block, view)
 
 
-def spread(grid: jax.Array, shape: Sequence[int], block: Block, view: View | None = None) -> jax.Array:
+def expand_blocks(grid: jax.Array, shape: Sequence[int], block: Block, view: View | None = None) -> jax.Array:
     """Repeat each entry of a grid over its block: the array of the kernel's `shape` that is constant on blocks.
 
     Args:
@@ -226,7 +226,7 @@ def spread(grid: jax.Array, shape: Sequence[int], block: Block, view: View | Non
     return from_matrices(tall.reshape(*stack, -1, cols)[..., :rows, :], shape, view)
 
 
-def widened(x: jax.Array) -> jax.Array:
+def at_least_float32(x: jax.Array) -> jax.Array:
     """`x` in float32 if its own floating type is narrower.
 
     Args:
@@ -243,7 +243,7 @@ def sum_of_squares(kernel: jax.Array, block: Block, view: View | None = None) ->
       block: `(b_r, b_c)`.
       view: as in `to_blocks`.
     """
-    blocks = widened(to_blocks(kernel, block, view))
+    blocks = at_least_float32(to_blocks(kernel, block, view))
     return jnp.sum(jnp.sum(jnp.square(blocks), axis=-3), axis=-1)  # down first: sums whole rows
 
 

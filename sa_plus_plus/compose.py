@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from sa_plus_plus import dynamic_sparsity, planning, select
-from sa_plus_plus._composed import IDENTITY, Composed, Parametrisation, Score, Shrink, traced_once
-from sa_plus_plus.dynamic_sparsity import Rewiring
+from sa_plus_plus._composed import IDENTITY, Composed, Parametrisation, ProximalStep, Score, traced_once
+from sa_plus_plus.dynamic_sparsity import Regrowth
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
 from sa_plus_plus.planning import Overrides, Views
 from sa_plus_plus.sparsifier import Sparsifier
@@ -62,8 +62,8 @@ def compose(
     forget_masked: bool = False,
     logit_lr: float = 1.0,
     reset_logits_at: Sequence[str] = (),
-    rewires: Rewiring | None = None,
-    shrink: Shrink | None = None,
+    regrow: Regrowth | None = None,
+    proximal_step: ProximalStep | None = None,
     seed: int | jax.Array | None = None,
     scope: str = "layer",
     **options: Unpack[PlanOptions],
@@ -81,9 +81,9 @@ def compose(
       forget_masked: masked weights are set to zero; otherwise they stay as they were when masked.
       logit_lr: factor on the logits' updates.
       reset_logits_at: kinds of phases at whose start the logits are reset to zero.
-      rewires: how blocks are replaced in sparse phases; None for not at all.
-      shrink: the step of a penalty, `shrink(layer, weights, logits) -> (weights, logits)`, after each update outside
-        sparse phases.
+      regrow: how blocks are replaced in sparse phases; None for not at all.
+      proximal_step: of a penalty, `proximal_step(layer, weights, logits) -> (weights, logits)`, after each update
+        outside sparse phases.
       seed: seed of the random keys that `score` gets; may be traced. None for no keys.
       scope: `"layer"` or `"global"`, see `PruningOptions`.
       **options: see `PlanOptions`.
@@ -101,8 +101,8 @@ def compose(
         raise ValueError(f"mask_every must be at least 1 step, got {mask_every}")
     if mask_every != int(mask_every):
         raise ValueError(f"mask_every must be a whole number of steps, got {mask_every}")
-    if rewires is not None:
-        dynamic_sparsity.check(rewires)
+    if regrow is not None:
+        dynamic_sparsity.check(regrow)
     planning.check_options(block, sparsity, **options)
     algorithm = Composed(
         parametrisation=parametrisation,
@@ -115,8 +115,8 @@ def compose(
         forget_masked=forget_masked,
         logit_lr=logit_lr,
         reset_logits_at=tuple(reset_logits_at),
-        rewires=rewires,
-        shrink=None if shrink is None else traced_once(shrink),
+        regrow=regrow,
+        proximal_step=None if proximal_step is None else traced_once(proximal_step),
         seed=seed,
     )
     return Sparsifier(
@@ -124,7 +124,7 @@ def compose(
         algorithm.apply,
         algorithm.update,
         algorithm.finalize,
-        algorithm.adopt,
+        algorithm.sync_from_params,
         algorithm.plan,
         phases,
         parametrisation.attention,

@@ -12,7 +12,7 @@ from sa_plus_plus.planning import LeafPlan
 from sa_plus_plus.sparsifier import Masks
 
 
-class Rewiring(NamedTuple):
+class Regrowth(NamedTuple):
     """When blocks are replaced in sparse phases, and which are grown. Those of smallest norm are dropped.
 
     Attributes:
@@ -42,16 +42,16 @@ class Rewiring(NamedTuple):
         return self.fraction / 2 * (1 + jnp.cos(jnp.pi * jnp.asarray(step).astype(jnp.float32) / end))
 
 
-def check(rewiring: Rewiring) -> None:
+def check(regrowth: Regrowth) -> None:
     """Refuse options that are out of range."""
-    if rewiring.every < 1 or rewiring.every != int(rewiring.every):
-        raise ValueError(f"mask_every must be a whole number of steps from 1, got {rewiring.every}")
-    for name, value in (("fraction", rewiring.fraction), ("until", rewiring.until)):
+    if regrowth.every < 1 or regrowth.every != int(regrowth.every):
+        raise ValueError(f"mask_every must be a whole number of steps from 1, got {regrowth.every}")
+    for name, value in (("fraction", regrowth.fraction), ("until", regrowth.until)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be a share in (0, 1], got {value}")
 
 
-def rewired(
+def regrow(
     choose: Callable[..., Masks],
     masks: Masks,
     norms: Mapping[str, jax.Array],

@@ -11,20 +11,20 @@ from sa_plus_plus.sharding import automatic
 from sa_plus_plus.sparsifier import Masks, Params
 
 
-def spread(grid: jax.Array, layer: LeafPlan) -> jax.Array:
+def expand_blocks(grid: jax.Array, layer: LeafPlan) -> jax.Array:
     """Each number of a layer's grid repeated over its block: an array of the layer's shape."""
-    return blk.spread(grid, layer.shape, layer.block, layer.view)
+    return blk.expand_blocks(grid, layer.shape, layer.block, layer.view)
 
 
-def times(weights: jax.Array, grid: jax.Array, layer: LeafPlan) -> jax.Array:
+def scale_blocks(weights: jax.Array, grid: jax.Array, layer: LeafPlan) -> jax.Array:
     """`weights * spread(grid)`, multiplied in at least float32 and returned in the weights' type."""
-    wide = blk.widened(weights)
-    return (wide * spread(grid.astype(wide.dtype), layer)).astype(weights.dtype)
+    wide = blk.at_least_float32(weights)
+    return (wide * expand_blocks(grid.astype(wide.dtype), layer)).astype(weights.dtype)
 
 
-def keep(weights: jax.Array, mask: jax.Array, layer: LeafPlan, otherwise: jax.Array | int = 0) -> jax.Array:
+def apply_mask(weights: jax.Array, mask: jax.Array, layer: LeafPlan, otherwise: jax.Array | int = 0) -> jax.Array:
     """The weights of blocks where the mask is true, `otherwise` in the others."""
-    return jnp.where(spread(mask, layer), weights, otherwise)
+    return jnp.where(expand_blocks(mask, layer), weights, otherwise)
 
 
 def zero_masked(params: Params, masks: Masks, layers: Mapping[str, LeafPlan]) -> Params:
@@ -32,7 +32,7 @@ def zero_masked(params: Params, masks: Masks, layers: Mapping[str, LeafPlan]) ->
 
     def zeroed(params: Params, masks: Masks) -> Params:
         def exact(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
-            return weights if layer is None else keep(weights, masks[layer.path], layer)
+            return weights if layer is None else apply_mask(weights, masks[layer.path], layer)
 
         return map_layers(exact, params, layers)
 

@@ -64,9 +64,9 @@ class Sparsifier(NamedTuple):
         exactly zero. Equal to `apply`, for use after the last step: it applies the current masks, and in a dense
         phase, or if training stopped before `phases.total_steps`, these do not prune as planned. Outside `jit` it
         warns if fewer blocks than planned are masked.
-      adopt: `adopt(trainable, prune, params) -> trainable`: the trained weights whose effective parameters are
-        `params`, with unchanged logits. An entry that is effective already leaves its weight alone, and so does every
-        entry of a block that is masked or has scale zero, where it has no effect.
+      sync_from_params: `sync_from_params(trainable, prune, params) -> trainable`: the trained weights whose effective
+        parameters are `params`, with unchanged logits. An entry that is effective already leaves its weight alone, and
+        so does every entry of a block that is masked or has scale zero, where it has no effect.
       plan: `plan(params) -> Plan`: which layers are pruned and how.
       phases: the schedule.
       attention: whether `trainable.logits` are those of attention weights, `N softmax(logits)`.
@@ -76,7 +76,7 @@ class Sparsifier(NamedTuple):
     apply: Callable[[Trainable, PruneState], Params]
     update: Callable[..., State]
     finalize: Callable[[Trainable, PruneState], Params]
-    adopt: Callable[[Trainable, PruneState, Params], Trainable]
+    sync_from_params: Callable[[Trainable, PruneState, Params], Trainable]
     plan: Callable[[Params], Plan]
     phases: Phases
     attention: bool = False

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sa_plus_plus import trees
-from sa_plus_plus.blocks import widened
+from sa_plus_plus.blocks import at_least_float32
 from sa_plus_plus.masking import zero_masked
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 
@@ -110,11 +110,11 @@ def sparsify(
     moments carry over from phase to phase, which costs accuracy: `init` warns about this.
 
     Changes that the loop makes to `params` between updates (loading trained weights after `tx.init`, clipping, decay)
-    take effect as described at `sp.adopt`, however small they are. As with optax, a gradient may be None, and `update`
-    may be given more than `init` was (a whole Equinox model). Integers, booleans and random keys stay as the loop has
-    them; `tx` sees None in their place. Nothing else belongs in a chain with `sparsify`. Before it, clipping and
-    weight decay would see gradients and weights of the effective network, masked blocks included; after it, anything
-    that alters the updates would make the network deviate from the plan. So wrap the whole chain:
+    take effect as described at `sp.sync_from_params`, however small they are. As with optax, a gradient may be None,
+    and `update` may be given more than `init` was (a whole Equinox model). Integers, booleans and random keys stay as
+    the loop has them; `tx` sees None in their place. Nothing else belongs in a chain with `sparsify`. Before it,
+    clipping and weight decay would see gradients and weights of the effective network, masked blocks included; after
+    it, anything that alters the updates would make the network deviate from the plan. So wrap the whole chain:
 
         tx = sapp.sparsify(optax.chain(optax.clip_by_global_norm(1.0), sapp.reset_on(optax.adam(1e-3))), sp)
 
@@ -163,7 +163,7 @@ def sparsify(
         weights = state.trainable.params
         held = trees.of_state(params, weights, "parameters")
         full = trees.filled(held, sp.apply(state.trainable, state.prune))
-        trainable = sp.adopt(state.trainable, state.prune, full)
+        trainable = sp.sync_from_params(state.trainable, state.prune, full)
         trained = trees.inexact(trainable)
 
         def apply(trained: Trainable) -> Any:
@@ -227,7 +227,7 @@ def _step_to(target: Any, start: Any) -> Any:
     start = jnp.asarray(start)
     if not trees.is_inexact(target):
         return jnp.zeros_like(start)
-    return widened(target.astype(start.dtype)) - widened(start)
+    return at_least_float32(target.astype(start.dtype)) - at_least_float32(start)
 
 
 def _side_by_side(

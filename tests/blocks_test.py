@@ -17,7 +17,7 @@ from sa_plus_plus import blocks as blk
 
 to_blocks = jax.jit(blk.to_blocks, static_argnums=1)
 from_blocks = jax.jit(blk.from_blocks, static_argnums=1)
-spread = jax.jit(blk.spread, static_argnums=(1, 2))
+spread = jax.jit(blk.expand_blocks, static_argnums=(1, 2))
 frobenius = jax.jit(blk.frobenius, static_argnums=1)
 gradient_of_norms = jax.jit(jax.grad(lambda kernel, block: jnp.sum(blk.frobenius(kernel, block))), static_argnums=1)
 
@@ -166,7 +166,7 @@ def test_gradient_of_the_norm_is_the_unit_block_and_zero_at_a_block_of_zeros(cas
 
 def test_spread_takes_any_dtype():
     for grid in (jnp.asarray([[True, False]]), jnp.asarray([[3, 4]])):
-        out = blk.spread(grid, (2, 3), (2, 2))
+        out = blk.expand_blocks(grid, (2, 3), (2, 2))
         assert out.dtype == grid.dtype
         np.testing.assert_array_equal(out, np.asarray(grid)[:, [0, 0, 1]].repeat(2, axis=0))
 

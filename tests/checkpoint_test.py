@@ -231,7 +231,7 @@ def test_damage_is_named_and_passed_over_and_a_new_save_has_room(two, caplog, ha
     assert f"{two / name} passed over" in warning
     assert reason in warning
     assert contents(two) == before
-    with contextlib.closing(checkpoint.Checkpoints(two, keep=2)) as checkpoints:
+    with contextlib.closing(checkpoint.Checkpoints(two, max_to_keep=2)) as checkpoints:
         checkpoints.restore(abstract(small(0)))
         checkpoints.save(step + 100, small(5), {})
     assert restore(two).step == step + 100
@@ -278,7 +278,7 @@ def test_damaged_twice_at_the_same_step_and_at_a_step_to_come(two):
         save(two, 200)
         assert contents(two / f"200.damaged-{n}") == damaged
     flip(largest(two / "200"))
-    save(two, 150, keep=1)  # must not take the damaged 200 for the newest, and itself for superseded
+    save(two, 150, max_to_keep=1)  # must not take the damaged 200 for the newest, and itself for superseded
     assert restore(two).step == 150
     assert names(two) == ["150", "200.damaged-0", "200.damaged-1", "200.damaged-2"]
 
@@ -331,25 +331,25 @@ def test_many_differences_are_cut_short(tmp_path):
 def test_what_is_kept(tmp_path):
     metrics = {1: 0.1, 2: 0.9, 3: float("nan"), 4: 0.9, 5: None, 6: 0.3, 7: None, 8: 0.2}
     seen = []
-    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep=2)) as checkpoints:
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, max_to_keep=2)) as checkpoints:
         for step, metric in metrics.items():
             checkpoints.save(step, small(step), {}, metric)
             checkpoints.wait()
             seen.append([int(name) for name in names(tmp_path)])
     assert seen == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6], [4, 6, 7], [4, 7, 8]]
-    save(tmp_path, 9, keep=1)  # another object knows the best too
+    save(tmp_path, 9, max_to_keep=1)  # another object knows the best too
     assert names(tmp_path) == ["4", "9"]
     assert checkpoint.superseded({}, 1) == []
     assert checkpoint.superseded({1: None, 2: float("nan"), 10: None}, 1) == [1, 2]
-    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        checkpoint.Checkpoints(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="max_to_keep must be at least 1, got 0"):
+        checkpoint.Checkpoints(tmp_path, max_to_keep=0)
 
 
 def test_older_ones_plainly_damaged_neither_count_nor_go(two):
     (two / "50").mkdir()
     (two / "60").write_text("?")
     (two / "100" / "host.json").write_text("?")
-    with contextlib.closing(checkpoint.Checkpoints(two, keep=2)) as checkpoints:
+    with contextlib.closing(checkpoint.Checkpoints(two, max_to_keep=2)) as checkpoints:
         checkpoints.save(300, small(300), {})
         checkpoints.wait()
         assert names(two) == ["100", "200", "300", "50", "60"]
@@ -367,7 +367,7 @@ def test_nothing_is_deleted_before_the_next_is_intact(two, monkeypatch):
         raise KeyError("killed")
 
     monkeypatch.setattr(checkpoint, "_write_manifest", killed)
-    checkpoints = checkpoint.Checkpoints(two, keep=1)
+    checkpoints = checkpoint.Checkpoints(two, max_to_keep=1)
     checkpoints.save(300, small(300), {})
     with pytest.raises(KeyError, match="killed"):
         checkpoints.wait()
@@ -553,7 +553,7 @@ def damage(step):
 check(checkpoint.restore(directory / "one", abstract(sharded, whole)), 200)  # what one process saved
 check(checkpoint.restore(directory / "one", abstract(NamedSharding(mesh, P(None, "x")), whole)), 200)
 
-with contextlib.closing(checkpoint.Checkpoints(directory / "two", keep=2)) as checkpoints:
+with contextlib.closing(checkpoint.Checkpoints(directory / "two", max_to_keep=2)) as checkpoints:
     assert checkpoints.restore(abstract(sharded, whole)) is None
     for step in (1, 2, 3):
         checkpoints.save(step, state(step), {"at": step})

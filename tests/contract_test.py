@@ -117,7 +117,7 @@ def mixed_network():
 def test_results_share_no_buffer_with_arguments_or_each_other(name, jit):
     """So that any of them may be donated, as the docs recommend."""
     sp, _ = problems.algorithm(name)
-    init, apply, update, finalize, adopt = map(jit, sp[:5]) if jit else sp[:5]
+    init, apply, update, finalize, sync = map(jit, sp[:5]) if jit else sp[:5]
     params = mixed_network()
     for key in (None, jax.random.key(5), jax.random.key_data(jax.random.key(5))):
         state = init(params, key)
@@ -127,7 +127,7 @@ def test_results_share_no_buffer_with_arguments_or_each_other(name, jit):
         assert_apart(finalize(*state), state)
     given = apply(*state)
     assert_apart(given, state)
-    assert_apart(adopt(*state, given), state, given)
+    assert_apart(sync(*state, given), state, given)
     assert_apart(update(*state), state)
     updates = jax.tree.map(jnp.ones_like, state[0])
     updates.params["rest"] = dict.fromkeys(params["rest"])  # None: left as they are
@@ -246,7 +246,7 @@ def test_explicit_use_equals_one_line(name, dtype, separate_logits):
         chex.assert_trees_all_close(params, sp.apply(*run[:2]), **tolerance)
         masked = [path for path in run.prune.masks if not np.asarray(run.prune.masks[path]).all()]
         for path in masked:
-            zero = ~np.asarray(sapp.blocks.spread(run.prune.masks[path], *_shape_and_block(sp, params, path)))
+            zero = ~np.asarray(sapp.blocks.expand_blocks(run.prune.masks[path], *_shape_and_block(sp, params, path)))
             assert not np.asarray(_leaf(params, path))[zero].any()
 
 

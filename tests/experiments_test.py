@@ -133,9 +133,9 @@ def test_nothing_is_compiled_once_the_first_evaluation_and_save_are_done(tmp_pat
 
 
 def test_a_network_that_is_not_sparse_yet_is_never_the_best_checkpoint(tmp_path):
-    c = config(log_every=60, eval_every=5, checkpoint_every=5, keep=60)
+    c = config(log_every=60, eval_every=5, checkpoint_every=5, max_to_keep=60)
     c.sparsifier.schedule = (("dense", 20), ("sparse", 15), ("sparsification", 15), ("sparse", 10))
-    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep=c.keep)) as saved:
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, max_to_keep=c.max_to_keep)) as saved:
         loop.train(program.compiled(prepared(c)), [0], checkpoints=saved)
     saves = [json.loads(path.read_text()) for path in tmp_path.glob("*/host.json")]
     assert sorted(save["step"] for save in saves) == list(range(5, 61, 5))

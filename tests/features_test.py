@@ -178,7 +178,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
         ({"features": 21}, "config.features=21 must be from 1 to the 20 features"),
         ({"features": 0}, "config.features=0 must be from 1 to the 20 features"),
         ({"sparsifier.block": (1, 4)}, "rows of the first kernel alone"),
-        ({"sparsifier.only": ""}, "rows of the first kernel alone"),
+        ({"sparsifier.include": ""}, "rows of the first kernel alone"),
     ],
 )
 def test_what_is_wrong_with_the_number_of_features_is_said(planted, changes, message):

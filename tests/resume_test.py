@@ -89,7 +89,7 @@ def test_sigterm_saves_and_exits_with_its_own_status(uninterrupted):
 
 @pytest.mark.long
 def test_another_config_is_refused_with_the_differing_keys_unless_asked(uninterrupted):
-    done = run(uninterrupted, "--config.optimizer.learning_rate=0.05", "--config.seed=3", "--config.keep=5")
+    done = run(uninterrupted, "--config.optimizer.learning_rate=0.05", "--config.seed=3", "--config.max_to_keep=5")
     assert done.returncode == 2
     assert "config.optimizer.learning_rate: 0.2 there, 0.05 now" in done.output
     assert "config.seed: 0 there, 3 now" in done.output

@@ -149,7 +149,7 @@ def test_other_settings_are_refused(tmp_path):
     one = sweep("table3", "smoke")
     cell = cells_of(one)[0]
     (tmp_path / cell.folder).mkdir(parents=True)
-    workdir.settle(tmp_path / cell.folder, cell.config())
+    workdir.write_config(tmp_path / cell.folder, cell.config())
     check(cells_of(one), tmp_path)
     changed = one._replace(options=one.options | {"changes": {**one.options["changes"], "steps": 50}})
     with pytest.raises(ValueError, match=r"holds a run with another config .*steps: 60 there, 50 now"):

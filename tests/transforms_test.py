@@ -96,7 +96,7 @@ def test_weight_decay_reaches_logits_but_not_masked_weights():
     after, _ = update(trainable, prune, updates)
     for path, layer in sp.plan(trainable.params).pruned.items():
         name = path.split("/")[0]
-        mask = np.asarray(sapp.blocks.spread(prune.masks[path], layer.shape, layer.block))
+        mask = np.asarray(sapp.blocks.expand_blocks(prune.masks[path], layer.shape, layer.block))
         old, new = (np.asarray(t.params[name]["kernel"]) for t in (trainable, after))
         assert 0 < mask.mean() < 1
         np.testing.assert_array_equal(new[~mask], old[~mask])
@@ -182,17 +182,17 @@ def test_adopted_parameters_are_the_effective_ones(name):
     for i in range(25):  # into a sparsification, sparse or dense phase
         run = step(run, problems.batch(i))
     effective = sp.apply(*run[:2])
-    same = sp.adopt(run.trainable, run.prune, effective)
+    same = sp.sync_from_params(run.trainable, run.prune, effective)
     chex.assert_trees_all_equal(same, run.trainable)
     wanted = jax.tree.map(lambda x, y: 0.5 * x + y, effective, problems.network(seed=3))
-    adopted = jax.jit(sp.adopt)(run.trainable, run.prune, wanted)
+    adopted = jax.jit(sp.sync_from_params)(run.trainable, run.prune, wanted)
     got = sp.apply(adopted, run.prune)
     chex.assert_trees_all_equal(adopted.logits, run.trainable.logits)
     for layer in sp.plan(wanted).leaves:
         name, leaf = layer.path.split("/")
         alive = np.ones(layer.shape, bool)
         if layer.path in run.prune.masks:
-            alive = np.asarray(sapp.blocks.spread(run.prune.masks[layer.path], layer.shape, layer.block))
+            alive = np.asarray(sapp.blocks.expand_blocks(run.prune.masks[layer.path], layer.shape, layer.block))
         np.testing.assert_allclose(got[name][leaf], wanted[name][leaf] * alive, rtol=2e-5, atol=1e-6)
         old, new = (np.asarray(tree.params[name][leaf]) for tree in (run.trainable, adopted))
         np.testing.assert_array_equal(new[~alive], old[~alive])
@@ -205,7 +205,7 @@ def test_a_block_whose_scale_is_zero_stays_as_it_was():
     logits = {path: x.at[0, 0].set(-1e9) for path, x in trainable.logits.items()}
     trainable = trainable._replace(logits=logits)
     wanted = jax.tree.map(lambda x: x + 1, sp.apply(trainable, prune))
-    adopted = sp.adopt(trainable, prune, wanted)
+    adopted = sp.sync_from_params(trainable, prune, wanted)
     for name in ("conv", "wide"):
         old, new, want = (np.asarray(t[name]["kernel"]) for t in (trainable.params, adopted.params, wanted))
         old, new, want = (x.reshape(-1, x.shape[-1]) for x in (old, new, want))
@@ -270,7 +270,7 @@ def test_an_untouched_loop_trains_what_it_holds(name):
         handed = sp.apply(state.trainable, state.prune)
         for p, old, new in zip(*map(jax.tree.leaves, (params, before, handed)), strict=True):
             assert (np.abs(p - new) <= 2e-7 * (np.abs(old) + np.abs(new))).all()
-    adopted = sp.adopt(state.trainable, state.prune, params)
+    adopted = sp.sync_from_params(state.trainable, state.prune, params)
     chex.assert_trees_all_close(adopted, state.trainable, rtol=1e-4, atol=1e-7)
     chex.assert_trees_all_close(sp.apply(adopted, state.prune), params, rtol=3e-7, atol=0)
 
@@ -283,7 +283,7 @@ def test_masked_weights_outlive_parameters_rounded_by_the_loop():
         half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
         updates, state = step(half, state, half)
         params = jax.tree.map(lambda p, u: p + u, params, updates)
-        masked = ~np.asarray(sapp.blocks.spread(state.prune.masks["w"], (20, 20), (2, 2)))
+        masked = ~np.asarray(sapp.blocks.expand_blocks(state.prune.masks["w"], (20, 20), (2, 2)))
         if i == 1:
             kept = np.asarray(state.trainable.params["w"])[masked]
     assert kept.size == 200

@@ -104,7 +104,7 @@ def test_blocks_of_views_against_numpy(drawn, block, seed):
     np.testing.assert_allclose((got**2).sum((-3, -1)).reshape(norms.shape), norms)
     np.testing.assert_array_equal(blocks.from_blocks(got, shape, view), kernel)
     numbers = np.arange(norms.size).reshape(blocks.full_grid(shape, block, view))
-    spread = np.asarray(blocks.spread(jnp.asarray(numbers), shape, block, view))
+    spread = np.asarray(blocks.expand_blocks(jnp.asarray(numbers), shape, block, view))
     for m, r, c in np.ndindex(stacked.shape):
         want = numbers.reshape(norms.shape)[m, r // block[0], c // block[1]]
         assert spread.transpose(view.order).reshape(stacked.shape)[m, r, c] == want

@@ -174,9 +174,9 @@ def test_what_cannot_be_started_from_is_named(dense, tmp_path):
 
 
 def test_another_start_is_another_run(tmp_path):
-    workdir.settle(tmp_path, config())
+    workdir.write_config(tmp_path, config())
     with pytest.raises(ValueError, match=r"config\.init_from: '' there, 'runs/dense' now"):
-        workdir.settle(tmp_path, config(init_from="runs/dense"))
+        workdir.write_config(tmp_path, config(init_from="runs/dense"))
 
 
 def test_resumed_runs_end_the_same_wherever_their_start_came_from(dense, tmp_path):
@@ -255,7 +255,7 @@ def test_what_one_shot_cannot_do_is_said(flags, match, dense, tmp_path):
 
 
 def test_a_missing_file_is_answered_in_a_sentence(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"), cli.users_mistakes():
+    with pytest.raises(SystemExit, match="2"), cli.input_errors():
         prepared(init_from=f"{tmp_path}/gone")
     want = f"Cannot run: config.init_from={tmp_path}/gone: there is no such file or directory\n"
     assert capsys.readouterr().err == want
@@ -329,7 +329,7 @@ def test_training_learns_from_the_teacher_and_evaluation_does_not(seeds, dense):
     path = dense[0] / "pruned.safetensors"
     options = {
         "distil.weight": 0.75,
-        "distil.weights": str(path),
+        "distil.teacher": str(path),
         "distil.temperature": 3.0,
         "sparsifier.name": "dense",
     }
@@ -361,10 +361,10 @@ def test_teachers_that_cannot_teach_are_refused(dense):
     for changes, message in (
         ({"distil.weight": 1.5}, r"config.distil.weight must be in \[0, 1\], 0 for no teacher; got 1.5"),
         ({"distil.weight": float("nan")}, "got nan"),
-        ({"distil.weight": 0.5}, "needs a teacher: name its weights by config.distil.weights, or by config.init_from"),
-        ({"distil.weights": path}, "is a teacher without influence: raise config.distil.weight"),
-        ({"distil.weight": 0.5, "distil.weights": path, "distil.temperature": 0.0}, "temperature must be .* got 0.0"),
-        ({"distil.weight": 0.5, "distil.weights": path, "model": "ConvNet"}, "config.distil.weights=.*another network"),
+        ({"distil.weight": 0.5}, "needs a teacher: name its weights by config.distil.teacher, or by config.init_from"),
+        ({"distil.teacher": path}, "is a teacher without influence: raise config.distil.weight"),
+        ({"distil.weight": 0.5, "distil.teacher": path, "distil.temperature": 0.0}, "temperature must be .* got 0.0"),
+        ({"distil.weight": 0.5, "distil.teacher": path, "model": "ConvNet"}, "config.distil.teacher=.*another network"),
     ):
         with pytest.raises(ValueError, match=message):
             prepared(**changes)

@@ -15,7 +15,7 @@ from experiments.utils import files
 CONFIG, RESULT, METRICS, LOCK = "config.json", "result.json", "metrics.jsonl", ".lock"
 
 # What may change from one session of a run to the next without changing its mathematics or its rows.
-NEUTRAL = ("checkpoint_every", "keep")
+NEUTRAL = ("checkpoint_every", "max_to_keep")
 
 
 class InUseError(OSError):
@@ -43,7 +43,7 @@ def claim(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def settle(path: pathlib.Path, config: ml_collections.ConfigDict, change: bool = False) -> None:
+def write_config(path: pathlib.Path, config: ml_collections.ConfigDict, change: bool = False) -> None:
     """Write the config to a new directory; in one with a run, check that it is the same run.
 
     Args:

@@ -100,7 +100,7 @@ def _do(
             if state(cell, directory) not in ("started", "waiting"):  # since the last look
                 return None
             config = cell.config()
-            workdir.settle(folder, config)
+            workdir.write_config(folder, config)
             try:
                 setup = prepare(config, dataset=_dataset(json.dumps(config.data.to_dict())))
                 stop()

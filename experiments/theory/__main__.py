@@ -28,7 +28,7 @@ UNMET = 1
 def main() -> None:
     arguments = _parser().parse_args()
     amount, folder = QUICK if arguments.quick else Amount(), pathlib.Path(arguments.output)
-    with cli.users_mistakes():
+    with cli.input_errors():
         if (folder / "theory.md").exists() and not arguments.overwrite:
             raise FileExistsError(f"{folder} holds a page: choose another --output or pass --overwrite")
         folder.mkdir(parents=True, exist_ok=True)

@@ -59,21 +59,21 @@ class Checkpoints:
     `close` belongs in a `finally`: a save still under way when Python exits is lost.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
+    def __init__(self, directory: str | os.PathLike[str], max_to_keep: int = 2) -> None:
         """Make the directory.
 
         Args:
           directory: where they go, for all processes.
-          keep: how many of the newest are kept, besides the one of the highest metric.
+          max_to_keep: how many of the newest are kept, besides the one of the highest metric.
 
         Raises:
-          ValueError: if `keep` is less than 1.
+          ValueError: if `max_to_keep` is less than 1.
           OSError: if the directory cannot be made or written to.
         """
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
+        if max_to_keep < 1:
+            raise ValueError(f"max_to_keep must be at least 1, got {max_to_keep}")
         self._directory = pathlib.Path(directory).absolute()
-        self._keep = keep
+        self._max_to_keep = max_to_keep
         self._directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self._directory):
             pass  # raises now rather than at the first save
@@ -181,7 +181,7 @@ class Checkpoints:
         unfinished.rename(self._directory / str(step))
         sync(self._directory)
         self._latest = step
-        for old in superseded(_metrics(self._directory), self._keep):
+        for old in superseded(_metrics(self._directory), self._max_to_keep):
             # Renamed first: cut short, a deletion must not leave a number with half its files.
             shutil.rmtree((self._directory / str(old)).rename(self._directory / f"{old}.unfinished"))
 

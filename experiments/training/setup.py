@@ -18,7 +18,7 @@ from experiments.utils import registry
 # Numbers of a config: the least that each may be, and what it must be below.
 _RANGES = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "log_every", "eval_every", "checkpoint_every"), (1, math.inf)),
-    **dict.fromkeys(("keep", "mesh.fsdp"), (1, math.inf)),
+    **dict.fromkeys(("max_to_keep", "mesh.fsdp"), (1, math.inf)),
     **dict.fromkeys(("steps", "epochs", "data.workers"), (0, math.inf)),
     **{f"optimizer.{name}": (0, math.inf) for name in ("learning_rate", "scale_batch", "weight_decay")},
     **{f"optimizer.{name}": (0, math.inf) for name in ("warmup_steps", "warmup_epochs", "final_fraction")},
@@ -32,7 +32,7 @@ class Setup(NamedTuple):
     """The parts of a run that its config describes.
 
     Attributes:
-      given: the config as it was given, with the sparsity that its number of features stands for.
+      raw_config: the config as it was given, with the sparsity that its number of features stands for.
       config: the same with lengths in steps, and the learning rate as it applies to the batch.
       mesh: the devices.
       task: what is trained.
@@ -45,7 +45,7 @@ class Setup(NamedTuple):
       teacher: of a network to learn from, in host memory; None for learning from labels alone.
     """
 
-    given: ml_collections.ConfigDict
+    raw_config: ml_collections.ConfigDict
     config: ml_collections.ConfigDict
     mesh: Mesh
     task: tasks.Task
@@ -87,7 +87,7 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     examples = len(task.dataset.train)
     if config.batch_size > examples:
         raise ValueError(f"config.batch_size={config.batch_size} exceeds the {examples} training examples")
-    given, config = config.copy_and_resolve_references(), _resolved(config, examples)
+    raw, config = config.copy_and_resolve_references(), _resolved(config, examples)
     tx, schedule = factories.optimizer(config.optimizer, config.steps)
     epoch = max(1, round(examples / config.batch_size))
     sparsifier = factories.sparsifier(config.sparsifier, config.steps, epoch)
@@ -97,7 +97,7 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     table = _table(config.optimizer.rows, task)
     start = weights.read(config.init_from, params, model_state, "config.init_from") if config.init_from else None
     teacher = _teacher(config, task, (params, model_state), start)
-    return Setup(given, config, mesh, task, tx, schedule, sparsifier, plan, table, start, teacher)
+    return Setup(raw, config, mesh, task, tx, schedule, sparsifier, plan, table, start, teacher)
 
 
 def prepare_without_data(config: ml_collections.ConfigDict, dataset: data.Dataset | None = None) -> Setup:
@@ -140,8 +140,8 @@ def _check_features(config: ml_collections.ConfigDict, task: tasks.Task, plan: s
     if any((*layer.grid, layer.kept) != wanted for layer in plan.pruned.values()):
         raise ValueError(
             f"config.features={config.features} is for rows of the first kernel alone: set "
-            f"config.sparsifier.block={config.sparsifier.block} to (1, None), and config.sparsifier.only="
-            f"{config.sparsifier.only!r} to its path"
+            f"config.sparsifier.block={config.sparsifier.block} to (1, None), and config.sparsifier.include="
+            f"{config.sparsifier.include!r} to its path"
         )
 
 
@@ -162,9 +162,9 @@ def _teacher(
     if not 0 <= options.weight <= 1:
         raise ValueError(f"config.distil.weight must be in [0, 1], 0 for no teacher; got {options.weight}")
     if options.weight == 0:
-        if options.weights:
+        if options.teacher:
             raise ValueError(
-                f"config.distil.weights={options.weights} is a teacher without influence: raise config.distil.weight "
+                f"config.distil.teacher={options.teacher} is a teacher without influence: raise config.distil.weight "
                 "above 0, such as to 0.5"
             )
         return None
@@ -173,15 +173,15 @@ def _teacher(
             f"config.distil.weight={options.weight} needs a task that can learn from a teacher, classification; "
             f"config.task={config.task!r} cannot"
         )
-    found = weights.read(options.weights, *shapes, "config.distil.weights") if options.weights else start
+    found = weights.read(options.teacher, *shapes, "config.distil.teacher") if options.teacher else start
     if found is None:
         raise ValueError(
-            f"config.distil.weight={options.weight} needs a teacher: name its weights by config.distil.weights, or by "
+            f"config.distil.weight={options.weight} needs a teacher: name its weights by config.distil.teacher, or by "
             "config.init_from to start from them too"
         )
     if shapes[1] and found.model_state is None:
         raise ValueError(
-            f"the teacher {options.weights or config.init_from} has no {', '.join(shapes[1])}, which its model needs: "
+            f"the teacher {options.teacher or config.init_from} has no {', '.join(shapes[1])}, which its model needs: "
             "take what a run has left"
         )
     return found._replace(model_state=found.model_state or {})

@@ -133,7 +133,9 @@ def spread(groups: Groups, s: jax.Array) -> jax.Array:
         per = int(np.prod(groups.shape)) // groups.count
         return jnp.broadcast_to(s[:, None], (groups.count, per)).reshape(groups.shape)
     if groups.kind == "blocks":
-        return blocks.spread(s.reshape(blocks.grid_shape(groups.shape, groups.block)), groups.shape, groups.block)
+        return blocks.expand_blocks(
+            s.reshape(blocks.grid_shape(groups.shape, groups.block)), groups.shape, groups.block
+        )
     assert groups.ids is not None
     return s[groups.ids]
 

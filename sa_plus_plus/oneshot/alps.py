@@ -90,7 +90,7 @@ def _largest(matrix: jax.Array, block: blk.Block, kept: Any) -> jax.Array:
 
 
 def _spread(mask: jax.Array, block: blk.Block) -> jax.Array:
-    return blk.spread(mask, (mask.shape[0] * block[0], mask.shape[1] * block[1]), block)
+    return blk.expand_blocks(mask, (mask.shape[0] * block[0], mask.shape[1] * block[1]), block)
 
 
 @jax.jit

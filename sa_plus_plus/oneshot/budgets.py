@@ -8,7 +8,7 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import select
-from sa_plus_plus.masking import keep
+from sa_plus_plus.masking import apply_mask
 from sa_plus_plus.oneshot.sensitivities import Costs, Sensitivity
 from sa_plus_plus.oneshot.uses import uses_of
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
@@ -224,7 +224,7 @@ def _largest_kept(params: Any, plan: Plan, sparsity: float) -> Any:
         kept = max(1, select.kept_blocks(layer.grid[0] * layer.grid[1], sparsity))
         norms = blk.frobenius(jnp.asarray(leaf), layer.block, layer.view).reshape(-1, layer.grid[0] * layer.grid[1])
         mask = jnp.stack([select.top_k(scores, kept) for scores in norms])
-        return keep(jnp.asarray(leaf), mask.reshape(layer.full_grid), layer)
+        return apply_mask(jnp.asarray(leaf), mask.reshape(layer.full_grid), layer)
 
     return map_layers(one, params, plan.pruned)
 

@@ -16,7 +16,7 @@ from experiments.data.criteo.reader import InputError
 
 def main() -> None:
     arguments = _parser().parse_args()
-    with cli.users_mistakes():
+    with cli.input_errors():
         options = Options(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Options)})
     try:
         manifest = prepare(

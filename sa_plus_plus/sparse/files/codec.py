@@ -22,14 +22,14 @@ PARTS = ("blocks", "index", "scales")  # suffixes of a kernel's tensors, after i
 _DESCRIPTION = {"shape": [int], "block": [int], "kept": int, "dtype": str, "storage": str}
 
 
-def narrowed(dtype: np.dtype) -> bool:
+def is_narrowed(dtype: np.dtype) -> bool:
     """Whether JAX would convert this dtype to a narrower one, such as float64 unless `jax_enable_x64` is set."""
     return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) != dtype
 
 
 def as_jax(array: np.ndarray) -> Any:
     """The values as a JAX array; unchanged if JAX would narrow them."""
-    return array if narrowed(array.dtype) else jax.device_put(array)  # jnp.asarray compiles a copy for each shape
+    return array if is_narrowed(array.dtype) else jax.device_put(array)  # jnp.asarray compiles a copy for each shape
 
 
 def _check_size(shape: tuple[int, ...], block: blk.Block, kept: int, weights: int, view: View | None = None) -> None:
@@ -48,7 +48,7 @@ def _check_size(shape: tuple[int, ...], block: blk.Block, kept: int, weights: in
         raise ValueError(f"its {kept} blocks of {block} are nearly all padding around {weights} weights: use smaller")
 
 
-def packed(w: BlockSparse, storage: str, name: str) -> tuple[dict[str, np.ndarray], float]:
+def encode(w: BlockSparse, storage: str, name: str) -> tuple[dict[str, np.ndarray], float]:
     """The tensors that hold a kernel, and the error of rounding.
 
     Args:
@@ -122,7 +122,7 @@ def parts_of(about: Any) -> tuple[str, ...]:
     return PARTS if about["storage"] == "int8" else PARTS[:2]
 
 
-def unpacked(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> BlockSparse:
+def decode(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> BlockSparse:
     """The kernel from the result of `packed`.
 
     Args:

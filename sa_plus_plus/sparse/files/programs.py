@@ -14,7 +14,7 @@ from jax.extend import mlir as portable
 from jax.interpreters import mlir
 
 from sa_plus_plus.sparse.files import container
-from sa_plus_plus.sparse.files.codec import as_jax, narrowed
+from sa_plus_plus.sparse.files.codec import as_jax, is_narrowed
 from sa_plus_plus.sparse.files.container import shortened
 from sa_plus_plus.sparse.files.serialization import NETWORK, kind_of
 from sa_plus_plus.sparse.ops import native
@@ -241,7 +241,7 @@ def _kind(array: Any) -> tuple[tuple[int, ...], Any]:
 
 
 def _is_narrowed(dtype: Any) -> bool:
-    return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended) and narrowed(dtype)
+    return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended) and is_narrowed(dtype)
 
 
 def _check_here(path: Any, about: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from sa_plus_plus.checks import faults
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers, path_string
 from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.files import container
-from sa_plus_plus.sparse.files.codec import PARTS, STORABLE, STORAGE, as_jax, narrowed, packed, parts_of, unpacked
+from sa_plus_plus.sparse.files.codec import PARTS, STORABLE, STORAGE, as_jax, decode, encode, is_narrowed, parts_of
 from sa_plus_plus.sparse.files.container import ESCAPED, FORMAT, VIEWED
 
 NETWORK = "sa_plus_plus network"  # the "kind" in the tensor "about" of files that `sapp.serve` writes
@@ -101,7 +101,7 @@ def save(
     kernels, errors, dense_bytes = {}, {}, 0
     for name, leaf in _named(tree).items():
         if _is_sparse(leaf):
-            parts, errors[name] = packed(leaf, storage, name)
+            parts, errors[name] = encode(leaf, storage, name)
             tensors |= {f"{name}:{part}": values for part, values in parts.items()}
             kernels[name] = {
                 "shape": leaf.shape,
@@ -153,7 +153,7 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     for name, kernel in about["kernels"].items():
         try:
             parts = {part: tensors.pop(f"{name}:{part}") for part in parts_of(kernel) if f"{name}:{part}" in tensors}
-            leaves[name] = unpacked(kernel, parts)
+            leaves[name] = decode(kernel, parts)
         except ValueError as error:
             raise ValueError(f"{path}: kernel {name!r} is damaged: {error}") from error
     if twice := sorted(leaves.keys() & tensors.keys()):
@@ -227,7 +227,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _in_full(w: BlockSparse) -> Any:
     """Like `BlockSparse.todense`, in NumPy if JAX would narrow the weights."""
-    if not narrowed(w.dtype):
+    if not is_narrowed(w.dtype):
         return w.todense()
     tiles: Any = np.zeros((*w.layout.grid, *w.layout.block), w.dtype)
     tiles[w.layout.indices, w.layout.columns] = w.blocks

@@ -193,7 +193,7 @@ def _product_backward(
     transposed, order = layout.transposed
     dx = _forward(g, blocks[order].swapaxes(1, 2), None, transposed, False, implementation)
     d_blocks = xla.weight_gradient(x, g, layout).astype(blocks.dtype)
-    d_bias = None if bias is None else _like(jnp.sum(blk.widened(g), axis=0).astype(bias.dtype), bias)
+    d_bias = None if bias is None else _like(jnp.sum(blk.at_least_float32(g), axis=0).astype(bias.dtype), bias)
     return _like(dx, x), _like(d_blocks, blocks), d_bias
 
 

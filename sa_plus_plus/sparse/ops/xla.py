@@ -78,7 +78,7 @@ def _dots(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _sums(x: jax.Array, weights: jax.Array) -> jax.Array:
     """The same as a reduction, which XLA compiles to one kernel on CPUs; its many small matmuls take longer."""
-    return jnp.sum(blk.widened(x)[..., None] * blk.widened(weights)[None], axis=-2)
+    return jnp.sum(blk.at_least_float32(x)[..., None] * blk.at_least_float32(weights)[None], axis=-2)
 
 
 def _by_blocks(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
@@ -132,7 +132,7 @@ def sum_type(x: jax.Array) -> np.dtype:
 
 def _held(x: jax.Array) -> jax.Array:
     """The operand as it is multiplied: on CPUs, XLA does not support bfloat16 with float32 sums for every shape."""
-    return blk.widened(x) if jax.default_backend() == "cpu" else x
+    return blk.at_least_float32(x) if jax.default_backend() == "cpu" else x
 
 
 def matmul(x: jax.Array, blocks: jax.Array, layout: Layout) -> jax.Array:
