@@ -13,9 +13,7 @@ interrupted run and ends with the same result as an uninterrupted one. Exit stat
 
 import contextlib
 import errno
-import json
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -38,9 +36,6 @@ _RESUME_CHANGED = flags.DEFINE_bool("resume_changed", False, "Resume even if the
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a JAX trace of a few steps to profile/ in the work directory.")
 
 
-FEATURES = "features.json"
-
-
 def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     config, console = cli.CONFIG.value, progress.console()
@@ -51,8 +46,9 @@ def main(argv: list[str]) -> None:
             if jax.process_index() == 0:
                 stack.enter_context(workdir.claim(path))
                 if _OVERWRITE.value:
-                    _clear(path)
+                    workdir.clear(path)
                 workdir.settle(path, config, _RESUME_CHANGED.value)
+                workdir.settle_data(path, setup.fingerprint(), _RESUME_CHANGED.value)
         cli.cache_compilations(path.parent)
         progress.warn_of_short_phases({setup.config.sparsifier.name: setup.phases}, console)
         try:
@@ -96,7 +92,7 @@ def run(
     """
     twin, started = None, started or time.perf_counter()
     if setup.config.dense_twin and setup.config.sparsifier.name != "dense":
-        twin_path = path / "dense_twin"
+        twin_path = path / workdir.TWIN
         twin_path.mkdir(parents=True, exist_ok=True)
         twin = _one(_dense_twin(setup), twin_path, "dense twin", console, started, compiled)
         started = time.perf_counter()
@@ -124,11 +120,13 @@ def _one(
     profile: bool = False,
 ) -> dict:
     """Run or resume one network in one directory, or return its result if it is already done."""
-    if (path / workdir.RESULT).exists():
-        return json.loads((path / workdir.RESULT).read_text())
+    if (result := workdir.result_of(path)) is not None:
+        return result
     config, metric = setup.given, setup.task.metric
     with contextlib.ExitStack() as stack:
-        saved = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(path / "checkpoints", keep=config.keep)))
+        saved = stack.enter_context(
+            contextlib.closing(checkpoint.Checkpoints(path / workdir.CHECKPOINTS, keep=config.keep))
+        )
         observer = hooks.Observer(path, title, setup.config.steps, metric, console, profile, setup.sparsifier.attention)
         stack.enter_context(observer)
         (outcome,) = loop.train(compiled(setup), [config.seed], observer.hooks, saved)
@@ -140,24 +138,13 @@ def _one(
     if twin is not None:
         result["dense_twin"] = {"metric": twin["metric"], "loss": twin["loss"]}
     if jax.process_index() == 0:
-        report.save_weights(path / "pruned.safetensors", outcome)
+        report.save_weights(path / workdir.WEIGHTS, outcome)
         heading = f"{config.name}: {config.sparsifier.name}, blocks {progress.sizes(config.sparsifier.block)}"
-        report.plot_run(path / "run.png", outcome, rows, metric, heading)
+        report.plot_run(path / workdir.PICTURE, outcome, rows, metric, heading)
         if "features" in config and outcome.plan.pruned:
-            files.write_json(path / FEATURES, report.chosen_features(outcome, setup.task.dataset.features))
+            files.write_json(path / workdir.FEATURES, report.chosen_features(outcome, setup.task.dataset.features))
         files.write_json(path / workdir.RESULT, result)  # last: this file marks the run as complete
     return files.finite(result)
-
-
-def _clear(path: pathlib.Path) -> None:
-    """Delete a run's files in a directory; nothing in a directory without a run."""
-    if not (path / workdir.CONFIG).exists():
-        return
-    for name in (workdir.RESULT, workdir.METRICS, FEATURES, "pruned.safetensors", "run.png"):
-        (path / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "tensorboard", "profile", "dense_twin"):
-        shutil.rmtree(path / name, ignore_errors=True)
-    (path / workdir.CONFIG).unlink()
 
 
 def _show(result: dict, path: pathlib.Path, console: Console) -> None:

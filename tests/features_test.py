@@ -12,6 +12,7 @@ from rich.console import Console
 from configs import feature_selection
 from experiments import main
 from experiments.data import Arrays, Dataset, catalog
+from experiments.outputs import workdir
 from experiments.training import sharding
 from experiments.training.setup import prepare
 from sa_plus_plus import select
@@ -51,7 +52,7 @@ def test_the_planted_columns_are_kept_and_named(planted, tmp_path):
     one_device = sharding.make_mesh(devices=jax.devices()[:1])
     setup = prepare(config_of(planted), one_device)
     result = main.run(setup, tmp_path, Console(quiet=True))
-    chosen = json.loads((tmp_path / main.FEATURES).read_text())
+    chosen = json.loads((tmp_path / workdir.FEATURES).read_text())
     assert {row["name"] for row in chosen} == set(PLANTED)
     assert [row["name"] for row in chosen] == [f"c{row['index']}" for row in chosen]
     norms = [row["norm"] for row in chosen]

@@ -90,6 +90,7 @@ EXPERIMENTS = (
     "utils.files",
     "utils.registry",
     "utils.timing",
+    "data.fingerprints",
     "data.sources",
     "data.shuffle",
     "data.pipeline",

@@ -13,6 +13,8 @@ from experiments.data.images import CorruptImage, rgb
 from experiments.data.sources import Arrays, Batch, Dataset
 from experiments.utils.files import compression
 
+_IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
+
 
 def idx_files(directory: str) -> Dataset:
     """MNIST, Fashion-MNIST or another data set in the format of MNIST's files.
@@ -40,7 +42,8 @@ def idx_files(directory: str) -> Dataset:
             f"{folder}: example {beyond[0]} of the file t10k-labels-idx1-ubyte has the label "
             f"{test['label'][beyond[0]]}, beyond those of train-labels-idx1-ubyte, 0 to {classes - 1}"
         )
-    return Dataset(Arrays(train), Arrays(test), classes)
+    files = tuple(_idx_file(folder, f"{part}-{kind}") for part in ("train", "t10k") for kind in (_IMAGES, _LABELS))
+    return Dataset(Arrays(train), Arrays(test), classes, files=files)
 
 
 def cifar10_tar(path: str) -> Dataset:
@@ -70,12 +73,12 @@ def cifar10_tar(path: str) -> Dataset:
                 f"{file} has no images {part}/<class>/<name> of {', '.join(sorted(missing)) or 'any class'}"
             )
     train, test = (_classified(file, examples[part], classes) for part in ("train", "test"))
-    return Dataset(Arrays(train), Arrays(test), len(classes))
+    return Dataset(Arrays(train), Arrays(test), len(classes), files=(file,))
 
 
 def _idx_part(folder: pathlib.Path, part: str) -> Batch:
-    image = _read_idx(folder, f"{part}-images-idx3-ubyte", dimensions=3)
-    label = _read_idx(folder, f"{part}-labels-idx1-ubyte", dimensions=1)
+    image = _read_idx(_idx_file(folder, f"{part}-{_IMAGES}"), dimensions=3)
+    label = _read_idx(_idx_file(folder, f"{part}-{_LABELS}"), dimensions=1)
     if len(image) != len(label):
         raise ValueError(f"{folder}: {len(image)} images and {len(label)} labels in the files {part}-*")
     if not image.size:
@@ -83,14 +86,18 @@ def _idx_part(folder: pathlib.Path, part: str) -> Batch:
     return {"image": image[..., None], "label": label.astype(np.int32)}
 
 
-def _read_idx(folder: pathlib.Path, name: str, dimensions: int) -> np.ndarray:
-    """The array in an IDX file of bytes: two zero bytes, type, number of dimensions, sizes, contents."""
+def _idx_file(folder: pathlib.Path, name: str) -> pathlib.Path:
     file = next((f for f in (folder / f"{name}.gz", folder / name) if f.is_file()), None)
     if file is None:
         raise FileNotFoundError(
             f"neither {name}.gz nor {name} is in {folder.absolute()}: the four files that MNIST and Fashion-MNIST are "
             "published as should be"
         )
+    return file
+
+
+def _read_idx(file: pathlib.Path, dimensions: int) -> np.ndarray:
+    """The array in an IDX file of bytes: two zero bytes, type, number of dimensions, sizes, contents."""
     try:
         content = gzip.decompress(file.read_bytes()) if compression(file) == "gzip" else file.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

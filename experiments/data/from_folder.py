@@ -41,15 +41,16 @@ def image_folder(
     if to_train.classes != to_test.classes:
         differing = sorted(set(to_train.classes) ^ set(to_test.classes))
         raise ValueError(f"{root}: {train}/ and {test}/ differ in their classes: {', '.join(differing[:5])}")
-    return _varied(to_train, to_test, len(to_train.classes), size, skip_corrupt)
+    folders = tuple(part.root / name for part in (to_train, to_test) for name in part.classes)
+    return _varied(to_train, to_test, len(to_train.classes), size, skip_corrupt, folders)
 
 
 def image_records(
     name: str, data_dir: str = "", test: str = "validation", download: bool = False, size: int = 224, **options: Any
 ) -> Dataset:
     """A TFDS data set of JPEG files, otherwise like `image_folder`."""
-    train_records, test_records, classes = encoded_images(name, data_dir, test=test, download=download)
-    return _varied(train_records, test_records, classes, size, **options)
+    train, held_out, classes, files = encoded_images(name, data_dir, test=test, download=download)
+    return _varied(train, held_out, classes, size, files=files, **options)
 
 
 def _varied(
@@ -58,9 +59,10 @@ def _varied(
     classes: int,
     size: int,
     skip_corrupt: bool = False,
+    files: tuple[pathlib.Path, ...] = (),
 ) -> Dataset:
     decode = functools.partial(_decoded, size=size, skip_corrupt=skip_corrupt)
-    return Dataset(Records(train, decode, CROP_DRAWS), Records(test, decode), classes)
+    return Dataset(Records(train, decode, CROP_DRAWS), Records(test, decode), classes, files=files)
 
 
 def _decoded(record: Mapping[str, Any], random: np.ndarray | None = None, *, size: int, skip_corrupt: bool) -> dict:

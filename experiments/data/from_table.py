@@ -67,7 +67,7 @@ def csv_table(
     train, test = _split(file, len(labels), table[group].to_numpy() if group else None, held_out, seed)
     rows = np.stack([_standardised(file, name, values, train) for name, values in columns.items()], 1)
     to_train, to_test = (Arrays({"row": rows[i], "label": labels[i].astype(np.int32)}) for i in (train, test))
-    return Dataset(to_train, to_test, len(classes), columns=tuple(names))
+    return Dataset(to_train, to_test, len(classes), columns=tuple(names), files=(file,))
 
 
 def _read(file: pathlib.Path) -> bytes:

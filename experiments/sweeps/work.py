@@ -100,9 +100,10 @@ def _do(
             if state(cell, directory) not in ("started", "waiting"):  # since the last look
                 return None
             config = cell.config()
-            workdir.settle(folder, config)
             try:
+                workdir.settle(folder, config)
                 setup = prepare(config, dataset=_dataset(json.dumps(config.data.to_dict())))
+                workdir.settle_data(folder, setup.fingerprint())
                 stop()
                 return main.run(setup, folder, console, compiled=compiled)
             except loop.Preempted:  # by SIGTERM, which is for all cells
