@@ -48,7 +48,7 @@ def contents(directory: str, as_stored: bool) -> list[bytes]:
     train = catalog.image_folder(directory).train
     assert isinstance(train, Records)
     records = train.records
-    chosen = [records[i]["image"] for i in np.linspace(0, len(records) - 1, COUNT).astype(int)]
+    chosen = [records[i]["image"].read_bytes() for i in np.linspace(0, len(records) - 1, COUNT).astype(int)]
     return chosen if as_stored else [_enlarged(content) for content in chosen]
 
 

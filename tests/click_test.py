@@ -12,7 +12,7 @@ from data_test import FILES, ROOT, needs
 from sklearn.metrics import log_loss, roc_auc_score
 
 from configs import planted as planted_config
-from experiments import main, models
+from experiments import models, runs
 from experiments.data.criteo.columns import Options
 from experiments.data.criteo.prepare import prepare as prepare_log
 from experiments.data.planted import found_and_covered, planted, teacher, true_logits
@@ -126,7 +126,7 @@ def small():
 
 def test_a_run_reports_loss_auc_and_calibration(tmp_path):
     config = small()
-    main.run(prepare(config), tmp_path, progress.console())
+    runs.run(prepare(config), tmp_path, progress.console())
     result = json.loads((tmp_path / "result.json").read_text())
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert (result["metric_name"], result["metric"]) == ("test_auc", last["test_auc"])

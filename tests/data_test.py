@@ -252,12 +252,51 @@ def test_idx_files(tmp_path, compress):
         ({"train_images_idx3": idx(np.zeros((9, 15), np.uint8))}, ValueError, "not an IDX file of bytes in 3 dim"),
         ({"train_images_idx3": b""}, ValueError, "not an IDX file"),
         ({"train_labels_idx1": idx(np.zeros(8, np.uint8))}, ValueError, "9 images and 8 labels in the files train-"),
+        (
+            {"t10k_labels_idx1": idx(np.uint8([0, 2, 255, 1]))},
+            ValueError,
+            "example 2 of the file t10k-labels-idx1-ubyte has the label 255, beyond those of .*, 0 to 2",
+        ),
+        *(
+            (
+                {
+                    f"{part}_images_idx3": idx(np.zeros(shape, np.uint8)),
+                    f"{part}_labels_idx1": idx(np.zeros(n, np.uint8)),
+                },
+                ValueError,
+                f"no images in the file {part}-images-idx3-ubyte",
+            )
+            for part in ("train", "t10k")
+            for n, shape in ((0, (0, 3, 5)), (2, (2, 0, 5)))
+        ),
+        (
+            {"t10k_images_idx3": idx(np.zeros((4, 5, 3), np.uint8))},
+            ValueError,
+            r"\(3, 5\) pixels in .* train-\*, \(5, 3\)",
+        ),
+        ({"train_images_idx3": idx(np.zeros((9, 3, 5)))}, ValueError, "not an IDX file of bytes|bytes instead of"),
+        (
+            {"train_images_idx3": bytes([0, 0, 8, 3]) + (2**31).to_bytes(4, "big") * 2 + (4).to_bytes(4, "big")},
+            ValueError,
+            r"0 bytes instead of \[2147483648",  # whose product is 0 in 64 bits
+        ),
     ],
 )
 def test_idx_files_that_are_not(tmp_path, changed, error, message):
     write_idx(tmp_path, **changed)
     with pytest.raises(error, match=message):
         catalog.idx_files(str(tmp_path))
+
+
+def test_the_content_of_idx_files_says_whether_they_are_compressed(tmp_path):
+    arrays = write_idx(tmp_path)
+    for number, file in enumerate(sorted(tmp_path.iterdir())):
+        if number % 2:
+            file.write_bytes(gzip.compress(file.read_bytes()))
+        else:
+            file.rename(file.with_name(f"{file.name}.gz"))
+    image = catalog.idx_files(str(tmp_path)).test.arrays["image"]
+    np.testing.assert_array_equal(image[..., 0], arrays["t10k-images-idx3-ubyte"])
 
 
 def test_damaged_idx_files(tmp_path):
@@ -341,6 +380,10 @@ def test_cifar10_tar_that_is_not(tmp_path):
     (tmp_path / "e.tar.xz").write_bytes((tmp_path / "e.tar.xz").read_bytes()[:-20_000])
     with pytest.raises(ValueError, match=r"e\.tar\.xz cannot be read"):
         catalog.cifar10_tar(str(tmp_path / "e.tar.xz"))
+    with tarfile.open(tmp_path / "g.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("train/cat/1.png"))
+    with pytest.raises(ValueError, match=r"g\.tar has an image that is corrupt, train/cat/1\.png: the file is empty"):
+        catalog.cifar10_tar(str(tmp_path / "g.tar"))
     write_tar(tmp_path / "f.tar.xz", ["train/cat/1.png", "train/cat/2.png", "test/cat/1.png"], (4, 5, 3), (3, 5, 3))
     with pytest.raises(ValueError, match=r"images of several sizes, \(3, 5, 3\), \(4, 5, 3\)"):
         catalog.cifar10_tar(str(tmp_path / "f.tar.xz"))

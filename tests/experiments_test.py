@@ -1,6 +1,7 @@
 """The main job and the comparison, run as a user would, and the parts they are made of."""
 
 import contextlib
+import inspect
 import json
 import pathlib
 import re
@@ -14,15 +15,17 @@ import matplotlib.image
 import numpy as np
 import problems
 import pytest
+from absl import flags
 from PIL import Image
 
 import sa_plus_plus as sapp
 from configs import imagenette_block8, mnist
-from experiments import cli, main, tasks
+from experiments import cli, models, runs, tasks
 from experiments.outputs import progress, report
 from experiments.training import checkpoint, loop, program, sharding
 from experiments.training.setup import prepare
 from experiments.utils import files
+from experiments.utils.registry import own_options
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -58,7 +61,7 @@ def numpy_accuracy(weights, dataset):
 )
 def test_a_run_leaves_complete_and_consistent_results(name, tmp_path):
     c = config(**{"sparsifier.name": name})
-    assert main.run(prepared(c), tmp_path, progress.console())["diverged"] is False
+    assert runs.run(prepared(c), tmp_path, progress.console())["diverged"] is False
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(KEYS.split()) <= set(result)
     assert (result["algorithm"], result["steps"], result["diverged"]) == (name, 60, False)
@@ -144,7 +147,7 @@ def test_a_network_that_is_not_sparse_yet_is_never_the_best_checkpoint(tmp_path)
 
 def test_divergence_stops_the_run_and_is_recorded(tmp_path):
     c = config(**{"optimizer.learning_rate": 1e9})
-    assert main.run(prepared(c), tmp_path, progress.console())["diverged"] is True
+    assert runs.run(prepared(c), tmp_path, progress.console())["diverged"] is True
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["diverged"] is True
     assert result["steps"] < 60
@@ -168,7 +171,7 @@ def test_photographs_through_a_whole_schedule(tmp_path):
     c.model_options.stages = (1, 1, 1)
     c.log_every, c.eval_every, c.checkpoint_every, c.sparsifier.min_blocks = 1, 10, 15, 20
     c.optimizer.learning_rate = 0.02
-    main.run(prepare(c), tmp_path / "run", progress.console())
+    runs.run(prepare(c), tmp_path / "run", progress.console())
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["metric"] == 1, "light and dark are easily told apart"
     assert 0.7 < result["real_sparsity"] < 0.9
@@ -177,7 +180,7 @@ def test_photographs_through_a_whole_schedule(tmp_path):
     for name in ("result.json", "metrics.jsonl"):
         (tmp_path / "run" / name).unlink()
     shutil.rmtree(tmp_path / "run/checkpoints/40")
-    main.run(prepare(c), tmp_path / "run", progress.console())
+    runs.run(prepare(c), tmp_path / "run", progress.console())
     assert (tmp_path / "run/metrics.jsonl").read_text() == "".join(rows.splitlines(keepends=True)[30:])
     again = json.loads((tmp_path / "run/result.json").read_text())
     assert (again["loss"], again["layers"]) == (result["loss"], result["layers"])
@@ -187,7 +190,7 @@ def test_a_dense_twin_shares_the_data_and_may_diverge_too(tmp_path, monkeypatch)
     c = config(**{"optimizer.learning_rate": 1e9, "dense_twin": True})
     setup = prepared(c)
     monkeypatch.setattr(tasks, "dataset_of", None)  # reading the data again would fail
-    assert main.run(setup, tmp_path, progress.console())["diverged"]
+    assert runs.run(setup, tmp_path, progress.console())["diverged"]
     assert json.loads((tmp_path / "result.json").read_text())["dense_twin"] == {"metric": None, "loss": None}
 
 
@@ -205,6 +208,25 @@ def test_main_from_the_command_line(tmp_path):
     assert (tmp_path / "run" / "result.json").read_text() == json.dumps(result, indent=2, ensure_ascii=False) + "\n"
 
 
+@pytest.fixture
+def parsed(monkeypatch):
+    """Parses a command line; the flags that this defines are gone after the test."""
+    monkeypatch.chdir(ROOT)
+
+    def parse(*arguments):
+        monkeypatch.setattr(
+            sys, "argv", ["main", *arguments]
+        )  # ml_collections looks there for what overrides the config
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+        cli.parse(sys.argv)
+        return cli.CONFIG.value
+
+    yield parse
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -213,6 +235,20 @@ def test_main_from_the_command_line(tmp_path):
         ("--config.min_blocks=3", "did you mean 'config.sparsifier.min_blocks'?"),
         ("--noconfig.dens_twin", "did you mean 'config.dense_twin'?"),
         ("--config.seed.first=3", "no config key 'config.seed.first'"),
+        (
+            "--config.model_options.width=3",
+            "did you mean 'config.model_options.widths'? LeNet300 takes classes=10 (int), wi",
+        ),
+        ("--config.model_options.a.b=3", "no config key 'config.model_options.a.b'"),
+        (
+            "--config.model_options.widths.a=3",
+            "'config.model_options.widths.a'; did you mean 'config.model_options.widths'?",
+        ),
+        ("--config.model_options.widths[0]=3", "0 is not a valid index"),
+        (
+            "--config.model_options.classes=many",
+            "base 10: 'many'; LeNet300 takes classes=10 (int), widths=(300, 100) (t",
+        ),
         ("--config.log_every=often", "--config.log_every=often: invalid literal for int() with base 10: 'often'"),
         ("--config=configs/mnits.py", "--config=configs/mnits.py: no such file; did you mean configs/mnist.py?"),
         ("--config=nowhere/mnist.py", f"no such file, and no config in {ROOT / 'nowhere'}"),
@@ -220,17 +256,55 @@ def test_main_from_the_command_line(tmp_path):
         ("typo", "unexpected argument 'typo'"),
     ],
 )
-def test_wrong_arguments_are_answered_with_the_nearest_right_ones(argument, message, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["main", argument])  # ml_collections looks there for what overrides the config
+def test_wrong_arguments_are_answered_with_the_nearest_right_ones(argument, message, parsed, capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.parse(sys.argv)
+        parsed(argument)
     assert message in capsys.readouterr().err
+
+
+MODELS = [(name, own_options(getattr(models, name))) for name in models.__all__]
+
+
+@pytest.mark.parametrize(("name", "options"), [pytest.param(*case, id=case[0]) for case in MODELS])
+def test_every_option_of_every_model_can_be_set_on_the_command_line(name, options, parsed, capsys):
+    other = {int: 3, float: 0.5, str: "bfloat16", tuple: (5, 4)}
+    wanted = {
+        option: not default if isinstance(default, bool) else other[type(default)]
+        for option, default in options.items()
+        if default is not inspect.Parameter.empty
+    }
+    assert wanted
+    arguments = [f"--config.model_options.{option}={value}" for option, value in wanted.items()]
+    assert parsed(*arguments, "--config.model", name).model_options.to_dict() == wanted
+    assert mnist.get_config().model_options.to_dict() == {}, "what is not asked for is not in the config"
+    with pytest.raises(SystemExit):
+        parsed(f"--config.model={name}", "--config.model_options.colour=3")
+    said = capsys.readouterr().err
+    assert "no config key 'config.model_options.colour'" in said
+    for option in wanted:
+        assert f"{option}={options[option]!r} ({type(options[option]).__name__})" in said
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        (
+            "model_options.width",
+            3,
+            "config.model='LeNet300' has no option 'width'; did you mean 'widths'? LeNet300 takes",
+        ),
+        (
+            "model_options.widths",
+            3,
+            "config.model='LeNet300': widths=3 is of another type; LeNet300 takes classes=10 (int",
+        ),
+        ("model_options.widths", (3, "b"), "widths=(3, 'b') is of another type"),
+        ("model_options.classes", True, "classes=True is of another type"),
+        (
+            "data.options.held",
+            3,
+            "config.data.name='mnist5k' has no option 'held'; did you mean 'held_out'? mnist5k takes",
+        ),
         ("sparsifier.block", (4,), r"such as (8, 8); got (4,)"),
         ("sparsifier.name", "sequental_attention", "did you mean 'sequential_attention'"),
         ("data.name", "mnits", "config.data.name='mnits' is unknown; did you mean 'mnist'?"),
@@ -251,7 +325,9 @@ def test_a_wrong_config_is_answered_in_a_sentence(key, value, message):
     c = mnist.get_config()
     c.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=re.escape(message)):
-        prepare(c, sharding.make_mesh(devices=jax.devices()[:1]), None if key == "data.name" else problems.digits())
+        prepare(
+            c, sharding.make_mesh(devices=jax.devices()[:1]), None if key.startswith("data.") else problems.digits()
+        )
 
 
 @pytest.mark.parametrize("argument", ["--config.sparsifier.sparisty=0.5", "--config.sparsifier.sparsity=1.5"])

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from configs import feature_selection
-from experiments import main
+from experiments import runs
 from experiments.data import Arrays, Dataset, catalog
+from experiments.outputs import workdir
 from experiments.training import sharding
 from experiments.training.setup import prepare
 from sa_plus_plus import select
@@ -50,8 +51,8 @@ def config_of(path, features=3, name="sequential_attention", changes=()):
 def test_the_planted_columns_are_kept_and_named(planted, tmp_path):
     one_device = sharding.make_mesh(devices=jax.devices()[:1])
     setup = prepare(config_of(planted), one_device)
-    result = main.run(setup, tmp_path, Console(quiet=True))
-    chosen = json.loads((tmp_path / main.FEATURES).read_text())
+    result = runs.run(setup, tmp_path, Console(quiet=True))
+    chosen = json.loads((tmp_path / workdir.FEATURES).read_text())
     assert {row["name"] for row in chosen} == set(PLANTED)
     assert [row["name"] for row in chosen] == [f"c{row['index']}" for row in chosen]
     norms = [row["norm"] for row in chosen]

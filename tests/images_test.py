@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import zlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -278,3 +279,57 @@ def test_every_photograph_can_be_decoded(tmp_path):
     stream = data.train_iterator(dataset.train, 185, 0)
     means = [next(stream)["image"].mean((0, 1, 2)) / 255 for _ in range(10)]
     np.testing.assert_allclose(np.mean(means, 0), (0.46, 0.455, 0.43), atol=0.03)
+
+
+def bomb(side):
+    """A PNG of few bytes that says it is so many pixels squared, by its header alone."""
+    content = encoded(smooth(4, 4), "PNG")
+    size = b"IHDR" + side.to_bytes(4, "big") * 2 + content[24:29]
+    return content[:12] + size + zlib.crc32(size).to_bytes(4, "big") + content[33:]
+
+
+UNREADABLE = {
+    "empty": (lambda file: file.write_bytes(b""), "the file is empty"),
+    "text": (lambda file: file.write_bytes(b"hello"), "it is no image of a known format"),
+    "bomb": (lambda file: file.write_bytes(bomb(20_000)), "decompression bomb"),
+    "small bomb": (lambda file: file.write_bytes(bomb(10_000)), "decompression bomb"),  # for which Pillow only warns
+    "truncated": (lambda file: file.write_bytes(encoded(smooth(90, 90))[:-300]), "truncated"),
+    "deleted since": (lambda file: None, "no file of this name"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_whatever_cannot_be_read_is_named_or_left_out(folder, name):
+    make, why = UNREADABLE[name]
+    file = folder / "train/n02/n02_1.JPEG"
+    strict, lenient = (catalog.image_folder(str(folder), size=24, skip_corrupt=skip).train for skip in (False, True))
+    file.unlink()
+    make(file)
+    with pytest.raises(images.CorruptImage, match=rf"{file} is corrupt: .*{why}.*skip_corrupt"):
+        strict.gather(np.arange(6))
+    assert lenient.gather(np.arange(6))["weight"].tolist() == [1, 1, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("kind", "what"), [("directory", "a directory"), ("link", "a link to nothing")])
+def test_what_only_has_the_name_of_an_image_is_refused_at_once(folder, kind, what):
+    file = folder / "val/n01/x.jpg"
+    if kind == "directory":
+        file.mkdir()
+    else:
+        file.symlink_to(folder / "nowhere.jpg")
+    with pytest.raises(ValueError, match=rf"{file} has the name of an image and is {what}: remove it"):
+        catalog.image_folder(str(folder))
+    test = catalog.image_folder(str(folder), size=24, skip_corrupt=True).test
+    assert test.gather(np.arange(5))["weight"].tolist() == [1, 1, 0, 1, 1]
+    file.rmdir() if kind == "directory" else file.unlink()
+    file.symlink_to(folder / "val/n01/n01_0.JPEG")  # a link to an image is one
+    first, linked = catalog.image_folder(str(folder), size=24).test.gather(np.array([0, 2]))["image"]
+    np.testing.assert_array_equal(first, linked)
+
+
+def test_an_animation_is_its_first_frame(folder):
+    frames = [Image.fromarray(smooth(40, 40)), Image.fromarray(255 - smooth(40, 40))]
+    file = folder / "val/n01/n01_0.JPEG"
+    frames[0].save(file, "PNG", save_all=True, append_images=frames[1:])
+    got = catalog.image_folder(str(folder), size=24).test.gather(np.arange(1))["image"][0]
+    np.testing.assert_array_equal(got, images.centre_crop(encoded(smooth(40, 40), "PNG"), 24))

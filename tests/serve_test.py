@@ -7,7 +7,7 @@ import matplotlib.image
 import pytest
 
 from configs import cifar10_resnet20
-from experiments import main
+from experiments import runs
 from experiments.outputs import progress
 from experiments.training.setup import prepare
 
@@ -51,7 +51,7 @@ def test_a_trained_network_with_batch_normalisation_serves_as_it_was_tested(tmp_
     config.model_options.update({"width": 8, "stages": (1, 1, 1)})
     config.dense_twin, config.sparsifier.min_blocks = False, 12
     config.sparsifier.schedule = (("dense", 4), ("sparse", 4))
-    main.run(prepare(config), tmp_path / "run", progress.console())
+    runs.run(prepare(config), tmp_path / "run", progress.console())
     lines = [
         "import ml_collections",
         "def get_config():",

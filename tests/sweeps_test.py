@@ -6,6 +6,7 @@ import pathlib
 import re
 import signal
 import time
+import types
 
 import commands
 import numpy as np
@@ -17,6 +18,7 @@ from experiments.outputs import hooks, workdir
 from experiments.sweeps import page, work
 from experiments.sweeps.cells import DENSE, SWEEPS, Cell, cells_of, check, sweep
 from experiments.training import loop
+from experiments.utils import files
 
 RUNS = pathlib.Path("runs/reproduce")
 
@@ -71,8 +73,8 @@ def test_sigterm_at_the_end_of_a_run_ends_the_sweep(tmp_path, monkeypatch):
         done.append(folder)
         return {}
 
-    monkeypatch.setattr(work.main, "run", run)
-    monkeypatch.setattr(work, "prepare", lambda config, dataset: None)
+    monkeypatch.setattr(work.runs, "run", run)
+    monkeypatch.setattr(work, "prepare", lambda config, dataset: types.SimpleNamespace(fingerprint=dict))
     before, results = signal.getsignal(signal.SIGTERM), []
     with pytest.raises(loop.Preempted):
         results.extend(work.work(cells_of(sweep("table4", "smoke")), tmp_path, Console(quiet=True)))
@@ -149,11 +151,35 @@ def test_other_settings_are_refused(tmp_path):
     one = sweep("table3", "smoke")
     cell = cells_of(one)[0]
     (tmp_path / cell.folder).mkdir(parents=True)
-    workdir.write_config(tmp_path / cell.folder, cell.config())
+    workdir.record_config(tmp_path / cell.folder, cell.config())
     check(cells_of(one), tmp_path)
     changed = one._replace(options=one.options | {"changes": {**one.options["changes"], "steps": 50}})
     with pytest.raises(ValueError, match=r"holds a run with another config .*steps: 60 there, 50 now"):
         check(cells_of(changed), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\0\0\xff", b'{"metric": 1}'])
+def test_a_damaged_result_is_made_again_and_stops_nothing(tmp_path, content, monkeypatch, caplog):
+    cells = cells_of(sweep("table4", "smoke"))[:3]
+    for cell in cells:
+        (tmp_path / cell.folder).mkdir(parents=True)
+    workdir.record_config(tmp_path / cells[0].folder, cells[0].config())
+    (tmp_path / cells[0].folder / workdir.RESULT).write_bytes(content)
+    (tmp_path / cells[1].folder / workdir.CONFIG).write_bytes(content)
+    check(cells, tmp_path)
+    assert [work.state(cell, tmp_path) for cell in cells] == ["started", "started", "waiting"]
+    done = {"metric": 1.0, "metric_name": "m", "loss": 0.0, "diverged": False, "seconds": 1.0}
+
+    def run(setup, folder, console, compiled):
+        files.write_json(folder / workdir.RESULT, done)
+        return done
+
+    monkeypatch.setattr(work.runs, "run", run)
+    monkeypatch.setattr(work, "prepare", lambda config, dataset: types.SimpleNamespace(fingerprint=dict))
+    told = list(work.work(cells, tmp_path, Console(quiet=True)))
+    assert [cell for cell, _ in told] == [cells[0], cells[2]]
+    assert [work.state(cell, tmp_path) for cell in cells] == ["done", "failed", "done"]
+    assert f"{cells[0].folder / workdir.RESULT} is damaged" in caplog.text
 
 
 @pytest.mark.parametrize(

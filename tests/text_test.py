@@ -14,7 +14,7 @@ from rich.console import Console
 
 import sa_plus_plus as sapp
 from configs import bytes_gpt, vit_b16_imagenet, vit_cifar10
-from experiments import data, inspect, main, tasks
+from experiments import data, inspect, runs, tasks
 from experiments.data import catalog
 from experiments.outputs import progress
 from experiments.training import evaluation, program, sharding
@@ -171,7 +171,7 @@ def test_the_config_trains_prunes_and_resumes(file, tmp_path, monkeypatch):
     assert len(setup.plan.pruned) == 6
     compiled = program.compiled(setup)
     monkeypatch.setattr(program, "compiled", lambda setup: compiled)  # once for both runs
-    main.run(setup, tmp_path / "run", progress.console())
+    runs.run(setup, tmp_path / "run", progress.console())
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert (result["metric_name"], result["diverged"]) == ("test_bits_per_byte", False)
     params = sapp.todense(sapp.load(tmp_path / "run/pruned.safetensors"))["params"]
@@ -188,7 +188,7 @@ def test_the_config_trains_prunes_and_resumes(file, tmp_path, monkeypatch):
     for name in ("result.json", "metrics.jsonl"):
         (tmp_path / "run" / name).unlink()
     shutil.rmtree(tmp_path / "run/checkpoints/40")
-    main.run(setup, tmp_path / "run", progress.console())
+    runs.run(setup, tmp_path / "run", progress.console())
     again = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert again == [row for row in rows if json.loads(row)["step"] > 20], "what dropout drops is resumed too"
 

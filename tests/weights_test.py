@@ -17,7 +17,7 @@ import safetensors.numpy
 
 import sa_plus_plus as sapp
 from configs import mnist, mnist_autoencoder
-from experiments import cli, main, tasks
+from experiments import cli, runs, tasks
 from experiments.outputs import progress, workdir
 from experiments.training import checkpoint, loop, program, sharding, step, trained, weights
 from experiments.training.setup import prepare
@@ -56,7 +56,7 @@ def dense(tmp_path_factory):
     """The directory of a dense run, and its network by path."""
     path = tmp_path_factory.mktemp("weights") / "dense"
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        main.run(prepared(**{"sparsifier.name": "dense"}), path, progress.console())
+        runs.run(prepared(**{"sparsifier.name": "dense"}), path, progress.console())
     return path, problems.weights_of(path / "pruned.safetensors")
 
 
@@ -174,9 +174,9 @@ def test_what_cannot_be_started_from_is_named(dense, tmp_path):
 
 
 def test_another_start_is_another_run(tmp_path):
-    workdir.write_config(tmp_path, config())
+    workdir.record_config(tmp_path, config())
     with pytest.raises(ValueError, match=r"config\.init_from: '' there, 'runs/dense' now"):
-        workdir.write_config(tmp_path, config(init_from="runs/dense"))
+        workdir.record_config(tmp_path, config(init_from="runs/dense"))
 
 
 def test_resumed_runs_end_the_same_wherever_their_start_came_from(dense, tmp_path):

@@ -105,7 +105,8 @@ def criteo(local: str = "", verify: bool = False) -> Dataset:
             "--output DIRECTORY`: then say where they are, `local`, config.data.local in a config"
         )
     stored = prepared.criteo(local, verify)
-    return Dataset(stored.train, stored.validation, 2, stored.vocabulary)
+    manifest = pathlib.Path(local).expanduser() / prepared.MANIFEST  # which has the checksums of all others
+    return Dataset(stored.train, stored.validation, 2, stored.vocabulary, files=(manifest,))
 
 
 def text(local: str = "", context: int = 256, held_out: float = 0.05) -> Dataset:

@@ -26,29 +26,31 @@ def image_folder(
       train: directory of the training images.
       test: directory of the test images.
       size: they are cropped and resized to this many pixels squared: at random for training, the centre for testing.
-      skip_corrupt: what cannot be decoded gets weight 0 instead of ending the run.
+      skip_corrupt: what cannot be read or decoded gets weight 0 instead of ending the run.
 
     Returns:
       `image` uint8 and `label` int32; classes are numbered in alphabetical order.
 
     Raises:
       FileNotFoundError: if they are not there.
-      ValueError: if the two have not the same classes.
+      ValueError: if the two have not the same classes; or if a directory or a link to nothing has the name of an image,
+        unless such are to be skipped.
     """
     root = pathlib.Path(directory).expanduser()
-    to_train, to_test = (_Files(root / part) for part in (train, test))
+    to_train, to_test = (_Files(root / part, skip_corrupt) for part in (train, test))
     if to_train.classes != to_test.classes:
         differing = sorted(set(to_train.classes) ^ set(to_test.classes))
         raise ValueError(f"{root}: {train}/ and {test}/ differ in their classes: {', '.join(differing[:5])}")
-    return _varied(to_train, to_test, len(to_train.classes), size, skip_corrupt)
+    folders = tuple(part.root / name for part in (to_train, to_test) for name in part.classes)
+    return _varied(to_train, to_test, len(to_train.classes), size, skip_corrupt, folders)
 
 
 def image_records(
     name: str, data_dir: str = "", test: str = "validation", download: bool = False, size: int = 224, **options: Any
 ) -> Dataset:
     """A TFDS data set of JPEG files, otherwise like `image_folder`."""
-    train_records, test_records, classes = encoded_images(name, data_dir, test=test, download=download)
-    return _varied(train_records, test_records, classes, size, **options)
+    train, held_out, classes, files = encoded_images(name, data_dir, test=test, download=download)
+    return _varied(train, held_out, classes, size, files=files, **options)
 
 
 def _varied(
@@ -57,15 +59,17 @@ def _varied(
     classes: int,
     size: int,
     skip_corrupt: bool = False,
+    files: tuple[pathlib.Path, ...] = (),
 ) -> Dataset:
     decode = functools.partial(_decoded, size=size, skip_corrupt=skip_corrupt)
-    return Dataset(Records(train, decode, CROP_DRAWS), Records(test, decode), classes)
+    return Dataset(Records(train, decode, CROP_DRAWS), Records(test, decode), classes, files=files)
 
 
 def _decoded(record: Mapping[str, Any], random: np.ndarray | None = None, *, size: int, skip_corrupt: bool) -> dict:
-    """The example of a record of `image`, a file's content, `label` and `file`, its name."""
-    content, weight = record["image"], np.float32(1)
+    """The example of a record of `image`, a file's content or where that is, `label` and `file`, its name."""
+    weight = np.float32(1)
     try:
+        content = record["image"] if isinstance(record["image"], bytes) else _content(record["image"])
         image = centre_crop(content, size) if random is None else random_crop(content, size, random)
     except CorruptImage as error:
         if not skip_corrupt:
@@ -79,10 +83,16 @@ def _decoded(record: Mapping[str, Any], random: np.ndarray | None = None, *, siz
     return example | ({"weight": weight} if skip_corrupt else {})
 
 
+def _content(file: pathlib.Path) -> bytes:
+    if not file.is_file():
+        raise CorruptImage("there is no file of this name, or a directory or the like instead")
+    return file.read_bytes()
+
+
 class _Files:
     """The image files below a directory, as records; a directory below it for each class."""
 
-    def __init__(self, root: pathlib.Path) -> None:
+    def __init__(self, root: pathlib.Path, skip_corrupt: bool) -> None:
         wanted = f"a directory for each class, with its images ({', '.join(_SUFFIXES)}) in it"
         if not root.is_dir():
             raise FileNotFoundError(f"no directory {root.absolute()}: it should hold {wanted}")
@@ -93,11 +103,19 @@ class _Files:
             raise FileNotFoundError(f"{root.absolute()} should hold {wanted}, and holds {flat}")
         names, labels = [], []
         for label, name in enumerate(self.classes):
-            files = sorted(f.name for f in os.scandir(root / name) if f.name.lower().endswith(_SUFFIXES))
-            if not files:
+            found = sorted(
+                (f for f in os.scandir(root / name) if f.name.lower().endswith(_SUFFIXES)), key=lambda f: f.name
+            )
+            if not found:
                 raise FileNotFoundError(f"{root / name} has no image files ({', '.join(_SUFFIXES)})")
-            names += files
-            labels += [label] * len(files)
+            if not skip_corrupt and (wrong := next((f for f in found if not f.is_file()), None)):
+                what = "a directory" if wrong.is_dir() else "a link to nothing" if wrong.is_symlink() else "no file"
+                raise ValueError(
+                    f"{wrong.path} has the name of an image and is {what}: remove it, or have such left out: "
+                    "config.data.options.skip_corrupt=True"
+                )
+            names += [f.name for f in found]
+            labels += [label] * len(found)
         # Arrays, since a million Python strings would fill the memory of every worker process.
         self._names, self._labels = np.array([os.fsencode(name) for name in names]), np.array(labels, np.int32)
 
@@ -107,4 +125,4 @@ class _Files:
     def __getitem__(self, i: int) -> dict[str, Any]:
         label = self._labels[i]
         file = self.root / self.classes[label] / os.fsdecode(self._names[i])
-        return {"image": file.read_bytes(), "label": label, "file": file}
+        return {"image": file, "label": label, "file": file}

@@ -73,7 +73,7 @@ def text_files(path: str, context: int, held_out: float) -> Dataset:
     if not text:
         raise ValueError(f"{root} is not text: it is empty, or has zero bytes")
     stop = round((1 - _checked(held_out)) * len(text))
-    return _dataset(root, text[:stop], text[stop:], context)
+    return _dataset(root, text[:stop], text[stop:], context, [root])
 
 
 def standard_library(context: int, held_out: float) -> Dataset:
@@ -97,15 +97,16 @@ def _by_file(root: pathlib.Path, files: Sequence[pathlib.Path], context: int, he
     """Training and test text of whole files, in the order of their paths."""
     share = _checked(held_out)
     train, test = list[bytes](), list[bytes]()
-    for name, file in sorted((file.relative_to(root).as_posix(), file) for file in files):
+    named = sorted((file.relative_to(root).as_posix(), file) for file in files)
+    for name, file in named:
         (test if _number(name) < share else train).append(_read(file))
     if not any(train + test):
         what = f"all {len(files)} files in it are empty or have zero bytes" if files else "there are no files in it"
         raise ValueError(f"no text in {root}: {what}")
-    return _dataset(root, b"".join(train), b"".join(test), context)
+    return _dataset(root, b"".join(train), b"".join(test), context, [file for _, file in named])
 
 
-def _dataset(root: pathlib.Path, train: bytes, test: bytes, context: int) -> Dataset:
+def _dataset(root: pathlib.Path, train: bytes, test: bytes, context: int, files: Sequence[pathlib.Path]) -> Dataset:
     if context < 1:
         raise ValueError(f"context must be at least 1 byte, got {context}")
     for part, text in (("train on", train), ("test on", test)):
@@ -114,7 +115,7 @@ def _dataset(root: pathlib.Path, train: bytes, test: bytes, context: int) -> Dat
                 f"{root} has {len(text)} bytes to {part}, fewer than a window of context={context}: give more text, "
                 "a shorter context or another share held_out"
             )
-    return Dataset(Windows(train, context, varied=True), Windows(test, context), _BYTES)
+    return Dataset(Windows(train, context, varied=True), Windows(test, context), _BYTES, files=tuple(files))
 
 
 def _read(file: pathlib.Path) -> bytes:

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,23 +50,23 @@ def tfds(
     if memory is None:
         memory = _bytes(builder.info.features[image]) * sum(map(len, lazy)) <= _IN_MEMORY_BYTES
     to_train, to_test = map(in_memory, lazy) if memory else lazy
-    return Dataset(to_train, to_test, classes)
+    return Dataset(to_train, to_test, classes, files=_files(builder))
 
 
 def encoded_images(
     name: str, data_dir: str = "", train: str = "train", test: str = "validation", download: bool = False
-) -> tuple[RandomAccess, RandomAccess, int]:
+) -> tuple[RandomAccess, RandomAccess, int, tuple[pathlib.Path, ...]]:
     """The images of a data set as encoded files. Arguments and errors as for `tfds`.
 
     Returns:
-      Records to train on and to test on, each with `image` (bytes), `label` and `file` (its name), and the number of
-      classes.
+      Records to train on and to test on, each with `image` (bytes), `label` and `file` (its name), the number of
+      classes, and the files by which a change is noticed.
     """
     builder = _prepared(name, data_dir, download)
     image, label, classes = _image_and_label(builder)
     parts = _data_sources(builder, name, (train, test), decoders={image: _decode().SkipDecoding()})
     to_train, to_test = (_Encoded(part, image, label) for part in parts)
-    return to_train, to_test, classes
+    return to_train, to_test, classes, _files(builder)
 
 
 class _Encoded:
@@ -85,6 +86,12 @@ class _Encoded:
             {"image": r[self._image], "label": r[self._label], "file": r.get("file_name", f"record {i}")}
             for i, r in zip(numbers, self._records.__getitems__(numbers), strict=True)
         ]
+
+
+def _files(builder: Any) -> tuple[pathlib.Path, ...]:
+    """What tells a prepared data set from another: TFDS's own description of it, with the lengths of its parts."""
+    described = pathlib.Path(str(builder.data_path), "dataset_info.json")
+    return (described,) if described.is_file() else ()
 
 
 def _prepared(name: str, data_dir: str, download: bool) -> Any:

@@ -4,9 +4,12 @@ Augmentation is a function of an example and of numbers in [0, 1) passed with it
 seed determine every pixel, on any hosts and threads.
 """
 
+import contextlib
 import io
 import math
 import threading
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,9 @@ from experiments.data.sources import Batch
 CROP_DRAWS = 23  # random numbers for `random_crop`: ten areas, ten aspect ratios, two positions, one flip
 SHIFT_DRAWS = 3  # random numbers for `shifted`: two offsets, one flip
 _ATTEMPTS = 10
+
+# A small file may claim to hold pixels that fill the memory: beyond Pillow's limit, 89 million, an error from here on.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -94,10 +100,18 @@ def centre_crop(content: bytes, size: int, margin: float = 256 / 224) -> np.ndar
 
 def dimensions(content: bytes) -> tuple[int, int]:
     """Width and height, from the file's header."""
-    try:
+    with _decoding(content):
         return Image.open(io.BytesIO(content)).size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CorruptImage(str(error)) from error
+
+
+def rgb(content: bytes) -> np.ndarray:
+    """All of an image, `(height, width, 3)` uint8; the first frame where there are several.
+
+    Raises:
+      CorruptImage: if the content cannot be decoded.
+    """
+    with _decoding(content):
+        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def resized_part(content: bytes, box: Box, size: int, flip: bool = False, exact: bool = True) -> np.ndarray:
@@ -117,13 +131,14 @@ def resized_part(content: bytes, box: Box, size: int, flip: bool = False, exact:
       CorruptImage: if the content cannot be decoded.
     """
     left, top, right, bottom = box
-    image, factor = _decoded(content, max(1.0, min(right - left, bottom - top) / size), exact)
-    scaled = tuple(x / factor for x in box)
-    right, bottom = min(scaled[2], image.width), min(scaled[3], image.height)  # a reduced image may lack a fraction
-    part = image.resize((size, size), Image.Resampling.BILINEAR, box=(scaled[0], scaled[1], right, bottom))
-    if flip:
-        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(part.convert("RGB"))
+    with _decoding(content):
+        image, factor = _decoded(content, max(1.0, min(right - left, bottom - top) / size), exact)
+        scaled = tuple(x / factor for x in box)
+        right, bottom = min(scaled[2], image.width), min(scaled[3], image.height)  # a reduced image may lack a fraction
+        part = image.resize((size, size), Image.Resampling.BILINEAR, box=(scaled[0], scaled[1], right, bottom))
+        if flip:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(part.convert("RGB"))
 
 
 def shifted(batch: Batch, random: np.ndarray, margin: int = 4) -> Batch:
@@ -163,10 +178,22 @@ def _decoded(content: bytes, reduction: float, exact: bool) -> tuple[Any, float]
             return Image.frombuffer("RGBX", size, pixels, "raw", "RGBX", 0, 1), factor
         except ValueError:  # four colours, or damage: Pillow reads all that can be read
             pass
+    return Image.open(io.BytesIO(content)).convert("RGB"), 1.0
+
+
+@contextlib.contextmanager
+def _decoding(content: bytes) -> Iterator[None]:
+    """Whatever a decoder makes of a content that it cannot decode, and there are many of them, is `CorruptImage`."""
+    if not content:
+        raise CorruptImage("the file is empty")
     try:
-        return Image.open(io.BytesIO(content)).convert("RGB"), 1.0
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CorruptImage(str(error)) from error
+        yield
+    except MemoryError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise CorruptImage("it is no image of a known format") from error
+    except Exception as error:
+        raise CorruptImage(str(error) or type(error).__name__) from error
 
 
 _own = threading.local()

@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -153,6 +154,7 @@ class Dataset(NamedTuple):
       classes: number of classes; for text, of different tokens.
       vocabulary: where examples are rows of categories, `ids` `(features,)`: how many values each feature has.
       columns: where examples are rows of a table, `row` `(features,)`: the features' names.
+      files: where the examples were read from, to notice changes; directories stand for all files in them.
     """
 
     train: Source
@@ -160,6 +162,7 @@ class Dataset(NamedTuple):
     classes: int
     vocabulary: tuple[int, ...] = ()
     columns: tuple[str, ...] = ()
+    files: tuple[pathlib.Path, ...] = ()
 
     @property
     def features(self) -> tuple[str, ...]:

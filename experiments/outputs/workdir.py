@@ -2,17 +2,28 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ml_collections
+from absl import logging
 
+from experiments.data import fingerprints
 from experiments.utils import files
 
 CONFIG, RESULT, METRICS, LOCK = "config.json", "result.json", "metrics.jsonl", ".lock"
+FEATURES, WEIGHTS, PICTURE, DATA = "features.json", "pruned.safetensors", "run.png", "data.json"
+CHECKPOINTS, TWIN = "checkpoints", "dense_twin"
+
+# Everything that a run leaves; the config is last, for it marks a directory as a run's.
+_CONTENT = (RESULT, METRICS, FEATURES, WEIGHTS, PICTURE, DATA, CHECKPOINTS, TWIN, "tensorboard", "profile", CONFIG)
+_OLD = ".overwritten"
+_OF_RESULT = {"metric", "metric_name", "loss", "diverged", "seconds"}  # what others read of it
 
 # What may change from one session of a run to the next without changing its mathematics or its rows.
 NEUTRAL = ("checkpoint_every", "max_to_keep")
@@ -20,6 +31,10 @@ NEUTRAL = ("checkpoint_every", "max_to_keep")
 
 class InUseError(OSError):
     """Another process is using the directory."""
+
+
+class DamagedConfig(ValueError):
+    """What run a directory is of cannot be read."""
 
 
 @contextlib.contextmanager
@@ -43,7 +58,79 @@ def claim(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def write_config(path: pathlib.Path, config: ml_collections.ConfigDict, change: bool = False) -> None:
+def clear(path: pathlib.Path) -> None:
+    """Delete the run in a directory: all of it, or nothing. Links are deleted, not what they lead to.
+
+    It is moved aside first, so that nothing of it is found again, whatever then hinders its deletion.
+
+    Raises:
+      OSError: if something cannot be moved, and then nothing is; or if what was moved aside cannot be deleted.
+    """
+    old = path / _OLD
+    if os.path.lexists(old):
+        _delete(old)
+    there = [name for name in _CONTENT if os.path.lexists(path / name)]
+    if CONFIG not in there:
+        return
+    old.mkdir()
+    moved: list[str] = []
+    try:
+        for name in there:
+            (path / name).rename(old / name)
+            moved.append(name)
+    except OSError as error:
+        for name in reversed(moved):
+            (old / name).rename(path / name)
+        old.rmdir()
+        raise OSError(
+            f"cannot overwrite the run in {path}: {there[len(moved)]} cannot be moved away, {error.strerror}; nothing "
+            "was deleted. Choose another --workdir, or delete it yourself"
+        ) from error
+    for name in there:
+        if (old / name).is_symlink():
+            target = (old / name).readlink()
+            logging.warning("%s was a link to %s, which is left as it is", path / name, target)
+    _delete(old)
+    if left := [name for name in there if os.path.lexists(path / name)]:
+        raise OSError(f"{path} holds {left[0]} again, just deleted: does another program write there?")
+
+
+def _delete(old: pathlib.Path) -> None:
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        raise OSError(
+            f"{old}, the rest of a run that was overwritten, cannot be deleted: {error}; delete it yourself"
+        ) from error
+
+
+def result_of(path: pathlib.Path) -> dict[str, Any] | None:
+    """The content of `result.json` in a run's directory; None if it is not there or not whole, with a warning."""
+    return _read(path / RESULT, _OF_RESULT)
+
+
+def _read(file: pathlib.Path, wanted: Collection[str]) -> dict[str, Any] | None:
+    """A file's JSON object with at least these keys."""
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        reason = str(error)
+    else:
+        if isinstance(content, dict) and content.keys() >= set(wanted):
+            return content
+        reason = f"it is no object with {', '.join(sorted(wanted))}"
+    _warn(f"{file} is damaged and counts as not there: {reason}")
+    return None
+
+
+@functools.cache  # once for each file: sweeps look at their results again and again
+def _warn(text: str) -> None:
+    logging.warning("%s", text)
+
+
+def record_config(path: pathlib.Path, config: ml_collections.ConfigDict, change: bool = False) -> None:
     """Write the config to a new directory; in one with a run, check that it is the same run.
 
     Args:
@@ -52,8 +139,13 @@ def write_config(path: pathlib.Path, config: ml_collections.ConfigDict, change: 
       change: resume though the mathematics differ.
 
     Raises:
-      ValueError: naming the keys that differ, with both values.
+      ValueError: naming the keys that differ, with both values; or if there is the rest of a run without its config.
     """
+    if not (path / CONFIG).exists() and (rest := [name for name in (RESULT, CHECKPOINTS) if (path / name).exists()]):
+        raise ValueError(
+            f"{path} holds {rest[0]} but no {CONFIG}, so what run it is of is not known: choose another --workdir, or "
+            "delete it"
+        )
     if (differing := differing_keys(path, config)) and not change:
         raise ValueError(
             f"{path} holds a run with another config ({'; '.join(differing)}): choose another --workdir, "
@@ -62,11 +154,37 @@ def write_config(path: pathlib.Path, config: ml_collections.ConfigDict, change: 
     files.write_json(path / CONFIG, json.loads(config.to_json()))
 
 
+def record_data(path: pathlib.Path, found: Mapping[str, str], change: bool = False) -> None:
+    """Write what the data are to a new directory; in one with a run, check that they are the same.
+
+    Args:
+      path: the directory.
+      found: checksums by file, as `fingerprint` has them.
+      change: go on with other data.
+
+    Raises:
+      ValueError: naming a file that has changed since the run began.
+    """
+    before = _read(path / DATA, ["files"])
+    if before is not None and not change and (differing := fingerprints.changed(before["files"], found)):
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise ValueError(
+            f"{differing[0]}{more} changed since the run in {path} began: put it back, choose another --workdir, "
+            "--resume_changed to go on from its checkpoint all the same, or --overwrite to begin anew"
+        )
+    files.write_json(path / DATA, {"files": found})
+
+
 def differing_keys(path: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:
     """The keys in which a config differs from that of the run in a directory, with both values; empty without a run."""
     if not (path / CONFIG).exists():
         return []
-    mine, theirs = json.loads(config.to_json()), json.loads((path / CONFIG).read_text())
+    mine, theirs = json.loads(config.to_json()), _read(path / CONFIG, ["sparsifier"])
+    if theirs is None:
+        raise DamagedConfig(
+            f"{path / CONFIG} is damaged, so what run it is of is not known: choose another --workdir, or "
+            "--overwrite to begin anew"
+        )
     keys = [k for k in sorted({*_flat(mine), *_flat(theirs)}) if k.split(".")[0] not in NEUTRAL]
     pairs = [(k, _flat(theirs).get(k, "absent"), _flat(mine).get(k, "absent")) for k in keys]
     return [f"config.{k}: {a!r} there, {b!r} now" for k, a, b in pairs if a != b]
@@ -105,6 +223,8 @@ class Metrics:
 def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The complete rows of the file, without a truncated last one."""
     if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "step" in row:
+                    yield row

@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import json
 import pathlib
 import re
 import shlex
@@ -110,19 +109,22 @@ def cells_of(sweep: Sweep) -> list[Cell]:
 
 
 def result_of(cell: Cell, directory: pathlib.Path) -> dict[str, Any] | None:
-    """The result of a cell's run; None if it is not done."""
-    path = directory / cell.folder / workdir.RESULT
-    return json.loads(path.read_text()) if path.exists() else None
+    """The result of a cell's run; None if it is not done, or its `result.json` is damaged: it is done again then."""
+    return workdir.result_of(directory / cell.folder)
 
 
 def check(cells: list[Cell], directory: pathlib.Path) -> None:
-    """Refuse a directory whose runs have other settings.
+    """Refuse a directory whose runs have other settings; one whose config is damaged will fail when it is its turn.
 
     Raises:
       ValueError: naming a run and the keys that differ.
     """
     for cell in cells:
-        if differing := workdir.differing_keys(directory / cell.folder, cell.config()):
+        try:
+            differing = workdir.differing_keys(directory / cell.folder, cell.config())
+        except workdir.DamagedConfig:
+            continue
+        if differing:
             raise ValueError(
                 f"{directory / cell.folder} holds a run with another config ({'; '.join(differing)}): choose another "
                 "--directory"

@@ -15,7 +15,7 @@ import ml_collections
 from rich.console import Console
 
 import sa_plus_plus as sapp  # noqa: F401 - registers the algorithms
-from experiments import data, main, tasks
+from experiments import data, runs, tasks
 from experiments.outputs import workdir
 from experiments.sweeps.cells import Cell, result_of
 from experiments.training import loop, program
@@ -100,11 +100,12 @@ def _do(
             if state(cell, directory) not in ("started", "waiting"):  # since the last look
                 return None
             config = cell.config()
-            workdir.write_config(folder, config)
             try:
+                workdir.record_config(folder, config)
                 setup = prepare(config, dataset=_dataset(json.dumps(config.data.to_dict())))
+                workdir.record_data(folder, setup.fingerprint())
                 stop()
-                return main.run(setup, folder, console, compiled=compiled)
+                return runs.run(setup, folder, console, compiled=compiled)
             except loop.Preempted:  # by SIGTERM, which is for all cells
                 raise
             except Exception as error:

@@ -1,16 +1,19 @@
 """The parts of a run, built from its config: everything checked, nothing compiled."""
 
+import hashlib
 import math
 import operator
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 import sa_plus_plus as sapp
 from experiments import data, tasks
+from experiments.data import fingerprints
 from experiments.models import tables
 from experiments.training import factories, sharding, weights
 from experiments.utils import registry
@@ -56,6 +59,14 @@ class Setup(NamedTuple):
     table: tables.Table | None
     start: weights.Variables | None = None
     teacher: weights.Variables | None = None
+
+    def fingerprint(self) -> dict[str, str]:
+        """Checksums of what the run reads besides its config: by file those of its data, and that of its teacher."""
+        found = fingerprints.fingerprint(self.task.dataset.files)
+        if self.teacher is None:
+            return found
+        arrays = b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(tuple(self.teacher)))
+        return found | {"the teacher, config.distil,": hashlib.sha256(arrays).hexdigest()}
 
     @property
     def phases(self) -> sapp.Phases:

@@ -9,11 +9,20 @@ from typing import Any
 
 from sa_plus_plus.files import write_atomically
 
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4"}
+
 
 def sha256(path: pathlib.Path) -> str:
     """A file's checksum, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def compression(path: pathlib.Path) -> str | None:
+    """How a file is compressed by its first bytes, in Arrow's terms; None if it is not. Its name may say otherwise."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

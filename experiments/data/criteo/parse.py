@@ -12,6 +12,7 @@ from experiments.data.criteo.columns import CATEGORICAL, FEATURES, NUMERIC, Opti
 from experiments.data.criteo.reader import Layout
 
 KINDS = ("blank", "encoding", "columns", "label", "number", "category")
+_ASCII = bytes(range(128)) + bytes(128)  # by byte: itself, or 0 if it is none of ASCII's
 _CATEGORY = re.compile(rb"[0-9a-fA-F]{8}")
 _NUMBER = re.compile(rb"-?[0-9]+")
 
@@ -83,11 +84,11 @@ class _Column(NamedTuple):
 
 
 def _plain(content: bytes) -> bytes:
-    """The lines without what the CSV reader would see more in than other bytes."""
+    """The lines without what the CSV reader would see more in than other bytes; no field with a zero byte is good."""
     if b"\r" in content:  # it would end a line at each
         content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\0")
-    mark = "\ufeff".encode()  # it would pass over one at the beginning of a block
-    return b"\0" + content if content.startswith(mark) else content
+    # It would pass over a byte-order mark, and fail at a line that has a wrong number of fields and is not UTF-8.
+    return content if content.isascii() else content.translate(_ASCII)
 
 
 def _fields(content: bytes, layout: Layout) -> tuple[pa.RecordBatch, list[int]]:

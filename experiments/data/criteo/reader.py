@@ -8,9 +8,9 @@ from typing import IO, NamedTuple
 import pyarrow as pa
 
 from experiments.data.criteo.columns import CATEGORICAL, FEATURES, NUMERIC
+from experiments.utils.files import compression
 
 BLOCK = 16 << 20  # bytes: large enough to be worth a thread's while, small enough to have several at once
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class InputError(ValueError):
@@ -105,12 +105,7 @@ def _whole_lines(rest: bytes, chunk: bytes) -> tuple[bytes, bytes]:
 
 
 def _open(path: pathlib.Path) -> IO[bytes]:
-    with open(path, "rb") as file:
-        start = file.read(4)
-    for magic, name in _MAGIC.items():
-        if start.startswith(magic):
-            return pa.CompressedInputStream(pa.OSFile(os.fspath(path)), name)
-    return pa.OSFile(os.fspath(path))
+    return pa.input_stream(os.fspath(path), compression=compression(path))
 
 
 def _read(file: IO[bytes], size: int, path: pathlib.Path, line: int) -> bytes:
