@@ -31,7 +31,6 @@ from experiments.one_shot import Variant
 from experiments.outputs import progress, report, workdir
 from experiments.training import loop, program, trained
 from experiments.training.setup import prepare
-from experiments.utils import files
 
 _DIRECTORY = flags.DEFINE_string("directory", "runs/one_shot_evidence", "Where networks and rows go.")
 _CIFAR = flags.DEFINE_string("cifar", "", "Tar file of CIFAR-10's images; empty for TensorFlow Datasets.")
@@ -171,20 +170,15 @@ def jobs() -> list[Job]:
 
 def done(job: Job) -> list[dict[str, Any]] | None:
     """Do a job, unless it is done or another process is at it."""
-    if (job.folder / workdir.RESULT).exists():
-        return None
-    try:
-        with workdir.claim(job.folder):
-            if (job.folder / workdir.RESULT).exists():  # since just now
-                return None
-            rows = []
-            for row in measure(job):
-                rows.append(row)
-                print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-            files.write_json(job.folder / workdir.RESULT, rows)
-            return rows
-    except workdir.InUseError:
-        return None
+
+    def rows() -> list[dict[str, Any]]:
+        found = []
+        for row in measure(job):
+            found.append(row)
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        return found
+
+    return workdir.once(job.folder, rows)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

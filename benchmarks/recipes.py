@@ -180,17 +180,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 def done(job: Job) -> dict[str, Any] | None:
     """Do a job, unless it is done or another process is at it."""
-    if job.file.exists():
-        return None
-    try:
-        with workdir.claim(job.file.parent):
-            if job.file.exists():  # since just now
-                return None
-            row = measure(job)
-            files.write_json(job.file, row)
-            return row
-    except workdir.InUseError:
-        return None
+    return workdir.once(job.file.parent, lambda: measure(job))
 
 
 def results(stage: list[Job]) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from experiments.outputs import report
 from experiments.utils import files
-from experiments.utils.timing import alternate, spread
+from experiments.utils.timing import spread
+from sa_plus_plus.timing import alternate
 
 __all__ = ["RESULTS", "alternate", "save", "spread"]
 

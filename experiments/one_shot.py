@@ -32,6 +32,7 @@ from experiments.outputs import progress, report, workdir
 from experiments.training import factories, trained
 from experiments.training.trained import Trained
 from experiments.utils import files, registry, timing
+from sa_plus_plus.timing import alternate
 
 flags.declare_key_flag("config")  # for --help
 METHODS = ("magnitude", "wanda", "obs", "alps")
@@ -157,7 +158,7 @@ def measure(
         served = own.served(params, x, plan=plan) if plan.sparsity else dense
         file = path / NETWORKS / f"{name}.safetensors"
         calls = {"dense": lambda: jax.block_until_ready(dense(x)), "pruned": lambda: jax.block_until_ready(served(x))}
-        seconds = timing.alternate(calls, _ROUNDS, at_least=0.05)
+        seconds = alternate(calls, _ROUNDS, at_least=0.05)
         return {
             **about,
             "metric": means[metric],

@@ -35,6 +35,7 @@ from experiments.outputs import progress, report
 from experiments.training import sharding
 from experiments.training.setup import Setup, blank, prepare, prepare_without_data
 from experiments.utils import files, registry, timing
+from sa_plus_plus.timing import alternate
 
 flags.declare_key_flag("config")  # for --help
 _WEIGHTS = flags.DEFINE_string("weights", "", "A pruned.safetensors of a run with this config.")
@@ -102,7 +103,7 @@ def measure(setup: Setup, variables: Any, batch: int) -> tuple[dict[str, Any], s
     for name, error in errors.items():
         if not error < _TOLERANCE[precision]:
             raise RuntimeError(f"results of {name!r} are {error:.1e} of the largest output away from the model's")
-    seconds = timing.alternate(contenders, _ROUNDS.value)
+    seconds = alternate(contenders, _ROUNDS.value)
     milliseconds = {name: round(1e3 * float(np.median(taken)), 4) for name, taken in seconds.items()}
     engine = runtimes.fastest(seconds, precision)
     return {

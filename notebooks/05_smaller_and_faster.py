@@ -53,7 +53,7 @@ import numpy as np
 
 import sa_plus_plus as sapp
 from experiments.engines import runtimes
-from experiments.utils import timing
+from sa_plus_plus.timing import alternate
 
 print(f"{jax.device_count()} × {jax.devices()[0].device_kind}")
 
@@ -141,7 +141,7 @@ for precision in precisions:
     for sparsity, network in pruned.items():
         fast = specialised(network.params, precision)
         calls[f"{sparsity:.0%}, {precision}"] = lambda fast=fast: jax.block_until_ready(fast(x))
-seconds = timing.alternate(calls, ROUNDS, at_least=0.02 if SHORT else 0.2)  # all take turns
+seconds = alternate(calls, ROUNDS, at_least=0.02 if SHORT else 0.2)  # all take turns
 milliseconds = {name: 1e3 * np.median(taken) for name, taken in seconds.items()}
 fig, ax = plt.subplots(figsize=(8, 0.4 * len(calls) + 1), layout="constrained")
 ax.barh(list(milliseconds), list(milliseconds.values()))

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -56,6 +56,21 @@ def claim(path: pathlib.Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def once(path: pathlib.Path, compute: Callable[[], Any]) -> Any:
+    """What `compute()` returns, written to the directory's `result.json`; None if it is there, or in the making."""
+    if (path / RESULT).exists():
+        return None
+    try:
+        with claim(path):
+            if (path / RESULT).exists():  # since just now
+                return None
+            result = compute()
+            files.write_json(path / RESULT, result)
+            return result
+    except InUseError:
+        return None
 
 
 def clear(path: pathlib.Path) -> None:

@@ -1,7 +1,6 @@
 """How each step of a network runs: as traced, or in the compiled kernel or by blocks where that is measured faster."""
 
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from sa_plus_plus.sparse.compiler.planned import Choice, PackedKernel, PlannedSt
 from sa_plus_plus.sparse.compiler.quantization import BFLOAT16, FLOAT32, UINT8, fallback_type
 from sa_plus_plus.sparse.compiler.unsupported import unsupported
 from sa_plus_plus.sparse.ops.matmul import Implementation
+from sa_plus_plus.timing import alternate
 
 Mode = Literal["autotune", "always", "never"]
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -119,7 +119,9 @@ class Autotuner:
 
     def _seconds(self, key: Any, contenders: Callable[[], Sequence[Callable[[], Any]]]) -> tuple[float, float]:
         if key not in self._measured:
-            self._measured[key] = alternate(contenders())
+            calls = {number: functools.partial(_done, call) for number, call in enumerate(contenders())}
+            traced, other = alternate(calls, _ROUNDS, _ROUND_SECONDS, warmup=1).values()
+            self._measured[key] = float(np.median(traced)), float(np.median(other))
         return self._measured[key]
 
 
@@ -140,26 +142,9 @@ def input_types(layers: Sequence[Layer], precision: Precision | None) -> dict[Va
     return types
 
 
-def alternate(calls: Sequence[Callable[[], Any]]) -> tuple[float, float]:
-    """Seconds of two calls, measured alternately: medians over some rounds."""
-    seconds: list[list[float]] = [[], []]
-    repeats = [1, 1]
-    for i, call in enumerate(calls):
-        jax.block_until_ready(call())
-        repeats[i] = max(1, round(_ROUND_SECONDS / _timed(call, 1)))
-    for _ in range(_ROUNDS):
-        for call, n, times in zip(calls, repeats, seconds, strict=True):
-            times.append(_timed(call, n))
-    first, second = (float(np.median(times)) for times in seconds)
-    return first, second
+def _done(call: Callable[[], Any]) -> None:
+    jax.block_until_ready(call())
 
 
 def _noise(value: Variable) -> jax.Array:
     return jax.random.normal(jax.random.key(0), value.shape).astype(value.dtype)
-
-
-def _timed(call: Callable[[], Any], repeats: int) -> float:
-    started = time.perf_counter()
-    for _ in range(repeats):
-        jax.block_until_ready(call())
-    return (time.perf_counter() - started) / repeats
