@@ -17,6 +17,7 @@ import readme_test
 
 import sa_plus_plus as sapp
 from benchmarks import page
+from docs import layout
 from sa_plus_plus import convex
 
 DOCS = readme_test.ROOT / "docs"
@@ -67,6 +68,12 @@ def test_the_reference_has_every_public_name():
 
 def test_the_page_of_benchmarks_is_that_of_the_results():
     assert page.main(["--check"]) == 0, "run `python -m benchmarks.page`"
+
+
+def test_the_map_lists_every_file_with_what_it_is():
+    assert layout.main(["--check"]) == 0, "run `python -m docs.layout`"
+    silent = [line for line in layout.listing().splitlines() if line.endswith("|  |")]
+    assert not silent, "each file begins with a sentence that says what it is"
 
 
 @pytest.mark.usefixtures("standard_promotion")

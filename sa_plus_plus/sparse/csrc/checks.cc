@@ -1,3 +1,4 @@
+// The checks of checks.h, in arithmetic that cannot overflow.
 #include "checks.h"
 
 #include <algorithm>

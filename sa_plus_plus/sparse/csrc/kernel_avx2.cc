@@ -1,3 +1,4 @@
+// The kernel, attention and images compiled for AVX2 and FMA.
 #if defined(__x86_64__)
 #define KERNEL kernel_avx2
 #define POOL pool_avx2

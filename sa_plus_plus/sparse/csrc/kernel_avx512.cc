@@ -1,3 +1,4 @@
+// The kernel, attention and images compiled for AVX-512.
 #if defined(__x86_64__)
 #define KERNEL kernel_avx512
 #define POOL pool_avx512

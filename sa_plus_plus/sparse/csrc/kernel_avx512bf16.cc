@@ -1,3 +1,4 @@
+// The kernel compiled for AVX-512 with products of bfloat16.
 #if defined(__x86_64__)
 #define KERNEL kernel_avx512bf16
 #define LANES 16

@@ -1,3 +1,4 @@
+// The kernel compiled for AVX2 with products of bytes (AVX-VNNI).
 #if defined(__x86_64__)
 #define KERNEL kernel_avxvnni
 #define LANES 8

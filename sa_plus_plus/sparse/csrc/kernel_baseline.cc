@@ -1,3 +1,4 @@
+// The kernel, attention and images compiled for any processor.
 #define KERNEL kernel_baseline
 #define POOL pool_baseline
 #define ROUND round_baseline

@@ -1,3 +1,4 @@
+// The threads of pool.h: started at the first job, asleep between jobs.
 #include "pool.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// The parts into which products, attention, pooling and rounding are cut for threads.
 #include "run.h"
 
 #include <algorithm>
