@@ -14,7 +14,7 @@ import optax
 
 from experiments import data, models
 from experiments.data import catalog
-from experiments.models import tables
+from experiments.models import published_embeddings, sentences, tables
 from experiments.utils import registry
 
 
@@ -34,6 +34,8 @@ class Task(NamedTuple):
       table: the embedding table, for an optimizer that touches only the rows of the batch.
       takes_teacher: whether `outputs` also takes `teacher=(params, model_state)`, a network to learn from.
       lower_is_better: whether a lower metric is better.
+      start: the `(params, model_state)` that training begins with unless the config says otherwise; None for those of
+        `init`.
     """
 
     metric: str
@@ -47,6 +49,7 @@ class Task(NamedTuple):
     table: tables.Table | None = None
     takes_teacher: bool = False
     lower_is_better: bool = False
+    start: Callable[[], tuple[Any, Any]] | None = None
 
 
 def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
@@ -157,6 +160,34 @@ def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -
     table = tables.Table("table/embedding", length, lambda batch: model.rows(batch["ids"]), outputs_of_rows)
     init = functools.partial(_init, model, dataset.example["ids"])
     return Task("auc", model, dataset, init, outputs, "ids", ("prediction", "label"), finish, table)
+
+
+def sentence_embedding(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
+    """Embeddings of sentences, learned from those of the published encoder; measured by the cosine to these.
+
+    The loss is `1 - cos(y, t) + config.similarity * mean_j (cos(y, y_j) - cos(t, t_j))²`, with `t` the published
+    encoder's embedding and `j` the sentences of the batch. The published embeddings are computed once, and kept in the
+    directory `config.targets`. Training begins with the published weights, that of a model of fewer layers with those
+    of every second or third layer.
+    """
+    folder = config.data.options.get("model", "")
+    model = sentences.bert_of(folder, **config.model_options)
+    dataset = published_embeddings.with_targets(dataset, folder, config.targets)
+
+    def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
+        ours, theirs = sentences.embed(model, params, batch["tokens"], batch["real"]), batch["target"]
+        cosine = jnp.sum(ours * theirs, -1)
+        loss = 1 - cosine
+        if config.similarity and training:  # the last batch of an evaluation is padded
+            loss += config.similarity * jnp.mean((ours @ ours.T - theirs @ theirs.T) ** 2, -1)
+        return {"loss": loss, "cosine": cosine}, model_state
+
+    init = functools.partial(_init, model, dataset.example["tokens"])
+
+    def start() -> tuple[Any, Any]:
+        return sentences.params_of(folder, model), {}
+
+    return Task("cosine", model, dataset, init, outputs, "tokens", start=start)
 
 
 def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:

