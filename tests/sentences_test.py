@@ -4,6 +4,8 @@ import gzip
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -206,6 +208,13 @@ def test_learning_from_the_published_embeddings(folder, tmp_path, monkeypatch):
     (outcome,) = loop.train(program.compiled(setup), [0])
     assert outcome.test["test_cosine"] > start
     assert (np.asarray(outcome.params["layer1"]["up"]["kernel"]) == 0).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_options_of_the_encoder_can_be_set_on_the_command_line():
+    flags = ["--config=configs/minilm.py", "--config.model_options.layers=3", "--config.model_options.heads=6"]
+    code = "import sys; from experiments import cli; cli.parse(sys.argv); print(dict(cli.CONFIG.value.model_options))"
+    run = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True)
+    assert run.stdout == "{'dtype': 'float32', 'heads': 6, 'hidden': 1536, 'layers': 3}\n"
 
 
 def test_retrieval_against_counting():

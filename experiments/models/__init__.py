@@ -1,6 +1,7 @@
 """Networks. The name in a config is the name of a class or function here."""
 
 from experiments.models.click import ClickNet
+from experiments.models.encoder import Bert
 from experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet50
 from experiments.models.small import MLP, Autoencoder, ConvNet, LeNet300
 from experiments.models.transformer import Decoder, ViT
@@ -8,6 +9,7 @@ from experiments.models.transformer import Decoder, ViT
 __all__ = [
     "MLP",
     "Autoencoder",
+    "Bert",
     "ClickNet",
     "ConvNet",
     "Decoder",
