@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from experiments.data.sources import Batch, Dataset, Source, in_memory
-from experiments.models import sentences
+from experiments.models.sentences import bert_of, directory, embed, params_of
 from experiments.utils import files
 from sa_plus_plus.files import write_atomically
 
@@ -52,7 +52,7 @@ def with_targets(dataset: Dataset, model: str | os.PathLike[str], folder: str | 
       model: the directory of the encoder; "" for the one in the package.
       folder: where the embeddings are kept, by the text's and the weights' checksum; made where it is not there.
     """
-    width = sentences.bert_of(model).width
+    width = bert_of(model).width
 
     def part(source: Source) -> WithTarget:
         return WithTarget(source, lambda: embeddings(source, model, pathlib.Path(folder).expanduser()), width)
@@ -63,7 +63,7 @@ def with_targets(dataset: Dataset, model: str | os.PathLike[str], folder: str | 
 def embeddings(source: Source, model: str | os.PathLike[str], folder: pathlib.Path) -> np.ndarray:
     """The published encoder's embeddings `(len(source), width)` float32 of all sentences, read if they are there."""
     arrays = in_memory(source).arrays
-    digest = hashlib.sha256(files.sha256(sentences.directory(model) / "model.safetensors").encode())
+    digest = hashlib.sha256(files.sha256(directory(model) / "model.safetensors").encode())
     for name in ("tokens", "real"):
         digest.update(f"{arrays[name].shape} ".encode() + arrays[name].tobytes())
     path = folder / f"{digest.hexdigest()[:24]}.npy"
@@ -76,17 +76,17 @@ def embeddings(source: Source, model: str | os.PathLike[str], folder: pathlib.Pa
 
 
 def _computed(model: str | os.PathLike[str], arrays: Batch) -> np.ndarray:
-    bert = sentences.bert_of(model)
-    params: Any = jax.device_put(sentences.params_of(model, bert))
-    embed = jax.jit(lambda params, tokens, real: sentences.embed(bert, params, tokens, real))
-    return in_batches(functools.partial(embed, params), arrays["tokens"], arrays["real"])
+    bert = bert_of(model)
+    params: Any = jax.device_put(params_of(model, bert))
+    embedded = jax.jit(functools.partial(embed, bert))
+    return in_batches(functools.partial(embedded, params), arrays["tokens"], arrays["real"])
 
 
-def in_batches(embed: Callable[..., Any], tokens: np.ndarray, real: np.ndarray, batch: int = BATCH) -> np.ndarray:
-    """`embed(tokens, real)` of any number of sentences, a batch at a time; the last is filled up with the first."""
+def in_batches(run: Callable[..., Any], tokens: np.ndarray, real: np.ndarray, batch: int = BATCH) -> np.ndarray:
+    """`run(tokens, real)` of any number of sentences, a batch at a time; the last is filled up with the first."""
     found = []
     for start in range(0, len(tokens), batch):
         rows = np.arange(start, start + batch)
         rows[rows >= len(tokens)] = 0
-        found.append(np.asarray(embed(tokens[rows], real[rows])))
+        found.append(np.asarray(run(tokens[rows], real[rows])))
     return np.concatenate(found)[: len(tokens)]
