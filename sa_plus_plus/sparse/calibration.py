@@ -70,6 +70,8 @@ def ranges_of(traced: Traced[Call | Linear], batches: Sequence[Any]) -> dict[Var
     wanted = list(
         dict.fromkeys(v for layer in layers for v in (layer.x, layer.output, layer.residual) if v is not None)
     )
+    if not wanted:
+        return {}
 
     @jax.jit
     def ends(weights: Any, *inputs: Any) -> Any:
