@@ -229,9 +229,13 @@ def _by_name(leaf: _Leaf) -> _Readings:
     first, last = reading(_outputs_first(len(inner))), reading(_outputs_last(len(inner)))
     if leaf.attribute:
         stacked = len(inner) > 3 and inner[2] == 1  # it may as well be a stack of depthwise kernels
-        return [first, *([first._replace(depthwise=True)] if stacked else [])], sure and len(inner) > 3
+        readings = [first, *([first._replace(depthwise=True)] if stacked else [])]
+        return readings, sure and len(inner) > 3 and not _like_layers(inner[2:])
+    if leaf.weight and _filter_last(inner):
+        # Even a depthwise kernel has more channels than its filter is long.
+        return [first, last._replace(depthwise=last.depthwise and inner[-1] > inner[0])], False
     if leaf.weight:
-        return [first, last] if _filter_last(inner) else [last, first], False
+        return [last, first], False
     if len(inner) == 3 and leaf.module in names.PROJECTIONS:
         return [reading(_outputs_last(3, 2))], sure
     if len(inner) == 3 and leaf.module in names.OUTPUTS:
@@ -240,11 +244,12 @@ def _by_name(leaf: _Leaf) -> _Readings:
     filters = math.prod(inner[:-2]) > 1  # of more than one point
     if filters and names.depthwise(leaf.module, leaf.name):
         return [last if last.depthwise else multiplied], True
+    sure &= not _like_layers(inner[:-2])
     if names.convolution(leaf.module, leaf.name):
         return [last], sure
     readings, certain = _by_order(leaf, [last], [reading(_outputs_before_last(len(inner)))])
     named = (len(inner) == 3 and leaf.attention) or names.transposed(leaf.path) in names.TRANSPOSED
-    if sure and filters and not named and inner[-1] <= min(_MULTIPLIERS, inner[-2] - 1):
+    if filters and not named and inner[-1] <= min(_MULTIPLIERS, inner[-2] - 1):
         readings.append(multiplied)
     return readings, certain and sure and len(inner) > 3
 
@@ -278,6 +283,11 @@ def _filters(leaf: _Leaf, view: View) -> bool:
 def _filter_last(shape: Shape) -> bool:
     """Whether the axes of a filter are the last ones, and not the first: they are shorter."""
     return math.prod(shape[:2]) > math.prod(shape[-2:])
+
+
+def _like_layers(sides: Shape) -> bool:
+    """Whether the first of a filter's axes may enumerate layers or their inputs instead: it is the longest."""
+    return len(sides) > 1 and sides[0] > max(sides[1:])
 
 
 def _inner(view: View) -> int:

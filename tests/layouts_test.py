@@ -94,6 +94,8 @@ def test_what_biases_and_names_tell(shapes, want):
         ({"weight": (5, 16, 8, 3), "bias": (5, 16, 1)}, {"weight": (one((3, 2), (1,), (0,)), False)}),
         ({"weight": (16, 1, 5), "bias": (16, 1)}, {"weight": (one((2, 1), (0,)), True)}),  # or 16 layers of one output
         ({"weight": (16, 8, 5)}, {"weight": (one((2, 1), (0,)), True)}),  # or stacked layers without a bias
+        ({"weight": (16, 8, 3, 3)}, {"weight": (one((2, 3, 1), (0,)), False)}),
+        ({"weight": (6, 16, 8, 3, 3)}, {"weight": (one((2, 3, 4, 1), (0,)), True)}),  # likewise
         ({"weight": (3, 24), "bias": (3, 24)}, {}),  # of stacked norms
     ],
 )
@@ -127,6 +129,8 @@ IN_OUT, OUT_IN = one((0,), (1,)), one((1,), (0,))
         ({"conv/weight": (16, 8, 3, 3)}, {"conv/weight": (one((2, 3, 1), (0,)), True)}),
         ({"conv/weight": (3, 3, 8, 16)}, {"conv/weight": (one((0, 1, 2), (3,)), True)}),
         ({"up/weight": (16, 8, 3, 3), "up/bias": (8,)}, {"up/weight": (one((2, 3, 0), (1,)), False)}),
+        ({"conv1.weight": (96, 24, 1, 1)}, {"conv1.weight": (one((2, 3, 1), (0,)), True)}),  # not depthwise
+        ({"conv1.weight": (96, 96, 1, 7)}, {"conv1.weight": (one((2, 3, 1), (0,)), True)}),
         # A plain tree with the same names and outputs last.
         ({"dense/weight": (24, 96), "dense/bias": (96,)}, {"dense/weight": (IN_OUT, False)}),
         ({"w1": (24, 96), "b1": (96,)}, {"w1": (IN_OUT, False)}),
@@ -172,6 +176,8 @@ def test_matrices_of_equinox_are_read_by_their_biases_too():
         ((3, 3, 40, 1), None, "conv_dw_1/kernel"),
         ((3, 3, 40, 2), None, "spatial/kernel"),
         ((5, 40, 1), None, "spatial/kernel"),
+        ((3, 3, 40, 2), (1, 1, 1, 80), "spatial/kernel"),  # with a bias that is no vector
+        ((7, 1, 40, 2), None, "spatial/kernel"),
         ((3, 3, 40, 16), None, "a/depthwise_kernel"),
         ((3, 3, 1, 1), None, "depthwise_conv2d/kernel"),
         ((3, 1, 80), (80,), "Conv_0/kernel"),  # flax and Haiku
@@ -248,6 +254,7 @@ def test_kernels_that_are_not_depthwise(shape, bias, path):
         ("decoder/expand/kernel", (1, 1, 9, 54), None, (one((0, 1, 2), (3,)), False)),  # of one point
         ("conv1/kernel", (3, 3, 16, 16), (16,), (one((0, 1, 2), (3,)), False)),
         ("stage/convs/0/kernel", (3, 3, 16, 16), None, (one((0, 1, 2), (3,)), False)),
+        ("Conv_0/kernel", (6, 3, 3, 8, 16), None, (one((0, 1, 2, 3), (4,)), True)),  # or stacked layers without a bias
     ],
 )
 def test_transposed_convolutions(path, shape, bias, want):

@@ -508,6 +508,10 @@ def test_milliseconds_are_of_each_layer_at_each_sparsity():
     assert sapp.budget(found, costs, limit=1e9).uniform.sparsity == 0
 
 
+def _tied_autoencoder(params, x):
+    return jax.nn.relu(x @ params["tied"]["kernel"]) @ params["tied"]["kernel"].T
+
+
 def test_what_is_wrong_is_said(two_layers):
     fn, params, batches = two_layers
     common = {"block": (4, 3), "sparsity": 0.5, "min_blocks": 1}
@@ -531,6 +535,8 @@ def test_what_is_wrong_is_said(two_layers):
     bad["second"]["kernel"][2, 3] = np.inf
     refused("second/kernel holds 1 NaN or infinite values of 98", params=bad)
     refused("second/kernel is not reached", fn=lambda p, x: x @ p["first"]["kernel"])
+    square = {"tied": {"kernel": np.eye(10, dtype=np.float32)}}
+    refused("tied/kernel is multiplied both as it is and transposed", params=square, fn=_tied_autoencoder)
     refused("second/kernel.*finite", fn=lambda p, x: jnp.log(x @ p["first"]["kernel"] - 1e9) @ p["second"]["kernel"])
     plan = sapp.plan(params, **common)
     with pytest.raises(ValueError, match=r"mask of second/kernel is missing: give a boolean array of shape \(4, 3\)"):

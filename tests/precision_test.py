@@ -170,6 +170,7 @@ EMPTY = {  # by name: a network, and its input
         lambda x: ((x @ K[0, 0]) @ K[0, 0, :, :0] @ K[0, 0, :0] + 1) @ K[0, 1],
         np.ones((3, 8)),
     ),
+    "no layer": (lambda x: images(x, K[..., :0], (2, 2), (2, 2)), np.ones((2, 5, 5, 8))),
     "no weights but 0": (lambda x: jax.nn.relu(x @ (0 * K[0, 0]) + 1) @ (0 * K[0, 0]) + 2, np.ones((3, 8))),
 }
 

@@ -115,7 +115,8 @@ def one_shot(
     Raises:
       ValueError: as `plan` does; for an unknown method or a bad damping; for calibration data that are empty, not
         finite or of several shapes; for too few of them without damping; for weights or inputs of a layer that are not
-        finite; for a leaf that is never the kernel of a product; and if no input reaches any layer.
+        finite; for a leaf that is never the kernel of a product, or is one both as it is and transposed;
+        and if no input reaches any layer.
 
     Warns:
       UserWarning: naming the matrices that no calibration input reaches, such as those of an expert that no example is

@@ -54,7 +54,8 @@ def uses_of(traced: Traced, layers: Mapping[str, LeafPlan]) -> dict[tuple[str, i
       layers: the pruned leaves by path.
 
     Raises:
-      ValueError: naming the matrix, if it is not used, or a product takes only a part of it.
+      ValueError: naming the matrix, if it is not used, a product takes only a part of it, or products take it both as
+        it is and transposed, so that its inputs are not of one kind.
     """
     places = {path: _places(layer) for path, layer in layers.items()}
     found: dict[tuple[str, int], list[Use]] = {}
@@ -62,6 +63,12 @@ def uses_of(traced: Traced, layers: Mapping[str, LeafPlan]) -> dict[tuple[str, i
         if isinstance(step, Layer) and step.origin is not None:
             use = _use(number, step, layers[step.origin.path], places[step.origin.path])
             found.setdefault((use.layer.path, use.stack), []).append(use)
+    for uses in found.values():
+        if len({use.transposed for use in uses}) > 1:
+            raise ValueError(
+                f"{uses[0].name} is multiplied both as it is and transposed, as in a tied autoencoder: its inputs are "
+                "the rows in one product, the columns in the other. Leave it out by `where`, or prune it in training"
+            )
     others = other_uses_of(traced)
     for path, layer in layers.items():
         if missing := [i for i in range(int(np.prod(layer.stack))) if (path, i) not in found]:
