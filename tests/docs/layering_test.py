@@ -1,12 +1,11 @@
 """Imports go one way, and the library needs nothing but jax, optax and numpy."""
 
 import ast
-import pathlib
 import sys
 
 import pytest
+from commands import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIBRARY = (
     "text",
     "files",

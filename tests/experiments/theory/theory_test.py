@@ -1,7 +1,6 @@
 """The theory page from results that are stored; what it computes is tested in convex_solvers_test.py."""
 
 import json
-import pathlib
 
 import commands
 import jax
@@ -11,8 +10,7 @@ from experiments.theory import __main__ as theory
 from experiments.theory import one_group, page
 from experiments.theory.instances import QUICK
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-STORED = ROOT / "benchmarks" / "results" / "theory.json"
+STORED = commands.ROOT / "benchmarks" / "results" / "theory.json"
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 

@@ -6,7 +6,6 @@ import gzip
 import json
 import math
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -15,6 +14,8 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
+from commands import ROOT
+from real_data import FILES
 
 from experiments import data
 from experiments.data.criteo import criteo
@@ -23,8 +24,6 @@ from experiments.data.criteo.parse import KINDS, parse
 from experiments.data.criteo.prepare import prepare
 from experiments.data.criteo.reader import InputError, layout
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-FILES = pathlib.Path(os.environ.get("SAPP_TEST_DATA", ROOT.parent / "shared" / "data"))
 SAMPLE = FILES / "criteo" / "criteo_head_10k.tsv.gz"
 LENIENT = Options(max_malformed=0.5)
 

@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 import numpy as np
 import problems
 import pytest
-from data_test import FILES, needs
 from PIL import Image
+from real_data import FILES, needs
 
 from experiments import data
 from experiments.data import catalog, from_folder, images

@@ -1,6 +1,6 @@
 """Kill the main job at random instants; each time, what it ends with must be bit for bit what it is undisturbed.
 
-    python tests/campaign_kills.py --kills=1000
+    python tests/fuzz/campaign_kills.py --kills=1000
 
 A third of the kills strike after a random number of steps, a third at a random time from the start of the process to
 the end of its report, and a third soon after another kill. Killed runs are started again until they end. Writes
@@ -19,7 +19,9 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments/training"))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tempfile.mkdtemp()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["MPLBACKEND"] = "Agg"

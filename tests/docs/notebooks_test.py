@@ -1,14 +1,14 @@
 """The notebooks: text and notebook agree, and each runs from start to end in its short form (`pytest -m notebooks`)."""
 
 import gc
-import pathlib
 import re
 import tempfile
 
 import pytest
+from commands import ROOT
 
 jupytext = pytest.importorskip("jupytext", reason="pip install jupytext")
-FOLDER = pathlib.Path(__file__).resolve().parent.parent / "notebooks"
+FOLDER = ROOT / "notebooks"
 TEXTS = sorted(FOLDER.glob("*.py"))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data_test import FILES, ROOT, needs
+from real_data import FILES, needs
 from sklearn.metrics import log_loss, roc_auc_score
 
 from configs import planted as planted_config
@@ -65,7 +65,7 @@ def test_forward_pass_against_numpy():
 
 @pytest.mark.parametrize("block", [5, 10, 20, 1])
 def test_every_cell_of_table_2_prunes_the_first_layer_alone(block):
-    config = runpy.run_path(str(ROOT / f"configs/criteo_block{max(block, 5)}.py"))["get_config"]()
+    config = runpy.run_path(str(commands.ROOT / f"configs/criteo_block{max(block, 5)}.py"))["get_config"]()
     config.sparsifier.block = (block, block)
     config.batch_size = config.eval_batch_size = 1000
     config.steps = 100

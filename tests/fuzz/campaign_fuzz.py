@@ -1,6 +1,6 @@
 """Random inputs for all that reads what others wrote, for as long as there is time; it goes on where it was stopped.
 
-    python tests/campaign_fuzz.py --minutes=600 --state=fuzz.json
+    python tests/fuzz/campaign_fuzz.py --minutes=600 --state=fuzz.json
 
 Each round has a seed of its own, the number of the round, and goes through
   calls:    calls of the compiled kernels with sizes from the whole of int64, under sanitizers (`calls_fuzz.cc`);
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import file_fuzz
 import kernel_fuzz
@@ -70,7 +70,7 @@ def read(seed: int) -> tuple[Counts, str]:
 
 def examined(examples: int, seed: int) -> tuple[Counts, str]:
     """`{test: how many examples it ran}` of one test file after the other."""
-    found = [file for file in sorted((ROOT / "tests").glob("*_test.py")) if HYPOTHESIS.search(file.read_text())]
+    found = [file for file in sorted((ROOT / "tests").rglob("*_test.py")) if HYPOTHESIS.search(file.read_text())]
     file = str(found[seed % len(found)].relative_to(ROOT))
     flags = ["-n0", "-m", "hypothesis", "--hypothesis-profile=campaign", "--hypothesis-show-statistics"]
     command = [sys.executable, "-m", "pytest", *flags, f"--hypothesis-seed={seed}", file]

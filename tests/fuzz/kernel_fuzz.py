@@ -4,7 +4,7 @@ import pathlib
 import shutil
 import subprocess
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "sa_plus_plus/sparse/csrc"
 PROGRAMS = ("kernel_fuzz", "calls_fuzz")  # random products; random calls, most of them malformed
 
@@ -39,7 +39,7 @@ def build(directory: pathlib.Path, optimisation: str = "-O0") -> list[pathlib.Pa
     if subprocess.run([compiler, *flags, probe, "-o", directory / "probe"], capture_output=True).returncode:
         raise LookupError(f"{compiler} has no sanitizers")
     files = [file for file in SOURCE.glob("*.cc") if file.stem != "ffi"]
-    files += [ROOT / f"tests/{name}.cc" for name in PROGRAMS]
+    files += [ROOT / f"tests/fuzz/{name}.cc" for name in PROGRAMS]
     objects = {file.stem: directory / f"{file.stem}.o" for file in files}
     jobs = []
     for file in files:

@@ -48,7 +48,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.long
 def test_killed_again_and_again_ends_bit_for_bit_the_same(uninterrupted):
-    """One run, killed at moments of every kind; `tests/campaign_kills.py` kills many at random ones."""
+    """One run, killed at moments of every kind; `tests/fuzz/campaign_kills.py` kills many at random ones."""
     starts = [p.start for p in sapp.phases.sequential_attention(STEPS).phases[1:]]
     first, evaluation, last = 1, 20, STEPS
     checkpoint = 7

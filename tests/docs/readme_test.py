@@ -1,14 +1,13 @@
 """Python snippets run: of the README and of the pages that follow it in one namespace, of other pages by themselves."""
 
-import pathlib
 import re
 
 import numpy as np
 import pytest
+from commands import ROOT
 
 import sa_plus_plus as sapp
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 NAMES = ("training", "inference", "algorithms", "theory", "one_shot")
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in NAMES)]

@@ -17,21 +17,17 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from commands import ROOT
 from PIL import Image
+from real_data import FILES, needs
 
 from configs import cifar10, fashion_mnist
 from experiments import data, tasks
 from experiments.data import catalog
 from experiments.training.setup import prepare
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-FILES = pathlib.Path(os.environ.get("SAPP_TEST_DATA", ROOT.parent / "shared" / "data"))
 CLOTHES, DIGITS = FILES / "fashion_mnist", FILES / "mnist"
 CIFAR10 = FILES / "cifar10_jpeg" / "cifar10_jpeg.tar.xz"
-
-
-def needs(path):
-    return pytest.mark.skipif(not path.exists(), reason=f"{path} is not here; SAPP_TEST_DATA says where to look")
 
 
 class Reads:

@@ -1,6 +1,6 @@
 """Files made to harm, with right checksums: the readers return or say in a sentence what is wrong, and nothing else.
 
-    python tests/file_fuzz.py --seed=0 --count=100000
+    python tests/fuzz/file_fuzz.py --seed=0 --count=100000
 
 `run(seed, count)` makes that many, each from a right file by one to three changes: to the header of the container, the
 description of kernels, the tensors, or what a served network says of itself and its program.

@@ -1,6 +1,5 @@
 """The configs of the ImageNet experiment, without its data: plans, schedules, recipe, and how they are shown."""
 
-import pathlib
 import runpy
 
 import commands
@@ -14,7 +13,7 @@ from experiments.training import factories, sharding
 from experiments.training.setup import prepare, prepare_without_data
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = commands.ROOT
 
 # Pruned layers and sparsity of the whole network in percent, as Table 1 prints it.
 TABLE_1 = {

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import sa_plus_plus as sapp
 from experiments.training import checkpoint
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = commands.ROOT
 
 
 class State(NamedTuple):

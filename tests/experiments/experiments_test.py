@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pathlib
 import re
 import shutil
 import sys
@@ -25,7 +24,7 @@ from experiments.training.setup import prepare
 from experiments.utils import files
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = commands.ROOT
 KEYS = (
     "algorithm block target_sparsity real_sparsity metric_name metric loss diverged steps seconds seed versions config "
     "compile_seconds startup_seconds"
