@@ -9,8 +9,6 @@ import numpy as np
 import optax
 import pytest
 import reference
-from hypothesis import given
-from hypothesis import strategies as st
 
 import sa_plus_plus as sapp
 
@@ -357,36 +355,6 @@ def test_powerpropagation_gradient_at_vanishing_blocks(alpha):
     vanishing = np.s_[4:8, : 3 * len(sizes)]
     np.testing.assert_allclose(gradient[vanishing], 0, atol=1e-6)
     assert np.all(gradient.at[vanishing].set(1) != 0)
-
-
-ALGORITHMS = ["dense", "magnitude", "gradual_magnitude", "powerpropagation", "acdc", "sequential_attention"]
-
-
-def schedules(algorithm):
-    if algorithm == "sequential_attention":
-        return [{"sparsification": True}, {"sparsification": False}]
-    return [{}]
-
-
-@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if hasattr(sapp.phases, a)])
-@pytest.mark.parametrize("recipe", ["imagenet", "criteo"])
-@given(steps=st.integers(100, 200_000))
-def test_recipes(algorithm, recipe, steps):
-    for options in schedules(algorithm):
-        ours, theirs = recipe_pair(algorithm, recipe, steps, **options)
-        assert ours.total_steps == steps
-        assert [tuple(phase) for phase in ours.phases] == theirs
-
-
-@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if hasattr(sapp.phases, a)])
-@pytest.mark.parametrize("recipe", ["imagenet", "criteo"])
-def test_sparsity_due_at_each_step(algorithm, recipe):
-    for options in schedules(algorithm):
-        ours, theirs = recipe_pair(algorithm, recipe, 617, **options)
-        steps = np.arange(620)
-        expected = [reference.share_at(theirs, step) for step in steps]
-        np.testing.assert_allclose(jit(jax.vmap(ours.fraction))(steps), expected, rtol=0, atol=1e-6)
-        assert np.flatnonzero(jit(jax.vmap(ours.is_boundary))(steps)).tolist() == [start for _, start, _ in theirs[1:]]
 
 
 @pytest.mark.parametrize("exponent", [0.5, 2.0, 4.0, 8.0])
