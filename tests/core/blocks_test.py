@@ -1,5 +1,6 @@
 """Blocks against plain loops over the kernel's matrix in NumPy."""
 
+import functools
 import itertools
 import math
 import re
@@ -9,17 +10,10 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import problems
 import pytest
 from hypothesis import strategies as st
 
 from sa_plus_plus import blocks as blk
-
-to_blocks = jax.jit(blk.to_blocks, static_argnums=1)
-from_blocks = jax.jit(blk.from_blocks, static_argnums=1)
-spread = jax.jit(blk.expand_blocks, static_argnums=(1, 2))
-frobenius = jax.jit(blk.frobenius, static_argnums=1)
-gradient_of_norms = jax.jit(jax.grad(lambda kernel, block: jnp.sum(blk.frobenius(kernel, block))), static_argnums=1)
 
 # Shape and block: even and ragged splits, single entries, blocks larger than the kernel, the paper's layers.
 CASES = [
@@ -73,30 +67,46 @@ def loop_over_blocks(fn, kernel, block):
     return grid
 
 
-def over_cases(test):
-    """Run a test of `(case, dtype)` on drawn cases and on the listed ones."""
+@functools.partial(jax.jit, static_argnums=2)
+def computed(kernel, grid, block):
+    """What `blocks` makes of a kernel and of a grid, in one program."""
+    tiled, expanded = blk.to_blocks(kernel, block), blk.expand_blocks(grid, kernel.shape, block)
+    return {
+        "blocks": tiled,
+        "kernel again": blk.from_blocks(tiled, kernel.shape),
+        "norms": blk.frobenius(kernel, block),
+        "expanded": expanded,
+        "norms of expanded": blk.frobenius(expanded, block),
+        "gradient": jax.grad(lambda kernel: jnp.sum(blk.frobenius(kernel, block)))(kernel),
+    }
+
+
+def with_listed_cases(test):
     for example in CASES:
         test = hypothesis.example(case=example, dtype=jnp.float32)(test)
-    return hypothesis.given(case=cases(), dtype=st.sampled_from([jnp.float32, jnp.bfloat16]))(test)
+    return test
 
 
-@over_cases
-def test_from_blocks_inverts_to_blocks(case, dtype):
+@with_listed_cases
+@hypothesis.given(case=cases(), dtype=st.sampled_from([jnp.float32, jnp.bfloat16]))
+def test_blocks_against_loops(case, dtype):
     shape, block = case
-    kernel = random_kernel(shape, 0, dtype)
-    back = from_blocks(to_blocks(kernel, block), shape)
-    assert back.dtype == dtype
-    np.testing.assert_array_equal(np.asarray(back, np.float32), np.asarray(kernel, np.float32))
-
-
-@over_cases
-def test_to_blocks_holds_each_tile_and_zeros_beyond_the_edge(case, dtype):
-    shape, block = case
-    kernel = random_kernel(shape, 1, dtype)
-    blocks = to_blocks(kernel, block)
+    rows, cols = math.prod(shape[:-1]), shape[-1]
     g_r, g_c = blk.grid_shape(shape, block)
-    chex.assert_shape(blocks, (g_r, block[0], g_c, block[1]))
-    blocks = np.asarray(blocks, np.float64)
+    sizes = blk.block_sizes(shape, block)
+    assert sizes.sum() == math.prod(shape)
+    np.testing.assert_array_equal(sizes, loop_over_blocks(np.size, np.zeros(shape), block))
+
+    # About half of the kernel's blocks are zero.
+    keep = np.random.default_rng(5).random((g_r, g_c)) < 0.5
+    kept = keep.repeat(block[0], 0).repeat(block[1], 1)[:rows, :cols].reshape(shape)
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=shape) * kept, dtype)
+    grid = random_kernel((g_r, g_c), 2, dtype)
+    out = computed(kernel, grid, block)
+
+    # Each tile, and zeros beyond the edge; and back.
+    chex.assert_shape(out["blocks"], (g_r, block[0], g_c, block[1]))
+    blocks = np.asarray(out["blocks"], np.float64)
     seen = 0
     for (i, j), tile in tiles(as_matrix(kernel), block):
         padded = np.zeros(block)
@@ -104,59 +114,25 @@ def test_to_blocks_holds_each_tile_and_zeros_beyond_the_edge(case, dtype):
         np.testing.assert_array_equal(blocks[i, :, j, :], padded)
         seen += 1
     assert seen == g_r * g_c
+    assert out["kernel again"].dtype == dtype
+    np.testing.assert_array_equal(np.asarray(out["kernel again"], np.float32), np.asarray(kernel, np.float32))
 
-
-@over_cases
-def test_spread_is_constant_on_each_block(case, dtype):
-    shape, block = case
-    grid = random_kernel(blk.grid_shape(shape, block), 2, dtype)
-    out = spread(grid, shape, block)
-    chex.assert_shape(out, shape)
-    assert out.dtype == dtype
-    host, want = np.asarray(grid, np.float64), np.zeros((math.prod(shape[:-1]), shape[-1]))
-    for r, c in np.ndindex(*want.shape):
+    # A grid's entry at each weight of its block, whose norm is |entry| times the root of its size, edges included.
+    chex.assert_shape(out["expanded"], shape)
+    assert out["expanded"].dtype == dtype
+    host, want = np.asarray(grid, np.float64), np.zeros((rows, cols))
+    for r, c in np.ndindex(rows, cols):
         want[r, c] = host[r // block[0], c // block[1]]
-    np.testing.assert_array_equal(as_matrix(out), want)
+    np.testing.assert_array_equal(as_matrix(out["expanded"]), want)
+    np.testing.assert_allclose(out["norms of expanded"], np.abs(host) * np.sqrt(sizes), rtol=1e-5)
 
-
-@over_cases
-def test_frobenius_is_the_norm_of_each_block(case, dtype):
-    shape, block = case
-    kernel = random_kernel(shape, 3, dtype)
-    norms = frobenius(kernel, block)
-    assert norms.dtype == jnp.float32
-    np.testing.assert_allclose(norms, loop_over_blocks(np.linalg.norm, kernel, block), rtol=1e-5)
-
-
-@over_cases
-def test_block_sizes_count_the_real_weights(case, dtype):
-    shape, block = case
-    sizes = blk.block_sizes(shape, block)
-    assert sizes.sum() == math.prod(shape)
-    np.testing.assert_array_equal(sizes, loop_over_blocks(np.size, np.zeros(shape), block))
-
-
-@over_cases
-def test_norm_of_a_spread_grid(case, dtype):
-    """A block filled with g has norm |g| times the root of its size, ragged edges included."""
-    shape, block = case
-    grid = random_kernel(blk.grid_shape(shape, block), 4, dtype)
-    norms = frobenius(spread(grid, shape, block), block)
-    want = np.abs(np.asarray(grid, np.float64)) * np.sqrt(blk.block_sizes(shape, block))
-    np.testing.assert_allclose(norms, want, rtol=1e-5)
-
-
-@problems.examples(15)
-@over_cases
-def test_gradient_of_the_norm_is_the_unit_block_and_zero_at_a_block_of_zeros(case, dtype):
-    shape, block = case
-    keep = np.random.default_rng(5).random(blk.grid_shape(shape, block)) < 0.5
-    kernel = random_kernel(shape, 6) * spread(jnp.asarray(keep, jnp.float32), shape, block)
-    kernel = kernel.astype(dtype)
-    gradient = gradient_of_norms(kernel, block)
-    chex.assert_tree_all_finite(gradient)
-    matrix, norms = as_matrix(kernel), loop_over_blocks(np.linalg.norm, kernel, block)
-    for (i, j), tile in tiles(as_matrix(gradient), block):
+    # The norm of each block; its gradient is the block over its norm, and zero where all is zero.
+    norms = loop_over_blocks(np.linalg.norm, kernel, block)
+    assert out["norms"].dtype == jnp.float32
+    np.testing.assert_allclose(out["norms"], norms, rtol=1e-5)
+    chex.assert_tree_all_finite(out["gradient"])
+    matrix = as_matrix(kernel)
+    for (i, j), tile in tiles(as_matrix(out["gradient"]), block):
         own = matrix[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
         if keep[i, j]:
             np.testing.assert_allclose(tile, own / norms[i, j], rtol=1e-2 if dtype == jnp.bfloat16 else 1e-4, atol=1e-6)
@@ -178,7 +154,8 @@ def test_bfloat16_norms_are_accumulated_in_float32():
 
 def test_eager_and_vmapped_agree_with_jit():
     kernels = random_kernel((3, 7, 10), 7)
-    want = jnp.stack([frobenius(kernel, (3, 4)) for kernel in kernels])
+    frobenius = jax.jit(lambda kernel: blk.frobenius(kernel, (3, 4)))
+    want = jnp.stack([frobenius(kernel) for kernel in kernels])
     chex.assert_trees_all_close(jax.vmap(lambda w: blk.frobenius(w, (3, 4)))(kernels), want, rtol=1e-6)
     chex.assert_trees_all_close(blk.frobenius(kernels[0], (3, 4)), want[0], rtol=1e-6)
 

@@ -1,4 +1,8 @@
-"""What every algorithm promises, through one table: all of them, with bfloat16 beside float32 where types matter."""
+"""What every algorithm promises, through one table.
+
+Where it matters what an algorithm does, all of them run; where only its parts matter, such as for types or devices, one
+of each kind. Where types matter, kinds run in bfloat16 too.
+"""
 
 import functools
 import warnings
@@ -15,9 +19,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sa_plus_plus as sapp
 
-DTYPES = ("float32", "bfloat16")
 every_algorithm = pytest.mark.parametrize("name", problems.NAMES)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_kind = pytest.mark.parametrize("name", problems.KINDS)
+TYPED = [*((name, "float32") for name in problems.NAMES), *((name, "bfloat16") for name in problems.KINDS)]
+every_dtype = pytest.mark.parametrize(("name", "dtype"), TYPED)
 
 
 def whole_run(step, run, dtype, first=0, last=problems.STEPS):
@@ -36,7 +41,6 @@ def test_unknown_option_raises(name):
         problems.sparsifier(name, blokc=3)
 
 
-@every_algorithm
 @every_dtype
 def test_tree_shapes_and_dtypes_are_kept(name, dtype):
     params = problems.network(dtype=dtype)
@@ -48,7 +52,6 @@ def test_tree_shapes_and_dtypes_are_kept(name, dtype):
         chex.assert_trees_all_equal_shapes_and_dtypes(tree, params)
 
 
-@every_algorithm
 @every_dtype
 def test_starts_as_the_model_does(name, dtype):
     params = problems.network(dtype=dtype)
@@ -60,7 +63,6 @@ def test_starts_as_the_model_does(name, dtype):
     chex.assert_trees_all_close(sp.apply(*run[:2]), expected, rtol=1e-6 if dtype == "float32" else 2e-2)
 
 
-@every_algorithm
 @every_dtype
 def test_compiles_once_in_a_whole_run(name, dtype):
     sp, step = problems.algorithm(name)
@@ -71,14 +73,11 @@ def test_compiles_once_in_a_whole_run(name, dtype):
     assert run.prune.step == problems.STEPS
 
 
-@every_algorithm
 @every_dtype
 def test_donated_state_is_reused(name, dtype):
-    sp, _ = problems.algorithm(name)
+    sp, step = problems.algorithm(name)
     run = problems.start(sp, problems.network(dtype=dtype))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # JAX warns of donated buffers it could not use
-        after = jax.jit(functools.partial(problems.step, sp), donate_argnums=0)(run, problems.batch(0, dtype))
+    after = step(run, problems.batch(0, dtype))  # warnings are errors: JAX warns of donated buffers it could not use
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(run))
     assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(after))
 
@@ -112,7 +111,7 @@ def mixed_network():
 
 
 @pytest.mark.parametrize(
-    ("name", "jit"), [*((name, None) for name in problems.NAMES), ("sequential_attention", jax.jit)]
+    ("name", "jit"), [*((name, None) for name in problems.KINDS), ("sequential_attention", jax.jit)]
 )
 def test_results_share_no_buffer_with_arguments_or_each_other(name, jit):
     """So that any of them may be donated, as the docs recommend."""
@@ -136,7 +135,7 @@ def test_results_share_no_buffer_with_arguments_or_each_other(name, jit):
     np.testing.assert_array_equal(after[0].params["rest"]["steps"], np.arange(5))
 
 
-@every_algorithm
+@every_kind
 def test_both_loops_may_donate_all_they_hold(name):
     """From the network that the docs say to start from; the caller's own survives."""
     sp, _ = problems.algorithm(name)
@@ -176,7 +175,7 @@ def test_both_loops_may_donate_all_they_hold(name):
     chex.assert_trees_all_equal(jax.device_get(own), expected)
 
 
-@every_algorithm
+@every_kind
 def test_vmap_over_seeds(name):
     sp, step = problems.algorithm(name)
     singles = [problems.start(sp, problems.network(seed)) for seed in range(3)]
@@ -193,7 +192,7 @@ def test_vmap_over_seeds(name):
         chex.assert_trees_all_close(one.trainable, run.trainable, atol=1e-5)
 
 
-@every_algorithm
+@every_kind
 def test_sharded_over_eight_devices_equals_one(name):
     assert len(jax.devices()) == 8, "conftest.py asks XLA for 8 host devices"
     sp, step = problems.algorithm(name)
@@ -206,7 +205,7 @@ def test_sharded_over_eight_devices_equals_one(name):
         spec = PartitionSpec(*["shard" if i == cut else None for i in range(leaf.ndim)])
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 
-    many = jax.tree.map(place, one)
+    many = jax.tree.map(place, problems.start(sp, problems.network()))
     assert not many.trainable.params["conv"]["kernel"].sharding.is_fully_replicated
     many, one = (whole_run(step, run, "float32") for run in (many, one))
     chex.assert_trees_all_equal(masks_of(many), masks_of(one))
@@ -216,9 +215,9 @@ def test_sharded_over_eight_devices_equals_one(name):
 @pytest.mark.parametrize(
     ("name", "dtype", "separate_logits"),
     [
-        *((name, dtype, False) for name in problems.NAMES for dtype in DTYPES),
+        *((*typed, False) for typed in TYPED),
         ("acdc", "float32", True),  # has no logits
-        *(("sequential_attention", dtype, True) for dtype in DTYPES),
+        *(("sequential_attention", dtype, True) for dtype in ("float32", "bfloat16")),
     ],
 )
 def test_explicit_use_equals_one_line(name, dtype, separate_logits):
@@ -260,7 +259,6 @@ def _shape_and_block(sp, params, path):
     return layer.shape, layer.block
 
 
-@every_algorithm
 @every_dtype
 def test_finalize_prunes_exactly_as_planned(name, dtype):
     sp, step = problems.algorithm(name)
@@ -280,7 +278,6 @@ def test_finalize_prunes_exactly_as_planned(name, dtype):
     assert problems.loss(final, data) == problems.loss(sp.apply(*run[:2]), data)
 
 
-@every_algorithm
 @every_dtype
 def test_saved_and_restored_in_any_phase_continues_bit_for_bit(name, dtype):
     sp, step = problems.algorithm(name)

@@ -77,13 +77,13 @@ def test_convolution_is_differentiable_and_maps():
     def sparse(x, w):
         return jnp.sum(jnp.sin(block_sparse_conv(x, w, strides=(2, 2))))
 
-    want, got = jax.grad(dense, (0, 1))(x, w.todense()), jax.grad(sparse, (0, 1))(x, w)
+    want, got = jax.jit(jax.grad(dense, (0, 1)))(x, w.todense()), jax.jit(jax.grad(sparse, (0, 1)))(x, w)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
         got[1].blocks, BlockSparse.fromdense(want[1], 4, w.layout.mask).blocks, rtol=1e-4, atol=1e-4
     )
     mapped = jax.jit(jax.vmap(lambda x: block_sparse_conv(x, w)))(x[None])
-    np.testing.assert_allclose(mapped[0], block_sparse_conv(x, w), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mapped[0], jax.jit(block_sparse_conv)(x, w), rtol=1e-5, atol=1e-5)
 
 
 def test_convolution_refuses_what_does_not_fit():
@@ -169,7 +169,7 @@ def test_only_what_may_be_folded_is():
     apply = everything((jnp.asarray(w, jnp.float32), jnp.asarray(rng.normal(size=32), jnp.float32)))
     x = jnp.asarray(rng.normal(size=(5, 24)), jnp.float32)
     with jax.numpy_rank_promotion("allow"):
-        want, fast = apply(x), sapp.specialize(apply, x, mode="always")
+        want, fast = jax.jit(apply)(x), sapp.specialize(apply, x, mode="always")
         got = fast(x)
         again = jax.jit(fast.fn)(fast.weights, x)
     for result in (got, again):
@@ -207,7 +207,7 @@ def test_activation_functions_become_part_of_a_layer_however_written(activation)
     for number, written in enumerate(ACTIVATIONS[activation]):
         with jax.numpy_rank_promotion("allow"):
             fast = sapp.specialize(lambda x, written=written: written(x @ w + c), x, mode="always")
-            want = written(x @ w + c)
+            want = jax.jit(lambda x, written=written: written(x @ w + c))(x)
         expected = "silu" if (activation, number) == ("none", 2) else activation  # up to the factors of columns
         first = next(step for step in fast.steps if step.startswith("dense"))
         assert first == ("dense" if expected == "none" else f"dense, {expected}")
@@ -258,10 +258,14 @@ def test_random_keys_are_inputs_like_others(precision):
         return y, jax.random.split(jnp.where(y.sum() > 99, key, each[1]))
 
     inputs = (x, jax.random.key(3, impl="rbg")), (x, jax.random.key(0), keys, keys[:3])
-    other = sapp.specialize(lambda x, k: dropped(x @ w, k) @ w, *inputs[0], mode="always")
-    np.testing.assert_allclose(other(*inputs[0]), dropped(x @ w, inputs[0][1]) @ w, rtol=1e-4, atol=1e-5)
+
+    def between(x, key):
+        return dropped(x @ w, key) @ w
+
+    other = sapp.specialize(between, *inputs[0], mode="always")
+    np.testing.assert_allclose(other(*inputs[0]), jax.jit(between)(*inputs[0]), rtol=1e-4, atol=1e-5)
     fast = sapp.specialize(apply, *inputs[1], mode="always", precision=precision, calibration=[inputs[1]])
-    (want, after), loaded = apply(*inputs[1]), pickle.loads(pickle.dumps(fast))
+    (want, after), loaded = jax.jit(apply)(*inputs[1]), pickle.loads(pickle.dumps(fast))
     assert [c.runs for c in fast.choices] == ["dense"] * 4
     for got, last in (fast(*inputs[1]), loaded(*inputs[1])):
         np.testing.assert_allclose(got, want, atol=0.1 if precision else 1e-5)
@@ -280,7 +284,7 @@ def test_a_key_for_each_example_in_batches_of_any_size():
     networks = [sapp.specialize(apply, x[:n], keys[:n], mode="always") for n in (1, 2)]
     pieces = sapp.specialize(apply, x[:4], keys[:4], mode="always", microbatch=2)
     for n, fast in ((5, sapp.serve.loads(sapp.serve.dumps(networks))), (4, pieces)):
-        (got, after), (want, last) = fast(x[:n], keys[:n]), apply(x[:n], keys[:n])
+        (got, after), (want, last) = fast(x[:n], keys[:n]), jax.jit(apply)(x[:n], keys[:n])
         np.testing.assert_allclose(got, want, atol=1e-6)
         np.testing.assert_array_equal(jax.random.key_data(after), jax.random.key_data(last))
 
@@ -448,7 +452,7 @@ def test_several_devices_by_shard_map():
     for fn, a, b in ((loss, x, w), (loss_of_images, images, conv)):
         mapped = jax.shard_map(fn, mesh=mesh, in_specs=(spec("d"), spec()), out_specs=spec())
         one = jax.shard_map(fn, mesh=mesh, in_specs=(spec(), spec()), out_specs=spec())  # four times the whole
-        got, want = jax.grad(mapped, (0, 1))(a, b), jax.grad(one, (0, 1))(a, b)
+        got, want = (jax.jit(jax.grad(loss, (0, 1)))(a, b) for loss in (mapped, one))
         jax.tree.map(lambda g, w: np.testing.assert_allclose(4 * g, w, rtol=1e-4, atol=1e-4), got, want)
     with pytest.raises(ValueError, match="out_specs"):  # what differs between devices is known to
         jax.shard_map(lambda x: sapp.block_sparse_matmul(x, w), mesh=mesh, in_specs=spec("d"), out_specs=spec())(x)
