@@ -93,6 +93,22 @@ def step(sp, run, data):
     return Run(trainable, prune, opt_state)
 
 
+def variables(model, *inputs, seed=0, **options):
+    """Variables of a flax model drawn by NumPy, as after training: none has its initial value, nothing is compiled."""
+    rng = np.random.default_rng(seed)
+
+    def value(path, leaf):
+        name, x = sapp.path_string(path), rng.normal(size=leaf.shape)
+        if name.endswith("kernel"):
+            x *= np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        else:
+            x = np.exp(0.2 * x) if name.endswith(("scale", "var")) else 0.2 * x
+        return x.astype(leaf.dtype)
+
+    shapes = jax.eval_shape(functools.partial(model.init, **options), jax.random.key(0), *inputs)
+    return jax.tree_util.tree_map_with_path(value, shapes)
+
+
 def weights_of(path):
     """`{path of a parameter: it in full}` of a run's file of its pruned network."""
     leaves = jax.tree_util.tree_leaves_with_path(sapp.todense(sapp.load(path)["params"]))

@@ -95,10 +95,8 @@ def test_convolution_refuses_what_does_not_fit():
 
 
 def pruned(model, x, block, **options):
-    """Variables as after training: nothing at its initial value, kernels pruned."""
-    variables = dict(jax.jit(model.init)(jax.random.key(0), x))
-    rng = np.random.default_rng(1)
-    variables = jax.tree.map(lambda a: a + (0.1 * np.abs(rng.normal(size=a.shape))).astype(a.dtype), variables)
+    """Variables as after training, with kernels pruned."""
+    variables = dict(problems.variables(model, x))
     sp = sapp.random(block=block, sparsity=0.8, min_blocks=10, phases=sapp.phases.random(10), **options)
     variables["params"] = jax.jit(lambda params: sp.finalize(*sp.init(params)))(variables["params"])
     return variables, sp.plan(variables["params"])

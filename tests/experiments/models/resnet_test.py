@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -65,20 +66,6 @@ class Reference:
         return x.mean((1, 2)) @ head["kernel"] + head["bias"]
 
 
-def randomised(variables):
-    """No zeros and ones left from initialisation, which would hide mistakes."""
-    rng = np.random.default_rng(0)
-
-    def value(path, leaf):
-        name = sapp.path_string(path)
-        if name.endswith("kernel"):
-            return np.asarray(leaf)
-        x = rng.normal(size=leaf.shape) * 0.2
-        return (np.exp(x) if name.endswith(("scale", "var")) else x).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(value, variables)
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     ("make", "stages", "bottleneck", "small_images", "size"),
@@ -90,7 +77,7 @@ def randomised(variables):
 )
 def test_forward_pass(make, stages, bottleneck, small_images, size, training):
     model, x = make(classes=10), np.random.default_rng(1).normal(size=(3, size, size, 3)).astype(np.float32)
-    variables = randomised(jax.jit(model.init)(jax.random.key(0), x))
+    variables = problems.variables(model, x)
     apply = jax.jit(lambda v, x: model.apply(v, x, training=training, mutable=["batch_stats"]))
     logits, changed = apply(variables, x)
     doubles = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
@@ -144,7 +131,7 @@ def test_statistics_are_those_of_the_global_batch():
     model = models.ResNet20(classes=10)
     x = np.random.default_rng(0).normal(size=(16, 32, 32, 3)).astype(np.float32)
     x[:8] += 3
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    variables = problems.variables(model, x)
 
     @jax.jit
     def run(variables, x):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 
 import sa_plus_plus as sapp
@@ -31,8 +32,7 @@ def kernel(*shape, block=8, density=0.4):
 def residual():
     """A residual network with values as after training."""
     model = models.ResNet(10, stages=(1, 1), bottleneck=True)
-    variables = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0), PHOTOGRAPHS))
-    variables = jax.tree.map(lambda a: a + (0.1 * np.abs(RNG.normal(size=a.shape))).astype(a.dtype), variables)
+    variables = problems.variables(model, PHOTOGRAPHS)
     return lambda x: model.apply(variables, x)
 
 

@@ -26,7 +26,7 @@ def names(fast):
 
 def check(fn, x, layers, **options):
     """The network gives the plain function's results and has as many layers."""
-    want, fast = fn(x), sapp.specialize(fn, x, mode="always", **options)
+    want, fast = jax.jit(fn)(x), sapp.specialize(fn, x, mode="always", **options)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fast(x), want)
     assert [c.kernel for c in fast.choices if c.rows] == layers
     assert not {*names(fast)} & {"scan", "conv_general_dilated"}
@@ -37,7 +37,7 @@ def check(fn, x, layers, **options):
 def test_attention():
     x = normal(2, 5, 16)
     model = nn.MultiHeadDotProductAttention(num_heads=4)
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    variables = problems.variables(model, x)
     other = nnx.jit(lambda: nnx.MultiHeadAttention(num_heads=4, in_features=16, decode=False, rngs=nnx.Rngs(0)))()
     for fn in (lambda x: model.apply(variables, x), other):
         assert names(check(fn, x, [(16, 16)] * 4)).count("dot_general") == 2  # five queries: not fused
