@@ -1,7 +1,7 @@
 """The part of the tests that touches JAX's inner workings, with other versions of what the project depends on.
 
     nox                                                  # all of these
-    nox -s "tests(jax 0.12)" -- tests/click_test.py      # the newest JAX that is supported, with other tests
+    nox -s "tests(jax 0.12)" -- tests/convex              # the newest JAX that is supported, with other tests
     nox -s lowest                                        # the lowest versions that pyproject.toml allows
 
 Each session gets a fresh environment with the dev extra below `.nox/` (2 GB), which `nox -r` uses again. At the end nox
@@ -11,8 +11,8 @@ prints one line for each; one whose Python is not installed is skipped.
 import nox
 
 FAST = (
-    *("tests/network_test.py", "tests/serialization_test.py", "tests/sparse_matmul_test.py"),
-    *("tests/transforms_test.py", "tests/contract_test.py"),
+    *("tests/sparse/network_test.py", "tests/sparse/files/serialization_test.py"),
+    *("tests/sparse/ops/sparse_matmul_test.py", "tests/core/transforms_test.py", "tests/core/contract_test.py"),
     *("-k", "(not contract_test or float32) and not within_its_memory"),  # the last of these has nothing of JAX
 )
 

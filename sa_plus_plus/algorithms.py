@@ -1,7 +1,7 @@
 """The pruning algorithms: each combines a parametrisation, a score and a schedule of phases (paper, section 4.1).
 
 To add an algorithm, decorate a constructor with `@algorithm(schedule)`: this adds it to `ALGORITHMS` and to every test
-of `tests/contract_test.py`, and the experiments can select it by name.
+of `tests/core/contract_test.py`, and the experiments can select it by name.
 """
 
 import math

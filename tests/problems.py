@@ -14,6 +14,9 @@ import sa_plus_plus as sapp
 
 STEPS = 60
 NAMES = tuple(sapp.ALGORITHMS)
+# Made of the parts of another (parametrisation, score, what a step does), they differ in when blocks are chosen.
+SAME_PARTS = {"acdc": "magnitude", "gradual_magnitude": "magnitude", "sparse_evolutionary": "rigl"}
+KINDS = tuple(name for name in NAMES if name not in SAME_PARTS)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -56,9 +59,9 @@ def sparsifier(name, steps=STEPS, **options):
 
 @functools.cache
 def algorithm(name):
-    """`(sp, jitted step)`: the same objects each time, so that tests share one compilation."""
+    """`(sp, jitted step that donates its run)`: the same objects each time, so that tests share one compilation."""
     sp = sparsifier(name)
-    return sp, jax.jit(functools.partial(step, sp))
+    return sp, jax.jit(functools.partial(step, sp), donate_argnums=0)
 
 
 def optimizer():
@@ -88,6 +91,22 @@ def step(sp, run, data):
         updates, opt_state = optimizer().update(grads, opt_state, trainable, phase=prune.phase)
     trainable, prune = sp.update(trainable, prune, updates, grads)
     return Run(trainable, prune, opt_state)
+
+
+def variables(model, *inputs, seed=0, **options):
+    """Variables of a flax model drawn by NumPy, as after training: none has its initial value, nothing is compiled."""
+    rng = np.random.default_rng(seed)
+
+    def value(path, leaf):
+        name, x = sapp.path_string(path), rng.normal(size=leaf.shape)
+        if name.endswith("kernel"):
+            x *= np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        else:
+            x = np.exp(0.2 * x) if name.endswith(("scale", "var")) else 0.2 * x
+        return x.astype(leaf.dtype)
+
+    shapes = jax.eval_shape(functools.partial(model.init, **options), jax.random.key(0), *inputs)
+    return jax.tree_util.tree_map_with_path(value, shapes)
 
 
 def weights_of(path):

@@ -53,14 +53,6 @@ def curve(t, exponent=4.0):
     return (1 - math.exp(-exponent * t)) / (1 - math.exp(-exponent))
 
 
-def share_at(phases, step, exponent=4.0):
-    """Share of the target sparsity that is due at a step; after the end, as where the last phase ends."""
-    for kind, start, stop in phases:
-        if start <= step < stop:
-            return {DENSE: 0.0, SPARSE: 1.0}.get(kind, curve((step - start) / (stop - start), exponent))
-    return 0.0 if phases[-1][0] == DENSE else 1.0
-
-
 # Blocks ----------------------------------------------------------------------------------------------------------
 
 

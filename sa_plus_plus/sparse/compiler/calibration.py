@@ -19,6 +19,8 @@ def ranges_of(traced: Traced, batches: Sequence[Any]) -> dict[Variable, tuple[fl
     wanted = list(
         dict.fromkeys(v for layer in layers for v in (layer.x, layer.output, layer.residual) if v is not None)
     )
+    if not wanted:
+        return {}
 
     @jax.jit
     def ends(weights: Any, *inputs: Any) -> Any:
