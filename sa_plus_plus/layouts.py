@@ -244,7 +244,7 @@ def _by_name(leaf: _Leaf) -> _Readings:
     filters = math.prod(inner[:-2]) > 1  # of more than one point
     if filters and names.depthwise(leaf.module, leaf.name):
         return [last if last.depthwise else multiplied], True
-    sure &= not _like_layers(inner[:-2])
+    sure &= names.filter_axes(leaf.module) == len(inner) - 2 or not _like_layers(inner[:-2])
     if names.convolution(leaf.module, leaf.name):
         return [last], sure
     readings, certain = _by_order(leaf, [last], [reading(_outputs_before_last(len(inner)))])

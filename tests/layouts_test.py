@@ -254,6 +254,7 @@ def test_kernels_that_are_not_depthwise(shape, bias, path):
         ("decoder/expand/kernel", (1, 1, 9, 54), None, (one((0, 1, 2), (3,)), False)),  # of one point
         ("conv1/kernel", (3, 3, 16, 16), (16,), (one((0, 1, 2), (3,)), False)),
         ("stage/convs/0/kernel", (3, 3, 16, 16), None, (one((0, 1, 2), (3,)), False)),
+        ("conv2d_1/kernel", (7, 1, 8, 16), None, (one((0, 1, 2), (3,)), False)),
         ("Conv_0/kernel", (6, 3, 3, 8, 16), None, (one((0, 1, 2, 3), (4,)), True)),  # or stacked layers without a bias
     ],
 )
