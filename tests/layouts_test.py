@@ -69,8 +69,8 @@ def one(rows, cols, batch=()):
         ),
         # The whole tree is a stack.
         ({"w": (3, 24, 36), "scale": (3, 24)}, {"w": (one((1,), (2,), (0,)), False)}),
-        # No stack, though all leaves begin with the same axis.
-        ({"l/w": (24, 36), "l/b": (24, 1)}, {"l/w": (one((0,), (1,)), False), "l/b": (one((0,), (1,)), False)}),
+        # No stack, though all leaves begin with the same axis: a column of biases, one for each output.
+        ({"l/w": (24, 36), "l/b": (24, 1)}, {"l/w": (one((1,), (0,)), False), "l/b": (one((0,), (1,)), False)}),
         # Transposed convolutions of Keras and Haiku have their outputs first; of one as wide as deep it cannot be told.
         ({"c/kernel": (3, 3, 8, 16), "c/bias": (8,)}, {"c/kernel": (one((0, 1, 3), (2,)), False)}),
         ({"transpose/w": (3, 3, 8, 8), "transpose/b": (8,)}, {"transpose/w": (one((0, 1, 3), (2,)), True)}),
