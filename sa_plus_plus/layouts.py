@@ -73,7 +73,7 @@ class Tree:
         self._shared = {bias for bias, n in users.items() if n > 1}
         self._orders: dict[str, set[bool]] = {}  # by name of a leaf: whether biases tell that outputs are first
         for path, bias in self._biases.items():
-            shape, length = self.shapes[path], self.shapes[bias]
+            shape, length = self.shapes[path], _vector(self.shapes[bias])
             first, last = length == shape[:-1], length == shape[:-2] + shape[-1:]
             if first != last and len(shape) > 1 and bias not in self._shared:
                 self._orders.setdefault(_kind(path[-1]), set()).add(first)
@@ -126,7 +126,7 @@ def _common(a: Shape, b: Shape) -> Shape:
 
 
 def _vector(shape: Shape) -> Shape:
-    """A shape without trailing axes of length 1, which Equinox adds to biases for each axis of an image."""
+    """A shape without trailing axes of length 1: those of a column, and Equinox's of biases for images."""
     while shape[-1:] == (1,):
         shape = shape[:-1]
     return shape
@@ -244,7 +244,7 @@ def _by_name(leaf: _Leaf) -> _Readings:
     filters = math.prod(inner[:-2]) > 1  # of more than one point
     if filters and names.depthwise(leaf.module, leaf.name):
         return [last if last.depthwise else multiplied], True
-    sure &= not _like_layers(inner[:-2])
+    sure &= names.filter_axes(leaf.module) == len(inner) - 2 or not _like_layers(inner[:-2])
     if names.convolution(leaf.module, leaf.name):
         return [last], sure
     readings, certain = _by_order(leaf, [last], [reading(_outputs_before_last(len(inner)))])
@@ -338,7 +338,7 @@ def _last(shape: Shape, bias: Shape) -> View | None:
 
 
 def _before_last(shape: Shape, bias: Shape) -> View | None:
-    return _outputs_before_last(len(shape)) if bias == shape[-2:-1] else None
+    return _outputs_before_last(len(shape)) if _vector(bias) == shape[-2:-1] else None
 
 
 def _first(shape: Shape, bias: Shape) -> View | None:

@@ -14,7 +14,7 @@ _EMBEDDING = re.compile(r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)
 _COLLECTIONS = ("batch_stats", "cache", "intermediates")  # collections of variables that are not trained
 _WEIGHT = re.compile(r"(^|_)weight(_|\d|$)")
 _WORD = re.compile(r"(^|_)(kernel|weights?|w)(?=_|\d|$)", re.IGNORECASE)  # in the name of a matrix, where a bias has b
-_CONVOLUTION = re.compile(r"Conv_\d+|conv[123]_?d(_\d+)?")  # as linen, Keras and Haiku number them
+_CONVOLUTION = re.compile(r"Conv_\d+|conv([123])_?d(_\d+)?")  # as linen, Keras and Haiku number them
 _OUTPUTS_BEFORE_INPUTS = re.compile(r"conv[123]_?d_transpose(_\d+)?")  # the same of Keras and Haiku
 _TRANSPOSED = re.compile(r"transpose|deconv|conv_?t($|[_\d])|(^|_)tconv|upconv", re.IGNORECASE)
 _UPWARDS = re.compile(r"(^|_)(up|upsampl\w*|upscal\w*|decod\w*|generat\w*)(_?\d+)?($|_)", re.IGNORECASE)
@@ -92,6 +92,19 @@ def convolution(module: str, name: str) -> bool:
       name: the last.
     """
     return bool(_CONVOLUTION.fullmatch(module)) or "pointwise" in name.lower()
+
+
+def filter_axes(module: str) -> int | None:
+    """The number of axes of a convolution's filters, if a framework has named it by that.
+
+    Args:
+      module: the last key but one of its kernel's path.
+
+    >>> filter_axes("conv2d_3")
+    2
+    """
+    found = _CONVOLUTION.fullmatch(module)
+    return int(found[1]) if found and found[1] else None
 
 
 def depthwise(module: str, name: str) -> bool:

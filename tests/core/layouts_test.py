@@ -69,8 +69,8 @@ def one(rows, cols, batch=()):
         ),
         # The whole tree is a stack.
         ({"w": (3, 24, 36), "scale": (3, 24)}, {"w": (one((1,), (2,), (0,)), False)}),
-        # No stack, though all leaves begin with the same axis.
-        ({"l/w": (24, 36), "l/b": (24, 1)}, {"l/w": (one((0,), (1,)), False), "l/b": (one((0,), (1,)), False)}),
+        # No stack, though all leaves begin with the same axis: a column of biases, one for each output.
+        ({"l/w": (24, 36), "l/b": (24, 1)}, {"l/w": (one((1,), (0,)), False), "l/b": (one((0,), (1,)), False)}),
         # Transposed convolutions of Keras and Haiku have their outputs first; of one as wide as deep it cannot be told.
         ({"c/kernel": (3, 3, 8, 16), "c/bias": (8,)}, {"c/kernel": (one((0, 1, 3), (2,)), False)}),
         ({"transpose/w": (3, 3, 8, 8), "transpose/b": (8,)}, {"transpose/w": (one((0, 1, 3), (2,)), True)}),
@@ -254,6 +254,7 @@ def test_kernels_that_are_not_depthwise(shape, bias, path):
         ("decoder/expand/kernel", (1, 1, 9, 54), None, (one((0, 1, 2), (3,)), False)),  # of one point
         ("conv1/kernel", (3, 3, 16, 16), (16,), (one((0, 1, 2), (3,)), False)),
         ("stage/convs/0/kernel", (3, 3, 16, 16), None, (one((0, 1, 2), (3,)), False)),
+        ("conv2d_1/kernel", (7, 1, 8, 16), None, (one((0, 1, 2), (3,)), False)),
         ("Conv_0/kernel", (6, 3, 3, 8, 16), None, (one((0, 1, 2, 3), (4,)), True)),  # or stacked layers without a bias
     ],
 )
