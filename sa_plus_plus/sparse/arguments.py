@@ -33,7 +33,7 @@ def listed(calibration: Any, tree: Any = None) -> list[Any]:
         return [calibration]
     if isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes):
         return list(calibration)
-    if jax.tree_util.all_leaves([calibration]):
+    if calibration is None or jax.tree_util.all_leaves([calibration]):
         raise ValueError(f"calibration must be a batch of inputs or a list of batches, got {calibration!r}")
     return [calibration]
 

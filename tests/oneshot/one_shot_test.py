@@ -531,6 +531,7 @@ def test_what_is_wrong_is_said(two_layers):
     refused("no calibration input reaches any layer", params=unbiased, calibration=[0 * batches[0]])
     refused("calibration is a tuple, which may be several batches", calibration=tuple(batches))
     refused("calibration must be a batch of inputs or a list of batches, got 3", calibration=3)
+    refused("calibration must be a batch of inputs or a list of batches, got None", calibration=None)
     bad = jax.tree.map(np.copy, params)
     bad["second"]["kernel"][2, 3] = np.inf
     refused("second/kernel holds 1 NaN or infinite values of 98", params=bad)
