@@ -261,3 +261,14 @@ def frobenius(kernel: jax.Array, block: Block, view: View | None = None) -> jax.
     squares = sum_of_squares(kernel, block, view)
     zero = squares == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
+
+
+def soft_threshold(norms: jax.Array, threshold: jax.Array) -> jax.Array:
+    """`max(0, 1 - threshold / norm)`: the factors by which the proximal map of `threshold * norm` shrinks blocks.
+
+    Args:
+      norms: of the blocks, of any shape.
+      threshold: not negative, of a shape that broadcasts to that of the norms.
+    """
+    survives = norms > threshold
+    return jnp.where(survives, 1 - threshold / jnp.where(survives, norms, 1), 0)

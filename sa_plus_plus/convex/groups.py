@@ -108,7 +108,7 @@ def sum_per_group(groups: Groups, x: jax.Array) -> jax.Array:
     """Sum of `x` (of the groups' shape) over each group, `(count,)`.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       x: of the groups' shape.
     """
     _check(groups, x.shape)
@@ -124,7 +124,7 @@ def spread(groups: Groups, s: jax.Array) -> jax.Array:
     """The array of the groups' shape that is `s[i]` on group `i`; `s` has shape `(count,)`.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       s: `(count,)`.
     """
     if s.shape != (groups.count,):
@@ -144,7 +144,7 @@ def norms(groups: Groups, x: jax.Array) -> jax.Array:
     """2-norm of each group, `(count,)`, with gradient 0 (not NaN) at a group of zeros.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       x: of the groups' shape.
     """
     unit = unit_of(x)
@@ -157,7 +157,7 @@ def scale(groups: Groups, s: jax.Array, x: jax.Array) -> jax.Array:
     """`x` with group `i` multiplied by `s[i]`.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       s: `(count,)`.
       x: of the groups' shape.
     """
@@ -168,7 +168,7 @@ def sizes(groups: Groups) -> np.ndarray:
     """Coordinates in each group, `(count,)`.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
     """
     if groups.kind == "equal":
         return np.full(groups.count, int(np.prod(groups.shape)) // groups.count)
@@ -181,7 +181,7 @@ def members(groups: Groups) -> list[np.ndarray]:
     """Flat coordinates of each group, in increasing order.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
     """
     ids = np.asarray(spread(groups, jnp.arange(groups.count))).ravel()
     order = np.argsort(ids, kind="stable")

@@ -60,7 +60,7 @@ def objective(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       penalty: `q`.
       lam: a scalar.
       beta: coefficients, of the groups' shape.
@@ -88,7 +88,7 @@ def solve(
 
     Args:
       problem: the loss, coefficients of shape `S`.
-      groups: partition of `S`.
+      groups: how the coefficients, of the shape of `S`, are grouped.
       penalty: `q`.
       lam: positive scalar.
       form: which of the two objectives.
@@ -122,7 +122,7 @@ def one_group(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       penalty: `q`, subadditive and increasing.
       lam: positive scalar, close enough below `group_lasso.critical_lambda`, or above.
       tol: as for `group_lasso.solve`.
@@ -205,7 +205,7 @@ def polish(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       penalty: `q`.
       lam: a scalar.
       form: `"sum"` or `"composite"`.
