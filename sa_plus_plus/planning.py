@@ -15,7 +15,7 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import layouts, select, views
-from sa_plus_plus.names import named_as_kernel, other_than_kernel
+from sa_plus_plus.names import named_as_kernel, non_kernel_kind
 from sa_plus_plus.text import table
 from sa_plus_plus.views import View
 
@@ -302,7 +302,7 @@ def stays_dense(path: str, leaf: Any, skip_reason: str) -> LeafPlan:
     shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
         return _no_kernel(path, shape, f"not a kernel ({len(shape)}-D)")
-    if other := other_than_kernel(path):
+    if other := non_kernel_kind(path):
         return _no_kernel(path, shape, other)
     return LeafPlan(path, shape, blk.matrix_shape(shape), (1, 1), 1, 0.0, skip_reason)
 
@@ -333,12 +333,12 @@ class _Reading(NamedTuple):
 
 def _readings(leaves: Sequence[_Leaf], user_views: Views, overrides: Overrides) -> dict[str, _Reading]:
     """How each leaf of two or more axes is read, by path."""
-    tree, readings = layouts.Tree({leaf.path: leaf.shape for leaf in leaves}), {}
+    leaf_shapes, readings = layouts.LeafShapes({leaf.path: leaf.shape for leaf in leaves}), {}
     for path, attribute, shape, _ in leaves:
         if len(shape) > 1:
             name = path.rpartition("/")[2]  # in Equinox modules an attribute, whatever the surrounding tree is
             outputs_first = attribute == name and name in _OUTPUTS_FIRST
-            guess = layouts.guess(path, shape, tree, outputs_first)
+            guess = layouts.guess(path, shape, leaf_shapes, outputs_first)
             named_by_user = path in user_views or path in overrides
             readings[path] = _Reading(guess.view, guess.sure, "" if named_by_user else guess.dense, by_user=False)
         if matching := [view for pattern, view in user_views.items() if _matches(path, pattern)]:
@@ -370,7 +370,7 @@ def _layer(
         return _no_kernel(path, shape, f"not a kernel ({len(shape)}-D)")
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return _no_kernel(path, shape, f"not a kernel ({leaf.dtype})")
-    if not where(path) and (other := other_than_kernel(path)):
+    if not where(path) and (other := non_kernel_kind(path)):
         return _no_kernel(path, shape, other)
     if reading.view is None:
         return _no_kernel(path, shape, "not a kernel (one weight for each channel)")
