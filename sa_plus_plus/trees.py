@@ -94,7 +94,7 @@ def match_state(tree: Any, weights: Any, what: str) -> Any:
     """A loop's tree restricted to the leaves that a state has weights for; None where the loop has nothing.
 
     Like optax, it takes None for a leaf or a subtree (Equinox's gradients of what is not trained), and leaves where the
-    state has None (a whole Equinox model, of which a part is trained).
+    state has None (a whole Equinox model that is trained in part).
 
     Args:
       tree: like `weights`, apart from None.

@@ -3,7 +3,6 @@
 import re
 
 import chex
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
