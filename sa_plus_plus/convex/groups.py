@@ -89,10 +89,10 @@ def partition(shape: int | Sequence[int], members: Sequence[Sequence[int]]) -> G
         if index.min() < 0 or index.max() >= size:
             wrong = int(index.min() if index.min() < 0 else index.max())
             raise ValueError(f"group {group} has coordinate {wrong}, outside of 0 to {size - 1} (shape {shape})")
-        taken = index[ids[index] >= 0]
-        if taken.size or np.unique(index).size < index.size:
-            twice = taken[0] if taken.size else np.sort(index)[:-1][np.diff(np.sort(index)) == 0][0]
-            other = f"in group {ids[twice]} too" if taken.size else "there twice"
+        assigned = index[ids[index] >= 0]
+        if assigned.size or np.unique(index).size < index.size:
+            twice = assigned[0] if assigned.size else np.sort(index)[:-1][np.diff(np.sort(index)) == 0][0]
+            other = f"in group {ids[twice]} too" if assigned.size else "there twice"
             raise ValueError(f"groups overlap: coordinate {int(twice)} of group {group} is {other}")
         ids[index] = group
     if (ids < 0).any():
