@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import dynamic_sparsity, planning
@@ -22,11 +22,11 @@ from sa_plus_plus.phases import SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
 from sa_plus_plus.sharding import automatic, of_grid
 from sa_plus_plus.sparsifier import Masks, Params, PruneState, State, Trainable
-from sa_plus_plus.trees import added, apart, differs, owned, taken_over
+from sa_plus_plus.trees import apply_updates, copy_arrays, differs, merge_changes, unalias
 
 
 class Parametrisation(NamedTuple):
-    """How the effective kernel follows from the trained weights, `W * spread(scale)`.
+    """How the effective kernel follows from the trained weights, `W * expand_blocks(scale)`.
 
     Functions of a layer are traced once for all layers that differ only in their paths, so `layer.path` is empty here,
     in a `Score` and in a `ProximalStep`.
@@ -77,46 +77,43 @@ class Composed:
     seed: Any
 
     def init(self, params: Params, key: jax.Array | None = None) -> State:
-        params = owned(params)
-        layers, key = self.plan(params).pruned, self._key_data(key)
+        params = copy_arrays(params)
+        layers = self.plan(params).pruned
         _check_values(params, layers, self.parametrisation.by_norm or self.phases.phases[0].kind == SPARSE)
+        return _shard_like_kernels(self._initial_state(params, self._key_data(key)), params, layers)
 
-        def like() -> Any:
-            grids: Any = dict.fromkeys(layers, 0)  # replicated, like the numbers
-            number: Any = 0
-            trainable = Trainable(params, grids if self.parametrisation.has_logits else {})
-            return trainable, PruneState(number, number, grids, key)
+    def _replicated_like(self, params: Params, key: jax.Array | None) -> Any:
+        """The structure of the initial state: grids of blocks are replicated, like numbers."""
+        grids: Any = dict.fromkeys(self.plan(params).pruned, 0)
+        number: Any = 0
+        trainable = Trainable(params, grids if self.parametrisation.has_logits else {})
+        return trainable, PruneState(number, number, grids, key)
 
-        state = automatic(functools.partial(self._init, layers=layers), like, params, key)
-        return _as_kernels_lie(state, params, layers)
+    @automatic(_replicated_like)
+    def _initial_state(self, params: Params, key: jax.Array | None) -> State:
+        def to_weights(layer: LeafPlan | None, kernel: jax.Array) -> jax.Array:
+            return kernel if layer is None else self.parametrisation.weights(kernel, None, layer)
 
-    def _init(self, params: Params, key: jax.Array | None, layers: dict[str, LeafPlan]) -> State:
-        def own(layer: LeafPlan | None, w: jax.Array) -> jax.Array:
-            return w if layer is None else self.parametrisation.weights(w, None, layer)
-
-        has_logits = self.parametrisation.has_logits
+        layers, has_logits = self.plan(params).pruned, self.parametrisation.has_logits
         logits = {path: jnp.zeros(layer.full_grid, jnp.float32) for path, layer in layers.items() if has_logits}
-        trainable = Trainable(map_layers(own, params, layers), logits)
+        trainable = Trainable(map_layers(to_weights, params, layers), logits)
         masks = {path: jnp.ones(layer.full_grid, bool) for path, layer in layers.items()}
         prune = PruneState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), masks, key)
         if self.phases.phases[0].kind == SPARSE:
-            prune = prune._replace(masks=self._chosen(trainable, prune, prune.step, layers))
+            prune = prune._replace(masks=self._select_masks(trainable, prune, prune.step, layers))
         return trainable, prune
 
+    @automatic(lambda self, trainable, prune: trainable.params)
     def apply(self, trainable: Trainable, prune: PruneState) -> Params:
-        params = automatic(self._apply, lambda: trainable.params, trainable, prune)
-        return apart(params, trainable)
-
-    def _apply(self, trainable: Trainable, prune: PruneState) -> Params:
-        def effective(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
+        def to_kernel(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
             if layer is None:
                 return weights
             mask = prune.masks[layer.path]
-            own = self._effective(layer, weights, trainable.logits.get(layer.path), mask)
-            return _open_to_gradients(layer, own, weights, ~mask & due) if self._by_gradient else own
+            kernel = self._effective(layer, weights, trainable.logits.get(layer.path), mask)
+            return _open_to_gradients(layer, kernel, weights, ~mask & regrow_due) if self._by_gradient else kernel
 
-        due = self._by_gradient and self.regrow.due(self.phases, prune.step + 1)  # type: ignore[union-attr]
-        return map_layers(effective, trainable.params, self._layers(trainable))
+        regrow_due = self._by_gradient and self.regrow.due(self.phases, prune.step + 1)  # type: ignore[union-attr]
+        return unalias(map_layers(to_kernel, trainable.params, self._layers(trainable)), trainable)
 
     @functools.cached_property
     def _effective(self) -> Callable[..., jax.Array]:
@@ -130,37 +127,47 @@ class Composed:
         return traced_once(effective)
 
     def finalize(self, trainable: Trainable, prune: PruneState) -> Params:
-        _warn_unfinished(self.phases, prune, self._layers(trainable))
-        return zero_masked(self.apply(trainable, prune), prune.masks, self._layers(trainable))
+        layers = self._layers(trainable)
+        _warn_unfinished(self.phases, prune, layers)
+        return zero_masked(layers, self.apply(trainable, prune), prune.masks)
 
+    @automatic(lambda self, trainable, prune, params: trainable)
     def sync_from_params(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
-        adopted = automatic(self._sync_from_params, lambda: trainable, trainable, prune, params)
-        return apart(adopted, trainable, params)
-
-    def _sync_from_params(self, trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
-        def own(layer: LeafPlan | None, weights: jax.Array, given: jax.Array) -> jax.Array:
+        def synced(layer: LeafPlan | None, weights: jax.Array, target: jax.Array) -> jax.Array:
             if layer is None:
-                return taken_over(given, weights)
-            logits = trainable.logits.get(layer.path)
-            scale = self.parametrisation.scale(weights, logits, layer)
-            mask = prune.masks[layer.path]
-            effective = self._effective(layer, weights, logits, mask)
-            moved = differs(given, effective) & expand_blocks(mask if scale is None else mask & (scale != 0), layer)
+                return merge_changes(target, weights)
+            logits, mask = trainable.logits.get(layer.path), prune.masks[layer.path]
+            # Computed by the same program as in `apply`: what `apply` returned must not look changed.
+            kernel = self._effective(layer, weights, logits, mask)
+            return self._weights_for(layer, weights, logits, mask, kernel, target)
 
-            def changed() -> jax.Array:
-                wanted = jnp.where(moved, given.astype(weights.dtype), effective)
+        synced_params = map_layers(synced, trainable.params, self._layers(trainable), params)
+        return unalias(trainable._replace(params=synced_params), trainable, params)
+
+    @functools.cached_property
+    def _weights_for(self) -> Callable[..., jax.Array]:
+        """Weights whose effective kernel is `target`, where it differs from `kernel`, that of the present weights."""
+
+        def solve(
+            layer: LeafPlan, weights: jax.Array, logits: Any, mask: jax.Array, kernel: jax.Array, target: jax.Array
+        ) -> jax.Array:
+            scale, by_norm = self.parametrisation.scale(weights, logits, layer), self.parametrisation.by_norm
+            has_effect = mask if scale is None else mask & (scale != 0)
+            changed = differs(target, kernel) & expand_blocks(has_effect, layer)
+
+            def solution() -> jax.Array:
+                wanted = jnp.where(changed, target.astype(weights.dtype), kernel)
                 new = self.parametrisation.weights(wanted, logits, layer)
-                if not self.parametrisation.by_norm:
-                    return jnp.where(moved, new, weights)
-                whole = jnp.any(
-                    blk.to_blocks(moved, layer.block, layer.view), (-3, -1)
-                )  # its norm is part of each weight
-                return apply_mask(new, whole, layer, otherwise=weights)
+                if not by_norm:
+                    return jnp.where(changed, new, weights)
+                # The norm of a block is part of each of its weights.
+                changed_blocks = jnp.any(blk.to_blocks(changed, layer.block, layer.view), (-3, -1))
+                return apply_mask(new, changed_blocks, layer, otherwise=weights)
 
             # Norms take several passes over the weights.
-            return lax.cond(moved.any(), changed, lambda: weights) if self.parametrisation.by_norm else changed()
+            return lax.cond(changed.any(), solution, lambda: weights) if by_norm else solution()
 
-        return trainable._replace(params=map_layers(own, trainable.params, self._layers(trainable), params))
+        return traced_once(solve)
 
     def update(
         self,
@@ -174,28 +181,27 @@ class Composed:
                 "this algorithm chooses blocks by their gradients: call update(trainable, prune, updates, grads) with "
                 "those that the optimizer was given"
             )
-        grads = grads if self._by_gradient else None
-        state = automatic(self._update, lambda: (trainable, prune), trainable, prune, updates, grads)
-        return apart(state, trainable, prune)
+        return self._advance(trainable, prune, updates, grads if self._by_gradient else None)
 
-    def _update(
+    @automatic(lambda self, trainable, prune, updates, grads: (trainable, prune))
+    def _advance(
         self, trainable: Trainable, prune: PruneState, updates: Trainable | None, grads: Trainable | None
     ) -> State:
-        layers = self._layers(trainable)
-        trainable = self._moved(trainable, prune.masks, updates, layers)
+        arguments, layers = (trainable, prune), self._layers(trainable)
+        trainable = self._apply_updates(trainable, prune.masks, updates, layers)
         if self.proximal_step is not None and updates is not None:
-            trainable = self._after_proximal_step(trainable, ~self.phases.kind_in([SPARSE], prune.step), layers)
+            trainable = self._apply_proximal_step(trainable, ~self.phases.kind_in([SPARSE], prune.step), layers)
         step = prune.step + 1
         # Only the choice of masks is inside the branch: small arrays out, weights read but never copied.
         masks = lax.cond(
             self.phases.selects(step, self.mask_every),
-            lambda: self._chosen(trainable, prune, step, layers),
+            lambda: self._select_masks(trainable, prune, step, layers),
             lambda: prune.masks,
         )
         if self.regrow is not None and (grads is not None or not self._by_gradient):
             masks = lax.cond(
                 self.regrow.due(self.phases, step),
-                lambda: self._regrown(trainable, prune._replace(masks=masks), step, grads, layers),
+                lambda: self._regrow_masks(trainable, prune._replace(masks=masks), step, grads, layers),
                 lambda: masks,
             )
         phase = self.phases.index(step)
@@ -203,27 +209,27 @@ class Composed:
             reset = (phase != prune.phase) & self.phases.kind_in(self.reset_logits_at, step)
             logits = {path: jnp.where(reset, 0, x) for path, x in trainable.logits.items()}
             trainable = trainable._replace(logits=logits)
-        return trainable, PruneState(step, phase, masks, prune.key)
+        return unalias((trainable, PruneState(step, phase, masks, prune.key)), arguments)
 
-    def _moved(
+    def _apply_updates(
         self, trainable: Trainable, masks: Masks, updates: Trainable | None, layers: dict[str, LeafPlan]
     ) -> Trainable:
         """Apply an optimizer's updates; masked weights stay as they are, or become zero."""
-        moved = trainable
+        updated = trainable
         if updates is not None:
             scaled = {path: self.logit_lr * u for path, u in updates.logits.items()}
-            moved = added(trainable, updates._replace(logits=scaled))
+            updated = apply_updates(trainable, updates._replace(logits=scaled))
         elif not self.forget_masked:
             return trainable
 
-        def held(layer: LeafPlan | None, new: jax.Array, old: jax.Array) -> jax.Array:
+        def masked(layer: LeafPlan | None, new: jax.Array, old: jax.Array) -> jax.Array:
             if layer is None:
                 return new
             return _keep(layer, new, masks[layer.path], 0 if self.forget_masked else old)
 
-        return moved._replace(params=map_layers(held, moved.params, layers, trainable.params))
+        return updated._replace(params=map_layers(masked, updated.params, layers, trainable.params))
 
-    def _after_proximal_step(self, trainable: Trainable, due: jax.Array, layers: dict[str, LeafPlan]) -> Trainable:
+    def _apply_proximal_step(self, trainable: Trainable, due: jax.Array, layers: dict[str, LeafPlan]) -> Trainable:
         logits = dict(trainable.logits)
 
         def stepped(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
@@ -231,27 +237,29 @@ class Composed:
                 return weights
             old = weights, logits.get(layer.path)
             new = self.proximal_step(layer, *old)  # type: ignore[misc]
-            weights, own = jax.tree.map(lambda new, old: jnp.where(due, new, old), new, old)
-            if own is not None:
-                logits[layer.path] = own
+            weights, layer_logits = jax.tree.map(lambda new, old: jnp.where(due, new, old), new, old)
+            if layer_logits is not None:
+                logits[layer.path] = layer_logits
             return weights
 
         return Trainable(map_layers(stepped, trainable.params, layers), logits)
 
-    def _chosen(self, trainable: Trainable, prune: PruneState, step: jax.Array, layers: dict[str, LeafPlan]) -> Masks:
+    def _select_masks(
+        self, trainable: Trainable, prune: PruneState, step: jax.Array, layers: dict[str, LeafPlan]
+    ) -> Masks:
         """The masks due at a step, given the current ones."""
 
-        def scored(path: str, weights: jax.Array) -> jax.Array:
+        def block_scores(path: str, weights: jax.Array) -> jax.Array:
             key = None if prune.key is None else _layer_key(prune.key, path)
-            return self._scored(layers[path], weights, trainable.logits.get(path), key)
+            return self._traced_score(layers[path], weights, trainable.logits.get(path), key)
 
-        scores = {path: scored(path, w) for path, w in _kernels(trainable, layers)}
+        scores = {path: block_scores(path, w) for path, w in _kernels(trainable, layers)}
         fraction, reached = self.phases.fraction(step), self.phases.reached(step)
         k = {path: _blocks_due(layer, fraction, reached) for path, layer in layers.items()}
         narrows = self.phases.narrows(step) & self.monotone
         return self.choose(scores, k, {path: mask | ~narrows for path, mask in prune.masks.items()})
 
-    def _regrown(
+    def _regrow_masks(
         self,
         trainable: Trainable,
         prune: PruneState,
@@ -263,24 +271,24 @@ class Composed:
         assert self.regrow is not None
         gradients = {} if grads is None else dict(_kernels(grads, layers))
 
-        def growth(path: str) -> jax.Array:
+        def growth_scores(path: str) -> jax.Array:
             key = None if prune.key is None else jax.random.fold_in(_layer_key(prune.key, path), step)
             return self.regrow.growth(gradients.get(path), layers[path], key)  # type: ignore[union-attr]
 
         norms = {
             path: blk.frobenius(w, layers[path].block, layers[path].view) for path, w in _kernels(trainable, layers)
         }
-        joins, kept = {path: growth(path) for path in norms}, {path: layers[path].kept_each for path in norms}
-        return dynamic_sparsity.regrow(
-            self.choose, prune.masks, norms, joins, kept, self.regrow.share(self.phases, step)
-        )
+        growth = {path: growth_scores(path) for path in norms}
+        kept = {path: layers[path].kept_each for path in norms}
+        share = self.regrow.share(self.phases, step)
+        return dynamic_sparsity.regrow(self.choose, prune.masks, norms, growth, kept, share)
 
     @property
     def _by_gradient(self) -> bool:
         return self.regrow is not None and self.regrow.by_gradient
 
     @functools.cached_property
-    def _scored(self) -> Callable[..., jax.Array]:
+    def _traced_score(self) -> Callable[..., jax.Array]:
         return traced_once(lambda layer, weights, logits, key: self.score(weights, logits, layer, key))
 
     def _layers(self, trainable: Trainable) -> dict[str, LeafPlan]:
@@ -293,23 +301,24 @@ class Composed:
         key = jax.random.key(self.seed, impl="threefry2x32") if key is None else key
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             return jnp.copy(key)
-        own = jax.random.key_impl(key) == "threefry2x32"
-        return jnp.copy(jax.random.key_data(key)) if own else jax.random.bits(key, (2,), "uint32")
+        threefry = jax.random.key_impl(key) == "threefry2x32"
+        return jnp.copy(jax.random.key_data(key)) if threefry else jax.random.bits(key, (2,), "uint32")
 
 
-def _as_kernels_lie(state: State, params: Params, layers: dict[str, LeafPlan]) -> State:
+def _shard_like_kernels(state: State, params: Params, layers: dict[str, LeafPlan]) -> State:
     """Masks and logits sharded like their kernels."""
-    found = {path: of_grid(layers[path], w) for path, w in _kernels(Trainable(params, {}), layers)}
-    split = {path: sharding for path, sharding in found.items() if sharding is not None}
+    shardings = {path: of_grid(layers[path], w) for path, w in _kernels(Trainable(params, {}), layers)}
 
-    def placed(grids: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {path: _placed(grid, split[path]) if path in split else grid for path, grid in grids.items()}
+    def sharded(grids: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {path: _reshard(grid, shardings[path]) for path, grid in grids.items()}
 
     trainable, prune = state
-    return trainable._replace(logits=placed(trainable.logits)), prune._replace(masks=placed(prune.masks))
+    return trainable._replace(logits=sharded(trainable.logits)), prune._replace(masks=sharded(prune.masks))
 
 
-def _placed(grid: jax.Array, sharding: Any) -> jax.Array:
+def _reshard(grid: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    if sharding is None:
+        return grid
     explicit = AxisType.Explicit in sharding.mesh.axis_types
     return jax.sharding.reshard(grid, sharding) if explicit else jax.device_put(grid, sharding)
 
@@ -324,9 +333,9 @@ def traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @traced_once
-def _open_to_gradients(layer: LeafPlan, effective: jax.Array, weights: jax.Array, opened: jax.Array) -> jax.Array:
+def _open_to_gradients(layer: LeafPlan, kernel: jax.Array, weights: jax.Array, opened: jax.Array) -> jax.Array:
     """The same kernel, with the gradients of the blocks where `opened` is true passed on to their weights."""
-    return effective + apply_mask(weights - lax.stop_gradient(weights), opened, layer)
+    return kernel + apply_mask(weights - lax.stop_gradient(weights), opened, layer)
 
 
 @traced_once

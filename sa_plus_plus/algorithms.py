@@ -28,7 +28,7 @@ from sa_plus_plus.phases import DENSE, KINDS, Phases
 from sa_plus_plus.planning import LeafPlan, Plan
 from sa_plus_plus.registry import algorithm
 from sa_plus_plus.sparsifier import Params, PruneState, Sparsifier, State, Trainable
-from sa_plus_plus.trees import added, apart, owned, taken_over
+from sa_plus_plus.trees import apply_updates, copy_arrays, merge_changes, unalias
 
 
 def block_norm(weights: jax.Array, logits: Any, layer: LeafPlan, key: Any) -> jax.Array:
@@ -76,17 +76,17 @@ def dense(*, phases: Phases) -> Sparsifier:
 
     def init(params: Params, key: jax.Array | None = None) -> State:
         zero = jnp.zeros((), jnp.int32)
-        return Trainable(owned(params), {}), PruneState(zero, jnp.zeros((), jnp.int32), {})
+        return Trainable(copy_arrays(params), {}), PruneState(zero, jnp.zeros((), jnp.int32), {})
 
     def update(trainable: Trainable, prune: PruneState, updates: Trainable | None = None, grads: Any = None) -> State:
-        moved = trainable if updates is None else added(trainable, updates)
-        return apart(moved, trainable), PruneState(prune.step + 1, phases.index(prune.step + 1), {})
+        updated = trainable if updates is None else apply_updates(trainable, updates)
+        return unalias(updated, trainable), PruneState(prune.step + 1, phases.index(prune.step + 1), {})
 
     def sync_from_params(trainable: Trainable, prune: PruneState, params: Params) -> Trainable:
-        return Trainable(apart(jax.tree.map(taken_over, params, trainable.params), params), {})
+        return Trainable(unalias(jax.tree.map(merge_changes, params, trainable.params), params), {})
 
     def apply(trainable: Trainable, prune: PruneState) -> Params:
-        return apart(trainable.params, trainable)
+        return unalias(trainable.params, trainable)
 
     return Sparsifier(init, apply, update, apply, sync_from_params, plan, phases)
 

@@ -178,7 +178,7 @@ def group_lasso(
     def proximal_step(layer: LeafPlan, weights: jax.Array, logits: Any) -> tuple[jax.Array, Any]:
         norms = blk.frobenius(weights, layer.block, layer.view)
         threshold = strength / phases.total_steps * _last_kept(norms, layer.kept_each)
-        return soft_threshold(weights, threshold, norms, layer), logits
+        return scale_blocks(weights, blk.soft_threshold(norms, threshold), layer), logits
 
     return compose(IDENTITY, block_norm, phases, block=block, sparsity=sparsity, proximal_step=proximal_step, **options)
 
@@ -187,12 +187,6 @@ def _last_kept(norms: jax.Array, kept: int) -> jax.Array:
     """The `kept`-th largest norm of each matrix, `(*stack, 1, 1)`."""
     chosen = select.top_k_per_layer({"": norms}, {"": kept})[""]
     return jnp.min(jnp.where(chosen, norms, jnp.inf), axis=(-2, -1), keepdims=True)
-
-
-def soft_threshold(weights: jax.Array, threshold: jax.Array, norms: jax.Array, layer: LeafPlan) -> jax.Array:
-    """`max(0, 1 - threshold / norm)` times each block, the proximal map of `threshold * norm`."""
-    factors = jnp.where(norms > threshold, 1 - threshold / jnp.where(norms > 0, norms, 1), 0)
-    return scale_blocks(weights, factors, layer)
 
 
 def _check_strength(strength: float, phases: Any) -> None:

@@ -183,10 +183,10 @@ def from_blocks(blocks: jax.Array, shape: Sequence[int], view: View | None = Non
       ValueError: if the blocks do not tile a kernel of that shape.
     """
     *stack, g_r, b_r, g_c, b_c = blocks.shape
-    if (own := full_grid(shape, (b_r, b_c), view)) != (*stack, g_r, g_c):
+    if (expected := full_grid(shape, (b_r, b_c), view)) != (*stack, g_r, g_c):
         raise ValueError(
             f"blocks of shape {blocks.shape} do not tile a kernel of shape {tuple(shape)}: "
-            f"expected a grid of {own}, got {(*stack, g_r, g_c)}"
+            f"expected a grid of {expected}, got {(*stack, g_r, g_c)}"
         )
     rows, cols = matrix_shape(shape, view)
     return from_matrices(blocks.reshape(*stack, g_r * b_r, g_c * b_c)[..., :rows, :cols], shape, view)
@@ -215,9 +215,9 @@ def expand_blocks(grid: jax.Array, shape: Sequence[int], block: Block, view: Vie
     Raises:
       ValueError: if the grid is not that of the shape.
     """
-    if grid.shape != (own := full_grid(shape, block, view)):
+    if grid.shape != (expected := full_grid(shape, block, view)):
         raise ValueError(
-            f"a kernel of shape {tuple(shape)} in blocks of {block} has a grid of {own}, got one of {grid.shape}"
+            f"a kernel of shape {tuple(shape)} in blocks of {block} has a grid of {expected}, got one of {grid.shape}"
         )
     (rows, cols), (*stack, g_r, g_c) = matrix_shape(shape, view), grid.shape
     # Across first, then down: the second, larger step copies whole rows, and its gradient sums whole rows.
@@ -239,7 +239,7 @@ def sum_of_squares(kernel: jax.Array, block: Block, view: View | None = None) ->
     """Squared Frobenius norm of each block, `(*stack, grid_r, grid_c)`, accumulated in at least float32.
 
     Args:
-      kernel: of which the blocks are.
+      kernel: the kernel.
       block: `(b_r, b_c)`.
       view: as in `to_blocks`.
     """
@@ -251,7 +251,7 @@ def frobenius(kernel: jax.Array, block: Block, view: View | None = None) -> jax.
     """Frobenius norm of each block: `sqrt(sum of squares)`, with gradient 0 (not NaN) at a block of zeros.
 
     Args:
-      kernel: of which the blocks are.
+      kernel: the kernel.
       block: `(b_r, b_c)`.
       view: as in `to_blocks`.
 
@@ -261,3 +261,14 @@ def frobenius(kernel: jax.Array, block: Block, view: View | None = None) -> jax.
     squares = sum_of_squares(kernel, block, view)
     zero = squares == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
+
+
+def soft_threshold(norms: jax.Array, threshold: jax.Array) -> jax.Array:
+    """`max(0, 1 - threshold / norm)`: the factors by which the proximal map of `threshold * norm` shrinks blocks.
+
+    Args:
+      norms: of the blocks, of any shape.
+      threshold: not negative, of a shape that broadcasts to that of the norms.
+    """
+    survives = norms > threshold
+    return jnp.where(survives, 1 - threshold / jnp.where(survives, norms, 1), 0)

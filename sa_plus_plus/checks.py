@@ -56,9 +56,7 @@ def faults(params: Any, plan: Plan) -> list[tuple[str, list[str]]]:
     for path, kernel in planned_kernels(params, plan).items():
         layer = plan.pruned[path]
         if isinstance(kernel, jax.core.Tracer):
-            raise TypeError(
-                "which blocks are zero is told by the weights' values: call this outside jit, vmap and grad"
-            )
+            raise TypeError("finding blocks of zeros needs the weights' values: call this outside jit, vmap and grad")
         kernel = np.asarray(kernel)
         kept, n = int(occupied(kernel, layer.block, layer.view).sum()), layer.blocks
         surplus += kept - layer.kept
@@ -77,9 +75,12 @@ def faults(params: Any, plan: Plan) -> list[tuple[str, list[str]]]:
         ("keep more blocks than planned", _CAUSES, found),
     )
     return [
-        (f"{len(own)} of {len(plan.pruned)} layers {what} ({why})", [told for _, told in sorted(own, reverse=True)])
-        for what, why, own in listed
-        if own
+        (
+            f"{len(layers)} of {len(plan.pruned)} layers {what} ({why})",
+            [text for _, text in sorted(layers, reverse=True)],
+        )
+        for what, why, layers in listed
+        if layers
     ]
 
 

@@ -1,9 +1,9 @@
 """A pruning algorithm composed of a parametrisation, a score and a schedule of phases.
 
 Every algorithm here multiplies each block of a kernel by one number: the effective kernel is
-`W * spread(scale * mask)`. The *parametrisation* defines `scale` (1, an attention weight, a norm), the *score* ranks
-the blocks, and the *phases* say when they are chosen. `compose` builds a `Sparsifier` from the three; `algorithms.py`
-has the algorithms themselves.
+`W * expand_blocks(scale * mask)`. The *parametrisation* defines `scale` (1, an attention weight, a norm), the *score*
+ranks the blocks, and the *phases* say when they are chosen. `compose` builds a `Sparsifier` from the three;
+`algorithms.py` has the algorithms themselves.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,12 +103,12 @@ def compose(
         raise ValueError(f"mask_every must be a whole number of steps, got {mask_every}")
     if regrow is not None:
         dynamic_sparsity.check(regrow)
-    planning.check_options(block, sparsity, **options)
+    plan = planning.planner(block=block, sparsity=sparsity, **options)
     algorithm = Composed(
         parametrisation=parametrisation,
         score=score,
         phases=phases,
-        plan=lambda params: planning.plan(params, block=block, sparsity=sparsity, **options)._replace(scope=scope),
+        plan=lambda params: plan(params)._replace(scope=scope),
         choose=select.top_k_per_layer if scope == "layer" else select.top_k_global,
         mask_every=mask_every,
         monotone=monotone,
@@ -157,6 +157,6 @@ def check_phases(phases: Any, schedule: str | None = None) -> None:
     if isinstance(phases, Phases):
         return
     steps = phases if isinstance(phases, int | np.integer) and not isinstance(phases, bool) else "total_steps"
-    own = schedule is not None and not isinstance(phases, list | tuple)
-    example = f"{schedule}({steps})" if own else "phases.custom(total_steps, [...])"
+    suggest_schedule = schedule is not None and not isinstance(phases, list | tuple)
+    example = f"{schedule}({steps})" if suggest_schedule else "phases.custom(total_steps, [...])"
     raise TypeError(f"phases must be a schedule such as `{example}`, got {phases!r}")

@@ -17,8 +17,8 @@ Shape = tuple[int, ...]
 
 DEPTHWISE = "depthwise kernel, or of one input channel"
 PERHAPS_DEPTHWISE = "perhaps a depthwise kernel"
-_MULTIPLIERS = 8  # more outputs than this for each input channel are those of a convolution
-_FILTER = 8  # a matrix of a convolution that has no more rows than this is a filter for each column
+_MOST_MULTIPLIERS = 8  # more outputs than this for each input channel are those of a convolution
+_MOST_FILTER_ROWS = 8  # a matrix of a convolution that has no more rows than this is a filter for each column
 
 
 class Guess(NamedTuple):
@@ -47,28 +47,27 @@ class Reading(NamedTuple):
     depthwise: bool = False
 
 
-class Tree:
-    """The shapes of all leaves by path, to look up the neighbours of a leaf.
+class LeafShapes:
+    """The shapes of all leaves of a tree: what they say about the bias, stacking and order of each.
 
     Args:
       shapes: by path, keys joined by `/` or `.`.
     """
 
     def __init__(self, shapes: Mapping[str, Shape]):
-        self.shapes = {tuple(names.keys(path)): shape for path, shape in shapes.items()}
-        self._leading: dict[
-            tuple[str, ...], Shape
-        ] = {}  # by module: leading axes of all its leaves, without their last
-        marked, deep = set(), set()  # modules that have a bias or a scale; those with a leaf of three axes and more
+        self.shapes = {tuple(names.split_path(path)): shape for path, shape in shapes.items()}
+        # by module: the axes that all its leaves begin with, the last axis of each not counted
+        self._leading: dict[tuple[str, ...], Shape] = {}
+        biased, deep = set(), set()  # modules that have a bias or a scale; those with a leaf of three axes and more
         for path, shape in self.shapes.items():
-            mark = path[-1] in names.MARKS
-            leading = (_vector(shape) if mark else shape)[:-1]
+            vector = path[-1] in names.BIASES_AND_SCALES
+            leading = (_vector(shape) if vector else shape)[:-1]
             for module in _modules(path):
                 self._leading[module] = _common(self._leading.get(module, leading), leading)
-                marked |= {module} if mark else set()
-                deep |= {module} if len(shape) > 2 and not mark else set()
-        self._telling = marked & deep
-        self._biases = {path: bias for path in self.shapes if (bias := self._beside(path))}
+                biased |= {module} if vector else set()
+                deep |= {module} if len(shape) > 2 and not vector else set()
+        self._stackable = biased & deep
+        self._biases = {path: bias for path in self.shapes if (bias := self._bias_of(path))}
         users = collections.Counter(bias for path, bias in self._biases.items() if len(self.shapes[path]) > 1)
         self._shared = {bias for bias, n in users.items() if n > 1}
         self._orders: dict[str, set[bool]] = {}  # by name of a leaf: whether biases tell that outputs are first
@@ -78,19 +77,21 @@ class Tree:
             if first != last and len(shape) > 1 and bias not in self._shared:
                 self._orders.setdefault(_kind(path[-1]), set()).add(first)
 
-    def _beside(self, path: tuple[str, ...]) -> tuple[str, ...] | None:
-        *module, own = path
-        beside = ((*module, name) for name in (*names.biases(own), *names.BIASES) if name != own)
-        return next((other for other in beside if self.shapes.get(other)), None) if own not in names.MARKS else None
+    def _bias_of(self, path: tuple[str, ...]) -> tuple[str, ...] | None:
+        *module, name = path
+        if name in names.BIASES_AND_SCALES:
+            return None
+        candidates = [(*module, bias) for bias in (*names.bias_names(name), *names.BIASES) if bias != name]
+        return next((path for path in candidates if self.shapes.get(path)), None)
 
     def bias(self, path: str) -> Shape | None:
         """The shape of the bias beside a leaf."""
-        bias = self._biases.get(tuple(names.keys(path)))
+        bias = self._biases.get(tuple(names.split_path(path)))
         return self.shapes[bias] if bias else None
 
     def shares_bias(self, path: str) -> bool:
         """Whether other matrices have the same bias beside them."""
-        return self._biases.get(tuple(names.keys(path))) in self._shared
+        return self._biases.get(tuple(names.split_path(path))) in self._shared
 
     def stack(self, path: str) -> Shape:
         """Sides of the axes that enumerate layers, from the nearest module around a leaf that determines them.
@@ -98,17 +99,17 @@ class Tree:
         That is a module with a bias or scale and with a kernel that may be stacked. Layers are stacked if all its
         leaves begin with the same axes.
         """
-        modules = _modules(tuple(names.keys(path)))
-        return next((self._leading[module] for module in modules if module in self._telling), ())
+        modules = _modules(tuple(names.split_path(path)))
+        return next((self._leading[module] for module in modules if module in self._stackable), ())
 
-    def orders(self, path: str) -> set[bool]:
+    def orders_by_bias(self, path: str) -> set[bool]:
         """Whether matrices of the same name have their outputs first, by those of them whose biases tell."""
-        return self._orders.get(_kind(names.keys(path)[-1]), set())
+        return self._orders.get(_kind(names.split_path(path)[-1]), set())
 
 
 def _kind(name: str) -> str:
     """The name of a leaf, one for all that are called a weight."""
-    return "weight" if names.weight(name) else name
+    return "weight" if names.is_weight(name) else name
 
 
 def _modules(path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -133,26 +134,26 @@ def _vector(shape: Shape) -> Shape:
 
 
 class _Leaf(NamedTuple):
-    """A leaf of two axes or more, and what there is to know of its surroundings."""
+    """A leaf of two axes or more, and what its neighbours say about it."""
 
     path: str
     module: str  # the last keys of the path
     name: str
     shape: Shape
     bias: Shape | None
-    shared: bool  # whether other matrices have the same bias beside them
+    bias_shared: bool  # whether other matrices have the same bias beside them
     stack: int  # number of axes that enumerate layers, by its neighbours
     orders: set[bool]  # whether outputs are first, by the biases of leaves of that name
-    attribute: bool  # of a module of Equinox, as `weight` is
-    weight: bool  # whether outputs may be first by its name
+    equinox: bool  # an attribute of an Equinox module, whose outputs are first
+    named_weight: bool  # `weight` or the like: outputs may be first
 
     @property
-    def attention(self) -> bool:
-        """Whether its three axes, not counting those of stacked layers, are attention's by its name."""
-        return bool({self.module, self.name} & {*names.PROJECTIONS, *names.OUTPUTS})
+    def attention_name(self) -> bool:
+        """Whether it is named like a projection of attention; three axes are then heads and two others."""
+        return bool({self.module, self.name} & {*names.INPUT_PROJECTIONS, *names.OUTPUT_PROJECTIONS})
 
 
-def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> Guess:
+def guess(path: str, shape: Shape, leaf_shapes: LeafShapes, outputs_first: bool = False) -> Guess:
     """How a leaf is read, from its name, its bias and its neighbours.
 
     The outputs are the axes that are as long as the bias: the last ones, or the second-to-last of a transposed
@@ -166,7 +167,7 @@ def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> G
     Args:
       path: of the leaf, keys joined by `/`.
       shape: of the leaf, 2 axes or more.
-      tree: all leaves.
+      leaf_shapes: of all leaves.
       outputs_first: whether weights are `(outputs, inputs, ...)`, as in Equinox.
 
     Returns:
@@ -175,20 +176,29 @@ def guess(path: str, shape: Shape, tree: Tree, outputs_first: bool = False) -> G
       that no bias tells from others; for a `weight` in a dict that no bias decides. Kernels that have, or may have, one
       input channel for each output are to stay dense.
     """
-    module, name = ["", *names.keys(path)][-2:]
-    bias, stack = tree.bias(path), len(tree.stack(path))
-    weight = outputs_first or names.weight(name)
+    module, name = ["", *names.split_path(path)][-2:]
+    bias, stack = leaf_shapes.bias(path), len(leaf_shapes.stack(path))
+    weight = outputs_first or names.is_weight(name)
     if len(shape) < 2 + stack or (weight and bias == shape):
         return Guess(None, True)
     if "depthwise" in name.lower():
         bias = None  # of a separable convolution: it belongs to the other kernel
     leaf = _Leaf(
-        path, module, name, shape, bias, tree.shares_bias(path), stack, tree.orders(path), outputs_first, weight
+        path,
+        module,
+        name,
+        shape,
+        bias,
+        leaf_shapes.shares_bias(path),
+        stack,
+        leaf_shapes.orders_by_bias(path),
+        outputs_first,
+        weight,
     )
     found = _by_bias(leaf) if bias else None
     readings, sure = found or _by_name(leaf)
     view, depthwise = readings[0].view, [reading.depthwise for reading in readings]
-    dense = DEPTHWISE if all(depthwise) else PERHAPS_DEPTHWISE if any(depthwise) or _filters(leaf, view) else ""
+    dense = DEPTHWISE if all(depthwise) else PERHAPS_DEPTHWISE if any(depthwise) or _may_be_filters(leaf, view) else ""
     return Guess(view, sure and len({reading.view for reading in readings}) == 1, dense)
 
 
@@ -197,22 +207,22 @@ _Readings = tuple[list[Reading], bool]  # the likeliest first, and whether it is
 
 def _by_bias(leaf: _Leaf) -> _Readings | None:
     """The readings in which the bias is as long as the outputs; None if it fits in none."""
-    if leaf.attribute:
+    if leaf.equinox:
         usual, others = _fitting(leaf, _first), _fitting(leaf, _last)
-    elif leaf.weight:
+    elif leaf.named_weight:
         ordered = (_first, _last) if _filter_last(leaf.shape) else (_last, _first)
         usual, others = _fitting(leaf, *ordered, _second, _before_last), []
     else:
-        usual, others = _fitting(leaf, _last), _fitting(leaf, _before_last) or _fitting(leaf, _multiplied)
+        usual, others = _fitting(leaf, _last), _fitting(leaf, _before_last) or _fitting(leaf, _multiplier)
     if not (found := usual or others):
         return None
-    stack, inner = len(found[0].view.batch), _inner(found[0].view)
-    contradicted = leaf.shared and not usual  # the bias may belong to another matrix
+    stack, inner = len(found[0].view.batch), _axes_of_one(found[0].view)
+    contradicted = leaf.bias_shared and not usual  # the bias may belong to another matrix
     if inner == 2 and (contradicted or leaf.shape[-1] == leaf.shape[-2]):
         readings, sure = _matrix(leaf, stack)
         several = len({len(reading.view.batch) for reading in found}) > 1
         return readings, sure and not contradicted and not several
-    if usual and others and not leaf.weight:
+    if usual and others and not leaf.named_weight:
         return _by_order(leaf, usual, others)
     return found, True
 
@@ -227,29 +237,29 @@ def _by_name(leaf: _Leaf) -> _Readings:
         return _reading(leaf, leaf.stack, view, depthwise)
 
     first, last = reading(_outputs_first(len(inner))), reading(_outputs_last(len(inner)))
-    if leaf.attribute:
+    if leaf.equinox:
         stacked = len(inner) > 3 and inner[2] == 1  # it may as well be a stack of depthwise kernels
         readings = [first, *([first._replace(depthwise=True)] if stacked else [])]
         return readings, sure and len(inner) > 3 and not _like_layers(inner[2:])
-    if leaf.weight and _filter_last(inner):
+    if leaf.named_weight and _filter_last(inner):
         # Even a depthwise kernel has more channels than its filter is long.
         return [first, last._replace(depthwise=last.depthwise and inner[-1] > inner[0])], False
-    if leaf.weight:
+    if leaf.named_weight:
         return [last, first], False
-    if len(inner) == 3 and leaf.module in names.PROJECTIONS:
+    if len(inner) == 3 and leaf.module in names.INPUT_PROJECTIONS:
         return [reading(_outputs_last(3, 2))], sure
-    if len(inner) == 3 and leaf.module in names.OUTPUTS:
+    if len(inner) == 3 and leaf.module in names.OUTPUT_PROJECTIONS:
         return [last], sure
-    multiplied = reading(_multiplied_view(len(inner)), depthwise=True)
+    multiplied = reading(_multiplier_view(len(inner)), depthwise=True)
     filters = math.prod(inner[:-2]) > 1  # of more than one point
-    if filters and names.depthwise(leaf.module, leaf.name):
+    if filters and names.is_depthwise(leaf.module, leaf.name):
         return [last if last.depthwise else multiplied], True
     sure &= names.filter_axes(leaf.module) == len(inner) - 2 or not _like_layers(inner[:-2])
-    if names.convolution(leaf.module, leaf.name):
+    if names.is_plain_convolution(leaf.module, leaf.name):
         return [last], sure
     readings, certain = _by_order(leaf, [last], [reading(_outputs_before_last(len(inner)))])
-    named = (len(inner) == 3 and leaf.attention) or names.transposed(leaf.path) in names.TRANSPOSED
-    if filters and not named and inner[-1] <= min(_MULTIPLIERS, inner[-2] - 1):
+    named = (len(inner) == 3 and leaf.attention_name) or names.transposition(leaf.path) in names.TRANSPOSED
+    if filters and not named and inner[-1] <= min(_MOST_MULTIPLIERS, inner[-2] - 1):
         readings.append(multiplied)
     return readings, certain and sure and len(inner) > 3
 
@@ -257,8 +267,8 @@ def _by_name(leaf: _Leaf) -> _Readings:
 def _by_order(leaf: _Leaf, last: list[Reading], before_last: list[Reading]) -> _Readings:
     """The readings of a convolution that has its outputs last, or before its inputs if it is transposed."""
     inner = leaf.shape[len(last[0].view.batch) :]
-    transposed = names.transposed(leaf.path)
-    if transposed == "possible" and (math.prod(inner[:-2]) == 1 or (len(inner) == 3 and leaf.attention)):
+    transposed = names.transposition(leaf.path)
+    if transposed == "possible" and (math.prod(inner[:-2]) == 1 or (len(inner) == 3 and leaf.attention_name)):
         transposed = ""  # filters of one point are not transposed
     if not transposed:
         return last, True
@@ -268,16 +278,16 @@ def _by_order(leaf: _Leaf, last: list[Reading], before_last: list[Reading]) -> _
 def _matrix(leaf: _Leaf, stack: int) -> _Readings:
     """The reading of a matrix whose sides a bias does not tell apart, by the order of others of that name."""
     by_files = f".{leaf.name}" in leaf.path  # as in the files of PyTorch
-    usual = leaf.attribute or (leaf.weight and by_files)
+    usual = leaf.equinox or (leaf.named_weight and by_files)
     first = not usual if leaf.orders == {not usual} else usual
-    sure = (leaf.attribute or not leaf.weight) and (not usual) not in leaf.orders
+    sure = (leaf.equinox or not leaf.named_weight) and (not usual) not in leaf.orders
     return [_reading(leaf, stack, _outputs_first(2) if first else _outputs_last(2))], sure
 
 
-def _filters(leaf: _Leaf, view: View) -> bool:
+def _may_be_filters(leaf: _Leaf, view: View) -> bool:
     """Whether a matrix may be the filters of a depthwise convolution, one for each column."""
     conv = "conv" in leaf.module.lower() or "conv" in leaf.name.lower()
-    return conv and not leaf.weight and _inner(view) == 2 and leaf.shape[-2] <= _FILTER
+    return conv and not leaf.named_weight and _axes_of_one(view) == 2 and leaf.shape[-2] <= _MOST_FILTER_ROWS
 
 
 def _filter_last(shape: Shape) -> bool:
@@ -290,14 +300,14 @@ def _like_layers(sides: Shape) -> bool:
     return len(sides) > 1 and sides[0] > max(sides[1:])
 
 
-def _inner(view: View) -> int:
+def _axes_of_one(view: View) -> int:
     return len(view.rows) + len(view.cols)
 
 
 def _reading(leaf: _Leaf, stack: int, view: View, depthwise: bool = False) -> Reading:
     """`view` of one layer, or of a stack of such layers, enumerated by the first axes."""
     rows, cols = (tuple(axis + stack for axis in axes) for axes in (view.rows, view.cols))
-    convolution = len(rows) > 1 and len(cols) == 1 and not (len(rows) == 2 and leaf.attention)
+    convolution = len(rows) > 1 and len(cols) == 1 and not (len(rows) == 2 and leaf.attention_name)
     one_input = convolution and leaf.shape[rows[-1]] == 1  # the last of the rows are the inputs of a convolution
     return Reading(View(tuple(range(stack)), rows, cols), depthwise or one_input)
 
@@ -324,7 +334,7 @@ def _outputs_second(ndim: int) -> View:
     return View((), (*range(2, ndim), 0), (1,))
 
 
-def _multiplied_view(ndim: int) -> View:
+def _multiplier_view(ndim: int) -> View:
     """A depthwise convolution of Keras, `h w c m`: `m` outputs for each of `c` channels."""
     return View((), tuple(range(ndim - 2)), (ndim - 2, ndim - 1))
 
@@ -349,8 +359,8 @@ def _second(shape: Shape, bias: Shape) -> View | None:
     return _outputs_second(len(shape)) if len(shape) > 2 and _vector(bias) == _vector(shape[1:2]) else None
 
 
-def _multiplied(shape: Shape, bias: Shape) -> View | None:
-    return _multiplied_view(len(shape)) if len(shape) > 2 and bias == (shape[-2] * shape[-1],) else None
+def _multiplier(shape: Shape, bias: Shape) -> View | None:
+    return _multiplier_view(len(shape)) if len(shape) > 2 and bias == (shape[-2] * shape[-1],) else None
 
 
 def _fitting(leaf: _Leaf, *layouts: Callable[[Shape, Shape], View | None]) -> list[Reading]:
@@ -358,6 +368,6 @@ def _fitting(leaf: _Leaf, *layouts: Callable[[Shape, Shape], View | None]) -> li
     found, shape, bias = [], leaf.shape, leaf.bias or ()
     for layout, stack in itertools.product(layouts, range(min(len(bias), len(shape) - 1))):
         if bias[:stack] == shape[:stack] and (view := layout(shape[stack:], bias[stack:])):
-            flat = layout is _multiplied and len(shape) - stack == 3  # or attention with a bias of one axis
-            found.append(_reading(leaf, stack, view, layout is _multiplied and not (flat and leaf.attention)))
+            flat = layout is _multiplier and len(shape) - stack == 3  # or attention with a bias of one axis
+            found.append(_reading(leaf, stack, view, layout is _multiplier and not (flat and leaf.attention_name)))
     return found

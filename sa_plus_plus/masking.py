@@ -17,7 +17,7 @@ def expand_blocks(grid: jax.Array, layer: LeafPlan) -> jax.Array:
 
 
 def scale_blocks(weights: jax.Array, grid: jax.Array, layer: LeafPlan) -> jax.Array:
-    """`weights * spread(grid)`, multiplied in at least float32 and returned in the weights' type."""
+    """`weights * expand_blocks(grid)`, multiplied in at least float32 and returned in the weights' type."""
     wide = blk.at_least_float32(weights)
     return (wide * expand_blocks(grid.astype(wide.dtype), layer)).astype(weights.dtype)
 
@@ -27,13 +27,11 @@ def apply_mask(weights: jax.Array, mask: jax.Array, layer: LeafPlan, otherwise: 
     return jnp.where(expand_blocks(mask, layer), weights, otherwise)
 
 
-def zero_masked(params: Params, masks: Masks, layers: Mapping[str, LeafPlan]) -> Params:
+@automatic(lambda layers, params, masks: params)
+def zero_masked(layers: Mapping[str, LeafPlan], params: Params, masks: Masks) -> Params:
     """The same parameters with masked blocks exactly zero."""
 
-    def zeroed(params: Params, masks: Masks) -> Params:
-        def exact(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
-            return weights if layer is None else apply_mask(weights, masks[layer.path], layer)
+    def zeroed(layer: LeafPlan | None, weights: jax.Array) -> jax.Array:
+        return weights if layer is None else apply_mask(weights, masks[layer.path], layer)
 
-        return map_layers(exact, params, layers)
-
-    return automatic(zeroed, lambda: params, params, masks)
+    return map_layers(zeroed, params, layers)

@@ -1,15 +1,15 @@
-"""What the path of a leaf tells about it, by the names that flax, Haiku, Equinox, Keras and PyTorch give."""
+"""What the path of a leaf says about it: the naming conventions of flax, Haiku, Equinox, Keras and PyTorch."""
 
 import functools
 import re
 
-PROJECTIONS = ("query", "key", "value", "q", "k", "v")  # attention: one input axis, heads and their size out
-OUTPUTS = ("out", "attention_output", "output", "o")  # attention: heads and their size in, one axis out
+INPUT_PROJECTIONS = ("query", "key", "value", "q", "k", "v")  # attention: one input axis, heads and their size out
+OUTPUT_PROJECTIONS = ("out", "attention_output", "output", "o")  # attention: heads and their size in, one axis out
 BIASES = ("bias", "b")
-MARKS = (*BIASES, "scale", "offset", "gamma", "beta")  # leaves of one axis, if layers are not stacked
+BIASES_AND_SCALES = (*BIASES, "scale", "offset", "gamma", "beta")  # leaves of one axis, if layers are not stacked
 
 OUTPUTS_BEFORE_INPUTS = "outputs before inputs"  # the order of transposed convolutions in Keras and Haiku
-TRANSPOSED = (OUTPUTS_BEFORE_INPUTS, "named")  # what `transposed` returns for layers that are called so
+TRANSPOSED = (OUTPUTS_BEFORE_INPUTS, "named")  # what `transposition` returns for layers whose names say so
 _EMBEDDING = re.compile(r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?")
 _COLLECTIONS = ("batch_stats", "cache", "intermediates")  # collections of variables that are not trained
 _WEIGHT = re.compile(r"(^|_)weight(_|\d|$)")
@@ -20,13 +20,13 @@ _TRANSPOSED = re.compile(r"transpose|deconv|conv_?t($|[_\d])|(^|_)tconv|upconv",
 _UPWARDS = re.compile(r"(^|_)(up|upsampl\w*|upscal\w*|decod\w*|generat\w*)(_?\d+)?($|_)", re.IGNORECASE)
 
 
-def keys(path: str) -> list[str]:
+def split_path(path: str) -> list[str]:
     """The keys of a path, also where they are joined by dots as in PyTorch's files.
 
     Args:
       path: of a leaf, keys joined by `/` or `.`.
 
-    >>> keys("layers.0.dense/weight")
+    >>> split_path("layers.0.dense/weight")
     ['layers', '0', 'dense', 'weight']
     """
     return re.split(r"[/.]", path)
@@ -43,16 +43,16 @@ def named_as_kernel(path: str) -> bool:
     Args:
       path: of the leaf, keys joined by `/`.
     """
-    return not other_than_kernel(path)
+    return not non_kernel_kind(path)
 
 
-def other_than_kernel(path: str) -> str:
-    """What a leaf is, if its path shows that it is not a kernel; else empty.
+def non_kernel_kind(path: str) -> str:
+    """What a leaf is instead of a kernel, if its path says so: "embedding", "bias"; empty if it may be a kernel.
 
     Args:
       path: of the leaf, keys joined by `/`.
     """
-    *above, name = keys(path.lower())
+    *above, name = split_path(path.lower())
     if "embed" in name or any(_EMBEDDING.fullmatch(key) for key in (*above, name)):
         return "embedding"
     if above and above[0] in _COLLECTIONS:
@@ -63,19 +63,19 @@ def other_than_kernel(path: str) -> str:
 
 
 @functools.cache
-def biases(name: str) -> list[str]:
-    """Names that a leaf's own bias may have beside it, the most likely first.
+def bias_names(name: str) -> list[str]:
+    """Names that the bias of a leaf may have in the same module, the most likely first.
 
     Args:
       name: the last key of the leaf's path.
 
-    >>> biases("weight_ih_l0")
+    >>> bias_names("weight_ih_l0")
     ['bias_ih_l0', 'b_ih_l0']
     """
     return [_WORD.sub(rf"\g<1>{bias}", name, count=1) for bias in BIASES if _WORD.search(name)]
 
 
-def weight(name: str) -> bool:
+def is_weight(name: str) -> bool:
     """Whether a leaf is called `weight`, as in PyTorch and Equinox, which store outputs first.
 
     Args:
@@ -84,8 +84,8 @@ def weight(name: str) -> bool:
     return bool(_WEIGHT.search(name))
 
 
-def convolution(module: str, name: str) -> bool:
-    """Whether a framework itself has named a kernel as that of a plain convolution, neither depthwise nor transposed.
+def is_plain_convolution(module: str, name: str) -> bool:
+    """Whether a kernel has a framework's default name for a plain convolution, neither depthwise nor transposed.
 
     Args:
       module: the last key but one of its path.
@@ -107,8 +107,8 @@ def filter_axes(module: str) -> int | None:
     return int(found[1]) if found and found[1] else None
 
 
-def depthwise(module: str, name: str) -> bool:
-    """Whether a kernel is called depthwise.
+def is_depthwise(module: str, name: str) -> bool:
+    """Whether a kernel's name, or its module's, says that it is depthwise.
 
     Args:
       module: the last key but one of its path.
@@ -117,7 +117,7 @@ def depthwise(module: str, name: str) -> bool:
     return "depthwise" in name.lower() or ("depthwise" in module.lower() and "pointwise" not in name.lower())
 
 
-def transposed(path: str) -> str:
+def transposition(path: str) -> str:
     """Whether a convolution may be a transposed one: `OUTPUTS_BEFORE_INPUTS`, `"named"`, `"possible"` or empty.
 
     It is not if the layer is called a convolution, and nothing around it is called a decoder or the like.
@@ -125,9 +125,9 @@ def transposed(path: str) -> str:
     Args:
       path: of its kernel.
     """
-    *above, name = ["", *keys(path)]
+    *above, name = ["", *split_path(path)]
     module = above[-1]
-    if convolution(module, name):
+    if is_plain_convolution(module, name):
         return ""
     if _TRANSPOSED.search(module) or _TRANSPOSED.search(name):
         return OUTPUTS_BEFORE_INPUTS if name == "w" or _OUTPUTS_BEFORE_INPUTS.fullmatch(module) else "named"

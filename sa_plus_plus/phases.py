@@ -316,7 +316,7 @@ def dense(total_steps: int, *, recipe: str = "imagenet") -> Phases:
 
     Args:
       total_steps: length of the run in steps.
-      recipe: any of the recipes, all of which give the same.
+      recipe: any of the recipes; all give the same.
     """
     _recipe(recipe)
     return _percent(total_steps, (DENSE, 100))
@@ -345,7 +345,7 @@ def random(total_steps: int, *, recipe: str = "imagenet") -> Phases:
 
     Args:
       total_steps: length of the run in steps.
-      recipe: any of the recipes, all of which give the same.
+      recipe: any of the recipes; all give the same.
     """
     _recipe(recipe)
     return _percent(total_steps, (SPARSE, 100))

@@ -3,6 +3,7 @@
 import collections
 import difflib
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -14,7 +15,7 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import layouts, select, views
-from sa_plus_plus.names import named_as_kernel, other_than_kernel
+from sa_plus_plus.names import named_as_kernel, non_kernel_kind
 from sa_plus_plus.text import table
 from sa_plus_plus.views import View
 
@@ -182,25 +183,79 @@ def plan(
         is left to prune, a layer would keep no block, two leaves have the same path, or a view does not fit.
       TypeError: if a layer to be pruned is not floating point, or `where` is not callable.
     """
+    return planner(
+        block=block, sparsity=sparsity, min_blocks=min_blocks, where=where, overrides=overrides, views=views
+    )(params)
+
+
+def planner(
+    *,
+    block: int | Sequence[int | None],
+    sparsity: float,
+    min_blocks: int = MIN_BLOCKS,
+    where: Callable[[str], bool] = named_as_kernel,
+    overrides: Overrides | None = None,
+    views: Views | None = None,
+) -> Callable[[Any], Plan]:
+    """`plan` with these options as a function of the parameters, which computes the plan of a tree only once.
+
+    It remembers the plans of a few trees by their leaves' paths, shapes and dtypes, and keeps no array alive.
+
+    Args: those of `plan`, checked at once.
+
+    Raises:
+      ValueError, TypeError: see `plan`.
+    """
     defaults, checked = check_options(block, sparsity, min_blocks, where, overrides, views)
-    keyed = jax.tree_util.tree_leaves_with_path(params)
-    leaves = [(path_string(path), leaf) for path, leaf in keyed]
+
+    @functools.lru_cache(maxsize=8)
+    def plan_leaves(leaves: tuple[_Leaf, ...]) -> Plan:
+        return _plan_leaves(leaves, defaults, where, checked, views or {})
+
+    return lambda params: plan_leaves(_leaves(params))
+
+
+class _Leaf(NamedTuple):
+    """What a plan depends on in a leaf of a parameter tree."""
+
+    path: str
+    attribute: str  # the last of its keys that is an attribute, as in Equinox's modules; empty if none is
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def _leaves(params: Any) -> tuple[_Leaf, ...]:
+    def leaf_of(keys: tuple[Any, ...], leaf: Any) -> _Leaf:
+        attributes = [key.name for key in keys if isinstance(key, jax.tree_util.GetAttrKey)]
+        shape, dtype = tuple(getattr(leaf, "shape", ())), getattr(leaf, "dtype", None)
+        return _Leaf(path_string(keys), attributes[-1] if attributes else "", shape, dtype)
+
+    leaves = tuple(leaf_of(keys, leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(params))
     if not leaves:
         raise ValueError(f"the parameter tree has no leaves: {params!r:.80}")
-    if doubled := [path for path, n in collections.Counter(path for path, _ in leaves).items() if n > 1]:
-        raise ValueError(f"two leaves of the parameter tree have the path {doubled[0]!r}: rename one of their keys")
-    for pattern in checked:
-        if not any(_matches(path, pattern) for path, _ in leaves):
-            raise ValueError(f"override {pattern!r} matches no leaf{_nearest(pattern, leaves)}")
-    for pattern in views or {}:
-        if not any(_matches(path, pattern) for path, _ in leaves):
-            raise ValueError(f"the view of {pattern!r} matches no leaf{_nearest(pattern, leaves)}")
-    read = _read(keyed, views or {}, checked)
+    return leaves
+
+
+def _plan_leaves(
+    leaves: tuple[_Leaf, ...],
+    defaults: dict[str, Any],
+    where: Callable[[str], bool],
+    overrides: dict[str, dict[str, Any]],
+    views: Views,
+) -> Plan:
+    paths = [leaf.path for leaf in leaves]
+    if repeated := [path for path, n in collections.Counter(paths).items() if n > 1]:
+        raise ValueError(f"two leaves of the parameter tree have the path {repeated[0]!r}: rename one of their keys")
+    for what, patterns in (("override", overrides), ("the view of", views)):
+        for pattern in patterns:
+            if not any(_matches(path, pattern) for path in paths):
+                raise ValueError(f"{what} {pattern!r} matches no leaf{_nearest(pattern, paths)}")
+    readings = _readings(leaves, views, overrides)
     layers = []
-    for path, leaf in leaves:
-        own = next((o for pattern, o in checked.items() if _matches(path, pattern)), {})
-        layers.append(_layer(path, leaf, **(defaults | own), where=where, read=read.get(path)))
-    for pattern in checked:
+    for leaf in leaves:
+        override = next((o for pattern, o in overrides.items() if _matches(leaf.path, pattern)), {})
+        layers.append(_layer(leaf, **(defaults | override), where=where, reading=readings.get(leaf.path)))
+    for pattern in overrides:
         matched = [layer for layer in layers if _matches(layer.path, pattern)]
         if all(layer.skip_reason for layer in matched):
             first = next((layer for layer in matched if layer.is_kernel), matched[0])
@@ -210,10 +265,11 @@ def plan(
             )
     result = Plan(tuple(layers))
     if not result.pruned:
-        reasons = "\n".join(f"  {la.path} {la.shape}: {la.skip_reason}" for la in layers if len(la.shape) > 1)
+        dense = [f"  {la.path} {la.shape}: {la.skip_reason}" for la in layers if len(la.shape) > 1]
         raise ValueError(
-            f"nothing to prune with block={defaults['block']} and min_blocks={min_blocks}: choose smaller blocks, "
-            f"a smaller min_blocks or another predicate. Leaves of 2 and more dimensions:\n{reasons or '  none'}"
+            f"nothing to prune with block={defaults['block']} and min_blocks={defaults['min_blocks']}: choose smaller "
+            "blocks, a smaller min_blocks or another predicate. Leaves of 2 and more dimensions:\n"
+            + "\n".join(dense or ["  none"])
         )
     return result
 
@@ -246,7 +302,7 @@ def stays_dense(path: str, leaf: Any, skip_reason: str) -> LeafPlan:
     shape = tuple(getattr(leaf, "shape", ()))
     if not 2 <= len(shape) <= 5 or 0 in shape:
         return _no_kernel(path, shape, f"not a kernel ({len(shape)}-D)")
-    if other := other_than_kernel(path):
+    if other := non_kernel_kind(path):
         return _no_kernel(path, shape, other)
     return LeafPlan(path, shape, blk.matrix_shape(shape), (1, 1), 1, 0.0, skip_reason)
 
@@ -263,41 +319,37 @@ _REMEDIES = {  # by the beginning of a reason
 
 
 class _Reading(NamedTuple):
-    """How a leaf is read: by a view that is given, or by a guess."""
+    """How a leaf is read: by a view of the user's, or by a guess."""
 
     view: View | None  # None where it holds no matrix
     sure: bool
     dense: str  # why it stays dense, if that is told by its layout
-    given: bool
+    by_user: bool
 
     @property
     def batch(self) -> tuple[int, ...]:
         return self.view.batch if self.view else ()
 
 
-def _read(keyed: Sequence[tuple[Any, Any]], given: Views, overrides: Overrides) -> dict[str, _Reading]:
-    """How each leaf of two or more axes is read, by path; `keyed` are the leaves with their keys."""
-    leaves = {path_string(keys): (keys, leaf) for keys, leaf in keyed}
-    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, (_, leaf) in leaves.items()}
-    tree, readings = layouts.Tree(shapes), {}
-    for path, (keys, _) in leaves.items():
-        shape = shapes[path]
+def _readings(leaves: Sequence[_Leaf], user_views: Views, overrides: Overrides) -> dict[str, _Reading]:
+    """How each leaf of two or more axes is read, by path."""
+    leaf_shapes, readings = layouts.LeafShapes({leaf.path: leaf.shape for leaf in leaves}), {}
+    for path, attribute, shape, _ in leaves:
         if len(shape) > 1:
-            attribute = [key.name for key in keys if isinstance(key, jax.tree_util.GetAttrKey)][-1:]
             name = path.rpartition("/")[2]  # in Equinox modules an attribute, whatever the surrounding tree is
-            outputs_first = attribute == [name] and name in _OUTPUTS_FIRST
-            guess = layouts.guess(path, shape, tree, outputs_first)
-            dense = "" if path in given or path in overrides else guess.dense  # a leaf that is named is meant
-            readings[path] = _Reading(guess.view, guess.sure, dense, given=False)
-        if own := [view for pattern, view in given.items() if _matches(path, pattern)]:
+            outputs_first = attribute == name and name in _OUTPUTS_FIRST
+            guess = layouts.guess(path, shape, leaf_shapes, outputs_first)
+            named_by_user = path in user_views or path in overrides
+            readings[path] = _Reading(guess.view, guess.sure, "" if named_by_user else guess.dense, by_user=False)
+        if matching := [view for pattern, view in user_views.items() if _matches(path, pattern)]:
             try:
-                view = views.as_view(own[0], len(shape))
+                view = views.as_view(matching[0], len(shape))
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{path}, of shape {shape}: {error}") from error
             dense = readings[path].dense if path in readings else ""
             if dense == layouts.PERHAPS_DEPTHWISE and _roles(view) != _roles(readings[path].view):
                 dense = ""  # the view says what the shape does not
-            readings[path] = _Reading(view, sure=True, dense=dense, given=True)
+            readings[path] = _Reading(view, sure=True, dense=dense, by_user=True)
     return readings
 
 
@@ -306,34 +358,33 @@ def _roles(view: View | None) -> list[set[int]]:
 
 
 def _layer(
-    path: str,
-    leaf: Any,
+    leaf: _Leaf,
     block: int | Sequence[int | None],
     sparsity: float,
     min_blocks: int,
     where: Callable[[str], bool],
-    read: _Reading | None,
+    reading: _Reading | None,
 ) -> LeafPlan:
-    shape = tuple(getattr(leaf, "shape", ()))
-    if read is None or 0 in shape or not (2 <= len(shape) <= 5 + len(read.batch) or read.given):
+    path, shape = leaf.path, leaf.shape
+    if reading is None or 0 in shape or not (2 <= len(shape) <= 5 + len(reading.batch) or reading.by_user):
         return _no_kernel(path, shape, f"not a kernel ({len(shape)}-D)")
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return _no_kernel(path, shape, f"not a kernel ({leaf.dtype})")
-    if not where(path) and (other := other_than_kernel(path)):
+    if not where(path) and (other := non_kernel_kind(path)):
         return _no_kernel(path, shape, other)
-    if read.view is None:
+    if reading.view is None:
         return _no_kernel(path, shape, "not a kernel (one weight for each channel)")
-    view, sides = read.view, blk.as_block(block, read.view.matrix(shape))
+    view, sides = reading.view, blk.as_block(block, reading.view.matrix(shape))
     grid = blk.grid_shape(shape, sides, view)
     each = math.prod(grid)
     layer = LeafPlan(path, shape, sides, grid, each * math.prod(view.stack(shape)), 0.0, "")
     if view != views.default(len(shape)):
         layer = layer._replace(view=view)
-    layer = layer._replace(assumed=not read.sure)
+    layer = layer._replace(assumed=not reading.sure)
     if not where(path):
         return layer._replace(skip_reason="excluded by `where`")
-    if read.dense:
-        return layer._replace(skip_reason=read.dense)
+    if reading.dense:
+        return layer._replace(skip_reason=reading.dense)
     if each < min_blocks:
         return layer._replace(skip_reason=f"fewer than {min_blocks} blocks")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -382,6 +433,6 @@ def _matches(path: str, pattern: str) -> bool:
     return path == pattern or fnmatch.fnmatchcase(path, pattern)
 
 
-def _nearest(pattern: str, leaves: Sequence[tuple[str, Any]]) -> str:
-    close = difflib.get_close_matches(pattern, [path for path, _ in leaves], n=1, cutoff=0.0)
+def _nearest(pattern: str, paths: Sequence[str]) -> str:
+    close = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.0)
     return f"; nearest: {close[0]!r}" if close else ""

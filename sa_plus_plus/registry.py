@@ -82,9 +82,9 @@ def _schedule_name(schedule: Callable[..., Phases], algorithm: str) -> str | Non
 def options_of(make: Callable[..., Sparsifier]) -> tuple[str, ...]:
     """The names of all options that a constructor takes, those of `PruningOptions` last."""
     parameters = inspect.signature(make).parameters.values()
-    own = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
+    of_algorithm = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
     common = PruningOptions.__annotations__ if any(p.kind == p.VAR_KEYWORD for p in parameters) else ()
-    return tuple(dict.fromkeys((*own, *common)))
+    return tuple(dict.fromkeys((*of_algorithm, *common)))
 
 
 def own_options(make: Callable[..., Sparsifier]) -> Mapping[str, Any]:

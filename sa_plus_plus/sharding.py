@@ -1,14 +1,19 @@
 """Sharding of masks and logits on a mesh; blocks under meshes with explicit axes (the default of `jax.make_mesh`)."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.planning import LeafPlan
+
+_Static = TypeVar("_Static")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def of_grid(layer: LeafPlan, kernel: Any) -> NamedSharding | None:
@@ -47,25 +52,34 @@ def explicit_mesh(tree: Any) -> Any:
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
-def automatic(fn: Callable[..., Any], like: Callable[[], Any], *args: Any) -> Any:
-    """`fn(*args)`; under a mesh with explicit axes, all axes are automatic inside.
+def automatic(
+    like: Callable[Concatenate[_Static, _P], Any],
+) -> Callable[[Callable[Concatenate[_Static, _P], _R]], Callable[Concatenate[_Static, _P], _R]]:
+    """Decorator of `fn(static, *arrays)`: under a mesh with explicit axes, all axes are automatic inside.
 
     Cutting a kernel into blocks reshapes its axes, and JAX refuses to reshape an axis that is explicitly sharded, since
     the result's sharding would be ambiguous. The layout of intermediate values is therefore left to the compiler.
 
     Args:
-      fn: a function of arrays.
-      like: returns a tree with the structure of the result, each array laid out as the result should be; called only
-        if there is such a mesh. Arrays without a mesh are replicated.
-      args: its arguments.
+      like: takes the same arguments and returns a tree with the structure of the result, each array laid out as the
+        result should be; called only if there is such a mesh. Arrays without a mesh are replicated.
     """
-    mesh = explicit_mesh(args)
-    if mesh is None:
-        return fn(*args)
-    layout = jax.tree.map(lambda leaf: _sharding(leaf, mesh), like())
-    return jax.sharding.auto_axes(fn, out_sharding=layout)(*args)
+
+    def decorator(fn: Callable[Concatenate[_Static, _P], _R]) -> Callable[Concatenate[_Static, _P], _R]:
+        @functools.wraps(fn)
+        def wrapped(static: _Static, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+            mesh = explicit_mesh((args, kwargs))
+            if mesh is None:
+                return fn(static, *args, **kwargs)
+            layout = jax.tree.map(lambda leaf: _sharding(leaf, mesh), like(static, *args, **kwargs))
+            inside = jax.sharding.auto_axes(lambda args, kwargs: fn(static, *args, **kwargs), out_sharding=layout)
+            return inside(args, kwargs)
+
+        return wrapped
+
+    return decorator
 
 
 def _sharding(leaf: Any, mesh: Any) -> NamedSharding:
-    own = jax.typeof(leaf).sharding
-    return NamedSharding(mesh, own.spec if own.mesh.axis_names else PartitionSpec())
+    sharding = jax.typeof(leaf).sharding
+    return NamedSharding(mesh, sharding.spec if sharding.mesh.axis_names else PartitionSpec())

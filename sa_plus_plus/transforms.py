@@ -51,27 +51,27 @@ def reset_on(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     inner = _transformation(inner, "reset_on")
 
     def init(params: Any) -> ResetState:
-        return trees.apart(ResetState(jnp.zeros((), jnp.int32), inner.init(params)), params)
+        return trees.unalias(ResetState(jnp.zeros((), jnp.int32), inner.init(params)), params)
 
     def update(updates: Any, state: ResetState, params: Any = None, *, phase: Any, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(_NEEDS_PARAMS.format("reset_on"))
-        started = _restarted(state.inner, inner.init(trees.arrays(params)), phase != state.phase)
-        result, after = inner.update(updates, started, params, phase=phase, **extra)
-        return trees.apart((result, ResetState(jnp.array(phase, jnp.int32), after)), updates, state, params)
+        before = _reset_where(phase != state.phase, state.inner, inner.init(trees.arrays(params)))
+        result, after = inner.update(updates, before, params, phase=phase, **extra)
+        return trees.unalias((result, ResetState(jnp.array(phase, jnp.int32), after)), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _restarted(state: optax.OptState, fresh: optax.OptState, begins: Any) -> optax.OptState:
-    """`fresh` where a phase begins, else `state`; the same without None in either, for parameters that come and go."""
+def _reset_where(begins: Any, state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
+    """`fresh` where a phase begins, else `state`, which also stays where either is None: parameters may come and go."""
 
     def one(old: Any, new: Any) -> Any:
         if old is None or new is None:
             return old
         if not isinstance(old, optax.InjectStatefulHyperparamsState):
             return jnp.where(begins, new, old)
-        inner = _restarted(old.inner_state, new.inner_state, begins)
+        inner = _reset_where(begins, old.inner_state, new.inner_state)
         return new._replace(hyperparams=old.hyperparams)._replace(inner_state=inner)
 
     def is_leaf(x: Any) -> bool:
@@ -155,29 +155,29 @@ def sparsify(
                 "afresh: write sapp.reset_on(optax.adam(...)) instead of optax.adam(...)",
                 stacklevel=2,
             )
-        return trees.apart(state)
+        return trees.unalias(state)
 
     def update(grads: Any, state: SparsifyState, params: Any = None, **extra: Any) -> tuple[Any, SparsifyState]:
         if params is None:
             raise ValueError(_NEEDS_PARAMS.format("sparsify"))
         weights = state.trainable.params
-        held = trees.of_state(params, weights, "parameters")
-        full = trees.filled(held, sp.apply(state.trainable, state.prune))
-        trainable = sp.sync_from_params(state.trainable, state.prune, full)
-        trained = trees.inexact(trainable)
+        current = trees.match_state(params, weights, "parameters")
+        complete = trees.fill_none(current, sp.apply(state.trainable, state.prune))
+        trainable = sp.sync_from_params(state.trainable, state.prune, complete)
+        differentiable = trees.inexact(trainable)
 
-        def apply(trained: Trainable) -> Any:
-            return trees.inexact(sp.apply(trees.filled(trained, trainable), state.prune))
+        def apply(differentiable: Trainable) -> Any:
+            return trees.inexact(sp.apply(trees.fill_none(differentiable, trainable), state.prune))
 
-        effective, pull_back = jax.vjp(apply, trained)
-        given = trees.of_state(grads, weights, "gradients")
-        (pulled,) = pull_back(jax.tree.map(_cotangent, effective, given, is_leaf=trees.is_none))
-        updates, inner = tx.update(pulled, state.inner, trained, phase=state.prune.phase, **extra)
-        trainable, prune = sp.update(trainable, state.prune, updates, pulled)
+        effective, pull_back = jax.vjp(apply, differentiable)
+        matched = trees.match_state(grads, weights, "gradients")
+        (trained_grads,) = pull_back(jax.tree.map(_cotangent, effective, matched, is_leaf=trees.is_none))
+        updates, inner = tx.update(trained_grads, state.inner, differentiable, phase=state.prune.phase, **extra)
+        trainable, prune = sp.update(trainable, state.prune, updates, trained_grads)
         layers = sp.plan(trainable.params).pruned
-        effective = zero_masked(sp.apply(trainable, prune), prune.masks, layers)
-        steps = jax.tree.map(_step_to, effective, held, is_leaf=trees.is_none)
-        return trees.apart((steps, SparsifyState(trainable, prune, inner)), grads, state, params)
+        effective = zero_masked(layers, sp.apply(trainable, prune), prune.masks)
+        steps = jax.tree.map(_step_to, effective, current, is_leaf=trees.is_none)
+        return trees.unalias((steps, SparsifyState(trainable, prune, inner)), grads, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,4 +1,4 @@
-"""Trees of arrays that may be donated, and trees that hold more than another one."""
+"""Trees of arrays that may be donated, and trees that have None, or leaves that a state lacks."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ import optax
 from sa_plus_plus.planning import path_string
 
 
-def owned(params: Any) -> Any:
+def copy_arrays(params: Any) -> Any:
     """A copy of a parameter tree, in buffers of its own.
 
     Args:
@@ -32,24 +32,24 @@ def owned(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(copied, params)
 
 
-def apart(result: Any, *given: Any) -> Any:
-    """`result`, with copies of the arrays that are in `given` too, or in `result` twice: any of them may be donated.
+def unalias(result: Any, *arguments: Any) -> Any:
+    """`result`, with copies of arrays that are also in `arguments`, or twice in `result`: any of them may be donated.
 
     In a jitted function the copies cost nothing, since its results have buffers of their own in any case.
 
     Args:
       result: what a function returns.
-      given: what it was given.
+      arguments: of the function.
     """
-    taken = {id(leaf) for leaf in jax.tree.leaves(given)}
+    used = {id(leaf) for leaf in jax.tree.leaves(arguments)}
 
-    def own(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array | np.ndarray) and id(leaf) in taken:
+    def unused(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array | np.ndarray) and id(leaf) in used:
             leaf = jnp.copy(leaf)
-        taken.add(id(leaf))
+        used.add(id(leaf))
         return leaf
 
-    return jax.tree.map(own, result)
+    return jax.tree.map(unused, result)
 
 
 def arrays(tree: Any) -> Any:
@@ -62,71 +62,71 @@ def inexact(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
 
 
-def added(params: Any, updates: Any) -> Any:
+def apply_updates(params: Any, updates: Any) -> Any:
     """`optax.apply_updates(params, updates)`, where None leaves a leaf as it is."""
     return jax.tree.map(lambda p, u: p if u is None else optax.apply_updates(p, u), params, updates, is_leaf=is_none)
 
 
-def differs(given: jax.Array, handed: jax.Array) -> jax.Array:
-    """Where `given` is not `handed`, rounded to its type: a loop may hold parameters narrower than what is trained."""
-    return jnp.asarray(given) != handed.astype(given.dtype)
+def differs(params: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Where a loop's `params` are not `kernel` rounded to their type, which may be narrower than what is trained."""
+    return jnp.asarray(params) != kernel.astype(params.dtype)
 
 
-def taken_over(given: Any, weights: jax.Array) -> jax.Array:
-    """The weights that are `given`, in their own type; narrower ones are taken over where they say something new."""
-    given = jnp.asarray(given)
-    if given.dtype == weights.dtype:
-        return given
-    return jnp.where(differs(given, weights), given.astype(weights.dtype), weights)
+def merge_changes(params: Any, weights: jax.Array) -> jax.Array:
+    """A loop's `params`; those of another type are converted where they differ from `weights` rounded to that type."""
+    params = jnp.asarray(params)
+    if params.dtype == weights.dtype:
+        return params
+    return jnp.where(differs(params, weights), params.astype(weights.dtype), weights)
 
 
-def filled(tree: Any, otherwise: Any) -> Any:
+def fill_none(tree: Any, otherwise: Any) -> Any:
     """The tree with leaves, or whole subtrees, of `otherwise` in place of None.
 
     Args:
       tree: with None in some places.
       otherwise: the same tree without.
     """
-    return jax.tree.map(lambda own, other: other if own is None else own, tree, otherwise, is_leaf=is_none)
+    return jax.tree.map(lambda leaf, other: other if leaf is None else leaf, tree, otherwise, is_leaf=is_none)
 
 
-def of_state(given: Any, weights: Any, what: str) -> Any:
-    """What a loop gives for each of the weights in a state; None where there is nothing.
+def match_state(tree: Any, weights: Any, what: str) -> Any:
+    """A loop's tree restricted to the leaves that a state has weights for; None where the loop has nothing.
 
     Like optax, it takes None for a leaf or a subtree (Equinox's gradients of what is not trained), and leaves where the
-    state has None (a whole Equinox model, of which a part is trained).
+    state has None (a whole Equinox model that is trained in part).
 
     Args:
-      given: a tree like `weights`, apart from None.
+      tree: like `weights`, apart from None.
       weights: those in the state, None where there is none.
-      what: `given` in a message: "parameters", "gradients".
+      what: `tree` in a message: "parameters", "gradients".
 
     Raises:
       ValueError: if the trees do not fit, or an array has another shape than its weights.
     """
 
-    def spread(found: Any, own: Any) -> Any:
-        return jax.tree.map(lambda _: None, own) if found is None else found
+    def expand_none(node: Any, subtree: Any) -> Any:
+        return jax.tree.map(lambda _: None, subtree) if node is None else node
 
-    def checked(path: Any, own: Any, found: Any) -> Any:
-        if own is None or found is None:
+    def checked(path: Any, weight: Any, leaf: Any) -> Any:
+        if weight is None or leaf is None:
             return None
-        if np.shape(found) != np.shape(own):
+        if np.shape(leaf) != np.shape(weight):
             raise ValueError(
-                f"the {what} hold {path_string(path)} with the shape {np.shape(found)}, but `init` was given it with "
-                f"the shape {np.shape(own)}"
+                f"the {what} hold {path_string(path)} with the shape {np.shape(leaf)}, but `init` was given it with "
+                f"the shape {np.shape(weight)}"
             )
-        return found
+        return leaf
 
     try:
-        if any(leaf is None for leaf in jax.tree.leaves(given, is_leaf=is_none)):
-            given = jax.tree.map(spread, given, weights, is_leaf=is_none)
-        found = jax.tree.map(lambda own, found: found if own is not None else None, weights, given, is_leaf=is_none)
+        if any(leaf is None for leaf in jax.tree.leaves(tree, is_leaf=is_none)):
+            tree = jax.tree.map(expand_none, tree, weights, is_leaf=is_none)
+        matched = jax.tree.map(lambda w, node: None if w is None else node, weights, tree, is_leaf=is_none)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the {what} are not the same tree as the parameters that `init` was given: {error!s:.300}"
         ) from error
-    return jax.tree_util.tree_map_with_path(checked, weights, found, is_leaf=is_none)
+    return jax.tree_util.tree_map_with_path(checked, weights, matched, is_leaf=is_none)
 
 
 def is_none(x: Any) -> bool:

@@ -123,8 +123,8 @@ def _parsed(text: str) -> View:
             'columns, such as "(h k) d"'
         )
     if arrow:
-        other, own = _groups(left, text)
-        names = [name for group in own for name in group] if not other else re.findall(r"\w+", left)
+        other, left_groups = _groups(left, text)
+        names = [name for group in left_groups for name in group] if not other else re.findall(r"\w+", left)
     else:
         names = re.findall(r"\w+", text)
     read = [*batch, *groups[0], *groups[1]]

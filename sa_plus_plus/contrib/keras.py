@@ -85,15 +85,15 @@ def _optimizer_class() -> Any:
             """Update all variables; called by Keras inside and outside its stateless scopes."""
             if trainable_variables is not None:
                 self.build(list(trainable_variables))
-                given = {variable.path: grad for variable, grad in zip(trainable_variables, grads, strict=True)}
-                if unknown := given.keys() - {variable.path for variable in self._trainable_variables}:
+                by_path = {variable.path: grad for variable, grad in zip(trainable_variables, grads, strict=True)}
+                if unknown := by_path.keys() - {variable.path for variable in self._trainable_variables}:
                     raise ValueError(
                         f"this optimizer was built without {min(unknown)!r}: make another for these variables"
                     )
-                grads = [given.get(variable.path) for variable in self._trainable_variables]
-            variables, held = self._trainable_variables, self.variables[self._others :]
+                grads = [by_path.get(variable.path) for variable in self._trainable_variables]
+            variables, slots = self._trainable_variables, self.variables[self._others :]
             params = self._by_path([variable.value for variable in variables])
-            values = {place: variable.value for place, variable in zip(self._order, held, strict=True)}
+            values = {place: variable.value for place, variable in zip(self._order, slots, strict=True)}
             state = jax.tree.unflatten(self._structure, [values[place] for place in range(len(values))])
             updates, state = self._advance(self._by_path(grads), state, params)
             params = optax.apply_updates(params, updates)
@@ -101,7 +101,7 @@ def _optimizer_class() -> Any:
                 variable.assign(params[variable.path])
                 if variable.constraint is not None:
                     variable.assign(variable.constraint(variable))
-            for variable, leaf in zip(held, self._leaves(state), strict=True):
+            for variable, leaf in zip(slots, self._leaves(state), strict=True):
                 variable.assign(leaf)
             self.iterations.assign_add(1)
 

@@ -64,7 +64,7 @@ def restricted_smoothness(hessian: np.ndarray, groups: Groups, size: int) -> flo
 
     Args:
       hessian: `(p, p)` over the flat coefficients.
-      groups: partition of the `p` coefficients.
+      groups: how the `p` coefficients are grouped.
       size: groups in a support.
     """
     return max(float(e[-1]) for e in _eigenvalues(hessian, groups, size))
@@ -75,7 +75,7 @@ def restricted_convexity(hessian: np.ndarray, groups: Groups, size: int) -> floa
 
     Args:
       hessian: `(p, p)` over the flat coefficients.
-      groups: partition of the `p` coefficients.
+      groups: how the `p` coefficients are grouped.
       size: groups in a support.
     """
     return min(float(e[0]) for e in _eigenvalues(hessian, groups, min(size, groups.count)))
@@ -86,7 +86,7 @@ def guarantee(problem: Problem, groups: Groups, k: int) -> Guarantee | None:
 
     Args:
       problem: as `hessian_bounds` takes it.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       k: size of the support to compare with.
 
     Raises:

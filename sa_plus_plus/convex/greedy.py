@@ -79,7 +79,7 @@ def refit(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       support: mask of groups, `(count,)`.
       start: where to begin.
       tol: on the gradient's 2-norm by these coefficients, relative to that at 0; 1e-8 in float64, 1e-4 in float32 by
@@ -100,7 +100,7 @@ def omp(problem: Problem, groups: Groups, k: int, tol: float | None = None) -> S
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       k: how many groups.
       tol: of each minimisation, as for `refit`.
 
@@ -133,7 +133,7 @@ def ompr(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       support: mask of the initial groups; all supports have its size.
       rounds: `R`, the number of replacements.
       penalty: `q`; any subadditive one gives the same result.
@@ -167,7 +167,7 @@ def iht(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       k: how many groups.
       steps: gradient steps.
       start: where to begin; 0 if None.
@@ -186,7 +186,7 @@ def magnitude(problem: Problem, groups: Groups, k: int, tol: float | None = None
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       k: how many groups to keep.
       tol: as `refit` takes it.
 
@@ -203,7 +203,7 @@ def brute_force(problem: Problem, groups: Groups, k: int, tol: float | None = No
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       k: how many groups.
       tol: of each minimisation.
       batch: supports tried at a time.
@@ -230,7 +230,7 @@ def from_group_lasso(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       k: how many groups.
       count: lambdas on the path.
       ratio: last to first lambda.
@@ -275,7 +275,7 @@ def as_support(groups: Groups, chosen: Sequence[int]) -> jax.Array:
     """The mask of some groups given by their numbers.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       chosen: their numbers, from 0.
     """
     index = np.asarray(chosen, int)
@@ -288,7 +288,7 @@ def check_k(groups: Groups, k: int) -> None:
     """Raise ValueError if `k` is not a valid number of groups.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       k: how many are to be kept.
     """
     if not 1 <= k <= groups.count:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sa_plus_plus import blocks
 from sa_plus_plus.convex.descent import Units, curvature_along_gradient, in_units, proximal_step
-from sa_plus_plus.convex.groups import Groups, norms, spread
+from sa_plus_plus.convex.groups import Groups, norms, scale, spread
 from sa_plus_plus.convex.problems import Problem, gradient_at_zero
 
 
@@ -49,7 +50,7 @@ def critical_lambda(problem: Problem, groups: Groups) -> jax.Array:
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
     """
     return jnp.max(norms(groups, gradient_at_zero(problem)))
 
@@ -59,7 +60,7 @@ def objective(problem: Problem, groups: Groups, lam: jax.Array | float, beta: ja
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       lam: a scalar, or one value a group.
       beta: coefficients, of the groups' shape.
     """
@@ -72,7 +73,7 @@ def kkt_residual(groups: Groups, lam: jax.Array | float, beta: jax.Array, gradie
         ||g_i + lambda beta_i / ||beta_i|| ||  where beta_i is not 0,   max(||g_i|| - lambda, 0)  where it is
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       lam: a scalar, or one value a group.
       beta: coefficients, of the groups' shape.
       gradient: of the loss at `beta`, of the same shape.
@@ -91,7 +92,7 @@ def duality_gap(problem: Problem, groups: Groups, lam: jax.Array | float, beta: 
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       lam: a scalar, or one value a group.
       beta: coefficients, of the groups' shape.
 
@@ -123,7 +124,7 @@ def solve(
 
     Args:
       problem: the loss, coefficients of shape `S`.
-      groups: partition of `S`.
+      groups: how the coefficients, of the shape of `S`, are grouped.
       lam: positive; a scalar, or one value per group, `(count,)`, which may be 0 for unpenalised groups.
       start: where to begin, of shape `S`; 0 if None.
       tol: on the largest violation of the optimality conditions, relative to `critical_lambda`. By default 1e-9 in
@@ -154,7 +155,7 @@ def path(
 
     Args:
       problem: the loss.
-      groups: partition of the coefficients.
+      groups: how the coefficients are grouped.
       lams: `(k,)`, best in decreasing order; `lambda_grid` makes them.
       tol: as of `solve`.
       max_steps: for each lambda.
@@ -174,7 +175,7 @@ def lambda_grid(problem: Problem, groups: Groups, count: int = 100, ratio: float
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       count: of lambdas, at least 2.
       ratio: of the last to the first, in (0, 1).
     """
@@ -263,7 +264,7 @@ def _descended(
     dtype = problem.origin.dtype
     gradient = jax.grad(problem.value)
     tau = critical_lambda(problem, groups)
-    target = tol * jnp.where(tau > 0, tau, 1)
+    unit = jnp.where(tau > 0, tau, 1)  # of residuals
 
     def candidate(ahead: jax.Array, here: jax.Array, c: jax.Array) -> jax.Array:
         return shrink(groups, ahead - here / c, lam / c)
@@ -279,15 +280,14 @@ def _descended(
         return _State(beta, ahead, momentum, 0.98 * curvature, residual, s.step + 1)
 
     def go_on(s: _State) -> jax.Array:
-        return (s.residual > target) & (s.step < max_steps)
+        return (s.residual > tol * unit) & (s.step < max_steps)
 
     one = jnp.ones((), dtype)
     first = kkt_residual(groups, lam, start, gradient(start))
     state = _State(start, start, one, curvature_along_gradient(problem.value, start), first, jnp.zeros((), jnp.int32))
     end = lax.while_loop(go_on, body, state)
-    scale = jnp.where(tau > 0, tau, 1)
     return Solution(
-        end.beta, objective(problem, groups, lam, end.beta), end.residual / scale, end.step, end.residual <= target
+        end.beta, objective(problem, groups, lam, end.beta), end.residual / unit, end.step, end.residual <= tol * unit
     )
 
 
@@ -295,10 +295,8 @@ def shrink(groups: Groups, beta: jax.Array, t: jax.Array) -> jax.Array:
     """Proximal operator of `sum_i t_i ||beta_i||`.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       beta: coefficients, of the groups' shape.
       t: `(count,)`, or a scalar.
     """
-    length = norms(groups, beta)
-    keep = jnp.where(length > t, 1 - t / jnp.where(length > t, length, 1), 0)
-    return spread(groups, jnp.broadcast_to(keep, length.shape)) * beta
+    return scale(groups, blocks.soft_threshold(norms(groups, beta), t), beta)

@@ -89,10 +89,10 @@ def partition(shape: int | Sequence[int], members: Sequence[Sequence[int]]) -> G
         if index.min() < 0 or index.max() >= size:
             wrong = int(index.min() if index.min() < 0 else index.max())
             raise ValueError(f"group {group} has coordinate {wrong}, outside of 0 to {size - 1} (shape {shape})")
-        taken = index[ids[index] >= 0]
-        if taken.size or np.unique(index).size < index.size:
-            twice = taken[0] if taken.size else np.sort(index)[:-1][np.diff(np.sort(index)) == 0][0]
-            other = f"in group {ids[twice]} too" if taken.size else "there twice"
+        assigned = index[ids[index] >= 0]
+        if assigned.size or np.unique(index).size < index.size:
+            twice = assigned[0] if assigned.size else np.sort(index)[:-1][np.diff(np.sort(index)) == 0][0]
+            other = f"in group {ids[twice]} too" if assigned.size else "there twice"
             raise ValueError(f"groups overlap: coordinate {int(twice)} of group {group} is {other}")
         ids[index] = group
     if (ids < 0).any():
@@ -108,7 +108,7 @@ def sum_per_group(groups: Groups, x: jax.Array) -> jax.Array:
     """Sum of `x` (of the groups' shape) over each group, `(count,)`.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       x: of the groups' shape.
     """
     _check(groups, x.shape)
@@ -124,7 +124,7 @@ def spread(groups: Groups, s: jax.Array) -> jax.Array:
     """The array of the groups' shape that is `s[i]` on group `i`; `s` has shape `(count,)`.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       s: `(count,)`.
     """
     if s.shape != (groups.count,):
@@ -144,7 +144,7 @@ def norms(groups: Groups, x: jax.Array) -> jax.Array:
     """2-norm of each group, `(count,)`, with gradient 0 (not NaN) at a group of zeros.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       x: of the groups' shape.
     """
     unit = unit_of(x)
@@ -157,7 +157,7 @@ def scale(groups: Groups, s: jax.Array, x: jax.Array) -> jax.Array:
     """`x` with group `i` multiplied by `s[i]`.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       s: `(count,)`.
       x: of the groups' shape.
     """
@@ -168,7 +168,7 @@ def sizes(groups: Groups) -> np.ndarray:
     """Coordinates in each group, `(count,)`.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
     """
     if groups.kind == "equal":
         return np.full(groups.count, int(np.prod(groups.shape)) // groups.count)
@@ -181,7 +181,7 @@ def members(groups: Groups) -> list[np.ndarray]:
     """Flat coordinates of each group, in increasing order.
 
     Args:
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
     """
     ids = np.asarray(spread(groups, jnp.arange(groups.count))).ravel()
     order = np.argsort(ids, kind="stable")

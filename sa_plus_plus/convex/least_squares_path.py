@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import sa_plus_plus.convex.problems as problems
+from sa_plus_plus import blocks
+from sa_plus_plus.convex import problems
 from sa_plus_plus.convex.group_lasso import check_grid, check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, members
 from sa_plus_plus.convex.scaling import unit_of
@@ -355,7 +356,7 @@ def _visit(
         old = beta[i]
         ahead = old + lax.dynamic_slice(slope, (i * size, 0), (size, responses)) / curvature[i]
         length = jnp.sqrt(jnp.sum(jnp.square(ahead)))
-        new = ahead * jnp.maximum(1 - lam / curvature[i] / jnp.maximum(length, jnp.finfo(c.dtype).tiny), 0)
+        new = ahead * blocks.soft_threshold(length, lam / curvature[i])
         move = new - old
         slope = slope - _product(small.rows[i], move)
         return beta.at[i].set(new), slope, jnp.maximum(most, curvature[i] * jnp.sum(jnp.square(move)))

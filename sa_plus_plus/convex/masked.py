@@ -141,7 +141,7 @@ def effective(form: Form, groups: Groups, w: jax.Array, beta: jax.Array) -> jax.
 
     Args:
       form: which masked problem.
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       w: mask, `(count,)`.
       beta: coefficients, of the groups' shape.
     """
@@ -155,7 +155,7 @@ def objective(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       form: which masked problem.
       lam: a scalar.
       w: mask, `(count,)`.
@@ -169,7 +169,7 @@ def split(form: Form, groups: Groups, u: jax.Array) -> tuple[jax.Array, jax.Arra
 
     Args:
       form: which masked problem.
-      groups: a partition of coefficients.
+      groups: how the coefficients are grouped.
       u: effective coefficients, of the groups' shape.
     """
     lengths = norms(groups, u)
@@ -195,7 +195,7 @@ def solve(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       form: which masked problem: `hoff()`, `exponential()`, `l1()`, `own_norm()`.
       lam: positive scalar.
       w: where the mask starts, `(count,)`; ones make `beta` the effective coefficients (zeros for `exponential`).

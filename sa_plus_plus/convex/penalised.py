@@ -60,7 +60,7 @@ def objective(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       penalty: `q`.
       lam: a scalar.
       beta: coefficients, of the groups' shape.
@@ -88,7 +88,7 @@ def solve(
 
     Args:
       problem: the loss, coefficients of shape `S`.
-      groups: partition of `S`.
+      groups: how the coefficients, of the shape of `S`, are grouped.
       penalty: `q`.
       lam: positive scalar.
       form: which of the two objectives.
@@ -122,7 +122,7 @@ def one_group(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       penalty: `q`, subadditive and increasing.
       lam: positive scalar, close enough below `group_lasso.critical_lambda`, or above.
       tol: as for `group_lasso.solve`.
@@ -181,21 +181,21 @@ def _solve(
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         beta, c, _, n = state
         new, c = step(problem, groups, penalty, lam, beta, c)
-        moved = jnp.sqrt(jnp.sum(jnp.square(new - beta)))
-        return new, c, moved / (jnp.sqrt(jnp.sum(jnp.square(new))) + jnp.finfo(c.dtype).tiny), n + 1
+        change = jnp.sqrt(jnp.sum(jnp.square(new - beta)))
+        return new, c, change / (jnp.sqrt(jnp.sum(jnp.square(new))) + jnp.finfo(c.dtype).tiny), n + 1
 
     def go_on(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        beta, _, moved, n = state
-        return (moved > tol) & (n < max_steps) & ((n == 0) | jnp.any(beta != 0))
+        beta, _, change, n = state
+        return (change > tol) & (n < max_steps) & ((n == 0) | jnp.any(beta != 0))
 
     first = (start, curvature, jnp.asarray(jnp.inf, start.dtype), jnp.zeros((), jnp.int32))
-    beta, _, moved, steps = lax.while_loop(go_on, body, first)
-    value, residual = objective(problem, groups, penalty, lam, beta, form), moved
+    beta, _, change, steps = lax.while_loop(go_on, body, first)
+    value, residual = objective(problem, groups, penalty, lam, beta, form), change
     if polished:
         beta, value, steepness = polish(problem, groups, penalty, lam, form, beta)
         tau = group_lasso.critical_lambda(problem, groups)
         residual = steepness / jnp.where(tau > 0, tau, 1)
-    return Solution(beta * units.x, value * units.value, residual, steps, (moved <= tol) | ~jnp.any(beta != 0))
+    return Solution(beta * units.x, value * units.value, residual, steps, (change <= tol) | ~jnp.any(beta != 0))
 
 
 def polish(
@@ -205,7 +205,7 @@ def polish(
 
     Args:
       problem: the loss.
-      groups: partition of its coefficients.
+      groups: how its coefficients are grouped.
       penalty: `q`.
       lam: a scalar.
       form: `"sum"` or `"composite"`.

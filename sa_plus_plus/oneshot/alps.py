@@ -75,9 +75,9 @@ def _iterate(
     mask = None
     for _ in range(iterations):
         dense = jax.scipy.linalg.cho_solve((factor, True), target - dual + penalty * sparse)
-        moved = dense + dual / penalty
-        mask = _largest(moved, block, kept)
-        sparse = jnp.where(_spread(mask, block), moved, 0)
+        shifted = dense + dual / penalty
+        mask = _largest(shifted, block, kept)
+        sparse = jnp.where(_spread(mask, block), shifted, 0)
         dual = dual + penalty * (dense - sparse)
     return sparse, dual, mask
 

@@ -103,7 +103,7 @@ def budget(
         raise ValueError(f"give either share or limit; got share={share}, limit={limit}")
     if share is not None:
         if not 0 < share <= 1:
-            raise ValueError(f"share is of the cost without pruning and must be in (0, 1], got {share}")
+            raise ValueError(f"share must be in (0, 1], a fraction of the cost without pruning; got {share}")
         limit = share * dense
     assert limit is not None
     if between < 0:
@@ -185,7 +185,7 @@ def milliseconds(
     """Time of each layer on this machine at each sparsity of a sensitivity, measured by `specialize`.
 
     At each sparsity the blocks of largest norm are kept in all layers, and the network is specialised; the time does
-    not depend on which blocks are kept. A layer's time is that of the form chosen for it.
+    not depend on which blocks are kept. A layer's time is that of the implementation chosen for it.
 
     Args:
       fn: `fn(params, *inputs)`.
@@ -211,7 +211,7 @@ def milliseconds(
         choices = [choice for choice in network.choices if choice.rows]
         for step, choice in zip(linear, choices, strict=True):
             if step in where:
-                costs[where[step]][column] += _taken(choice, where[step])
+                costs[where[step]][column] += _milliseconds_of(choice, where[step])
     return costs
 
 
@@ -229,9 +229,11 @@ def _largest_kept(params: Any, plan: Plan, sparsity: float) -> Any:
     return map_layers(one, params, plan.pruned)
 
 
-def _taken(choice: Choice, path: str) -> float:
-    """Milliseconds of a layer in the form chosen for it."""
+def _milliseconds_of(choice: Choice, path: str) -> float:
+    """Milliseconds of a layer in the implementation chosen for it."""
     seconds = choice.traced_seconds if choice.runs == "traced" else choice.compiled_seconds
     if not np.isfinite(seconds):
-        raise ValueError(f"{path} cannot be measured here: it runs as it was traced ({choice.note or 'no other form'})")
+        raise ValueError(
+            f"{path} cannot be measured here: it runs as it was traced ({choice.note or 'no other implementation'})"
+        )
     return 1e3 * seconds

@@ -63,7 +63,7 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Any, layers: 
     matrices = matrices_of(params, layers)
     trace = layer_tracer(fn, params, layers, *batches[0])
     traced = trace(params)
-    held = [dict(zip(traced.inputs, jax.tree.leaves(b), strict=True)) for b in batches_of(traced, batches)]
+    batch_values = [dict(zip(traced.inputs, jax.tree.leaves(b), strict=True)) for b in batches_of(traced, batches)]
     last = {value: number for number, step in enumerate(traced.steps) for value in variables(step)}
     kernels: dict[int, Any] = {}
     position, replaced, unreached = 0, set[str](), list[Use]()
@@ -74,12 +74,12 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Any, layers: 
         if replaced & frozenset[str]().union(*map(leaves_of, traced.steps[position:start])):
             traced = trace(_replaced(params, layers, matrices))  # what is computed from leaves, from the new ones
             replaced.clear()
-        for values in held:
+        for values in batch_values:
             _run(traced, kernels, values, position, start, last)
         position = start
-        gram, rows = _gram(traced, kernels, held, uses, last, start)
+        gram, rows = _gram(traced, kernels, batch_values, uses, last, start)
         if not np.isfinite(gram).all():
-            raise ValueError(f"what {uses[0].name} is multiplied with is not finite on the calibration data")
+            raise ValueError(f"the inputs of {uses[0].name} are not finite on the calibration data")
         if not np.diag(gram).any():
             unreached.append(uses[0])
         old = matrices[path][number]
@@ -89,8 +89,8 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Any, layers: 
             replaced.add(path)
         for use in uses:
             original = traced.steps[use.step].original
-            own = use.kernel(use.oriented(matrices[path][number]), np.shape(original))
-            kernels[use.step] = jnp.asarray(own, original.dtype)
+            kernel = use.kernel(use.oriented(matrices[path][number]), np.shape(original))
+            kernels[use.step] = jnp.asarray(kernel, original.dtype)
     ahead = frozenset(key[0] for key, uses in all_uses.items() if first[key] < uses[0].step or uses[1:])
     return Visited(_replaced(params, layers, matrices), ahead, unreached)
 
@@ -137,15 +137,15 @@ def _results(step: Call | Layer, kernel: Any, values: Values) -> list[tuple[Vari
 
 
 def _gram(
-    traced: Traced, kernels: dict[int, Any], held: Sequence[Values], uses: Sequence[Use], last: Any, start: int
+    traced: Traced, kernels: dict[int, Any], batch_values: Sequence[Values], uses: Sequence[Use], last: Any, start: int
 ) -> tuple[np.ndarray, int]:
     """`X^T X` over all batches and uses, in the order of the matrix's inputs, and the number of rows of `X`.
 
-    The values held are those before the step `start`; they stay as they are.
+    `batch_values` are the values before the step `start`, by batch; they stay as they are.
     """
     size, rows = len(uses[0].inputs), 0
     gram = np.zeros((size, size))
-    for values in held:
+    for values in batch_values:
         ahead, position = dict(values), start
         for use in uses:
             _run(traced, kernels, ahead, position, use.step, last)

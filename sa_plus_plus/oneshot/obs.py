@@ -120,12 +120,12 @@ def by_rows(problem: Problem, inverse: np.ndarray, kept: int) -> np.ndarray:
         here = slice(start * side, stop * side)
         steps = np.zeros((here.stop - here.start, weights.shape[1]))
         for i in range(start, stop):
-            own = slice(i * side, (i + 1) * side)
+            row = slice(i * side, (i + 1) * side)
             gone = ~mask[i].repeat(problem.block[1])
-            step = np.linalg.solve(upper[own, own].T, weights[own] * gone)
+            step = np.linalg.solve(upper[row, row].T, weights[row] * gone)
             steps[(i - start) * side : (i - start + 1) * side] = step
-            within = slice(own.stop, here.stop)
-            weights[within] -= upper[own, within].T @ step
+            within = slice(row.stop, here.stop)
+            weights[within] -= upper[row, within].T @ step
         weights[here.stop :] -= upper[here, here.stop :].T @ steps
         parts = upper[here, here.stop :].reshape(here.stop - here.start, grid_r - stop, side)
         corners[stop:] -= np.einsum("rgk,rgl->gkl", parts, parts, optimize=True)

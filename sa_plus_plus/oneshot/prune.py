@@ -206,16 +206,16 @@ def refit(
     Raises:
       ValueError: if masks are missing or of another shape, or as `one_shot` does.
     """
-    given: dict[str, np.ndarray] = {}
+    by_matrix: dict[str, np.ndarray] = {}
     for path, layer in plan.pruned.items():
         mask = None if path not in masks else np.asarray(masks[path])
         if mask is None or mask.shape != layer.full_grid or mask.dtype != bool:
             found = "missing" if mask is None else f"{mask.dtype} {mask.shape}"
             raise ValueError(f"the mask of {path} is {found}: give a boolean array of shape {layer.full_grid}")
-        given[path] = mask.reshape(-1, *layer.grid)
+        by_matrix[path] = mask.reshape(-1, *layer.grid)
 
     def solve(problem: Problem, use: Use) -> Solved:
-        mask = use.oriented(given[use.layer.path][use.stack])
+        mask = use.oriented(by_matrix[use.layer.path][use.stack])
         return mask, layers.refitted(problem, mask)
 
     return _walked(fn, params, calibration, plan, solve, damping)
@@ -279,12 +279,10 @@ def warn_of_unreached(visited: Visited, plan: Plan, stacklevel: int = 4) -> None
         return
     names = [use.name for use in visited.unreached]
     if len(names) == sum(math.prod(layer.stack) for layer in plan.pruned.values()):
-        raise ValueError(
-            "no calibration input reaches any layer: what they are multiplied with is always zero. Give typical inputs"
-        )
+        raise ValueError("no calibration input reaches any layer: their inputs are all zero. Give typical inputs")
     several = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
     warnings.warn(
-        f"no calibration input reaches {several}: what is multiplied with it is always zero. Blocks are chosen there "
+        f"no calibration input reaches {several}: its inputs are all zero. Blocks are chosen there "
         "by magnitude, and weights that stay are not adjusted. Give examples that reach it, or leave it out by `where`",
         UserWarning,
         stacklevel=stacklevel,

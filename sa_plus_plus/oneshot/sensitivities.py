@@ -40,7 +40,7 @@ class Sensitivity(NamedTuple):
       losses: by path `(len(sparsities),)`; NaN where a sparsity leaves no block of the layer.
       errors: likewise, `‖X V - X W‖ / ‖X W‖` of the layer's outputs, over all its uses; NaN also for a leaf that no
         calibration input reaches.
-      rows: by path, how many rows of inputs each of the leaf's matrices is multiplied with in a batch.
+      rows: by path, rows of inputs of each of the leaf's matrices in a batch.
     """
 
     plan: Plan
@@ -116,7 +116,7 @@ def sensitivity(
       params: its trained parameters.
       data: a list of batches `(inputs, targets)`, inputs an array or a tuple of arguments, all of one shape; a pair
         alone is one batch, unless both parts are pairs too.
-      loss: `loss(outputs, targets)`, of which the mean is taken, such as
+      loss: `loss(outputs, targets)`, which is averaged, such as
         `optax.softmax_cross_entropy_with_integer_labels`.
       block: `(b_r, b_c)`, as `plan` takes it.
       sparsities: each in (0, 1); 0 is added.

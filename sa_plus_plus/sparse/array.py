@@ -57,17 +57,17 @@ class Layout:
                 f"indptr must be {grid_c + 1} numbers from 0 to {len(self.indices)}, the number of blocks; "
                 f"got {len(self.indptr)}, {ends}"
             )
-        if (falls := np.diff(self.indptr) < 0).any():
-            raise ValueError(f"indptr must not fall, but do after column {int(falls.argmax())} of the grid")
+        if (decreases := np.diff(self.indptr) < 0).any():
+            raise ValueError(f"indptr must be non-decreasing, but decreases after column {int(decreases.argmax())}")
         outside = (self.indices < 0) | (self.indices >= grid_r)
         if outside.any():
             at = int(outside.argmax())
-            raise ValueError(f"block {at} stands in grid row {self.indices[at]}, outside 0 to {grid_r - 1}")
-        falls = (np.diff(self.indices) <= 0) & (np.diff(self.columns) == 0)
-        if falls.any():
-            at = int(falls.argmax())
+            raise ValueError(f"block {at} is in grid row {self.indices[at]}, outside 0 to {grid_r - 1}")
+        unordered = (np.diff(self.indices) <= 0) & (np.diff(self.columns) == 0)
+        if unordered.any():
+            at = int(unordered.argmax())
             raise ValueError(
-                f"indices must rise within a column of the grid, but block {at + 1} stands in row "
+                f"indices must increase within a column of the grid, but block {at + 1} is in row "
                 f"{self.indices[at + 1]} after row {self.indices[at]}"
             )
 

@@ -195,3 +195,13 @@ def test_blocks_are_pairs_of_integers(block, want):
 def test_blocks_that_do_not_tile_the_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 4, 3, 4\).*\(8, 8\).*expected a grid of \(2, 2\), got \(2, 3\)"):
         blk.from_blocks(jnp.ones((2, 4, 3, 4)), (8, 8))
+
+
+def test_soft_threshold_is_the_proximal_map_of_the_norm():
+    norms, threshold = np.array([0.0, 0.5, 1.0, 3.0]), 1.0
+    lengths = np.linspace(0, 4, 40_001)
+    cost = (lengths - norms[:, None]) ** 2 / 2 + threshold * lengths
+    factors = np.asarray(blk.soft_threshold(jnp.asarray(norms), threshold))
+    np.testing.assert_allclose(factors * norms, lengths[cost.argmin(1)], atol=1e-4)
+    gradient = jax.grad(lambda n: jnp.sum(blk.soft_threshold(n, threshold)))(jnp.asarray(norms))
+    assert np.isfinite(gradient).all()  # also at a norm of zero

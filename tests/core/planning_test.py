@@ -1,8 +1,10 @@
 """The plan of a network: ResNet-50 as the paper's Table 1 has it, paths, options, and what is refused."""
 
 import functools
+import gc
 import math
 import re
+import weakref
 from fractions import Fraction
 
 import flax
@@ -506,3 +508,32 @@ def test_three_dimensional_kernels_of_one_head_are_no_depthwise_ones():
 def test_a_predicate_that_is_no_function_is_refused():
     with pytest.raises(TypeError, match=r"where must be a predicate on the path of a leaf.*got 'hidden'"):
         plan_mlp(where="hidden")
+
+
+def test_an_algorithm_plans_each_tree_once():
+    asked = []
+
+    def where(path):
+        asked.append(path)
+        return path.endswith("kernel")
+
+    sp = sapp.magnitude(block=4, sparsity=0.5, phases=sapp.phases.magnitude(10), min_blocks=1, where=where)
+    small, large = {"kernel": jnp.ones((8, 8))}, {"kernel": jnp.ones((8, 16))}
+    assert sp.plan(small) == sp.plan({"kernel": leaf(8, 8)})
+    count = len(asked)
+    sp.apply(*sp.init(small))
+    assert len(asked) == count
+    assert sp.plan(large).pruned["kernel"].blocks == 8
+    with pytest.raises(TypeError, match="kernel has dtype int32"):  # the dtype is part of what is remembered
+        sp.plan({"kernel": leaf(8, 8, dtype=jnp.int32)})
+    assert set(sp.plan({"a": small}).pruned) == {"a/kernel"}
+
+
+def test_remembered_plans_keep_no_array_alive():
+    sp = sapp.magnitude(block=4, sparsity=0.5, phases=sapp.phases.magnitude(10), min_blocks=1)
+    kernel = jnp.ones((8, 8))
+    sp.plan({"kernel": kernel})
+    alive = weakref.ref(kernel)
+    del kernel
+    gc.collect()
+    assert alive() is None

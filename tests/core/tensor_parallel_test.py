@@ -123,3 +123,13 @@ def test_an_explicit_mesh():
         trainable, prune = jax.jit(sp.update)(trainable, prune)
         assert prune.masks["w"].sharding.spec == P(None, "model")
         assert trainable.logits["w"].sharding.spec == P(None, "model")
+        params = sp.apply(trainable=trainable, prune=prune)  # by keyword, too
+        same = sp.sync_from_params(trainable, prune, params)
+        assert params["w"].sharding.spec == same.params["w"].sharding.spec == P(None, "model")
+        chex.assert_trees_all_equal(same, trainable)
+        assert not buffers(params, same) & buffers(trainable, prune)
+
+
+def buffers(*trees):
+    """Addresses of all arrays on all devices."""
+    return {shard.data.unsafe_buffer_pointer() for x in jax.tree.leaves(trees) for shard in x.addressable_shards}

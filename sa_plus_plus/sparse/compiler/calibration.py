@@ -28,14 +28,14 @@ def ranges_of(traced: Traced, batches: Sequence[Any]) -> dict[Variable, tuple[fl
         arrays = [values.get(v).astype(jnp.float32) for v in wanted]
         return jnp.stack([jnp.stack([a.min(initial=0), a.max(initial=0)]) for a in arrays])  # ranges include 0
 
-    seen = np.stack([np.asarray(ends(weights, *batch)) for batch in batches])
-    if not np.isfinite(seen).all():
-        bad = wanted[int(np.argmin(np.isfinite(seen).all((0, 2))))]
+    extremes = np.stack([np.asarray(ends(weights, *batch)) for batch in batches])
+    if not np.isfinite(extremes).all():
+        bad = wanted[int(np.argmin(np.isfinite(extremes).all((0, 2))))]
         layer = next(layer for layer in layers if bad in (layer.x, layer.output, layer.residual))
         raise ValueError(f"the network's values on the calibration data are not finite, at {layer.description}")
     return {
         v: (float(low), float(high))
-        for v, low, high in zip(wanted, seen[:, :, 0].min(0), seen[:, :, 1].max(0), strict=True)
+        for v, low, high in zip(wanted, extremes[:, :, 0].min(0), extremes[:, :, 1].max(0), strict=True)
     }
 
 

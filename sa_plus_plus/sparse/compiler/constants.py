@@ -38,12 +38,12 @@ def computed(call: Call, inputs: Sequence[Constant], shapes: Sequence[tuple[int,
 
 def _computed(call: Call, inputs: Sequence[Constant], shapes: Sequence[tuple[int, ...]]) -> list[Constant]:
     if (origin := inputs[0].origin if inputs and call.name in _MOVES else None) is not None:
-        (moved,) = _computed(call, [inputs[0]._replace(origin=None), *inputs[1:]], shapes)
+        (result,) = _computed(call, [inputs[0]._replace(origin=None), *inputs[1:]], shapes)
         positions = origin.positions
         if call.name not in _CASTS:
             before = Constant(jnp.asarray(positions), inputs[0].shape)
             positions = _computed(call, [before, *inputs[1:]], shapes)[0].value
-        return [moved._replace(origin=origin._replace(positions=positions))]
+        return [result._replace(origin=origin._replace(positions=positions))]
     if call.name == "broadcast_in_dim" and len(inputs) == 1:
         shape, axes = call.params["shape"], call.params["broadcast_dimensions"]
         narrow = [1] * len(shape)
@@ -61,13 +61,13 @@ def _computed(call: Call, inputs: Sequence[Constant], shapes: Sequence[tuple[int
 def arranged(kernel: Constant, order: Sequence[int], shape: Sequence[int] | None = None) -> Constant:
     """A constant in full, transposed and then reshaped."""
 
-    def moved(value: Any) -> Any:
+    def rearranged(value: Any) -> Any:
         full = jnp.broadcast_to(value, kernel.shape)
         full = full if tuple(order) == tuple(range(full.ndim)) else jnp.transpose(full, order)
         return full if shape is None else full.reshape(shape)
 
-    value, origin = moved(kernel.value), kernel.origin
-    origin = origin and origin._replace(positions=moved(origin.positions))
+    value, origin = rearranged(kernel.value), kernel.origin
+    origin = origin and origin._replace(positions=rearranged(origin.positions))
     return Constant(value, value.shape, origin, kernel.leaves)
 
 

@@ -31,7 +31,7 @@ class Program(NamedTuple):
       output_tree: that of its result.
       encodings: of each value that is not encoded as traced.
       implementation: of sparse layers that are not compiled.
-      pieces: number of pieces of a batch, each of which goes through the whole network before the next.
+      pieces: number of pieces of a batch; each goes through the whole network before the next.
     """
 
     inputs: Sequence[Variable]

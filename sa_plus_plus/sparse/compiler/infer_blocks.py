@@ -46,10 +46,10 @@ def planned_blocks(plan: Plan, shape: Sequence[int]) -> list[blk.Block]:
     """
     matrix, found = blk.matrix_shape(shape), []
     for layer in plan.pruned.values():
-        own = blk.matrix_shape(layer.shape, layer.view)
-        if own == matrix:
+        planned = blk.matrix_shape(layer.shape, layer.view)
+        if planned == matrix:
             found.append(layer.block)
-        if len(shape) == 2 and own == matrix[::-1]:
+        if len(shape) == 2 and planned == matrix[::-1]:
             found.append(layer.block[::-1])
     return list(dict.fromkeys(found))
 

@@ -17,7 +17,7 @@ class Choice(NamedTuple):
       layer: what it is.
       kernel: the kernel's shape; for a product `(contracted, outputs)`. Of attention, which has none: the number of
         heads in the batch, of queries and of keys, and the depth.
-      rows: number of rows of activations that its matrix is multiplied with; 0 if it is not a layer.
+      rows: number of rows of its input matrix; 0 if it is not a layer.
       block: the blocks in which it is pruned; None if it is not.
       density: share of those blocks that are not zero; NaN for a kernel that was not examined.
       traced_seconds: time as traced, NaN if it was not measured.

@@ -10,7 +10,7 @@ from jax.extend import core
 from sa_plus_plus.sparse.compiler.ir import Call, Constant, Traced, Variable
 
 MOST_STEPS = 128  # longest loop that is unrolled
-MOST_EXPERTS = 64  # limit on kernels in one batched product, each of which becomes a layer
+MOST_EXPERTS = 64  # limit on kernels in one batched product; each becomes a layer
 MOST_BYTES = 2**28  # limit on kernel bytes that unrolling a loop would duplicate
 _PRODUCTS = {"dot_general": "product", "conv_general_dilated": "convolution"}
 
@@ -81,7 +81,7 @@ def weights_among(traced: Traced) -> bool:
 
 
 def unrolls(eqn: Any, values: Sequence[Any]) -> bool:
-    """Whether an operation is a short loop over products with constant kernels, each step of which becomes a layer."""
+    """Whether an operation is a short loop over products with constant kernels; each step becomes a layer."""
     options = eqn.params
     if eqn.primitive.name != "scan" or not {"num_consts", "num_carry", "length", "reverse", "jaxpr"} <= {*options}:
         return False

@@ -40,10 +40,10 @@ const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o
   if (!fit(p.lines, o.stride_down, o.window_rows, in[1]) || !fit(p.line, o.stride_across, o.window_columns, in[2])) return misfit;
   p.x_type = x.type, p.w_type = blocks.type, p.y_type = y.type, p.y = y.data;
   p.residual_scale = o.residual_scale, p.residual_zero = o.residual_zero, p.y_zero = o.y_zero, p.y_unit = o.y_unit;
-  if (p.y_type == Type::kByte && !is_byte(o.y_zero)) return "the code for 0 is not a byte";
+  if (p.y_type == Type::kByte && !is_byte(o.y_zero)) return "the zero point is not a byte";
   if (o.activation < 0 || o.activation >= static_cast<int64_t>(Activation::kCount)) return "an unknown activation";
   p.activation = static_cast<Activation>(o.activation);
-  if (blocks.rank != (p.grouped() ? 4 : 3)) return "blocks have another number of dimensions";
+  if (blocks.rank != (p.grouped() ? 4 : 3)) return "blocks have the wrong number of dimensions";
   convolution->count = y.count();
   if (!convolution->count || !p.lines || !p.line) return nullptr;
 
@@ -52,18 +52,18 @@ const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o
   p.height = times(times(o.window_rows, o.window_columns), channels);
   p.kept = kept[0], p.b_r = p.grouped() ? times(kept[1], kept[3]) : kept[1], p.b_c = kept[2];
   if (p.b_r < 1 || p.b_c < 1 || (p.grouped() && kept[3] != p.group())) return "blocks are empty, or not grouped";
-  if (!p.kept) {  // as if x had no columns: blocks of which there are none may be of any size
+  if (!p.kept) {  // as if x had no columns: without blocks their size is arbitrary
     p.height = 0, p.b_r = p.group(), p.b_c = std::min(p.b_c, (p.width + kWide - 1) / kWide * kWide);
   }
   p.x = x.data, p.blocks = blocks.data, p.rows = arrays.rows.data, p.starts = arrays.starts.data;
-  if (arrays.rows.count != p.kept || arrays.starts.count != p.grid_c() + 1) return "the indices are not those of the blocks";
+  if (arrays.rows.count != p.kept || arrays.starts.count != p.grid_c() + 1) return "rows and starts do not match the number of blocks";
   for (const List<float>& numbers : {arrays.scale, arrays.bias}) {
-    if (numbers.count && numbers.count != p.width) return "scale or bias is not as long as y is wide";
+    if (numbers.count && numbers.count != p.width) return "scale and bias need one number for each column of y";
   }
   p.scale = arrays.scale.count ? arrays.scale.data : nullptr;
   p.bias = arrays.bias.count ? arrays.bias.data : nullptr;
   if (const int64_t n = arrays.residual.count()) {
-    if (n != p.batch * p.width) return "the residual is not like y";
+    if (n != p.batch * p.width) return "the residual does not have the size of y";
     p.residual = arrays.residual.data, p.residual_type = arrays.residual.type;
   }
   // A single position has no stride. Rows of x follow one another in a line of y; where nothing lies between lines or
@@ -77,7 +77,7 @@ const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o
   p.runs = lines_adjoin ? 1 : p.lines;
   p.run_stride = down * line, p.runs_stride = in[1] * line;
   if (const char* why = complaint(p)) return why;
-  if (p.height && across % p.b_r && o.window_rows > 1) return "a block is in two lines of the window";
+  if (p.height && across % p.b_r && o.window_rows > 1) return "a block spans two rows of the window";
   convolution->down.resize(p.grid_r());
   for (int64_t i = 0; i < p.grid_r(); ++i) convolution->down[i] = i * p.b_r / across * line + i * p.b_r % across;
   p.down = convolution->down.data();
@@ -92,19 +92,19 @@ const char* complaint(const Product& p) {
   if (p.x_type == Type::kFloat ? p.w_type == Type::kByte : p.w_type != p.x_type) return "types of x and blocks differ";
   if (p.grouped() && (p.b_r % p.group() || p.b_c % kWide || p.height % p.b_r)) return "blocks do not fit their groups";
   const int64_t grid_r = p.grid_r(), grid_c = p.grid_c();
-  if (p.starts[0] != 0 || p.starts[grid_c] != p.kept) return "starts do not go from 0 to the number of blocks";
+  if (p.starts[0] != 0 || p.starts[grid_c] != p.kept) return "starts must begin at 0 and end at the number of blocks";
   bool wrong = false;
   for (int64_t j = 0; j < grid_c; ++j) wrong |= p.starts[j] > p.starts[j + 1];
-  if (wrong) return "starts fall";
+  if (wrong) return "starts must be non-decreasing";
   for (int64_t at = 0; at < p.kept; ++at) wrong |= p.rows[at] < 0 || p.rows[at] >= grid_r;
-  return wrong ? "a block stands in a row outside the grid" : nullptr;
+  return wrong ? "the row of a block is outside the grid" : nullptr;
 }
 
 const char* prepare(const Array& x, const Array& y, const Windows& o, bool sums, Pooling* pooling) {
   constexpr int64_t far = int64_t{1} << 60;  // positions this far apart can still be added
   if (x.rank != 4 || y.rank != 4) return "x and y need four dimensions";
   const int64_t *in = x.sizes, *out = y.sizes;
-  if (in[0] != out[0] || in[3] != out[3] || x.type != y.type || (sums && x.type != Type::kFloat)) return "x and y do not go together";
+  if (in[0] != out[0] || in[3] != out[3] || x.type != y.type || (sums && x.type != Type::kFloat)) return "x and y have incompatible shapes or types";
   if (std::min({o.window_rows, o.window_columns, o.stride_down, o.stride_across}) < 1 || std::min(o.top, o.left) < 0) {
     return "a window, stride or padding is out of range";
   }
@@ -128,9 +128,9 @@ const char* prepare(const Array& x, const Array& y, const Rounding& o, Images* i
   const int64_t *in = x.sizes, *out = y.sizes;
   if (x.type != Type::kFloat || in[0] != out[0] || in[1] > out[1] || in[2] > out[2] || in[3] > out[3] ||
       std::min(o.top, o.left) < 0 || o.top > out[1] - in[1] || o.left > out[2] - in[2]) {
-    return "x and y do not go together";
+    return "x and y have incompatible shapes or types";
   }
-  if (y.type == Type::kByte && !is_byte(o.zero)) return "the code for 0 is not a byte";
+  if (y.type == Type::kByte && !is_byte(o.zero)) return "the zero point is not a byte";
   const int64_t lines = y.count() ? out[0] * out[1] : 0;  // so that all sizes are real where there are any
   *images = {y.type, static_cast<const float*>(x.data), y.data, lines, in[1], in[2], in[3], out[1], out[2], out[3], o};
   return nullptr;
@@ -138,7 +138,7 @@ const char* prepare(const Array& x, const Array& y, const Rounding& o, Images* i
 
 const char* prepare(const AttentionArrays& arrays, List<int64_t> sizes, List<int64_t> strides, float scale,
                     Attention* attention) {
-  if (sizes.count != 8 || strides.count != 20) return "the numbers of sizes and strides are wrong";
+  if (sizes.count != 8 || strides.count != 20) return "wrong number of sizes or strides";
   Attention& a = *attention = {};
   const Array *q = &arrays.q, *k = &arrays.k, *v = &arrays.v, *y = &arrays.y;
   for (const Array* other : {k, v, y}) {
@@ -181,7 +181,7 @@ bool covers(const Attention& a, const Attention::Place& place, int64_t rows, int
 const char* complaint(const Attention& a, const int64_t counts[5]) {
   if (a.type == Type::kByte) return "q, k, v and y are neither float32 nor bfloat16";
   const int64_t least = std::min({a.heads[0], a.heads[1], a.heads[2], a.queries, a.keys, a.depth, a.width, a.seen});
-  if (least < 1 || a.seen > a.keys) return "an axis is empty, or a query sees no key, or more than there are";
+  if (least < 1 || a.seen > a.keys) return "an axis is empty, or the number of keys that a query sees is out of range";
   const Attention::Place* places[] = {&a.q_at, &a.k_at, &a.v_at, &a.bias_at, &a.y_at};
   const int64_t rows[] = {a.queries, a.keys, a.keys, a.queries, a.queries};
   const int64_t lasts[] = {a.depth, a.depth, a.width, a.keys, a.width};
@@ -197,7 +197,7 @@ const char* complaint(const Attention& a, const int64_t counts[5]) {
   }
   // So scratch memory is not much more than that of keys and values.
   if (a.keys > 1 && (a.k_at.row < a.depth || a.v_at.row < a.width)) return "keys or values overlap";
-  return covers(a, a.y_at, a.queries, a.width, counts[4]) ? nullptr : "the result is not covered";
+  return covers(a, a.y_at, a.queries, a.width, counts[4]) ? nullptr : "the strides leave parts of the result unwritten";
 }
 
 int64_t scratch_of(const Attention& a) {

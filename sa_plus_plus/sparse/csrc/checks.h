@@ -26,7 +26,7 @@ struct List {
   int64_t count;
 };
 
-// More than any buffer holds where a sum or a product of sizes overflows; neither may be negative.
+// Sums and products of sizes, saturated at a number larger than any buffer; no size may be negative.
 constexpr int64_t kEndless = INT64_MAX;
 
 inline int64_t times(int64_t a, int64_t b) {
@@ -42,7 +42,7 @@ inline int64_t plus(int64_t a, int64_t b) {
 // Each `prepare` sets what `run` computes, or says what is wrong, and then nothing may be run. What it accepts reads
 // nothing beyond its operands and writes every number of its result.
 
-// x (images, rows, columns, channels), padded already, times blocks of which the rows are of one line of the window. y
+// x (images, rows, columns, channels), padded already, times blocks whose rows belong to one row of the window. y
 // gets borders of zeros: those that the next convolution pads its images with. A matrix is one image of one line.
 struct ConvolutionOptions {
   int64_t window_rows, window_columns, stride_down, stride_across, top, bottom, left, right;
@@ -96,7 +96,7 @@ struct AttentionArrays {
 const char* prepare(const AttentionArrays& arrays, List<int64_t> sizes, List<int64_t> strides, float scale,
                     Attention* attention);
 
-// What is wrong with a product whose sizes are those of its arrays, or null: a kernel looks at nothing again.
+// The fault of a product whose sizes are those of its arrays, or null: kernels check nothing again.
 const char* complaint(const Product& product);
 
 // What is wrong with attention, or null. `counts` are the numbers in q, k, v, bias and y.

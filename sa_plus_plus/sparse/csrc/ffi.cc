@@ -53,7 +53,7 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer bl
   return ffi::Error::Success();
 }
 
-// The largest number, or the sum, of each window of images; what is beyond their edges does not count.
+// The largest number, or the sum, of each window of images; positions outside the images are ignored.
 ffi::Error pool_images(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y, const Windows& windows, bool sums) {
   Array from{}, to{};
   Pooling prepared;

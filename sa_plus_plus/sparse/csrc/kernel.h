@@ -27,7 +27,7 @@ struct Product {
   Type x_type, w_type, y_type, residual_type;
   const void* x;
   const void* blocks;     // (kept, b_r / group, b_c, group)
-  const int32_t* rows;    // (kept): in which grid row a block stands
+  const int32_t* rows;    // (kept): the grid row of each block
   const int32_t* starts;  // (grid_c() + 1): the blocks of grid column j are numbers starts[j] to starts[j + 1]
   const float* scale;     // (width), or null
   const float* bias;      // (width), or null
@@ -37,7 +37,7 @@ struct Product {
   void* y;
   int64_t run, stride;                    // rows in a run, and from one of them to the next
   int64_t runs, run_stride, runs_stride;  // from run to run, and from each `runs` of them to the next
-  const int64_t* down;                    // (grid_r()): where in a row what meets the blocks of a grid row begins
+  const int64_t* down;                    // (grid_r()): offset in a row of x of the operand of a grid row's blocks
   int64_t line, lines;                    // rows of y in a line, and lines in an image
   int64_t top, bottom, left, right;       // the width of the borders around each image of y, in rows of y
 
@@ -47,13 +47,13 @@ struct Product {
   int64_t group() const { return grouped() ? 4 / size_of(w_type) : 1; }
   int64_t grid_r() const { return (height + b_r - 1) / b_r; }
   int64_t grid_c() const { return (width + b_c - 1) / b_c; }
-  int64_t row(int64_t i) const {  // where in x row i begins
+  int64_t row(int64_t i) const {  // offset of row i in x
     const int64_t r = i / run;
     return r / runs * runs_stride + r % runs * run_stride + i % run * stride;
   }
   int64_t y_line() const { return (left + line + right) * width; }
   int64_t y_image() const { return (top + lines + bottom) * y_line(); }
-  int64_t y_row(int64_t i) const {  // where in y row i begins
+  int64_t y_row(int64_t i) const {  // offset of row i in y
     const int64_t l = i / line;
     return l / lines * y_image() + (top + l % lines) * y_line() + (left + i % line) * width;
   }
@@ -116,7 +116,7 @@ const Round* rounds();  // as `pools`
 // may be in any order except the last, which is contiguous.
 struct Attention {
   struct Place {
-    int64_t head[3], row;  // strides, in numbers; 0 for an axis along which it is the same
+    int64_t head[3], row;  // strides, in numbers; 0 along a broadcast axis
   };
   Type type;  // of q, k, v and y: float or bfloat16
   int64_t heads[3], queries, keys, depth, width;
@@ -128,7 +128,7 @@ struct Attention {
   float scale;
 
   int64_t all_heads() const { return heads[0] * heads[1] * heads[2]; }
-  int64_t start(const Place& place, int64_t head) const {  // where a head begins
+  int64_t start(const Place& place, int64_t head) const {  // offset of a head
     const int64_t last = head % heads[2], middle = head / heads[2] % heads[1], first = head / heads[2] / heads[1];
     return first * place.head[0] + middle * place.head[1] + last * place.head[2];
   }

@@ -1,4 +1,4 @@
-// Products of bytes and of bfloat16 by matrix registers: tiles of up to 16 rows, the sums of which stay in registers over
+// Products of bytes and of bfloat16 by matrix registers: tiles of up to 16 rows, whose sums stay in registers over
 // all blocks of 16 columns.
 #if defined(__x86_64__) && defined(__linux__)
 #include <immintrin.h>

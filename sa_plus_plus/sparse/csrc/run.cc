@@ -67,7 +67,7 @@ void fill(const Product& p, int64_t from, int64_t count) {
   std::memset(static_cast<char*>(p.y) + from * size, size == 1 ? static_cast<int>(p.y_zero) : 0, count * size);
 }
 
-// Fill what borders on the lines that begin in a part.
+// Fill the padding around output lines that start in this part.
 void fill_borders(const Product& p, const Part& part) {
   if (part.left != 0 || !(p.top || p.bottom || p.left || p.right)) return;
   for (int64_t l = (part.top + p.line - 1) / p.line; l * p.line < part.bottom; ++l) {

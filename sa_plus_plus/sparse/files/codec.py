@@ -157,7 +157,7 @@ def decode(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> BlockSp
     if index.size and not 0 <= index.min() <= index.max() < grid_r * grid_c:
         raise ValueError(f"its index runs from {index.min()} to {index.max()}, beyond a grid of {grid_r}×{grid_c}")
     if (np.diff(index) <= 0).any():
-        raise ValueError("its index does not rise")
+        raise ValueError("its index is not strictly increasing")
     indptr = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=grid_c))])
     layout = Layout(shape, block, rows, indptr, view)
     if blocks.shape != (layout.real.sum(),):

@@ -54,16 +54,16 @@ def to_onnx(path: str | os.PathLike[str], fn: Callable[..., Any], *examples: Any
         import onnxruntime  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(f"ONNX needs two more packages: pip install jax2onnx onnxruntime ({error})") from error
-    given = [np.asarray(x) for x in examples]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given]
+    inputs = [np.asarray(x) for x in examples]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
     try:  # neither package has a common base class for its errors
         content = jax2onnx.to_onnx(fn, shapes).SerializeToString()
     except Exception as error:
         raise ValueError(f"jax2onnx cannot convert this network: {error}") from error
-    want = np.asarray(fn(*given), np.float64)
+    want = np.asarray(fn(*inputs), np.float64)
     try:
         session = onnxruntime.InferenceSession(content)
-        got = session.run(None, {put.name: x for put, x in zip(session.get_inputs(), given, strict=True)})[0]
+        got = session.run(None, {put.name: x for put, x in zip(session.get_inputs(), inputs, strict=True)})[0]
     except Exception as error:
         raise ValueError(f"jax2onnx made a model of this network that does not run: {error}") from error
     if got.shape != want.shape or not np.allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max(initial=0)):

@@ -219,7 +219,7 @@ def _unfit(
 ) -> str | None:
     """What of a program contradicts its file or itself, or no network does."""
     arguments, options = jax.tree.unflatten(program.in_tree, program.in_avals)
-    taken = arguments[0] if isinstance(arguments, tuple) and arguments else None
+    leading = arguments[0] if isinstance(arguments, tuple) and arguments else None
     jax.tree.unflatten(program.out_tree, program.out_avals)
     if list(program.platforms) != about["platforms"]:
         return f"is for {shortened(program.platforms)}, not {shortened(about['platforms'])}"
@@ -227,7 +227,7 @@ def _unfit(
         return f"has the calling convention {program.calling_convention_version}"
     if program.ordered_effects or program.unordered_effects:
         return "has side effects"
-    if not isinstance(taken, list) or options or [*map(_kind, taken)] != [*map(_kind, weights)]:
+    if not isinstance(leading, list) or options or [*map(_kind, leading)] != [*map(_kind, weights)]:
         return "does not take the weights beside it"
     if strange := [name for name in contents.operations if name.split(".")[0] not in _DIALECTS or name in _TALKING]:
         return f"has the operation {min(strange)}"

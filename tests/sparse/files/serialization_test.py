@@ -91,13 +91,13 @@ def test_a_layout_is_a_value():
 @pytest.mark.parametrize(
     ("rows", "starts", "message"),
     [
-        ([0, 3, 1], [0, 2, 3], "block 1 stands in grid row 3, outside 0 to 2"),
-        ([0, -1, 1], [0, 2, 3], "block 1 stands in grid row -1"),
+        ([0, 3, 1], [0, 2, 3], "block 1 is in grid row 3, outside 0 to 2"),
+        ([0, -1, 1], [0, 2, 3], "block 1 is in grid row -1"),
         ([0, 2**31, 1], [0, 2, 3], "must fit 32 bits"),
-        ([0, 0, 1], [0, 2, 3], "block 1 stands in row 0 after row 0"),
+        ([0, 0, 1], [0, 2, 3], "block 1 is in row 0 after row 0"),
         ([0, 1, 1], [0, 2], "indptr must be 3 numbers from 0 to 3"),
         ([0, 1, 1], [0, 2, 4], "got 3, 0 to 4"),
-        ([0, 1, 1], [0, 4, 3], "must not fall"),
+        ([0, 1, 1], [0, 4, 3], "must be non-decreasing, but decreases after column 1"),
         ([0.0, 1.0, 1.0], [0, 2, 3], "must be a list of integers"),
     ],
 )
@@ -248,7 +248,7 @@ def hostile(path, change, change_about=lambda about: about):
     [
         (lambda k, t: t.update({"k:index": np.array([0, 2, 6], np.int32)}), "runs from 0 to 6, beyond a grid of 3×2"),
         (lambda k, t: t.update({"k:index": np.array([-1, 2, 4], np.int32)}), "runs from -1 to 4"),
-        (lambda k, t: t.update({"k:index": np.array([0, 2, 2], np.int32)}), "does not rise"),
+        (lambda k, t: t.update({"k:index": np.array([0, 2, 2], np.int32)}), "not strictly increasing"),
         (lambda k, t: t.update({"k:index": np.array([0.0, 2.0])}), "not a list of int32"),
         (lambda k, t: t.update({"k:blocks": np.ones(47, np.float32)}), "47 weights where its 3 blocks take 48"),
         (lambda k, t: k.update({"block": [4, 3]}), "weights where its 3 blocks take"),

@@ -230,7 +230,7 @@ def test_attributes_beyond_all_memory_are_refused(target, forged):
 
 @pytest.mark.parametrize("zero", [np.nan, np.inf, -1.0, 256.0])
 def test_a_code_for_zero_that_is_no_byte_is_refused(zero):
-    with pytest.raises((ValueError, RuntimeError), match="the code for 0 is not a byte"):
+    with pytest.raises((ValueError, RuntimeError), match="the zero point is not a byte"):
         native.round_images(jnp.ones((1, 2, 2, 8)), np.uint8, 1.0, zero).block_until_ready()
 
 

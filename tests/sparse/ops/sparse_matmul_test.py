@@ -280,10 +280,10 @@ def test_a_kernel_for_a_newer_interface_is_not_registered(monkeypatch):
     [
         ({"rows": [0, 9]}, "outside the grid"),
         ({"rows": [-1, 0]}, "outside the grid"),
-        ({"rows": [0]}, "not those of the blocks"),
-        ({"starts": [0, 3, 2]}, "starts fall"),
+        ({"rows": [0]}, "do not match the number of blocks"),
+        ({"starts": [0, 3, 2]}, "starts must be non-decreasing"),
         ({"starts": [0, 1, 3]}, "number of blocks"),
-        ({"starts": [0, 2]}, "not those of the blocks"),
+        ({"starts": [0, 2]}, "do not match the number of blocks"),
         ({"bias": np.zeros(3, np.float32)}, "bias"),
         ({"out": (1, 1, 4, 16)}, "does not fit the images"),
         ({"out": (1, 3, 16)}, "four dimensions"),

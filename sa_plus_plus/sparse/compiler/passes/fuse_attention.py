@@ -78,10 +78,10 @@ class _Search:
         for axis, other in zip((*over_v, *along_v), (*over, *along), strict=True):
             v_axes[axis] = scores.order[other]
         rest = [scores.order[i] for i in range(len(shares.shape)) if i not in (*over, *along)]
-        own = [i for i in rest if i is not None and i in q_axes and i not in k_axes]
-        if keys is None or keys < batches or not own:
+        of_queries = [i for i in rest if i is not None and i in q_axes and i not in k_axes]
+        if keys is None or keys < batches or not of_queries:
             return None
-        queries = max(own, key=lambda i: shape[i])
+        queries = max(of_queries, key=lambda i: shape[i])
         heads = tuple(i for i in range(len(shape)) if i not in (queries, keys) and shape[i] > 1)
         output = last.outputs[0] if turned is None else turned.outputs[0]
         y_axes = [*(scores.order[i] for i in along), *(rest if side == 0 else ()), -1, *(rest if side else ())]
@@ -121,7 +121,7 @@ class _Search:
         return tuple(order.values()) if visit(output, 0) else None
 
     def softmax(self, value: Value, axis: int) -> _Scores | None:
-        """The scores `x` of which a value is the softmax along an axis, `exp(x - c) / sum(exp(x - c))` with any `c`.
+        """The scores `x` whose softmax along an axis is a value, `exp(x - c) / sum(exp(x - c))` with any `c`.
 
         Its order is that of the value's axes.
         """
