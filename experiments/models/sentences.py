@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import experiments.models.checkpoints as checkpoints
 from experiments.data.sentences import directory, tokenizer_of
-from experiments.models import checkpoints
 from experiments.models.encoder import Bert
 
 _SIZES = {  # names in config.json of what `Bert` calls so
