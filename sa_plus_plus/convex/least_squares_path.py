@@ -4,7 +4,7 @@
 
 The design matrix is read once for each batch of groups that enters: their rows of the Gram matrix `X'X / n` are kept,
 `ever active x p` numbers, and everything else (gradients, objectives, duality gaps) comes from those. The matrix is
-never copied, scaled or transposed; what is computed from it is divided by powers of two, so that the scale of the data
+never copied, scaled or transposed; values computed from it are divided by powers of two, so that the scale of the data
 does not matter. The loop over lambdas and working sets is in Python; the pieces are compiled for
 sizes that are powers of two, so a whole path compiles a handful of programs. To `jit` or `vmap` a path, use
 `group_lasso.path`.

@@ -156,7 +156,7 @@ def conv(
       scale: `(outputs,)` float32.
       bias: `(outputs,)` float32.
       residual: like the result, without borders.
-      epilogue: what follows.
+      epilogue: the operations that follow the product.
       in_place: whether the result may overwrite the residual, which is in the caches, if it has the same type and no
         borders. XLA copies a residual that is needed later.
 
