@@ -208,7 +208,7 @@ def sequential_attention(
       block: `(b_r, b_c)`, or one integer for a square.
       sparsity: share of the blocks removed, in [0, 1).
       phases: usually `phases.sequential_attention(total_steps)`.
-      score: what blocks are ranked by: `"attention"` for `A`, as in the paper, or `"effective"` for the norm of the
+      score: ranks the blocks: `"attention"` for `A`, as in the paper, or `"effective"` for the norm of the
         effective block.
       clip: `(low, high)` range of `A` in the forward pass (C.1); `"density"` for `(d, 1 / d)` with `d = 1 - sparsity`
         of the layer; None for no clipping.

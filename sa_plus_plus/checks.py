@@ -26,7 +26,7 @@ def check_pruned(params: Any, plan: Plan) -> None:
     A block is kept if any of its weights is not zero. Fewer blocks than planned are not an error.
 
     Args:
-      params: what `Sparsifier.finalize`, or the loop around `sparsify`, ended with.
+      params: the result of `Sparsifier.finalize`, or of the loop around `sparsify`.
       plan: `sp.plan(params)`.
 
     Raises:

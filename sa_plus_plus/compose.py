@@ -136,7 +136,7 @@ def check_start(phases: Any, scores: str, otherwise: str = "") -> None:
 
     Args:
       phases: the schedule.
-      scores: what is equal for all blocks before training.
+      scores: the scores' name in the message.
       otherwise: an alternative to suggest in the message.
     """
     check_phases(phases)
@@ -151,7 +151,7 @@ def check_phases(phases: Any, schedule: str | None = None) -> None:
     """Refuse anything that is not a schedule, such as a number of steps or a list of phases.
 
     Args:
-      phases: what was given.
+      phases: the argument.
       schedule: the name of the function that makes the algorithm's own, to suggest in the message.
     """
     if isinstance(phases, Phases):

@@ -11,7 +11,7 @@ from typing import IO, Any
 def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write(file)` fill a file that appears under its name only when it is complete and on the disk.
 
-    Its permissions are those of any new file: what the umask, or the directory's default, leaves of `rw-rw-rw-`.
+    Its permissions are those of any new file: `rw-rw-rw-` restricted by the umask or the directory's default.
 
     Args:
       path: of the file; one that is there is replaced.

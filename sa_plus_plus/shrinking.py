@@ -43,7 +43,7 @@ def shrink(params: Any, plan: Plan) -> Any:
     pruned, stay as they are.
 
     Args:
-      params: what `Sparsifier.finalize`, or the loop around `sparsify`, ended with.
+      params: the result of `Sparsifier.finalize`, or of the loop around `sparsify`.
       plan: `sp.plan(params)`.
 
     Raises:

@@ -38,7 +38,7 @@ def unalias(result: Any, *arguments: Any) -> Any:
     In a jitted function the copies cost nothing, since its results have buffers of their own in any case.
 
     Args:
-      result: what a function returns.
+      result: of a function.
       arguments: of the function.
     """
     used = {id(leaf) for leaf in jax.tree.leaves(arguments)}
@@ -68,7 +68,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
 
 def differs(params: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Where a loop's `params` are not `kernel` rounded to their type, which may be narrower than what is trained."""
+    """Where a loop's `params` are not `kernel` rounded to their type, which may be narrower than the trained one."""
     return jnp.asarray(params) != kernel.astype(params.dtype)
 
 

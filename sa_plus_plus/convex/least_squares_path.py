@@ -4,7 +4,7 @@
 
 The design matrix is read once for each batch of groups that enters: their rows of the Gram matrix `X'X / n` are kept,
 `ever active x p` numbers, and everything else (gradients, objectives, duality gaps) comes from those. The matrix is
-never copied, scaled or transposed; what is computed from it is divided by powers of two, so that the scale of the data
+never copied, scaled or transposed; values computed from it are divided by powers of two, so that the scale of the data
 does not matter. The loop over lambdas and working sets is in Python; the pieces are compiled for
 sizes that are powers of two, so a whole path compiles a handful of programs. To `jit` or `vmap` a path, use
 `group_lasso.path`.
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import sa_plus_plus.convex.problems as problems
 from sa_plus_plus import blocks
-from sa_plus_plus.convex import problems
 from sa_plus_plus.convex.group_lasso import check_grid, check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, members
 from sa_plus_plus.convex.scaling import unit_of

@@ -23,12 +23,12 @@ from sa_plus_plus.convex.scaling import norm
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class Masking:
     """A masked problem and the equivalent regularised problem.
 
     Attributes:
       name: of the problem.
-      mask: `(groups, w, beta) -> (count,)`: what each group of `beta` is multiplied by.
+      mask: `(groups, w, beta) -> (count,)`: the factor of each group of `beta`.
       cost: `(w, beta) -> scalar`.
       penalty: `q` of the regularised problem.
       factor: of `q`.
@@ -52,7 +52,7 @@ class Form:
         return hash(self.name)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Form) and self.name == other.name
+        return isinstance(other, Masking) and self.name == other.name
 
 
 class Masked(NamedTuple):
@@ -81,9 +81,9 @@ def _own_mask(groups: Groups, w: jax.Array, beta: jax.Array) -> jax.Array:
     return w
 
 
-def hoff() -> Form:
+def hoff() -> Masking:
     """`L({w_i beta_i}) + lambda / 2 (||w||^2 + ||beta||^2)` is the group LASSO (Hoff 2017)."""
-    return Form(
+    return Masking(
         "hoff",
         _own_mask,
         lambda w, beta: (jnp.sum(jnp.square(w)) + jnp.sum(jnp.square(beta))) / 2,
@@ -93,9 +93,9 @@ def hoff() -> Form:
     )
 
 
-def exponential() -> Form:
+def exponential() -> Masking:
     """`L({exp(w_i) beta_i}) + lambda (||w||^2 + ||beta||^2)` has `q = penalties.lambert()` (Lemma 2.1)."""
-    return Form(
+    return Masking(
         "exponential",
         lambda groups, w, beta: jnp.exp(w),
         lambda w, beta: jnp.sum(jnp.square(w)) + jnp.sum(jnp.square(beta)),
@@ -106,13 +106,13 @@ def exponential() -> Form:
     )
 
 
-def l1() -> Form:
+def l1() -> Masking:
     """`L({w_i beta_i}) + lambda (||w||_1 + ||beta||^2)` has `(3/2) 2^{1/3} ||u_i||^{2/3}` (Lemma 2.2).
 
     Restricting `w` to nonnegative values does not change the minimum (flip `beta_i` instead), and `w = v^2` makes the
     cost smooth.
     """
-    return Form(
+    return Masking(
         "l1",
         _own_mask,
         lambda w, beta: jnp.sum(jnp.abs(w)) + jnp.sum(jnp.square(beta)),
@@ -124,9 +124,9 @@ def l1() -> Form:
     )
 
 
-def own_norm() -> Form:
+def own_norm() -> Masking:
     """`L({||beta_i|| beta_i}) + lambda ||beta||^2` is the group LASSO (Lemma 2.3, PowerPropagation by blocks)."""
-    return Form(
+    return Masking(
         "own_norm",
         lambda groups, w, beta: norms(groups, beta),
         lambda w, beta: jnp.sum(jnp.square(beta)),
@@ -136,45 +136,45 @@ def own_norm() -> Form:
     )
 
 
-def effective(form: Form, groups: Groups, w: jax.Array, beta: jax.Array) -> jax.Array:
+def effective(masking: Masking, groups: Groups, w: jax.Array, beta: jax.Array) -> jax.Array:
     """The coefficients that the loss sees.
 
     Args:
-      form: which masked problem.
+      masking: how coefficients are masked.
       groups: how the coefficients are grouped.
       w: mask, `(count,)`.
       beta: coefficients, of the groups' shape.
     """
-    return scale(groups, form.mask(groups, w, beta), beta)
+    return scale(groups, masking.mask(groups, w, beta), beta)
 
 
 def objective(
-    problem: Problem, groups: Groups, form: Form, lam: jax.Array | float, w: jax.Array, beta: jax.Array
+    problem: Problem, groups: Groups, masking: Masking, lam: jax.Array | float, w: jax.Array, beta: jax.Array
 ) -> jax.Array:
     """`L(effective(w, beta)) + lambda cost(w, beta)`.
 
     Args:
       problem: the loss.
       groups: how its coefficients are grouped.
-      form: which masked problem.
+      masking: how coefficients are masked.
       lam: a scalar.
       w: mask, `(count,)`.
       beta: coefficients, of the groups' shape.
     """
-    return problem.value(effective(form, groups, w, beta)) + lam * form.cost(w, beta)
+    return problem.value(effective(masking, groups, w, beta)) + lam * masking.cost(w, beta)
 
 
-def split(form: Form, groups: Groups, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+def split(masking: Masking, groups: Groups, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The `(w, beta)` of lowest cost with `effective(w, beta) = u`: the map between minimisers of the two problems.
 
     Args:
-      form: which masked problem.
+      masking: how coefficients are masked.
       groups: how the coefficients are grouped.
       u: effective coefficients, of the groups' shape.
     """
     lengths = norms(groups, u)
-    w = form.best_mask(lengths)
-    mask = form.multiplier(w)
+    w = masking.best_mask(lengths)
+    mask = masking.multiplier(w)
     inverse = jnp.where(mask > 0, 1 / jnp.where(mask > 0, mask, 1), 0)
     return w, scale(groups, inverse, u)
 
@@ -182,7 +182,7 @@ def split(form: Form, groups: Groups, u: jax.Array) -> tuple[jax.Array, jax.Arra
 def solve(
     problem: Problem,
     groups: Groups,
-    form: Form,
+    masking: Masking,
     lam: jax.Array | float,
     w: jax.Array,
     beta: jax.Array,
@@ -196,7 +196,7 @@ def solve(
     Args:
       problem: the loss.
       groups: how its coefficients are grouped.
-      form: which masked problem: `hoff()`, `exponential()`, `l1()`, `own_norm()`.
+      masking: how coefficients are masked: `hoff()`, `exponential()`, `l1()`, `own_norm()`.
       lam: positive scalar.
       w: where the mask starts, `(count,)`; ones make `beta` the effective coefficients (zeros for `exponential`).
       beta: where the coefficients start.
@@ -214,14 +214,14 @@ def solve(
             f"w and beta must have shapes {(groups.count,)} and {groups.shape}, got {w.shape}, {beta.shape}"
         )
     tol = (1e-10 if beta.dtype.itemsize > 4 else 1e-5) if tol is None else tol
-    return _solve(problem, groups, form, jnp.asarray(lam, beta.dtype), w, beta, tol, max_steps)
+    return _solve(problem, groups, masking, jnp.asarray(lam, beta.dtype), w, beta, tol, max_steps)
 
 
-@functools.partial(jax.jit, static_argnames=("form", "max_steps"))
+@functools.partial(jax.jit, static_argnames=("masking", "max_steps"))
 def _solve(
     problem: Problem,
     groups: Groups,
-    form: Form,
+    masking: Masking,
     lam: jax.Array,
     w: jax.Array,
     beta: jax.Array,
@@ -229,14 +229,14 @@ def _solve(
     max_steps: int,
 ) -> Masked:
     def fn(x: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return objective(problem, groups, form, lam, form.smooth_mask(x[0]), x[1])
+        return objective(problem, groups, masking, lam, masking.smooth_mask(x[0]), x[1])
 
     def cost(x: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return lam * form.cost(form.smooth_mask(x[0]), x[1])
+        return lam * masking.cost(masking.smooth_mask(x[0]), x[1])
 
     step = gradient_at_zero(problem) / curvature_along_gradient(problem.value, problem.origin)
-    typical_w, typical_beta = split(form, groups, -step)
-    scale = norm(jax.grad(cost)((form.smooth_inverse(typical_w), typical_beta)))
-    end = lbfgs(fn, (form.smooth_inverse(w), beta), tol=tol * scale, max_steps=max_steps)
-    w, beta = form.smooth_mask(end.x[0]), end.x[1]
-    return Masked(w, beta, effective(form, groups, w, beta), end.value, end.gradient_norm, end.steps, end.converged)
+    typical_w, typical_beta = split(masking, groups, -step)
+    scale = norm(jax.grad(cost)((masking.smooth_inverse(typical_w), typical_beta)))
+    end = lbfgs(fn, (masking.smooth_inverse(w), beta), tol=tol * scale, max_steps=max_steps)
+    w, beta = masking.smooth_mask(end.x[0]), end.x[1]
+    return Masked(w, beta, effective(masking, groups, w, beta), end.value, end.gradient_norm, end.steps, end.converged)

@@ -8,7 +8,7 @@ from jax import lax
 
 
 def power_of_two(x: jax.Array) -> jax.Array:
-    """The power of two next to a positive number; 1 for 0 and for what is not finite.
+    """The power of two next to a positive number; 1 for 0 and numbers that are not finite.
 
     Args:
       x: floating point, of any shape.

@@ -103,7 +103,7 @@ def budget(
         raise ValueError(f"give either share or limit; got share={share}, limit={limit}")
     if share is not None:
         if not 0 < share <= 1:
-            raise ValueError(f"share must be in (0, 1], a fraction of the cost without pruning; got {share}")
+            raise ValueError(f"share must be a fraction of the cost without pruning, in (0, 1], got {share}")
         limit = share * dense
     assert limit is not None
     if between < 0:

@@ -49,7 +49,7 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Any, layers: 
       fn: `fn(params, *inputs)`, jittable.
       params: tree of arrays.
       calibration: batches, each an array or a tuple of arguments, all of one shape; an array or a mapping is one batch.
-      layers: what is pruned, by path.
+      layers: the pruned leaves, by path.
       visit: `visit(use, gram, matrix, rows) -> matrix`: `gram` is `X^T X` in float64, `(inputs, inputs)`, over all
         uses of the matrix; the matrix is `(inputs, outputs)` in float64; `rows` is the number of rows of `X`.
 
@@ -72,7 +72,7 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Any, layers: 
     for (path, number), start in sorted(first.items(), key=lambda item: item[1]):
         uses = all_uses[path, number]
         if replaced & frozenset[str]().union(*map(leaves_of, traced.steps[position:start])):
-            traced = trace(_replaced(params, layers, matrices))  # what is computed from leaves, from the new ones
+            traced = trace(_replaced(params, layers, matrices))  # recompute values that depend on replaced leaves
             replaced.clear()
         for values in batch_values:
             _run(traced, kernels, values, position, start, last)

@@ -73,7 +73,7 @@ def uses_of(traced: Traced, layers: Mapping[str, LeafPlan]) -> dict[tuple[str, i
     for path, layer in layers.items():
         if missing := [i for i in range(int(np.prod(layer.stack))) if (path, i) not in found]:
             which = matrix_name(layer, missing[0]) + (f" and {len(missing) - 1} more" if missing[1:] else "")
-            indirectly = ", but takes what is computed from it" if path in others else ""
+            indirectly = ", but uses values computed from it" if path in others else ""
             raise ValueError(
                 f"{which} is not reached by the calibration data: the function never multiplies by it in a product or "
                 f"convolution outside `cond`, `while` and long loops{indirectly}. Leave it out by `where`, or prune "

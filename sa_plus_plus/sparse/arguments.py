@@ -19,7 +19,7 @@ def listed(calibration: Any, tree: Any = None) -> list[Any]:
       tree: the structure of the network's arguments, if it is known.
 
     Raises:
-      ValueError: for a tuple if the structure is not known, and for what is neither a batch nor holds some.
+      ValueError: for a tuple if the structure is not known, and for anything but a batch or several.
     """
     if isinstance(calibration, tuple):
         if tree is None:

@@ -171,10 +171,10 @@ def test_groups_must_fit():
         group_lasso.solve(made("squares"), groups.equal(12, 2), 1.0)
 
 
-FORMS = (masked.hoff(), masked.own_norm(), masked.exponential(), masked.l1())
+MASKINGS = (masked.hoff(), masked.own_norm(), masked.exponential(), masked.l1())
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", MASKINGS, ids=lambda form: form.name)
 def test_lemmas(form):
     """Hoff, 2.1, 2.2, 2.3: both minima agree to 1e-8, and the minimisers map onto each other."""
     g = groups.partition(10, UNEQUAL)

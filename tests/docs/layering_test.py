@@ -32,6 +32,7 @@ LIBRARY = (
     "checks",
     "shrinking",
     "sparse.array",
+    "sparse.int8",
     "sparse.arguments",
     "sparse.ops",
     "sparse.ops.activation",

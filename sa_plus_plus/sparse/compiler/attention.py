@@ -60,7 +60,7 @@ class Attention(NamedTuple):
       outputs: the result.
       axes: how they are ordered.
       scale: of the scores.
-      biases: what is applied to the scaled scores, in order.
+      biases: applied to the scaled scores, in order.
       visible: how many keys the first query sees; each of the others sees one more than the one before it.
       calls: the operations that it stands for, from `inputs` to `outputs`.
     """
@@ -75,7 +75,7 @@ class Attention(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`attention`, and what it absorbed."""
+        """`attention` and the fused operations."""
         causal = self.visible < self.axes.scores[self.axes.keys]
         return ", ".join(["attention", *["causal"] * causal, *["bias"] * bool(self.biases)])
 

@@ -113,7 +113,7 @@ def run(program: Program, weights: Sequence[Any], *inputs: Any) -> Any:
 
     Args:
       program: the network.
-      weights: what `assemble` returned beside it.
+      weights: those that `assemble` returned with it.
       *inputs: the network's arguments.
     """
     if program.pieces == 1:

@@ -117,7 +117,7 @@ class LayerSpec(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The description, and what the layer absorbed: `dense, residual, relu`."""
+        """The description and the fused operations: `dense, residual, relu`."""
         absorbed = ["residual"] * (self.residual is not None) + [self.activation] * (self.activation != "none")
         return ", ".join([self.description, *absorbed])
 

@@ -38,7 +38,7 @@ class CompiledLayer(NamedTuple):
     """A layer in the compiled kernel, without its weights.
 
     Attributes:
-      spec: what it does.
+      spec: the operation.
       window: its shapes.
       layout: block positions of its kernel, which may have more channels than `x`, in whole groups.
       x: encoding of its input.

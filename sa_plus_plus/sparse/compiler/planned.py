@@ -1,4 +1,4 @@
-"""The list of planned steps: each step of a network, how it will run, and what is reported of it."""
+"""The list of planned steps: each step of a network, how it will run, and its report."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Choice(NamedTuple):
     """The outcome for one product or convolution with a constant kernel, or for one attention.
 
     Attributes:
-      layer: what it is.
+      layer: its description.
       kernel: the kernel's shape; for a product `(contracted, outputs)`. Of attention, which has none: the number of
         heads in the batch, of queries and of keys, and the depth.
       rows: number of rows of its input matrix; 0 if it is not a layer.
@@ -55,7 +55,7 @@ class PackedKernel(NamedTuple):
       window: the layer's shapes.
       dtype: in which it takes `x`.
       w: `(k_h, k_w, channels, outputs)` in blocks of float32, bfloat16 or int8.
-      scales: `(outputs,)` float32, what an int8 kernel is multiplied by; otherwise None.
+      scales: `(outputs,)` float32, the factors of an int8 kernel's columns; otherwise None.
     """
 
     window: Window
@@ -70,7 +70,7 @@ class PlannedStep(NamedTuple):
     Attributes:
       step: an operation, a layer or attention.
       kernel: of a layer: for the compiled kernel, or by its blocks in another implementation. None: as traced.
-      choices: what is reported of it.
+      choices: its report.
     """
 
     step: Step

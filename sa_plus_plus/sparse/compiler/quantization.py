@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from sa_plus_plus.sparse.compiler.conv_geometry import NO_BORDER, Border
+from sa_plus_plus.sparse.int8 import round_to_int8
 from sa_plus_plus.sparse.ops import native
 
 FLOAT32, BFLOAT16, UINT8 = np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.uint8)
@@ -52,10 +53,8 @@ def quantize_kernel(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       int8 of the same shape; and `(outputs,)` float32.
     """
-    wide = kernel.astype(np.float64)
-    largest = np.abs(wide).max(tuple(range(kernel.ndim - 1)))
-    scales = np.where(largest > 0, largest / 127, 1.0)
-    return np.rint(wide / scales).clip(-127, 127).astype(np.int8), scales.astype(np.float32)
+    quantized, scales = round_to_int8(kernel, tuple(range(kernel.ndim - 1)))
+    return quantized, scales.reshape(-1)
 
 
 def overflows(kernel: np.ndarray) -> bool:

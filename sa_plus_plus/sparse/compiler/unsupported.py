@@ -19,7 +19,7 @@ class Unsupported(NamedTuple):
     """A product with a constant kernel that is not a layer.
 
     Attributes:
-      operation: what it is.
+      operation: its name.
       kernel: the constant's shape.
       note: why it is not a layer.
     """

@@ -61,7 +61,7 @@ std::vector<Part> cut(const Product& p, int64_t threads) {
   return parts;
 }
 
-// `count` numbers of y from number `from` on become the code for 0.
+// `count` numbers of y from number `from` on become the zero point.
 void fill(const Product& p, int64_t from, int64_t count) {
   const int64_t size = size_of(p.y_type);
   std::memset(static_cast<char*>(p.y) + from * size, size == 1 ? static_cast<int>(p.y_zero) : 0, count * size);

@@ -11,6 +11,7 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import BlockSparse, Layout
 from sa_plus_plus.sparse.files.container import misfit, shortened
+from sa_plus_plus.sparse.int8 import round_to_int8
 from sa_plus_plus.views import View, as_view
 
 STORAGE = ("exact", "bfloat16", "int8")
@@ -82,14 +83,13 @@ def encode(w: BlockSparse, storage: str, name: str) -> tuple[dict[str, np.ndarra
         if storage == "bfloat16":
             rounded = blocks.astype(jnp.bfloat16)
         else:
-            largest = np.abs(wide).max((1, 2), initial=0)
-            scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+            rounded, scales = round_to_int8(wide, (1, 2))
+            scales = scales.reshape(-1)
             if not scales.all():
-                small = largest[scales == 0].max()
+                small = np.abs(wide[scales == 0]).max()
                 raise ValueError(
                     f"kernel {name!r} has a block of weights up to {small:.0e}, too small for {storage}: {instead}"
                 )
-            rounded = np.rint(wide / scales[:, None, None]).clip(-127, 127).astype(np.int8)
             parts |= {"scales": scales}
         back = _widened(rounded, scales, blocks.dtype).astype(np.float64)
     top = np.abs(wide).max(initial=0)
@@ -123,11 +123,12 @@ def parts_of(about: Any) -> tuple[str, ...]:
 
 
 def decode(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> BlockSparse:
-    """The kernel from the result of `packed`.
+    """The kernel from the result of `encode`.
 
     Args:
-      about: what `parts_of` accepts: its `shape`, `block`, `kept`, `storage` and `dtype`, and its `view` if it has one.
-      parts: the first result of `packed`.
+      about: its description, checked by `parts_of`: its `shape`, `block`, `kept`, `storage` and `dtype`, perhaps its
+        `view`.
+      parts: the first result of `encode`.
 
     Raises:
       ValueError: if these do not fit together.

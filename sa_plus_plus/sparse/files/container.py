@@ -28,7 +28,7 @@ def write(
     Args:
       path: of the file.
       tensors: by name.
-      about: what else is known of them, for JSON; a `sha256` of each tensor is added.
+      about: their metadata, for JSON; a `sha256` of each tensor is added.
       metadata: further metadata for the file.
     """
     checksums = {name: digest(tensor) for name, tensor in tensors.items()}
@@ -108,7 +108,7 @@ def misfit(value: Any, wanted: Any, name: str) -> str | None:
 
     Args:
       value: to be examined.
-      wanted: a type; a list of what each item of a list must be; or a dict of what must stand under each key.
+      wanted: a type; a list with the type of a list's items; or a dict with the type of each key's value.
       name: of the value, for the sentence.
     """
     kind: Any = wanted if isinstance(wanted, type) else type(wanted)

@@ -1,4 +1,4 @@
-"""Files of specialised networks: programs and weights, and what is checked before a program is run."""
+"""Files of specialised networks: programs and weights, and the checks before a program is run."""
 
 import contextlib
 import importlib.util
@@ -143,7 +143,7 @@ class _Contents(NamedTuple):
     Attributes:
       calls: the targets of its custom calls.
       operations: the names of all its operations.
-      types: what its main function takes and returns.
+      types: of the arguments and results of its main function.
       stated: the same, as the arrays beside the program have it.
     """
 
@@ -154,7 +154,7 @@ class _Contents(NamedTuple):
 
 
 def foreign(stored: Stored) -> list[str]:
-    """What the programs call besides what every file may."""
+    """The custom calls of the programs that are not permitted to every file."""
     return sorted({call for program in stored.programs for call in _contents(program).calls} - PERMITTED)
 
 

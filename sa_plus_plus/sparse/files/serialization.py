@@ -43,7 +43,7 @@ def export(params: Any, plan: Plan) -> Any:
     `check_pruned` refuses such a network.
 
     Args:
-      params: what `Sparsifier.finalize`, or the loop around `sparsify`, ended with.
+      params: the result of `Sparsifier.finalize`, or of the loop around `sparsify`.
       plan: `sp.plan(params)`.
 
     Raises:

@@ -158,7 +158,7 @@ def save(path: str | os.PathLike[str], networks: Specialised | Sequence[Speciali
 
     Args:
       path: of the file.
-      networks: what `sapp.specialize` returned. If there are several, the batch must be the leading axis of every
+      networks: results of `sapp.specialize`. If there are several, the batch must be the leading axis of every
         input, and they must be the same function: that their results agree is not checked.
 
     Returns:
@@ -230,7 +230,7 @@ def reduced(network: Specialised) -> tuple[Any, ...]:
     """What pickle is to write for a network: the call that loads its file.
 
     Args:
-      network: what `sapp.specialize` returned.
+      network: a result of `sapp.specialize`.
 
     Raises:
       ValueError: as `save` does.

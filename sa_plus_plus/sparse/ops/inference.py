@@ -1,4 +1,4 @@
-"""Functions for inference alone: what they answer where JAX would differentiate them."""
+"""Functions for inference only: the error when JAX differentiates them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -102,9 +102,9 @@ class Epilogue(NamedTuple):
       dtype: of the result: float32, bfloat16, or uint8, which holds `round(.) + zero`, clamped to 0 to 255.
       activation: applied last: "none", "relu", "gelu", "gelu_tanh" or "silu".
       unit: the value of 1 in a uint8 result, before and after the activation; the above formula is in this unit.
-      zero: the code for 0 in a uint8 result and its borders.
+      zero: the zero point in a uint8 result and its borders.
       residual_factor: factor of the residual.
-      residual_zero: the code for 0 in the residual.
+      residual_zero: the zero point in the residual.
       border: `((top, bottom), (left, right))`, zeros around each image of the result.
     """
 
@@ -156,7 +156,7 @@ def conv(
       scale: `(outputs,)` float32.
       bias: `(outputs,)` float32.
       residual: like the result, without borders.
-      epilogue: what follows.
+      epilogue: the operations that follow the product.
       in_place: whether the result may overwrite the residual, which is in the caches, if it has the same type and no
         borders. XLA copies a residual that is needed later.
 
@@ -287,7 +287,7 @@ def round_images(
       x: `(batch, height, width, channels)`, float32.
       dtype: float32, bfloat16 or uint8.
       factor: the value of 1 in uint8.
-      zero: the code for 0 in uint8.
+      zero: the zero point in uint8.
       border: `((top, bottom), (left, right))`.
       channels: of the result; by default those of `x`.
     """

@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from sa_plus_plus.sparse.array import Layout
 from sa_plus_plus.sparse.ops import xla
 
-LEAST = 16  # a side of what the tensor cores multiply
+LEAST = 16  # smallest side of a tile for tensor cores
 # Largest tile: rows of y, columns of y, rows of a block. The accumulators of a tile must fit the registers of four
 # warps, and three stages of its operands the 99 KB of shared memory of smaller GPUs.
 LARGEST = {2: (128, 128, 64), 4: (64, 64, 32)}  # by the bytes of a number
