@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import sa_plus_plus.convex.problems as problems
 from sa_plus_plus import blocks
-from sa_plus_plus.convex import problems
 from sa_plus_plus.convex.group_lasso import check_grid, check_groups, check_lambda
 from sa_plus_plus.convex.groups import Groups, members
 from sa_plus_plus.convex.scaling import unit_of
