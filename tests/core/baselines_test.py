@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sa_plus_plus as sapp
-from sa_plus_plus import baselines
+from sa_plus_plus.masking import scale_blocks
 
 GRID, BLOCK, SPARSITY, KEPT = (12, 10), 2, 0.75, 30
 PATH = "a/kernel"
@@ -192,7 +192,7 @@ def test_group_lasso_solves_its_problem():
     for _ in range(150):
         weights = weights - rate * (weights - target)
         size = sapp.blocks.frobenius(weights, layer.block)
-        weights = baselines.soft_threshold(weights, jnp.asarray(rate * tau), size, layer)
+        weights = scale_blocks(weights, sapp.blocks.soft_threshold(size, jnp.asarray(rate * tau)), layer)
     want = target * np.kron(np.maximum(0, 1 - tau / norms(target)), np.ones((BLOCK, BLOCK)))
     np.testing.assert_allclose(weights, want, atol=1e-5)
     assert 0.1 < (want == 0).mean() < 0.9
