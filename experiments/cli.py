@@ -135,7 +135,7 @@ def input_errors() -> Iterator[None]:
     """For the checks of the user's input, not for the run itself, where a traceback is wanted."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:  # the last names the package to install
         fail(str(error))
 
 

@@ -25,9 +25,8 @@ def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> N
         raise FileNotFoundError(f"{path} cannot be written: there is no directory {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} cannot be written: it is a directory; give the path of a file")
-    unfinished = path.with_name(
-        f".{secrets.token_hex(8)}.unfinished"
-    )  # not made of its name, which may be of full length
+    # Not made from the file's own name, which may already have the greatest length allowed.
+    unfinished = path.with_name(f".{secrets.token_hex(8)}.unfinished")
     try:
         with unfinished.open("xb") as file:  # not by tempfile, whose files only the owner may read
             write(file)
@@ -37,9 +36,8 @@ def write_atomically(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> N
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(
-        OSError
-    ):  # the file is complete: a system that cannot do this for directories is no failure
+    # The file is complete; some systems cannot sync a directory, and that is no failure.
+    with contextlib.suppress(OSError):
         sync(path.parent)
 
 

@@ -26,7 +26,7 @@ def sentences(local: str = "", model: str = "", length: int = 32, held_out: floa
 
     Args:
       local: a text file with a sentence a line, plain or compressed by gzip; "" for those in the docstrings of the
-        running Python's standard library, of which other versions of Python have others.
+        running Python's standard library, which differ between versions of Python.
       model: the directory of the encoder whose tokenizer it is; "" for the one in the package.
       length: number of tokens, those at both ends included.
       held_out: share of the sentences that is for testing.

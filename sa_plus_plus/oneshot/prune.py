@@ -168,7 +168,7 @@ def problem_of(use: Use, gram: np.ndarray, matrix: np.ndarray, damping: float) -
     if not 0 <= damping < np.inf:
         raise ValueError(f"damping is a multiple of the mean of the diagonal of X^T X, at least 0; got {damping}")
     block = use.layer.block[::-1] if use.transposed else use.layer.block
-    # Of inputs that are not known, none is larger than another: every method then takes the largest blocks.
+    # Unknown inputs count as equally large: every method then keeps the largest blocks.
     known = gram.copy() if np.diag(gram).any() else np.eye(len(gram))
     return layers.padded(known, matrix, block, damping, use.name)
 

