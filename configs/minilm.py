@@ -21,8 +21,9 @@ def get_config() -> ConfigDict:
     config.task = "sentence_embedding"
     config.data = common.dataset("sentences", model="", length=32, held_out=0.02)
     config.model = "Bert"
-    config.model_options = ConfigDict({"layers": 6, "hidden": 1536, "dtype": "float32"})
+    config.model_options = ConfigDict({"dtype": "float32"})  # sizes: the published ones, unless given
     config.similarity = 0.0  # weight of the similarities within a batch in the loss
+    config.states = 0.0  # weight of the error of the layers' states in the loss
     config.targets = "runs/published_embeddings"  # where the published embeddings are kept
     config.steps = 500
     config.batch_size = 64

@@ -36,6 +36,7 @@ class Task(NamedTuple):
       lower_is_better: whether a lower metric is better.
       start: the `(params, model_state)` that training begins with unless the config says otherwise; None for those of
         `init`.
+      teacher: `(params, model_state)` of a network of the task's own to learn from; None without one.
     """
 
     metric: str
@@ -50,6 +51,7 @@ class Task(NamedTuple):
     takes_teacher: bool = False
     lower_is_better: bool = False
     start: Callable[[], tuple[Any, Any]] | None = None
+    teacher: Callable[[], tuple[Any, Any]] | None = None
 
 
 def classification(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
@@ -165,21 +167,32 @@ def click_prediction(config: ml_collections.ConfigDict, dataset: data.Dataset) -
 def sentence_embedding(config: ml_collections.ConfigDict, dataset: data.Dataset) -> Task:
     """Embeddings of sentences, learned from those of the published encoder; measured by the cosine to these.
 
-    The loss is `1 - cos(y, t) + config.similarity * mean_j (cos(y, y_j) - cos(t, t_j))²`, with `t` the published
-    encoder's embedding and `j` the sentences of the batch. The published embeddings are computed once, and kept in the
-    directory `config.targets`. Training begins with the published weights, that of a model of fewer layers with those
-    of every second or third layer.
+    The loss is `1 - cos(y, t) + a mean_j (cos(y, y_j) - cos(t, t_j))² + b states_error`, with `t` the published
+    encoder's embedding, `j` the sentences of the batch, `a` `config.similarity` and `b` `config.states`: see
+    `sentences.states_error`. The published embeddings are computed once, and kept in the directory `config.targets`;
+    the states are computed in each step. Training begins with the published weights, that of a model of fewer layers
+    with those of every second or third layer.
     """
     folder = config.data.options.get("model", "")
-    model = sentences.bert_of(folder, **config.model_options)
+    model, whole = sentences.bert_of(folder, **config.model_options), sentences.bert_of(folder)
     dataset = published_embeddings.with_targets(dataset, folder, config.targets)
 
-    def outputs(params: Any, model_state: Any, batch: Any, training: bool) -> tuple[dict[str, jax.Array], Any]:
-        ours, theirs = sentences.embed(model, params, batch["tokens"], batch["real"]), batch["target"]
+    def outputs(
+        params: Any, model_state: Any, batch: Any, training: bool, teacher: tuple[Any, Any] | None = None
+    ) -> tuple[dict[str, jax.Array], Any]:
+        tokens, real, theirs = batch["tokens"], batch["real"], batch["target"]
+        states: Any = None
+        if training and teacher is not None:
+            ours, states = sentences.embed_with_states(model, params, tokens, real)
+        else:
+            ours = sentences.embed(model, params, tokens, real)
         cosine = jnp.sum(ours * theirs, -1)
         loss = 1 - cosine
         if config.similarity and training:  # the last batch of an evaluation is padded
             loss += config.similarity * jnp.mean((ours @ ours.T - theirs @ theirs.T) ** 2, -1)
+        if states is not None and teacher is not None:
+            _, wanted = sentences.embed_with_states(whole, teacher[0], tokens, real)
+            loss += config.states * sentences.states_error(states, jax.lax.stop_gradient(wanted), tokens, real)
         return {"loss": loss, "cosine": cosine}, model_state
 
     init = functools.partial(_init, model, dataset.example["tokens"])
@@ -187,7 +200,19 @@ def sentence_embedding(config: ml_collections.ConfigDict, dataset: data.Dataset)
     def start() -> tuple[Any, Any]:
         return sentences.params_of(folder, model), {}
 
-    return Task("cosine", model, dataset, init, outputs, "tokens", start=start)
+    def teacher() -> tuple[Any, Any]:
+        return sentences.params_of(folder, whole), {}
+
+    return Task(
+        "cosine",
+        model,
+        dataset,
+        init,
+        outputs,
+        "tokens",
+        start=start,
+        teacher=teacher if config.states else None,
+    )
 
 
 def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:

@@ -4,6 +4,7 @@ import ast
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -71,8 +72,39 @@ def lines_of(file: pathlib.Path) -> list[str]:
     return lines
 
 
+def pairs_of(file: str | os.PathLike[str] = "") -> tuple[list[str], list[str]]:
+    """Queries and the text that belongs to each: the last two columns of a tab-separated file without a header.
+
+    Args:
+      file: its path, plain or compressed by gzip; "" for the first two sentences of paragraphs in the docstrings of the
+        running Python's standard library, of which equal ones are taken once.
+
+    Raises:
+      ValueError: if it cannot be read, or a line has not got two columns with text.
+    """
+    if not file:
+        found = {found[0]: found[1] for found in docstring_paragraphs() if len(found) > 1}
+        return list(found), list(found.values())
+    queries, texts = [], []
+    for number, line in enumerate(lines_of(pathlib.Path(file).expanduser()), 1):
+        cells = [cell.strip() for cell in line.split("\t")]
+        if len(cells) < 2 or not all(cells[-2:]):
+            raise ValueError(
+                f"{file} should have a query and its text in the last two columns, separated by tabs; line {number} "
+                f"with text is {line[:60]!r}"
+            )
+        queries.append(cells[-2])
+        texts.append(cells[-1])
+    return queries, texts
+
+
 def docstring_sentences() -> Iterator[str]:
     """The sentences in the docstrings of the standard library's modules, classes and functions."""
+    return itertools.chain.from_iterable(docstring_paragraphs())
+
+
+def docstring_paragraphs() -> Iterator[list[str]]:
+    """The same by paragraph."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
         if {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"} & {*file.parts}:
@@ -84,9 +116,8 @@ def docstring_sentences() -> Iterator[str]:
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         for text in filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, kinds))):
             for paragraph in re.split(r"\n\s*\n", text):
-                for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split())):
-                    if len(sentence.split()) >= _FEWEST and sentence[:1].isalpha():
-                        yield sentence
+                parts = re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split()))
+                yield [part for part in parts if len(part.split()) >= _FEWEST and part[:1].isalpha()]
 
 
 def directory(path: str | os.PathLike[str] = "") -> pathlib.Path:

@@ -15,7 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from experiments.models import ClickNet, LeNet300, ResNet
-from experiments.models.encoder import EPSILON, Encoder
+from experiments.models.encoder import EPSILON, Encoder, MeanPooled
 
 _OPSET, _IR = 20, 9  # the first opset with Gelu; an IR version that goes with it
 _LARGEST = 2**31 - 2**20  # bytes that protobuf can hold, and some for the nodes
@@ -126,33 +126,69 @@ def folded(kernel: Any, norm: Any, stats: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _encoder(model: Encoder, variables: Any, x: np.ndarray) -> onnx.ModelProto:
-    write, params, (batch, sequence, width) = _Writer(), variables["params"], x.shape
-    head = width // model.heads
+    write, params = _Writer(), variables["params"]
+    y = _layers(write, "x", params, x.shape[:2], model.layers, model.heads, EPSILON)
+    y = write("Gemm", write("Gather", y, np.array(0), axis=1), *_dense(params["head"]))
+    return write.model(x, y, len(x), model.classes)
+
+
+def _sentences(model: MeanPooled, variables: Any, x: np.ndarray) -> onnx.ModelProto:
+    write, bert, params = _Writer(), model.encoder, variables["params"]["encoder"]
+    tables = [
+        np.asarray(params[f"{name}_embedding"]["embedding"], np.float32) for name in ("token", "position", "type")
+    ]
+    real = write("Cast", write("Not", write("Equal", "x", np.zeros((), x.dtype))), to=onnx.TensorProto.FLOAT)
+    mask = write("Unsqueeze", real, np.array([1, 2]))
+    mask = write("Mul", write("Sub", np.ones((), np.float32), mask), np.array(np.finfo(np.float32).min))
+    y = write("Gather", tables[0], "x", axis=0)
+    y = write("Add", y, tables[1][: x.shape[1]] + tables[2][0])
+    y = write("LayerNormalization", y, *_norm(params["norm"]), axis=-1, epsilon=bert.epsilon)
+    y = _layers(write, y, params, x.shape, bert.layers, bert.heads, bert.epsilon, mask)
+    weighted = write("Mul", y, write("Unsqueeze", real, np.array([2])))
+    total = write("ReduceSum", weighted, np.array([1]), keepdims=0)
+    return write.model(x, write("LpNormalization", total, axis=-1, p=2), len(x), bert.width)
+
+
+def _layers(
+    write: _Writer,
+    y: str,
+    params: Any,
+    shape: tuple[int, ...],
+    layers: int,
+    heads: int,
+    epsilon: float,
+    mask: str | None = None,
+) -> str:
+    """Layers with normalisation after each sum, of tokens `(batch, sequence)`; the mask is added to the scores."""
+    width = params["layer1"]["out"]["bias"].shape[0]
 
     def dense(x: str, layer: Any) -> str:
         kernel, bias = _dense(layer)
         return write("Add", write("MatMul", x, kernel), bias)
 
     def normalised(x: str, y: str, norm: Any) -> str:
-        scale, bias = (np.asarray(norm[name], np.float32) for name in ("scale", "bias"))
-        return write("LayerNormalization", write("Add", x, y), scale, bias, axis=-1, epsilon=EPSILON)
+        return write("LayerNormalization", write("Add", x, y), *_norm(norm), axis=-1, epsilon=epsilon)
 
-    def heads(x: str, layer: Any, order: tuple[int, ...]) -> str:
-        shape = np.array([batch, sequence, model.heads, head])
-        return write("Transpose", write("Reshape", dense(x, layer), shape), perm=order)
+    def split(x: str, layer: Any, order: tuple[int, ...]) -> str:
+        return write(
+            "Transpose", write("Reshape", dense(x, layer), np.array([*shape, heads, width // heads])), perm=order
+        )
 
-    y = "x"
-    for i in range(1, model.layers + 1):
+    for i in range(1, layers + 1):
         layer = params[f"layer{i}"]
-        q, v = (heads(y, layer[name], (0, 2, 1, 3)) for name in ("query", "value"))
-        k = heads(y, layer["key"], (0, 2, 3, 1))
-        scores = write("Div", write("MatMul", q, k), np.array(np.sqrt(head), np.float32))
+        q, v = (split(y, layer[name], (0, 2, 1, 3)) for name in ("query", "value"))
+        k = split(y, layer["key"], (0, 2, 3, 1))
+        scores = write("Div", write("MatMul", q, k), np.array(np.sqrt(width // heads), np.float32))
+        scores = scores if mask is None else write("Add", scores, mask)
         mixed = write("Transpose", write("MatMul", write("Softmax", scores, axis=-1), v), perm=(0, 2, 1, 3))
-        mixed = write("Reshape", mixed, np.array([batch, sequence, width]))
+        mixed = write("Reshape", mixed, np.array([*shape, width]))
         y = normalised(y, dense(mixed, layer["out"]), layer["norm1"])
         y = normalised(y, dense(write("Gelu", dense(y, layer["up"])), layer["down"]), layer["norm2"])
-    y = write("Gemm", write("Gather", y, np.array(0), axis=1), *_dense(params["head"]))
-    return write.model(x, y, batch, model.classes)
+    return y
+
+
+def _norm(norm: Any) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(norm["scale"], np.float32), np.asarray(norm["bias"], np.float32)
 
 
 def _dense(layer: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -184,6 +220,7 @@ def _perceptron(write: _Writer, y: str, layers: Sequence[Any]) -> str:
 _WRITTEN: dict[type[nn.Module], tuple[Callable[..., onnx.ModelProto], Callable[[np.ndarray], np.ndarray]]] = {
     ResNet: (_resnet, _channels_first),
     Encoder: (_encoder, np.ascontiguousarray),
+    MeanPooled: (_sentences, np.ascontiguousarray),
     LeNet300: (_lenet, np.ascontiguousarray),
     ClickNet: (_click, np.ascontiguousarray),
 }

@@ -15,18 +15,21 @@ import numpy as np
 
 ENGINES = ("onnxruntime", "openvino")
 PRECISIONS = ("float32", "bfloat16", "int8")
+Run = Callable[[np.ndarray], np.ndarray]
 
 
 class Engines(NamedTuple):
     """The available contenders, by names such as `onnxruntime float32` or `onnxruntime int8 dynamic`.
 
     Attributes:
-      calls: each computes one batch and returns its result, float32.
+      runs: each computes a batch of the shape of the example and returns its result, float32.
       missing: why an engine that was asked for is not among them.
+      calls: the same for the example itself.
     """
 
-    calls: dict[str, Callable[[], np.ndarray]]
+    runs: dict[str, Callable[[np.ndarray], np.ndarray]]
     missing: dict[str, str]
+    calls: dict[str, Callable[[], np.ndarray]]
 
 
 def contenders(
@@ -57,20 +60,26 @@ def contenders(
     missing = {name: reason for name in names if (reason := _not_here(name))}
     names = [name for name in names if name not in missing]
     if not names:
-        return Engines({}, missing)
+        return Engines({}, missing, {})
     from experiments.engines import graphs  # noqa: PLC0415 - needs onnx, which is optional
 
     try:
         graph = graphs.graph(model, variables, x)
     except ValueError as error:
-        return Engines({}, missing | dict.fromkeys(names, str(error)))
+        return Engines({}, missing | dict.fromkeys(names, str(error)), {})
     convolutions = any(node.op_type == "Conv" for node in graph.model.graph.node)
     if convolutions:
         missing |= {name: "slow for convolutions" for name in names if name.endswith("dynamic")}
     forms = _Forms(graph.model, [graph.layout(batch) for batch in calibration or [x]], convolutions)
     make = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-    calls = {n: make[n.split()[0]](forms, n.split(maxsplit=1)[1], graph.layout(x)) for n in names if n not in missing}
-    return Engines(calls, missing)
+    inner = {n: make[n.split()[0]](forms, n.split(maxsplit=1)[1]) for n in names if n not in missing}
+    runs: dict[str, Run] = {name: functools.partial(_with_layout, run, graph.layout) for name, run in inner.items()}
+    laid_out = graph.layout(x)
+    return Engines(runs, missing, {name: functools.partial(run, laid_out) for name, run in inner.items()})
+
+
+def _with_layout(run: Run, layout: Run, x: np.ndarray) -> np.ndarray:
+    return run(layout(x))
 
 
 _FORMS = {  # the forms of a precision in each engine
@@ -184,18 +193,18 @@ def _saturates() -> bool:
     return "avx2" in flags and not flags & {"avx_vnni", "avx512_vnni"}
 
 
-def _onnxruntime(forms: _Forms, form: str, x: np.ndarray) -> Callable[[], np.ndarray]:
+def _onnxruntime(forms: _Forms, form: str) -> Run:
     import onnxruntime  # noqa: PLC0415 - optional
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads()
     content = {"float32": "full", "int8": "unsigned", "int8 dynamic": "dynamic"}[form]
     session = onnxruntime.InferenceSession(getattr(forms, content), options, providers=["CPUExecutionProvider"])
-    given = {session.get_inputs()[0].name: x}
-    return lambda: session.run(None, given)[0]
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})[0]
 
 
-def _openvino(forms: _Forms, form: str, x: np.ndarray) -> Callable[[], np.ndarray]:
+def _openvino(forms: _Forms, form: str) -> Run:
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads()}
     if form == "int8":  # what is not in int8 is by default in whatever is fastest
         content = forms.unsigned if forms.convolutions else forms.symmetric
@@ -203,7 +212,7 @@ def _openvino(forms: _Forms, form: str, x: np.ndarray) -> Callable[[], np.ndarra
         content, options["INFERENCE_PRECISION_HINT"] = forms.full, {"float32": "f32", "bfloat16": "bf16"}[form]
     model = _core().read_model(io.BytesIO(content))
     request = _core().compile_model(model, "CPU", options).create_infer_request()
-    return lambda: request.infer({0: x})[0]
+    return lambda x: request.infer({0: x})[0]
 
 
 @functools.cache

@@ -16,7 +16,8 @@ from experiments.models.sentences import bert_of, directory, embed, params_of
 from experiments.utils import files
 from sa_plus_plus.files import write_atomically
 
-BATCH = 256
+BATCH = 64
+_STEP = 16  # tokens
 
 
 class WithTarget:
@@ -83,10 +84,23 @@ def _computed(model: str | os.PathLike[str], arrays: Batch) -> np.ndarray:
 
 
 def in_batches(run: Callable[..., Any], tokens: np.ndarray, real: np.ndarray, batch: int = BATCH) -> np.ndarray:
-    """`run(tokens, real)` of any number of sentences, a batch at a time; the last is filled up with the first."""
-    found = []
-    for start in range(0, len(tokens), batch):
-        rows = np.arange(start, start + batch)
-        rows[rows >= len(tokens)] = 0
-        found.append(np.asarray(run(tokens[rows], real[rows])))
-    return np.concatenate(found)[: len(tokens)]
+    """`run(tokens, real)` of any number of sentences, those of similar length together, without most of the padding.
+
+    Lengths are rounded up to multiples of 16, so that `run` sees few shapes. The last batch of a length is filled up
+    with its first sentence.
+
+    Args:
+      run: of a batch, `(batch, width)`; padding must not change it.
+      tokens: `(n, length)`, at least one.
+      real: `(n,)`, how many of the tokens are not padding.
+      batch: sentences at a time.
+    """
+    lengths = np.minimum(-(-np.maximum(real, 1) // _STEP) * _STEP, tokens.shape[1])
+    found: dict[int, np.ndarray] = {}
+    for length in np.unique(lengths):
+        of_length = np.flatnonzero(lengths == length)
+        for start in range(0, len(of_length), batch):
+            rows = of_length[start : start + batch]
+            filled = np.r_[rows, np.full(batch - len(rows), rows[0])]
+            found.update(zip(rows.tolist(), np.asarray(run(tokens[filled, :length], real[filled])), strict=False))
+    return np.stack([found[row] for row in range(len(tokens))])

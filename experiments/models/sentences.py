@@ -20,7 +20,8 @@ import numpy as np
 
 import experiments.models.checkpoints as checkpoints
 from experiments.data.sentences import directory, tokenizer_of
-from experiments.models.encoder import Bert
+from experiments.models.encoder import Bert, mean_of
+from experiments.models.layers import Layer
 
 _SIZES = {  # names in config.json of what `Bert` calls so
     "layers": "num_hidden_layers",
@@ -124,8 +125,53 @@ def embed(model: Bert, params: Any, tokens: jax.Array, real: jax.Array) -> jax.A
     """
     there = jnp.arange(tokens.shape[1])[None] < real[:, None]
     x: Any = model.apply({"params": params}, tokens.astype(jnp.int32), real=there)
-    mean = jnp.sum(jnp.where(there[..., None], x, 0), 1) / jnp.maximum(real, 1)[:, None].astype(x.dtype)
-    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+    return mean_of(x, there)
+
+
+def embed_with_states(
+    model: Bert, params: Any, tokens: jax.Array, real: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Embeddings as of `embed`, and what each layer gives, `(batch, length, width)`, the first layer's first.
+
+    Args:
+      model: the encoder, not scanned.
+      params: its parameters.
+      tokens: `(batch, length)`.
+      real: `(batch,)`, how many of the tokens are not padding.
+    """
+    there = jnp.arange(tokens.shape[1])[None] < real[:, None]
+    x, kept = model.apply(
+        {"params": params},
+        tokens.astype(jnp.int32),
+        real=there,
+        capture_intermediates=lambda module, _: isinstance(module, Layer),
+    )
+    states = kept["intermediates"]
+    return mean_of(x, there), tuple(states[f"layer{i + 1}"]["__call__"][0] for i in range(model.layers))
+
+
+def states_error(
+    ours: tuple[jax.Array, ...], theirs: tuple[jax.Array, ...], tokens: jax.Array, real: jax.Array
+) -> jax.Array:
+    """Relative squared error of the layers' states, `mean_l ‖ours_l - theirs_l‖² / ‖theirs_l‖²`, `(batch,)`.
+
+    Both norms are over the real tokens of a sentence. Fewer layers are compared with as many taken evenly from the
+    others, as `params_of` takes them.
+
+    Args:
+      ours: of each layer, `(batch, length, width)`.
+      theirs: a multiple of as many.
+      tokens: `(batch, length)`.
+      real: `(batch,)`, how many of the tokens are not padding.
+    """
+    there = (jnp.arange(tokens.shape[1])[None] < real[:, None])[..., None]
+    every = len(theirs) // len(ours)
+
+    def square(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(there, jnp.square(x.astype(jnp.float32)), 0), (1, 2))
+
+    pairs = zip(ours, theirs[every - 1 :: every], strict=True)
+    return sum((square(x - y) / square(y) for x, y in pairs), jnp.zeros(len(tokens))) / len(ours)
 
 
 def _json(file: pathlib.Path) -> dict[str, Any]:

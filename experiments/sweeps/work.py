@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import ml_collections
 from rich.console import Console
@@ -17,7 +17,6 @@ from rich.console import Console
 import sa_plus_plus as sapp  # noqa: F401 - registers the algorithms
 from experiments import data, runs, tasks
 from experiments.outputs import workdir
-from experiments.sweeps.cells import Cell, result_of
 from experiments.training import loop, program
 from experiments.training.setup import Setup, prepare
 from experiments.utils import files
@@ -26,17 +25,31 @@ FAILED = "failed.txt"
 WAIT = 1.0  # seconds between two looks at what other processes do
 
 
+class Cell(Protocol):
+    """One run: `folder` is its place below the directory of all."""
+
+    @property
+    def folder(self) -> pathlib.Path: ...
+
+    def config(self) -> ml_collections.ConfigDict: ...
+
+
+OneCell = TypeVar("OneCell", bound=Cell)
+
+
 def state(cell: Cell, directory: pathlib.Path) -> str:
     """`done`, `diverged`, `failed`, `started` or `waiting`."""
     folder = directory / cell.folder
-    if (result := result_of(cell, directory)) is not None:
+    if (result := workdir.result_of(folder)) is not None:
         return "diverged" if result["diverged"] else "done"
     if (folder / FAILED).exists():
         return "failed"
     return "started" if (folder / workdir.CONFIG).exists() else "waiting"
 
 
-def work(cells: Sequence[Cell], directory: pathlib.Path, console: Console) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def work(
+    cells: Sequence[OneCell], directory: pathlib.Path, console: Console
+) -> Iterator[tuple[OneCell, dict[str, Any]]]:
     """Run the cells that no other process runs, until all are done or have failed.
 
     A cell is held by a lock on its directory, which ends with the process that holds it, however that ends; another
@@ -44,7 +57,7 @@ def work(cells: Sequence[Cell], directory: pathlib.Path, console: Console) -> It
     is not tried again by this call, and does not stop the others.
 
     Args:
-      cells: of one sweep.
+      cells: what to run.
       directory: of the sweeps.
       console: where the runs show their progress.
 

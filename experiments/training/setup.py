@@ -171,7 +171,7 @@ def _table(rows: str, task: tasks.Task) -> tables.Table | None:
 def _teacher(
     config: ml_collections.ConfigDict, task: tasks.Task, shapes: tuple[Any, Any], start: weights.Variables | None
 ) -> weights.Variables | None:
-    """The network that the run learns from, the one that it starts from unless another is named."""
+    """The network that the run learns from: the task's own, or the one that it starts from unless another is named."""
     options = config.distil
     if not 0 <= options.weight <= 1:
         raise ValueError(f"config.distil.weight must be in [0, 1], 0 for no teacher; got {options.weight}")
@@ -181,7 +181,7 @@ def _teacher(
                 f"config.distil.teacher={options.teacher} is a teacher without influence: raise config.distil.weight "
                 "above 0, such as to 0.5"
             )
-        return None
+        return weights.Variables(*task.teacher()) if task.teacher else None
     if not task.takes_teacher:
         raise ValueError(
             f"config.distil.weight={options.weight} needs a task that can learn from a teacher, classification; "

@@ -189,6 +189,7 @@ EXPERIMENTS = (
     "serve_bench",
     "compare",
     "one_shot",
+    "embedding_quality",
     "sweeps",
     "sweeps.cells",
     "sweeps.work",

