@@ -210,8 +210,8 @@ def _by_bias(leaf: _Leaf) -> _Readings | None:
     if leaf.equinox:
         usual, others = _fitting(leaf, _first), _fitting(leaf, _last)
     elif leaf.named_weight:
-        ordered = (_first, _last) if _filter_last(leaf.shape) else (_last, _first)
-        ordered = (_second, *ordered) if _named_transposed(leaf) else (*ordered, _second)
+        ordered = [_first, _last] if _filter_last(leaf.shape) else [_last, _first]
+        ordered.insert(0 if _named_transposed(leaf) else 2, _second)
         usual, others = _fitting(leaf, *ordered, _before_last), []
     else:
         usual, others = _fitting(leaf, _last), _fitting(leaf, _before_last) or _fitting(leaf, _multiplier)
