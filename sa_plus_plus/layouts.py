@@ -210,8 +210,9 @@ def _by_bias(leaf: _Leaf) -> _Readings | None:
     if leaf.equinox:
         usual, others = _fitting(leaf, _first), _fitting(leaf, _last)
     elif leaf.named_weight:
-        ordered = (_first, _last) if _filter_last(leaf.shape) else (_last, _first)
-        usual, others = _fitting(leaf, *ordered, _second, _before_last), []
+        ordered = [_first, _last] if _filter_last(leaf.shape) else [_last, _first]
+        ordered.insert(0 if _named_transposed(leaf) else 2, _second)
+        usual, others = _fitting(leaf, *ordered, _before_last), []
     else:
         usual, others = _fitting(leaf, _last), _fitting(leaf, _before_last) or _fitting(leaf, _multiplier)
     if not (found := usual or others):
@@ -243,7 +244,8 @@ def _by_name(leaf: _Leaf) -> _Readings:
         return readings, sure and len(inner) > 3 and not _like_layers(inner[2:])
     if leaf.named_weight and _filter_last(inner):
         # Even a depthwise kernel has more channels than its filter is long.
-        return [first, last._replace(depthwise=last.depthwise and inner[-1] > inner[0])], False
+        readings = [first, last._replace(depthwise=last.depthwise and inner[-1] > inner[0])]
+        return [*([reading(_outputs_second(len(inner)))] if _named_transposed(leaf) else []), *readings], False
     if leaf.named_weight:
         return [last, first], False
     if len(inner) == 3 and leaf.module in names.INPUT_PROJECTIONS:
@@ -258,7 +260,7 @@ def _by_name(leaf: _Leaf) -> _Readings:
     if names.is_plain_convolution(leaf.module, leaf.name):
         return [last], sure
     readings, certain = _by_order(leaf, [last], [reading(_outputs_before_last(len(inner)))])
-    named = (len(inner) == 3 and leaf.attention_name) or names.transposition(leaf.path) in names.TRANSPOSED
+    named = (len(inner) == 3 and leaf.attention_name) or _named_transposed(leaf)
     if filters and not named and inner[-1] <= min(_MOST_MULTIPLIERS, inner[-2] - 1):
         readings.append(multiplied)
     return readings, certain and sure and len(inner) > 3
@@ -282,6 +284,10 @@ def _matrix(leaf: _Leaf, stack: int) -> _Readings:
     first = not usual if leaf.orders == {not usual} else usual
     sure = (leaf.equinox or not leaf.named_weight) and (not usual) not in leaf.orders
     return [_reading(leaf, stack, _outputs_first(2) if first else _outputs_last(2))], sure
+
+
+def _named_transposed(leaf: _Leaf) -> bool:
+    return names.transposition(leaf.path) in names.TRANSPOSED
 
 
 def _may_be_filters(leaf: _Leaf, view: View) -> bool:

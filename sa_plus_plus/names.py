@@ -10,7 +10,10 @@ BIASES_AND_SCALES = (*BIASES, "scale", "offset", "gamma", "beta")  # leaves of o
 
 OUTPUTS_BEFORE_INPUTS = "outputs before inputs"  # the order of transposed convolutions in Keras and Haiku
 TRANSPOSED = (OUTPUTS_BEFORE_INPUTS, "named")  # what `transposition` returns for layers whose names say so
-_EMBEDDING = re.compile(r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?")
+_EMBEDDING = re.compile(
+    r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?"
+    r"|embed_(tokens|positions|in)|relative_(position|attention)_bias(_table)?"  # of transformers and torchvision
+)
 _COLLECTIONS = ("batch_stats", "cache", "intermediates")  # collections of variables that are not trained
 _WEIGHT = re.compile(r"(^|_)weight(_|\d|$)")
 _WORD = re.compile(r"(^|_)(kernel|weights?|w)(?=_|\d|$)", re.IGNORECASE)  # in the name of a matrix, where a bias has b

@@ -129,6 +129,8 @@ IN_OUT, OUT_IN = one((0,), (1,)), one((1,), (0,))
         ({"conv/weight": (16, 8, 3, 3)}, {"conv/weight": (one((2, 3, 1), (0,)), True)}),
         ({"conv/weight": (3, 3, 8, 16)}, {"conv/weight": (one((0, 1, 2), (3,)), True)}),
         ({"up/weight": (16, 8, 3, 3), "up/bias": (8,)}, {"up/weight": (one((2, 3, 0), (1,)), False)}),
+        ({"deconv.weight": (16, 8, 3, 3)}, {"deconv.weight": (one((2, 3, 0), (1,)), True)}),
+        ({"deconv.weight": (8, 8, 3, 3), "deconv.bias": (8,)}, {"deconv.weight": (one((2, 3, 0), (1,)), True)}),
         ({"conv1.weight": (96, 24, 1, 1)}, {"conv1.weight": (one((2, 3, 1), (0,)), True)}),  # not depthwise
         ({"conv1.weight": (96, 96, 1, 7)}, {"conv1.weight": (one((2, 3, 1), (0,)), True)}),
         # A plain tree with the same names and outputs last.

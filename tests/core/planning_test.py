@@ -459,6 +459,11 @@ def test_an_override_may_prune_a_small_kernel():
         ("user_embedding_mlp/Dense_0/kernel", ""),
         ("explorer_a/kernel", ""),
         ("model.wte.weight", "embedding"),
+        ("model.embed_tokens.weight", "embedding"),  # Llama
+        ("decoder.embed_positions.weight", "embedding"),
+        ("attn.relative_position_bias_table", "embedding"),  # Swin
+        ("SelfAttention.relative_attention_bias.weight", "embedding"),  # T5
+        ("model.embed_out.weight", ""),
         ("norm.bias", "bias"),
     ],
 )

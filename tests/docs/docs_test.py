@@ -22,7 +22,8 @@ from sa_plus_plus import convex
 
 DOCS = readme_test.ROOT / "docs"
 CONVEX = [f"convex.{name}" for name in convex.__all__ if inspect.ismodule(getattr(convex, name))]
-MODULES = ["blocks", "metrics", "phases", "select", "sparse.files.serve", "sparse", "views", "contrib.keras", *CONVEX]
+CONTRIB = ["contrib.keras", "contrib.torch"]
+MODULES = ["blocks", "metrics", "phases", "select", "sparse.files.serve", "sparse", "views", *CONTRIB, *CONVEX]
 
 
 def public(module):

@@ -99,6 +99,7 @@ LIBRARY = (
     "convex.constants",
     "convex",
     "contrib.keras",
+    "contrib.torch",
     "contrib",
     "__init__",
 )
@@ -109,6 +110,7 @@ OPTIONAL = {  # imported where they are used, with an error that says what to in
     "oneshot.sensitivities": {"matplotlib"},
     "oneshot.budgets": {"scipy"},
     "contrib.keras": {"keras"},
+    "contrib.torch": {"torch"},
 }
 EXPERIMENTS = (
     "utils",
