@@ -109,5 +109,6 @@ def _joined(block: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 ResNet50 = functools.partial(ResNet, stages=(3, 4, 6, 3))
+ResNet34 = functools.partial(ResNet, stages=(3, 4, 6, 3), bottleneck=False)
 ResNet18 = functools.partial(ResNet, stages=(2, 2, 2, 2), bottleneck=False)
 ResNet20 = functools.partial(ResNet, stages=(3, 3, 3), bottleneck=False, width=16, small_images=True)

@@ -157,7 +157,8 @@ def _weights(sweep: Sweep, found: Mapping[Key, Measured]) -> list[Part]:
     rows = [[f"{b} × {b}", *(shown(b, s) for s in options["sparsities"])] for b in options["blocks"]]
     told = f"Weights kept, of {dense.weights:,}" if dense.weights else "Weights kept"
     told += ", embeddings, biases and all else included. `narrow` is the dense network whose widths are cut, "
-    told += f"all by one factor, until it has no more than the pruned ones; `{CAPPED}` cuts the widest layers only."
+    told += "all by one factor, until it has no more than the pruned ones"
+    told += f"; `{CAPPED}` cuts the widest layers only." if CAPPED in options["variants"] else "."
     return [("text", told), ("table", (head, rows))]
 
 
