@@ -215,6 +215,7 @@ class Job(NamedTuple):
             setup = prepare_without_data(config)
             most = narrow.cost(setup.task, plan=setup.plan)
             config.model_options.widths = WIDTHS
+        config.sparsifier.min_blocks = 200  # the last layer stays whole, as in the usual LeNet: 128 blocks are too few
         task = prepare_without_data(config).task
         params = jax.eval_shape(task.init, jax.random.key(0))[0]
 

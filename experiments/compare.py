@@ -45,10 +45,11 @@ def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     config, console = cli.CONFIG.value, progress.console()
     with cli.input_errors():
-        asked = dict.fromkeys(_ALGORITHMS.value)
+        everything = _ALGORITHMS.value == ["all"]
+        asked = factories.CONTENDERS if everything else tuple(dict.fromkeys(_ALGORITHMS.value))
         if not asked:
             raise ValueError(f"--algorithms is empty; write all, or some of {', '.join(factories.CONTENDERS)}")
-        setups = prepared(config, factories.CONTENDERS if "all" in asked else tuple(asked), "all" in asked, console)
+        setups = prepared(config, asked, everything, console)
         names = tuple(setups)
         config.sparsifier.sparsity = setups[names[0]].config.sparsifier.sparsity
         workdir = cli.workdir_path(_WORKDIR.value, f"{config.name}-compare")
