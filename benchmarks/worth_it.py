@@ -7,6 +7,7 @@ Most rows are from the sweeps of `experiments.reproduce` at scale `small`, of wh
 many weights as the pruned one, is a part. The first command adds a larger LeNet, pruned to the same number of weights.
 """
 
+import argparse
 import bisect
 import json
 import pathlib
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
 
@@ -35,10 +36,6 @@ from experiments.sweeps.page import PAPER
 from experiments.training import factories, loop, narrow, program
 from experiments.training.setup import prepare, prepare_without_data
 from experiments.utils import files
-
-_LOCAL = flags.DEFINE_string("local", "", "Directory with Fashion-MNIST's four files; empty for TensorFlow Datasets.")
-_DIRECTORY = flags.DEFINE_string("directory", "runs/worth_it", "Where the results of the runs go.")
-_REPORT = flags.DEFINE_bool("report", False, "Fill in the page instead of training.")
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "worth_it.md"
 GRADUAL = "gradual magnitude, long sparse phase"
@@ -203,14 +200,16 @@ class Job(NamedTuple):
 
     block: int
     sparsity: float
+    local: str = ""
+    directory: str = "runs/worth_it"
 
     @property
     def file(self) -> pathlib.Path:
-        return pathlib.Path(_DIRECTORY.value) / f"larger-{self.block}-{self.sparsity:g}" / workdir.RESULT
+        return pathlib.Path(self.directory) / f"larger-{self.block}-{self.sparsity:g}" / workdir.RESULT
 
     def config(self) -> tuple[ml_collections.ConfigDict, int]:
         """Its config, with the lowest sparsity in thousandths that has no more weights, and their number."""
-        config = Cell(get_sweep("table1", "small", _LOCAL.value), RECOMMENDED, self.block, self.sparsity, 0).config()
+        config = Cell(get_sweep("table1", "small", self.local), RECOMMENDED, self.block, self.sparsity, 0).config()
         with config.unlocked():
             setup = prepare_without_data(config)
             most = narrow.cost(setup.task, plan=setup.plan)
@@ -356,13 +355,19 @@ def summarise(jobs: list[Job]) -> None:
     print(PAGE)
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    jobs = [Job(*cell) for cell in CELLS]
-    if _REPORT.value:
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.worth_it", description=__doc__, formatter_class=form)
+    parser.add_argument("--local", default="", help="directory with Fashion-MNIST's files; else TensorFlow Datasets")
+    parser.add_argument("--directory", default="runs/worth_it", help="where the results of the runs go")
+    parser.add_argument("--report", action="store_true", help="fill in the page instead of training")
+    arguments = parser.parse_args()
+    flags.FLAGS.mark_as_parsed()  # the processes that read data check this
+    jobs = [Job(*cell, arguments.local, arguments.directory) for cell in CELLS]
+    if arguments.report:
         summarise(jobs)
         return
-    pathlib.Path(_DIRECTORY.value).mkdir(parents=True, exist_ok=True)
+    pathlib.Path(arguments.directory).mkdir(parents=True, exist_ok=True)
     with cli.input_errors():
         tasks.dataset_of(jobs[0].config()[0].data)
     console = progress.console()
@@ -374,4 +379,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -6,8 +6,6 @@ import re
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from benchmarks import tables, timing, worth_it
 from benchmarks.worth_it import CAPPED, DENSE, NARROW, RECOMMENDED, Measured
@@ -90,11 +88,8 @@ def test_embedding_tables_are_not_counted(results):
     assert row["dense needs"].startswith("< 1.0")
 
 
-def test_the_larger_network_keeps_as_many_weights(monkeypatch):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(local=""):
-        config, weights = worth_it.Job(8, 0.9).config()
+def test_the_larger_network_keeps_as_many_weights():
+    config, weights = worth_it.Job(8, 0.9).config()
     assert config.model_options.widths == (1024, 512)
     total, kept = 0, round(1000 * (1 - config.sparsifier.sparsity))
     for rows, columns in ((784, 1024), (1024, 512)):
