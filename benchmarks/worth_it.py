@@ -9,6 +9,7 @@ many weights as the pruned one, is a part. The first command adds a larger LeNet
 
 import argparse
 import bisect
+import functools
 import json
 import pathlib
 import time
@@ -179,8 +180,8 @@ def others_rows() -> list[dict[str, str]]:
     for network in NETWORKS.values():
         lower, found = found_in(network) or (False, {})
         verdicts: dict[str, list[str]] = {}
-        for (variant, *cell), each in found.items():
-            smaller = [found[key] for v in SMALLER.values() if (key := (v, *cell)) in found]
+        for (variant, block, sparsity), each in found.items():
+            smaller = [found[key] for v in SMALLER.values() if (key := (v, block, sparsity)) in found]
             if smaller and variant not in SMALLER.values():
                 verdicts.setdefault(variant, []).append(
                     difference(each.values, _best(smaller, lower).values, network.digits, lower)
@@ -305,7 +306,7 @@ def _multiply_adds(model: Any, variables: Any, image: Any) -> int:
 
 def plot() -> Any:
     """Plot the metric against the number of weights, a panel for each network: dense by size, pruned by block size."""
-    read = {network: found for network in NETWORKS.values() if (found := found_in(network)) is not None}
+    read = {network: result for network in NETWORKS.values() if (result := found_in(network)) is not None}
     fig, axes = plt.subplots(1, len(read), figsize=(5 * len(read), 4.2), layout="constrained", squeeze=False)
     for axis, (network, (lower, found)) in zip(axes[0], read.items(), strict=True):
         for i, variant in enumerate(SMALLER.values()):
@@ -373,7 +374,7 @@ def main() -> None:
     console = progress.console()
     while not all(job.file.exists() for job in jobs):
         for job in jobs:
-            if (row := workdir.once(job.file.parent, lambda job=job: measure(job))) is not None:
+            if (row := workdir.once(job.file.parent, functools.partial(measure, job))) is not None:
                 console.print(f"{row['seconds']:>6} s  {row['block']} {row['of']}  {row['values']}", highlight=False)
         time.sleep(1)
 
