@@ -24,6 +24,7 @@ from absl import app, flags
 from matplotlib import pyplot as plt
 
 from benchmarks import timing
+from benchmarks.tables import filled, markdown
 from configs import fashion_mnist, planted
 from experiments import cli, data, tasks
 from experiments.data.sources import Arrays, in_memory
@@ -273,22 +274,6 @@ def summarise(choosing: list[dict[str, Any]], confirming: list[dict[str, Any]]) 
         for title, lines in tables.items():
             page = filled(page, title, markdown(lines))
         files.write_text(PAGE, page)
-
-
-def markdown(lines: list[dict[str, str]]) -> str:
-    """A table in Markdown."""
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    rows = [columns, ["---"] * len(columns), *([line.get(key, "-") for key in columns] for line in lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def filled(page: str, name: str, text: str) -> str:
-    """The page with `text` between its marks `<!-- name -->` and `<!-- end of name -->`."""
-    before, _, rest = page.partition(f"<!-- {name} -->\n")
-    _, mark, after = rest.partition(f"<!-- end of {name} -->")
-    if not mark:
-        raise ValueError(f"{PAGE} has no marks for the table {name!r}")
-    return f"{before}<!-- {name} -->\n{text}\n{mark}{after}"
 
 
 def main(argv: list[str]) -> None:

@@ -146,7 +146,7 @@ def sparsifier() -> ConfigDict:
     """Options of all algorithms: the common ones first, then a section for each algorithm with its own."""
     config = ConfigDict()
     config.name = "sequential_attention"  # or dense, magnitude, acdc, powerpropagation; controls: gradual_magnitude,
-    # random, rigl, sparse_evolutionary, movement, group_lasso, d_gating
+    # random, rigl, sparse_evolutionary, movement, group_lasso, d_gating; or narrow, a smaller dense network
     config.block = (8, 8)
     config.sparsity = 0.9
     config.min_blocks = 100
@@ -164,4 +164,10 @@ def sparsifier() -> ConfigDict:
     for name, algorithm in ALGORITHMS.items():
         own = own_options(algorithm.make)
         config[name] = ConfigDict({option: default for option, default in own.items() if option != "seed"})
+    config.narrow = ConfigDict(
+        {
+            "equal": "weights",  # what it has as many of as the pruned network; or multiply_adds
+            "cut": "scale",  # all widths by one factor; or "cap", only those above one width
+        }
+    )
     return config

@@ -2,15 +2,19 @@
 
     python -m experiments.compare --config=configs/mnist.py --algorithms=all --seeds=3
 
-`all` is every algorithm and every control of the library. Each algorithm is compiled once; its seeds run side by side
-in that program if this is faster, otherwise one after another. It writes `compare.json` and `compare.png` to the work
-directory.
+    python -m experiments.compare --algorithms=sequential_attention,narrow,dense --seeds=5
+
+`all` is every algorithm and every control of the library, and `narrow`: the dense network whose widths are cut until it
+has as many weights as the pruned one (or, with `--config.sparsifier.narrow.equal=multiply_adds`, multiply-adds). Each
+is compiled once; its seeds run side by side in that program if this is faster, otherwise one after another. It writes
+`compare.json` and `compare.png` to the work directory.
 Exit status: 0 done, 2 bad input, 3 every run diverged.
 """
 
 import datetime
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,12 +22,13 @@ import ml_collections
 import numpy as np
 from absl import flags
 from matplotlib import pyplot as plt
+from rich.console import Console
 
 import sa_plus_plus as sapp
 from experiments import cli, tasks
 from experiments.outputs import progress, report
-from experiments.training import factories, loop, program
-from experiments.training.setup import prepare
+from experiments.training import factories, loop, narrow, program
+from experiments.training.setup import Setup, prepare
 from experiments.utils import files, registry
 
 flags.declare_key_flag("config")  # for --help
@@ -40,12 +45,12 @@ def main(argv: list[str]) -> None:
     del argv  # cli.run has refused any
     config, console = cli.CONFIG.value, progress.console()
     with cli.input_errors():
-        names = factories.NAMES if _ALGORITHMS.value == ["all"] else tuple(dict.fromkeys(_ALGORITHMS.value))
-        if not names:
-            raise ValueError(f"--algorithms is empty; write all, or some of {', '.join(factories.NAMES)}")
-        configs = {name: _with_algorithm(config, name) for name in names}
-        dataset = tasks.dataset_of(config.data)
-        setups = {name: prepare(c, dataset=dataset) for name, c in configs.items()}
+        everything = _ALGORITHMS.value == ["all"]
+        asked = factories.CONTENDERS if everything else tuple(dict.fromkeys(_ALGORITHMS.value))
+        if not asked:
+            raise ValueError(f"--algorithms is empty; write all, or some of {', '.join(factories.CONTENDERS)}")
+        setups = prepared(config, asked, everything, console)
+        names = tuple(setups)
         config.sparsifier.sparsity = setups[names[0]].config.sparsifier.sparsity
         workdir = cli.workdir_path(_WORKDIR.value, f"{config.name}-compare")
         if (workdir / RESULT).exists() and not _OVERWRITE.value:
@@ -65,12 +70,14 @@ def main(argv: list[str]) -> None:
             with progress.Live(title, setup.config.steps, metric, console) as live:
                 outcomes[name] += loop.train(run, group, loop.Hooks(on_row=live))
     rows = [_summary(name, outcomes[name], metric) for name in names]
+    narrowed = {name: setup.narrowed for name, setup in setups.items() if name == factories.NARROW}
     content = {
         "metric_name": f"test_{metric}",
         "block": list(config.sparsifier.block),
         "target_sparsity": config.sparsifier.sparsity,
         "seeds": seeds,
         "algorithms": {row["algorithm"]: row for row in rows},
+        "narrowed": narrowed.get(factories.NARROW),
         "versions": report.versions(),
         "config": config.to_dict(),
         "date": datetime.date.today().isoformat(),
@@ -80,6 +87,8 @@ def main(argv: list[str]) -> None:
     block = progress.sizes(config.sparsifier.block)
     title = f"{config.name}, {config.model}, blocks {block}: mean ± std of {len(seeds)} seeds"
     console.print(progress.table(title, [_cells(row, metric) for row in rows]))
+    for name, widths in narrowed.items():
+        console.print(f"{name}: {config.model} with {narrow.shown(widths) or 'all its widths'}", highlight=False)
     console.print(f"In {workdir}: compare.json, compare.png", highlight=False)
     if all(all(row["diverged"]) for row in rows):
         sys.exit(cli.DIVERGED)
@@ -94,9 +103,25 @@ def side_by_side_pays(plan: sapp.Plan) -> bool:
     return jax.default_backend() != "cpu" or all(len(layer.shape) <= 2 for layer in plan.leaves)
 
 
+def prepared(
+    config: ml_collections.ConfigDict, names: Sequence[str], lenient: bool, console: Console
+) -> dict[str, Setup]:
+    """The runs by their algorithm; `lenient`: without `narrow`, and with a message, where that is impossible."""
+    configs = {name: _with_algorithm(config, name) for name in names}
+    dataset, setups = tasks.dataset_of(config.data), {}
+    for name, own in configs.items():
+        try:
+            setups[name] = prepare(own, dataset=dataset)
+        except narrow.CannotNarrow as error:
+            if not lenient:
+                raise
+            console.print(f"{name} is left out: {error}", style="yellow", highlight=False, soft_wrap=True)
+    return setups
+
+
 def _with_algorithm(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
     config = config.copy_and_resolve_references()
-    config.sparsifier.name = registry.check(name, factories.NAMES, "--algorithms")
+    config.sparsifier.name = registry.check(name, factories.CONTENDERS, "--algorithms")
     return config
 
 
@@ -107,6 +132,7 @@ def _summary(name: str, outcomes: list[loop.Outcome], metric: str) -> dict[str, 
         "metric": [o.test[f"test_{metric}"] for o in outcomes],
         "loss": [o.test["test_loss"] for o in outcomes],
         "real_sparsity": sparsity,
+        "kept_weights": [report.kept_weights(o) for o in outcomes],
         "diverged": [o.diverged for o in outcomes],
         "seconds": [o.seconds for o in outcomes],
         "compile_seconds": [o.compile_seconds for o in outcomes],
@@ -119,6 +145,7 @@ def _cells(row: dict[str, Any], metric: str) -> dict[str, str]:
         f"test {metric}": _mean_std(row["metric"], 4),
         "test loss": _mean_std(row["loss"], 4),
         "sparsity": f"{np.mean(row['real_sparsity']):.2%}",
+        "weights": f"{np.mean(row['kept_weights']):,.0f}",
         "s / run": f"{np.mean(row['seconds']):.1f}",
         "s compiling": f"{np.mean(row['compile_seconds']):.1f}",
         "diverged": str(sum(row["diverged"])),

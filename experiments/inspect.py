@@ -7,14 +7,12 @@ The first prints the phases and, for each kernel, grid, kept blocks, and weights
 second prints the whole network's sparsity at each of several targets.
 """
 
-import jax
 import ml_collections
 from absl import flags
 from rich.console import Console
 
 import sa_plus_plus as sapp
-from experiments import cli
-from experiments.models import costs
+from experiments import cli, tasks
 from experiments.outputs import progress
 from experiments.training.setup import Setup, blank, prepare_without_data
 
@@ -29,7 +27,7 @@ def main(argv: list[str]) -> None:
         if _SPARSITIES.value:
             dataset = blank(config)
             setups = [prepare_without_data(_at_sparsity(config, float(s)), dataset) for s in _SPARSITIES.value]
-            cost = multiply_adds(setups[0])  # the same whatever is pruned
+            cost = tasks.multiply_adds(setups[0].task)  # the same whatever is pruned
             rows = [_totals(setup, cost) for setup in setups]
             console.print(progress.table(_title(config), rows))
         else:
@@ -38,21 +36,12 @@ def main(argv: list[str]) -> None:
 
 def show(setup: Setup, console: Console) -> None:
     """Print the plan and the phases of a run."""
-    cost = multiply_adds(setup)
+    cost = tasks.multiply_adds(setup.task)
     rows = [_cells(layer, cost.get(layer.path, 0)) for layer in setup.plan.leaves if layer.is_kernel]
     console.print(progress.table(_title(setup.config), rows))
     console.print(progress.table("The whole network", [_totals(setup, cost)]))
     console.print(f"{setup.config.steps:,} steps of {setup.config.batch_size} examples\n", highlight=False)
     console.print(str(setup.phases), highlight=False)
-
-
-def multiply_adds(setup: Setup) -> dict[str, int]:
-    """Multiply-adds of each kernel for one example."""
-    task = setup.task
-    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
-    example = task.dataset.example[task.input]
-    x = jax.ShapeDtypeStruct(example.shape, "float32" if task.input == "image" else example.dtype)
-    return costs.multiply_adds(task.model, {"params": params, **model_state}, x)
 
 
 def _at_sparsity(config: ml_collections.ConfigDict, sparsity: float) -> ml_collections.ConfigDict:

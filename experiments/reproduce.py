@@ -8,10 +8,11 @@
 
 table1 to table4 are sweeps over algorithms, block sizes, sparsities and seeds (`configs/reproduce/`); figure3 and
 figure4 are drawn from the runs of table1, figure5 from those of table2; figure2, the schedules, needs no runs; `bytes`
-is a sweep that is not in the paper. `--scale=paper` is for accelerators; on two cores `small` takes hours and `smoke`
-minutes. Each cell of a sweep is a work directory of `experiments.main` below `--directory`. The same command resumes
-after an interruption; any number of processes and hosts may share one directory. `--plan` shows what would be run,
-`--report` writes the results so far. Exit status: 0 done, 2 bad input, 3 cells failed, 4 stopped by SIGTERM.
+and `cifar10` are sweeps that are not in the paper. `--scale=paper` is for accelerators; on two cores `small` takes
+hours and `smoke` minutes. Each cell of a sweep is a work directory of `experiments.main` below `--directory`. The same
+command resumes after an interruption; any number of processes and hosts may share one directory. `--plan` shows what
+would be run, `--report` writes the results so far. Exit status: 0 done, 2 bad input, 3 cells failed, 4 stopped by
+SIGTERM.
 """
 
 import argparse

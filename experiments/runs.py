@@ -9,7 +9,7 @@ import jax
 from rich.console import Console
 
 from experiments.outputs import hooks, progress, report, workdir
-from experiments.training import checkpoint, loop, program
+from experiments.training import checkpoint, factories, loop, program
 from experiments.training.setup import Setup, prepare
 from experiments.utils import files
 
@@ -78,6 +78,8 @@ def _one(
         rows = observer.rows
         last_saved = saved.latest
     result = report.result(config, outcome, metric) | {"startup_seconds": outcome.first_step_at - started}
+    if config.sparsifier.name == factories.NARROW:
+        result["narrowed"] = setup.narrowed
     if outcome.diverged:
         result["diverged_at"] = {**rows[-1], "last_checkpoint": last_saved}
     if twin is not None:
@@ -126,6 +128,7 @@ def _layer_cells(row: dict) -> dict[str, str | int]:
 
 def _summary(result: dict) -> str:
     line = f"{result['metric_name']}: {result['metric']:.4f} at {result['real_sparsity']:.2%} sparsity of all kernels"
+    line += f", {result['kept_weights']:,} weights"
     if "dense_twin" in result:
         line += f"; the same network trained dense: {result['dense_twin']['metric']:.4f}"
     seconds, compiling = result["seconds"], result["compile_seconds"]

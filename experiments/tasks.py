@@ -14,7 +14,7 @@ import optax
 
 from experiments import data, models
 from experiments.data import catalog
-from experiments.models import published_embeddings, sentences, tables
+from experiments.models import costs, published_embeddings, sentences, tables
 from experiments.utils import registry
 
 
@@ -219,6 +219,14 @@ def dataset_of(config: ml_collections.ConfigDict) -> data.Dataset:
     """The data set of `config`: `name`, `options`, and `local` if it can be read from local files."""
     options = {**config.options, **({"local": config.local} if config.local else {})}
     return registry.lookup(catalog, config.name, "config.data.name", options)
+
+
+def multiply_adds(task: Task) -> dict[str, int]:
+    """Multiply-adds of each kernel for one example."""
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    example = task.dataset.example[task.input]
+    x = jax.ShapeDtypeStruct(example.shape, "float32" if task.input == "image" else example.dtype)
+    return costs.multiply_adds(task.model, {"params": params, **model_state}, x)
 
 
 def random_inputs(task: Task, batch: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.reproduce.scales import BASELINES, CONTROLS, PAPERS, orders, sweep
+from configs.reproduce.scales import BASELINES, CONTROLS, NARROW, PAPERS, orders, sweep
 
 NOTE = (
     "With 32 × 32 blocks the attention kernels have 64 each, and the paper's rule prunes none with fewer than 100. So "
@@ -37,4 +37,4 @@ def get_config(scale: str = "small") -> ConfigDict:
     changes |= {"steps": 60, "eval_every": 60, "checkpoint_every": 60, "log_every": 10, "batch_size": 4}
     changes |= {"optimizer.warmup_steps": 5}
     grid = {"blocks": (16,), "sparsities": (0.8,), "seeds": (0,), "changes": changes}
-    return sweep(title, "configs/bytes_gpt.py", variants=PAPERS, **grid, **common)
+    return sweep(title, "configs/bytes_gpt.py", variants=PAPERS | NARROW, **grid, **common)

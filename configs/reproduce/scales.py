@@ -1,6 +1,6 @@
 """What the sweeps share: how large they are at each scale, and the algorithms beside the paper's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,6 +12,8 @@ PAPERS = {
     "PowerPropagation": {"sparsifier.name": "powerpropagation"},
     "magnitude": {"sparsifier.name": "magnitude"},
 }
+NARROW = {"narrow": {"sparsifier.name": "narrow"}}  # the dense network with as many weights as the pruned ones
+CAPPED = {"narrow, capped": {"sparsifier.name": "narrow", "sparsifier.narrow.cut": "cap"}}
 RECOMMENDED = "SA++, effective norm, one rise"  # docs/choosing.md
 CONTROLS = {
     "gradual magnitude": {"sparsifier.name": "gradual_magnitude"},
@@ -22,6 +24,7 @@ CONTROLS = {
         "sparsifier.sequential_attention.score": "effective",
     },
     "random": {"sparsifier.name": "random"},
+    **NARROW,
 }
 BASELINES = {
     "RigL": {"sparsifier.name": "rigl"},
@@ -55,9 +58,9 @@ def sweep(title: str, file: str, **options: Any) -> ConfigDict:
     return ConfigDict({"title": title, "file": file, **defaults, **options}, convert_dict=False)
 
 
-def mnist(title: str, **options: Any) -> ConfigDict:
-    """A minute's worth of the same: LeNet-300-100 on a few digits."""
-    changes = {"steps": 60, "eval_every": 60, "checkpoint_every": 60, "dense_twin": False}
+def mnist(title: str, extra: Mapping[str, Any] | None = None, **options: Any) -> ConfigDict:
+    """A minute's worth of the same: LeNet-300-100 on a few digits, with `extra` changes to its config."""
+    changes = {"steps": 60, "eval_every": 60, "checkpoint_every": 60, "dense_twin": False, **(extra or {})}
     common = {"blocks": (4, 8), "sparsities": (0.8,), "seeds": (0, 1), "changes": changes, "percent": True}
     return sweep(title, "configs/mnist.py", **common | options)
 

@@ -9,7 +9,7 @@ the paper's four algorithms, controls, and algorithms of other papers.
 
 from ml_collections import ConfigDict
 
-from configs.reproduce.scales import BASELINES, CONTROLS, PAPERS, fashion, mnist, orders, sweep
+from configs.reproduce.scales import BASELINES, CAPPED, CONTROLS, NARROW, PAPERS, fashion, mnist, orders, sweep
 
 
 def get_config(scale: str = "small") -> ConfigDict:
@@ -24,8 +24,8 @@ def get_config(scale: str = "small") -> ConfigDict:
     if scale == "small":
         return fashion(
             "LeNet-300-100 on Fashion-MNIST: accuracy, %",
-            variants=PAPERS | CONTROLS | BASELINES,
-            compared=orders(PAPERS | CONTROLS | BASELINES),
+            variants=PAPERS | CONTROLS | CAPPED | BASELINES,
+            compared=orders(PAPERS | CONTROLS | CAPPED | BASELINES),
             **{"blocks": (4, 8, 16, 32), "sparsities": (0.9, 0.95, 0.97, 0.98), "paper": "table1"},
         )
-    return mnist("LeNet-300-100 on MNIST digits: accuracy, %", variants=PAPERS, paper="table1")
+    return mnist("LeNet-300-100 on MNIST digits: accuracy, %", variants=PAPERS | NARROW, paper="table1")

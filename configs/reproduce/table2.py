@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.reproduce.scales import CONTROLS, PAPERS, orders, sweep
+from configs.reproduce.scales import CONTROLS, NARROW, PAPERS, orders, sweep
 
 
 def get_config(scale: str = "small") -> ConfigDict:
@@ -39,4 +39,4 @@ def get_config(scale: str = "small") -> ConfigDict:
     changes: dict[str, Any] = {"steps": 40, "eval_every": 40, "checkpoint_every": 40, "dense_twin": False}
     changes |= {"data.options.rows": 30_000, "data.options.held_out": 10_000}
     grid |= {"blocks": (10,), "sparsities": (0.9,), "seeds": (0,), "changes": changes}
-    return sweep(title, "configs/planted.py", variants=PAPERS, **grid)
+    return sweep(title, "configs/planted.py", variants=PAPERS | NARROW, **grid)

@@ -2,7 +2,7 @@
 
 from experiments.models.click import ClickNet
 from experiments.models.encoder import Bert
-from experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet50
+from experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet34, ResNet50
 from experiments.models.small import MLP, Autoencoder, ConvNet, LeNet300
 from experiments.models.transformer import Decoder, ViT
 
@@ -17,6 +17,7 @@ __all__ = [
     "ResNet",
     "ResNet18",
     "ResNet20",
+    "ResNet34",
     "ResNet50",
     "ViT",
 ]

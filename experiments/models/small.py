@@ -30,13 +30,15 @@ class ConvNet(nn.Module):
     """Three strided 3 x 3 convolutions and a dense layer. 97,680 kernel weights on 28 x 28 grey images."""
 
     classes: int = 10
+    widths: Sequence[int] = (16, 32, 64)
+    hidden: int = 72
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for width in (16, 32, 64):
+        for width in self.widths:
             x = nn.relu(nn.Conv(width, (3, 3), strides=2)(x))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(72)(x))
+        x = nn.relu(nn.Dense(self.hidden)(x))
         return nn.Dense(self.classes)(x)
 
 

@@ -69,6 +69,12 @@ def real_sparsity(layers: list[dict[str, Any]]) -> float:
     return 1 - sum(row["nonzero"] for row in layers) / sum(row["weights"] for row in layers)
 
 
+def kept_weights(outcome: Outcome) -> int:
+    """Parameters of the whole network without the zeros of its kernels; embeddings, biases and all else count."""
+    zeros = sum(row["weights"] - row["nonzero"] for row in layer_rows(outcome))
+    return sum(leaf.size for leaf in jax.tree.leaves(outcome.params)) - zeros
+
+
 def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> dict[str, Any]:
     """The content of `result.json`."""
     layers = layer_rows(outcome)
@@ -77,6 +83,7 @@ def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> 
         "block": list(config.sparsifier.block),
         "target_sparsity": config.sparsifier.sparsity if config.sparsifier.name != "dense" else 0.0,
         "real_sparsity": real_sparsity(layers),
+        "kept_weights": kept_weights(outcome),
         "metric_name": f"test_{metric}",
         "metric": outcome.test[f"test_{metric}"],
         "loss": outcome.test["test_loss"],

@@ -14,8 +14,8 @@ from experiments.outputs import workdir
 from experiments.utils import registry
 
 TABLES = ("table1", "table2", "table3", "table4")  # of the paper
-SWEEPS = (*TABLES, "bytes")
-DENSE = "dense"
+SWEEPS = (*TABLES, "bytes", "cifar10")
+DENSE, NARROW, CAPPED = "dense", "narrow", "narrow, capped"
 
 
 class Sweep(NamedTuple):

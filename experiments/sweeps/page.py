@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 
 import sa_plus_plus as sapp
 from experiments.outputs import report, workdir
-from experiments.sweeps.cells import DENSE, Cell, Sweep, cells_of, result_of
+from experiments.sweeps.cells import CAPPED, DENSE, NARROW, Cell, Sweep, cells_of, result_of
 from experiments.sweeps.cells import sweep as get_sweep
 from experiments.sweeps.work import state
 from experiments.utils import files
@@ -28,10 +28,12 @@ class Measured(NamedTuple):
     Attributes:
       values: by seed, of those that ended without diverging.
       states: of all its seeds.
+      weights: how many the network keeps, embeddings, biases and all else included; None if that is not known.
     """
 
     values: dict[int, float]
     states: list[str]
+    weights: int | None = None
 
     @property
     def mean(self) -> float:
@@ -57,6 +59,7 @@ def measured(sweep: Sweep, directory: pathlib.Path, metric: str = "") -> dict[Ke
             assert result is not None
             value = result["loss"] if name == "loss" else result["metric"]
             entry.values[cell.seed] = scale * value
+            found[key] = entry._replace(weights=result.get("kept_weights", entry.weights))
     return found
 
 
@@ -94,6 +97,7 @@ def parts(sweep: Sweep, found: Mapping[Key, Measured]) -> list[Part]:
                 minus = of_paper(sweep, DENSE, 0, 0.0)[1]
                 rows.append([f"{variant}, the paper's", *(_theirs(*cell, minus, digits) for cell in paper)])
         page.append(("table", (head, rows)))
+    page += _weights(sweep, found)
     if options["note"]:
         page.append(("text", options["note"]))
     if note := PAPER.get(options["paper"], {}).get("note"):
@@ -134,6 +138,28 @@ def _theirs(there: bool, value: float, dense: float, digits: int) -> str:
     if not there:
         return ""
     return "diverged" if np.isnan(value) else f"{value:.{digits}f} ({value - dense:+.{digits}f})"
+
+
+def _weights(sweep: Sweep, found: Mapping[Key, Measured]) -> list[Part]:
+    """How many weights the pruned networks have, and the control `narrow`, which is to have as many."""
+    options = sweep.options
+    if NARROW not in options["variants"] or all(entry.weights is None for entry in found.values()):
+        return []
+
+    def shown(block: int, sparsity: float) -> str:
+        weights = {v: found[v, block, sparsity].weights for v in options["variants"]}
+        narrow = weights.pop(NARROW)
+        pruned = [n for v, n in weights.items() if n is not None and v != CAPPED]
+        return " / ".join("?" if n is None else f"{n:,}" for n in (max(pruned, default=None), narrow))
+
+    dense = found.get((DENSE, 0, 0.0), Measured({}, []))
+    head = ["weights, pruned / narrow", *(f"{s:.0%}" for s in options["sparsities"])]
+    rows = [[f"{b} × {b}", *(shown(b, s) for s in options["sparsities"])] for b in options["blocks"]]
+    told = f"Weights kept, of {dense.weights:,}" if dense.weights else "Weights kept"
+    told += ", embeddings, biases and all else included. `narrow` is the dense network whose widths are cut, "
+    told += "all by one factor, until it has no more than the pruned ones"
+    told += f"; `{CAPPED}` cuts the widest layers only." if CAPPED in options["variants"] else "."
+    return [("text", told), ("table", (head, rows))]
 
 
 def _orders(sweep: Sweep, found: Mapping[Key, Measured], digits: int) -> list[Part]:
@@ -213,6 +239,7 @@ def as_json(sweep: Sweep, directory: pathlib.Path) -> dict[str, Any]:
     about = {key: sweep.options[key] for key in ("title", "file", "changes", "metric", "percent", "seeds", "variants")}
     rows = [
         {"variant": v, "block": b, "sparsity": s, "values": [entry.values.get(seed) for seed in sweep.options["seeds"]]}
+        | ({} if entry.weights is None else {"weights": entry.weights})
         for (v, b, s), entry in measured(sweep, directory).items()
     ]
     made = {"versions": report.versions(), "date": datetime.date.today().isoformat()}
@@ -220,13 +247,15 @@ def as_json(sweep: Sweep, directory: pathlib.Path) -> dict[str, Any]:
 
 
 def of_json(content: Mapping[str, Any]) -> tuple[Sweep, dict[Key, Measured]]:
-    """The sweep, and what was measured, from what `as_json` made."""
-    found = {}
+    """The sweep, and what was measured, from what `as_json` made; cells that it did not have then are waiting."""
+    sweep = get_sweep(content["name"], content["scale"])
+    absent = Measured({}, ["waiting"] * len(content["seeds"]))
+    found = {(cell.variant, cell.block, cell.sparsity): absent for cell in cells_of(sweep)}
     for row in content["rows"]:
         values = {seed: v for seed, v in zip(content["seeds"], row["values"], strict=True) if v is not None}
         states = ["waiting" if v is None else "done" for v in row["values"]]
-        found[row["variant"], row["block"], row["sparsity"]] = Measured(values, states)
-    return get_sweep(content["name"], content["scale"]), found
+        found[row["variant"], row["block"], row["sparsity"]] = Measured(values, states, row.get("weights"))
+    return sweep, found
 
 
 def against_sparsity(sweep: Sweep, directory: pathlib.Path, metrics: Sequence[str]) -> Any:

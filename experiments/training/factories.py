@@ -16,6 +16,8 @@ from experiments.utils import registry
 from sa_plus_plus.registry import options_of
 
 NAMES = tuple(sapp.ALGORITHMS)
+NARROW = "narrow"  # no algorithm: a smaller dense network, see `training.narrow`
+CONTENDERS = (*NAMES, NARROW)
 
 
 def sparsifier(
@@ -31,7 +33,8 @@ def sparsifier(
     Raises:
       ValueError: for an unknown algorithm, and whatever its constructor refuses.
     """
-    name = registry.check(config.name, NAMES, "config.sparsifier.name")
+    name = registry.check(config.name, CONTENDERS, "config.sparsifier.name")
+    name = "dense" if name == NARROW else name
     make, own_schedule, _ = sapp.ALGORITHMS[name]
     options = plan_options(config) | {key: config[key] for key in ("sparsity", "scope")}
     options |= {key: _value(text) for key, text in config[name].items()}

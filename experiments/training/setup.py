@@ -1,5 +1,6 @@
 """The parts of a run, built from its config: everything checked, nothing compiled."""
 
+import functools
 import hashlib
 import math
 import operator
@@ -15,7 +16,8 @@ import sa_plus_plus as sapp
 from experiments import data, tasks
 from experiments.data import fingerprints
 from experiments.models import tables
-from experiments.training import factories, sharding, weights
+from experiments.models.narrow import Widths
+from experiments.training import factories, narrow, sharding, weights
 from experiments.utils import registry
 
 # Numbers of a config: the least that each may be, and what it must be below.
@@ -36,7 +38,8 @@ class Setup(NamedTuple):
 
     Attributes:
       raw_config: the config as it was given, with the sparsity that its number of features stands for.
-      config: the same with lengths in steps, and the learning rate as it applies to the batch.
+      config: the same with lengths in steps, the learning rate as it applies to the batch, and the widths of the
+        control `narrow`.
       mesh: the devices.
       task: what is trained.
       tx: the optimizer.
@@ -69,6 +72,12 @@ class Setup(NamedTuple):
         return found | {"the teacher, config.distil,": hashlib.sha256(arrays).hexdigest()}
 
     @property
+    def narrowed(self) -> Widths:
+        """The widths of the control `narrow`; of any other run, nothing."""
+        before, now = self.raw_config.model_options.to_dict(), self.config.model_options.to_dict()
+        return {name: value for name, value in now.items() if value != before.get(name)}
+
+    @property
     def phases(self) -> sapp.Phases:
         """The schedule."""
         return self.sparsifier.phases
@@ -99,6 +108,10 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     if config.batch_size > examples:
         raise ValueError(f"config.batch_size={config.batch_size} exceeds the {examples} training examples")
     raw, config = config.copy_and_resolve_references(), _resolved(config, examples)
+    if config.sparsifier.name == factories.NARROW:
+        of_data = functools.partial(make_task, dataset=task.dataset)
+        config = narrow.with_options(config, narrow.widths(config, task, of_data))
+        task = of_data(config)
     tx, schedule = factories.optimizer(config.optimizer, config.steps)
     epoch = max(1, round(examples / config.batch_size))
     sparsifier = factories.sparsifier(config.sparsifier, config.steps, epoch)

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from benchmarks import recipes
+from benchmarks import recipes, tables
 from experiments.data.sources import Arrays, Dataset
 from experiments.outputs import workdir
 
@@ -92,7 +92,7 @@ def test_examples_to_choose_on_are_not_trained_on(monkeypatch):
 
 def test_tables_are_put_between_their_marks():
     page = "a\n<!-- x -->\nold\n<!-- end of x -->\nb\n"
-    table = recipes.markdown([{"variant": "v", "share": "1"}])
-    assert recipes.filled(page, "x", table) == page.replace("old", "| variant | share |\n| --- | --- |\n| v | 1 |")
+    table = tables.markdown([{"variant": "v", "share": "1"}])
+    assert tables.filled(page, "x", table) == page.replace("old", "| variant | share |\n| --- | --- |\n| v | 1 |")
     with pytest.raises(ValueError, match="no marks for the table 'y'"):
-        recipes.filled(page, "y", table)
+        tables.filled(page, "y", table)

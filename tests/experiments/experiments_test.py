@@ -68,6 +68,7 @@ def test_a_run_leaves_complete_and_consistent_results(name, tmp_path):
     kernels = [w for path, w in weights.items() if path.endswith("kernel")]
     zeros = sum((w == 0).sum() for w in kernels) / sum(w.size for w in kernels)
     assert result["real_sparsity"] == pytest.approx(zeros)
+    assert result["kept_weights"] == sum(w.size for w in weights.values()) - sum((w == 0).sum() for w in kernels)
     assert zeros == pytest.approx(0 if name == "dense" else 0.8966, abs=1e-3)
     assert result["metric"] == pytest.approx(numpy_accuracy(weights, problems.digits()), abs=1e-3)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -104,6 +104,7 @@ def test_bfloat16_computes_in_bfloat16_on_float32_parameters():
     [
         (models.ResNet50, 224, 1000, 25_557_032, 4.089),
         (models.ResNet18, 224, 1000, 11_689_512, 1.814),
+        (models.ResNet34, 224, 1000, 21_797_672, 3.664),
         (models.ResNet20, 32, 10, 272_474, 0.041),
     ],
 )

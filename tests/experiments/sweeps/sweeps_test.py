@@ -95,8 +95,8 @@ def test_a_cell_is_a_run_of_the_main_command():
     assert "--config.data.local=data --config.sparsifier.name=acdc '--config.sparsifier.block=(16, 16)'" in words
 
 
-def fill(directory, one, values):
-    """Results of some cells; by variant and block, what each seed gave, None for a run that diverged."""
+def fill(directory, one, values, weights=None):
+    """Results of some cells; by variant and block, what each seed gave, None for a run that diverged; and weights."""
     for cell in cells_of(one):
         given = values.get((cell.variant, cell.block, cell.sparsity))
         if given is not None:
@@ -104,6 +104,8 @@ def fill(directory, one, values):
             folder = directory / cell.folder
             folder.mkdir(parents=True)
             result = {"metric": value, "loss": 1.0, "diverged": value is None, "seconds": 1, "metric_name": "m"}
+            if weights:
+                result["kept_weights"] = weights[cell.variant]
             (folder / workdir.RESULT).write_text(json.dumps(result))
 
 
@@ -136,6 +138,25 @@ def test_pages_show_the_papers_figures_spread_and_what_is_missing(tmp_path):
     listed = paths[4].read_text().splitlines()
     assert len(listed) == len(cells_of(one))
     assert listed[0].startswith("done      python -m experiments.main --config=configs/fashion_mnist.py")
+
+
+def test_weights_are_shown_beside_those_of_narrow(tmp_path):
+    one = sweep("table1", "smoke", seeds=2)
+    values = {(DENSE, 0, 0.0): [0.9, 0.92], ("SA++", 4, 0.8): [0.85, 0.87], ("narrow", 4, 0.8): [0.84, 0.85]}
+    fill(tmp_path, one, values, {DENSE: 266_610, "SA++": 54_000, "narrow": 53_100})
+    text = page.write(one, tmp_path)[0].read_text()
+    assert "Weights kept, of 266,610" in text
+    assert "| 4 × 4 | 54,000 / 53,100 |" in text
+    assert "| 8 × 8 | ? / ? |" in text
+    assert "| narrow | 84.50 ± 0.71 (-6.50) |" in text
+    assert "| SA++ | narrow | 1 | 0 | 0 | +1.50 |" in text  # differences 1 and 2, standard error 0.5
+    content = json.loads((tmp_path / one.folder / "table1.json").read_text())
+    again = page.markdown(page.parts(*page.of_json(content)))
+    assert "| 4 × 4 | 54,000 / 53,100 |" in again
+    content["rows"] = [row for row in content["rows"] if row["variant"] != "narrow"]  # of before there was `narrow`
+    older = page.markdown(page.parts(*page.of_json(content)))
+    assert "| narrow | not run |" in older
+    assert "| 4 × 4 | 54,000 / ? |" in older
 
 
 def test_the_papers_tables_are_whole():
