@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import experiments.models.checkpoints as checkpoints
 from experiments.data.sentences import directory, tokenizer_of
-from experiments.models.encoder import Bert
+from sa_plus_plus.contrib.transformers import checkpoints
+from sa_plus_plus.contrib.transformers.encoder import Bert
 
 _SIZES = {  # names in config.json of what `Bert` calls so
     "layers": "num_hidden_layers",

@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import sa_plus_plus as sapp
-from experiments.models import Decoder, LeNet300, ViT, checkpoints, costs
-from experiments.models.encoder import Bert
+from experiments.models import Decoder, LeNet300, ViT, costs
+from sa_plus_plus.contrib.transformers import checkpoints
+from sa_plus_plus.contrib.transformers.encoder import Bert
 
 SIZES = {"layers": 2, "width": 16, "hidden": 24, "heads": 2}
 DECODER = Decoder(vocabulary=50, context=12, **SIZES)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import Transformer, embedding, layers_of, stack, with_positions
+from sa_plus_plus.contrib.transformers.layers import Transformer, embedding, layers_of, stack, with_positions
 
 EPSILON = 1e-6  # epsilon of the layer normalisation of `Encoder`
 

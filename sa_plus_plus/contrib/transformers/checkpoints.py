@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from experiments.models.encoder import Bert
-from experiments.models.transformer import Decoder, ViT
 from sa_plus_plus import path_string
+from sa_plus_plus.contrib.transformers.encoder import Bert
+from sa_plus_plus.contrib.transformers.transformer import Decoder, ViT
 
 Shape = tuple[int, ...]
 
