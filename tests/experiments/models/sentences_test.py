@@ -160,7 +160,7 @@ def test_bad_input_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no file config\.json"):
         sentences.load(tmp_path)
     for change, said in (
-        ({"hidden_act": "relu"}, "has hidden_act 'relu'; only 'gelu' is supported"),
+        ({"hidden_act": "relu"}, "has hidden_act 'relu'; only 'gelu' or "),
         ({"model_type": "roberta"}, "has model_type 'roberta'"),
         ({"hidden_size": "wide"}, "has no number 'hidden_size'"),
         (None, "cannot be read"),
