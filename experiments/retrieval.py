@@ -2,6 +2,10 @@
 
 import numpy as np
 
+from sa_plus_plus.contrib.transformers.retrieval import neighbours_kept
+
+__all__ = ["neighbours_kept", "ranks", "retrieval"]
+
 
 def ranks(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """The rank of each query's own document among all, from 1, by cosine; equals count as before it.
@@ -26,26 +30,3 @@ def retrieval(queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
         "recall@10": float(np.mean(rank <= 10)),
         "mrr": float(np.mean(1 / rank)),
     }
-
-
-def neighbours_kept(before: np.ndarray, after: np.ndarray, k: int = 10) -> float:
-    """The mean share of each row's `k` nearest other rows by cosine that stay among its `k` nearest.
-
-    Args:
-      before: `(n, width)`, of length 1.
-      after: `(n, other width)`, of length 1.
-      k: fewer than `n`.
-
-    Raises:
-      ValueError: if there are not more than `k` rows.
-    """
-    if len(before) <= k:
-        raise ValueError(f"{len(before)} rows have no {k} nearest others each: give more, or a smaller k")
-    near = [_nearest(np.asarray(x, np.float32), k) for x in (before, after)]
-    return float(np.mean([len({*a} & {*b}) / k for a, b in zip(*near, strict=True)]))
-
-
-def _nearest(x: np.ndarray, k: int) -> np.ndarray:
-    scores = x @ x.T
-    np.fill_diagonal(scores, -np.inf)
-    return np.argpartition(-scores, k - 1, axis=1)[:, :k]

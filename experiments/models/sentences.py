@@ -19,6 +19,7 @@ import numpy as np
 from experiments.data.sentences import directory, tokenizer_of
 from sa_plus_plus.contrib.transformers import checkpoints, directories
 from sa_plus_plus.contrib.transformers.encoder import Bert
+from sa_plus_plus.contrib.transformers.pooling import pooled
 
 
 class SentenceEncoder(NamedTuple):
@@ -105,5 +106,4 @@ def embed(model: Bert, params: Any, tokens: jax.Array, real: jax.Array) -> jax.A
     """
     there = jnp.arange(tokens.shape[1])[None] < real[:, None]
     x: Any = model.apply({"params": params}, tokens.astype(jnp.int32), real=there)
-    mean = jnp.sum(jnp.where(there[..., None], x, 0), 1) / jnp.maximum(real, 1)[:, None].astype(x.dtype)
-    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+    return pooled(x, there)

@@ -1,0 +1,166 @@
+"""From the directory of a dense network to that of a pruned one."""
+
+import argparse
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import sa_plus_plus as sapp
+from sa_plus_plus.contrib.prune import data, files, page, training
+from sa_plus_plus.contrib.prune.networks import Measure, quality
+from sa_plus_plus.contrib.transformers import checkpoints, directories
+from sa_plus_plus.contrib.transformers.directories import WEIGHTS, Published
+from sa_plus_plus.contrib.transformers.transformer import Decoder
+from sa_plus_plus.files import write_atomically
+
+Say = Callable[[str], None]
+STATE = "training.safetensors"
+
+
+def prune(options: argparse.Namespace, command: str, say: Say) -> None:
+    """Prune a network as the options of the command say.
+
+    Args:
+      options: see `command.add_to`.
+      command: the command line, for the page.
+      say: shows a line of progress.
+
+    Raises:
+      ValueError, OSError, ImportError: naming what is wrong, before anything is trained.
+    """
+    output: pathlib.Path = options.output
+    files.check_output(options.directory, output)
+    published = directories.read(options.directory)
+    recipe = _options(published, options)
+    examples = _examples(published, options)
+    dense = parameters(published, published.weights)
+    plan = training.plan(dense, recipe)
+    training.sparsifier(recipe)  # refuses too few steps
+    going_on = files.begin(output, _decisive(options, published))
+    name = published.folder.resolve().name
+    say(f"{name}: {type(published.model).__name__}, {len(plan.pruned)} kernels, {plan.kernel_weights:,} kernel weights")
+    if examples:
+        say(examples.said)
+    if going_on:
+        say(f"unfinished work is in {files.unfinished(output)}")
+    began = time.monotonic()
+    if examples is None:
+        say("pruning by magnitude")
+        pruned = training.by_magnitude(dense, recipe)
+    else:
+        say("compiling" if recipe.steps else "pruning without training, by Optimal Brain Surgeon")
+        run = training.trained if recipe.steps else training.one_shot
+        pruned = run(published, dense, examples.train, recipe, files.unfinished(output) / STATE, say)
+    sapp.check_pruned(pruned, plan)
+    say(f"pruned in {time.monotonic() - began:.0f} s; writing, measuring and timing")
+
+    copy, left_out = files.copied(published.folder, published.inner, output)
+    weights = copy / published.inner.relative_to(published.folder) / WEIGHTS
+    layers = {name: x for name, x in pruned.items() if name.startswith("layer")}
+    checkpoints.save(weights, published.weights, published.model, layers)
+    pruned = parameters(published, weights)  # what is in the file, which may be of a narrower type
+    measures = quality(published, dense, pruned, examples.held_out, recipe.batch) if examples else []
+    length = examples.train["tokens"].shape[1] if examples and "tokens" in examples.train else 0
+    speeds = page.served(published, dense, pruned, plan, length, copy / files.REPORT / page.SERVED)
+    notes = [examples.said] if examples else []
+    if left_out:
+        notes.append(f"Not copied, for they hold the dense network in other formats: {', '.join(left_out)}")
+    title = f"{name}, {recipe.sparsity:.0%} of the blocks of {recipe.block[0]} × {recipe.block[1]} removed"
+    _report(copy / files.REPORT, published, pruned, plan, title, command, notes, measures, speeds, length)
+    files.publish(copy, output)
+    for measure in measures:
+        say(f"{measure.name}: {measure.pruned:.4g} (dense {measure.dense:.4g})")
+    for speed in speeds:
+        say(f"batch {speed.batch}: {speed.pruned:.2f} ms (dense {speed.dense:.2f})")
+    say(f"{output} has the pruned network, {output / files.REPORT / page.PAGE} the page on it")
+
+
+def parameters(published: Published, weights: pathlib.Path) -> Any:
+    """A network's parameters, float32.
+
+    Args:
+      published: the network.
+      weights: a file of its weights.
+
+    Raises:
+      ValueError: if it cannot be read, or has not the tensors of this network.
+    """
+    example = page.arguments(published, 1, 1)[0]
+    shapes = jax.eval_shape(published.model.init, jax.random.key(0), example)["params"]
+    return checkpoints.load(weights, published.model, shapes)
+
+
+def _options(published: Published, options: argparse.Namespace) -> training.Options:
+    batch = options.batch or (8 if isinstance(published.model, Decoder) else 32)
+    return training.Options(options.block, options.sparsity, options.steps, batch, options.learning_rate)
+
+
+def _examples(published: Published, options: argparse.Namespace) -> data.Examples | None:
+    if not published.image:
+        if options.text is None:
+            raise ValueError("--text is missing: a file with a sentence a line, of the kind that the network is for")
+        return data.from_text(published, options.text, options.length)
+    if options.text is not None:
+        raise ValueError(f"--text={options.text} is of no use for ViT, whose inputs are images")
+    if options.steps:
+        raise ValueError("ViT is pruned without training, by magnitude: give --steps=0")
+    return None
+
+
+def _decisive(options: argparse.Namespace, published: Published) -> dict[str, Any]:
+    """All that decides the result: unfinished work goes on only if it is the same."""
+    names = ("sparsity", "block", "steps", "length", "batch", "learning_rate")
+    contents = {"config.json": published.config, WEIGHTS: published.weights, "--text": options.text}
+    return {
+        "version": sapp.__version__,
+        **{f"--{name.replace('_', '-')}": _plain(getattr(options, name)) for name in names},
+        **{f"the contents of {name}": digest(file) for name, file in contents.items() if file},
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def digest(file: pathlib.Path) -> str:
+    """SHA-256 of a file.
+
+    Args:
+      file: its path.
+    """
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _report(
+    folder: pathlib.Path,
+    published: Published,
+    pruned: Any,
+    plan: sapp.Plan,
+    title: str,
+    command: str,
+    notes: list[str],
+    measures: list[Measure],
+    speeds: list[page.Speed],
+    length: int,
+) -> None:
+    found = page.masks(pruned, plan)
+    page.draw_blocks(folder / page.BLOCKS, found, published.model.layers)
+    page.draw_speed(folder / page.SPEED, speeds)
+    shapes = [(np.asarray(x).shape, x.dtype) for x in page.arguments(published, 1, max(length, 1))]
+    call = ", ".join(f"np.ones({shape}, np.{dtype})" for shape, dtype in shapes)
+    text = page.text(title, command, notes, measures, speeds, found, plan, call)
+    write_atomically(folder / page.PAGE, lambda file: file.write(text.encode()))
+    result = {
+        "quality": [measure._asdict() for measure in measures],
+        "milliseconds": [speed._asdict() for speed in speeds],
+        "kept": {path: int(mask.sum()) for path, mask in found.items()},
+        "blocks": {path: mask.size for path, mask in found.items()},
+    }
+    write_atomically(folder / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode()))
