@@ -1,9 +1,6 @@
 """The command that prunes published transformers: what comes out, in whose hands, resuming, and bad input."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,9 +12,10 @@ from sa_plus_plus.__main__ import main
 
 pytest.importorskip("tokenizers")
 import published_models
-from published_models import KERNELS, LAYER, LAYERS, LINES, WIDTH
+from published_models import KERNELS, LAYER, LAYERS, LINES
 
-from sa_plus_plus.contrib.prune import files, page, training
+from sa_plus_plus.contrib.prune import files, page, pipeline, training
+from sa_plus_plus.contrib.transformers import directories, images
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -52,15 +50,15 @@ def kept_blocks(matrix, side=4):
     return np.abs(matrix.reshape(rows // side, side, columns // side, side)).max((1, 3)) > 0
 
 
-def check_tensors(kind, before, after):
+def check_tensors(kind, before, after, layers=LAYERS):
     """Half of the blocks of each kernel are left, and what is no part of a layer is as it was."""
     (old, metadata), (new, new_metadata) = read(before), read(after)
     assert metadata == new_metadata == {"format": "pt"}
     assert {n: (x.shape, x.dtype) for n, x in old.items()} == {n: (x.shape, x.dtype) for n, x in new.items()}
     for name in old:
-        if not any(name.startswith(LAYER[kind].format(i)) for i in range(LAYERS)):
+        if not any(name.startswith(LAYER[kind].format(i)) for i in range(layers)):
             np.testing.assert_array_equal(new[name], old[name], name)
-    for i in range(LAYERS):
+    for i in range(layers):
         for name in KERNELS[kind]:
             kernel = new[f"{LAYER[kind].format(i)}{name}.weight"].astype(np.float32)
             parts = np.split(kernel, 3, 1) if name == "attn.c_attn" else [kernel]
@@ -119,9 +117,9 @@ def test_what_comes_out(kind, tmp_path, capsys):
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_sentence_transformers_load_it(pooling, tmp_path):
-    dense = published_models.write(tmp_path / "dense", "bert", pooling=pooling)
+    dense = published_models.write(tmp_path / "dense", "bert", pooling=pooling, layers=1)
     pruned = prune(dense, tmp_path / "pruned", "--steps=0", text(tmp_path))
-    check_tensors("bert", dense, pruned)
+    check_tensors("bert", dense, pruned, layers=1)
     result = json.loads((pruned / files.REPORT / "result.json").read_text())
     assert [m["name"][:6] for m in result["quality"]] == ["cosine", "cosine", "the 10"]
     library = pytest.importorskip("sentence_transformers")
@@ -136,12 +134,11 @@ def test_sentence_transformers_load_it(pooling, tmp_path):
         np.testing.assert_allclose(network(tokens, np.array([len(ids)], np.int32))[0], embedding, atol=1e-5)
 
 
-def test_training_keeps_more_than_magnitude(tmp_path): ...
-
-
 @pytest.mark.parametrize("steps", [0, 12])
 def test_the_same_command_goes_on(steps, tmp_path, monkeypatch, capsys):
-    dense = published_models.write(tmp_path / "dense", "bert", pooling="mean")
+    monkeypatch.setattr(pipeline, "quality", lambda *_: [])
+    monkeypatch.setattr(page, "served", lambda *_: [page.Speed(1, 2.0, 1.0)])
+    dense = published_models.write(tmp_path / "dense", "bert", pooling="mean", layers=1)
     options = [f"--steps={steps}", text(tmp_path)]
     whole = prune(dense, tmp_path / "whole", *options)
     monkeypatch.setattr(training, "SHOWN_EVERY", 0)
@@ -164,5 +161,128 @@ def test_the_same_command_goes_on(steps, tmp_path, monkeypatch, capsys):
     assert "has unfinished work with --sparsity 0.5, and this is with 0.75" in capsys.readouterr().err
     pruned = prune(dense, tmp_path / "pruned", *options)
     said = capsys.readouterr().out
-    assert ("going on from step 5 of 12" if steps else "going on after 5 of 12 kernels") in said
+    assert ("going on from step 5 of 12" if steps else "going on after 5 of 6 kernels") in said
     assert (pruned / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def refused(capsys, *arguments):
+    """What the command says, in one sentence, before anything is made."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["prune", *map(str, arguments)])
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_what_is_not_supported_is_said(tmp_path, capsys):
+    lines, image = text(tmp_path), tmp_path / "images" / "one.png"
+    image.parent.mkdir()
+    image.write_bytes(b"no image")
+    output = tmp_path / "new"
+    fixed = [f"--output={output}", "--sparsity=0.5", "--block=4", "--steps=10"]
+    bert, vit = (published_models.write(tmp_path / kind, kind) for kind in ("bert", "vit"))
+
+    def changed(kind="bert", **changes):
+        return published_models.write(tmp_path / "-".join(changes), kind, **changes)
+
+    def without(name, source=bert, write=None):
+        copy = tmp_path / f"without {name}"
+        shutil.copytree(source, copy)
+        (copy / name).unlink()
+        if write:
+            (copy / write).write_text("{}")
+        return copy
+
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    dense = published_models.write(tmp_path / "other", "bert", pooling="mean")
+    modules = json.loads((dense / "modules.json").read_text())
+    (dense / "modules.json").write_text(json.dumps([*modules, {"path": "3_Dense", "type": "models.Dense"}]))
+    weighted = published_models.write(tmp_path / "weighted", "bert", pooling="mean")
+    (weighted / "1_Pooling" / "config.json").write_text('{"pooling_mode_weightedmean_tokens": true}')
+    small = published_models.write(tmp_path / "small", "bert", vocab_size=7)
+    deep = changed(num_hidden_layers=1)
+    for arguments, said in (
+        ([tmp_path / "nowhere", lines], "nowhere is no directory"),
+        ([tmp_path, lines], f"{tmp_path} is no directory of a published transformer: it has no file config.json"),
+        ([without("config.json"), lines], "has no file config.json"),
+        ([without("model.safetensors", write="pytorch_model.bin"), lines], "has weights in PyTorch's format alone"),
+        ([without("tokenizer.json"), lines], "has no tokenizer: there is no file tokenizer.json"),
+        ([changed(model_type="roberta"), lines], "has model_type 'roberta'; the architectures that are supported are"),
+        ([changed(hidden_act="relu"), lines], "has hidden_act 'relu'; only 'gelu' or"),
+        ([changed(position_embedding_type="relative_key"), lines], "only 'absolute' is supported"),
+        ([changed("gpt2", activation_function="silu"), lines], "has activation_function 'silu'"),
+        ([changed(hidden_size="wide"), lines], "has no number 'hidden_size'"),
+        ([deep, lines], "has more layers than the model, which has 1"),
+        ([changed(intermediate_size=36), lines], "layer1/up/kernel of the model, (16, 36)"),
+        ([dense, lines], "modules.json has a module Dense; those that are supported are Transformer, Pooling"),
+        ([weighted, lines], "asks for the pooling pooling_mode_weightedmean_tokens; supported: the mean"),
+        ([small, lines], "tokenizer.json has 30 different tokens, and the network 7"),
+        ([bert], "--text is missing"),
+        ([bert, "--text=nowhere.txt"], "nowhere.txt cannot be read as text"),
+        ([bert, f"--text={empty}"], "has no lines with text"),
+        ([bert, text(tmp_path, ["a b"])], "has 1 example, and two are needed"),
+        ([bert, lines, "--length=17"], "a length of 17 tokens is out of range: the context of the network in"),
+        ([bert, lines, "--images=x"], "is of no use for a network of text"),
+        ([bert, lines, "--sparsity=1.5"], "must be in [0, 1), got 1.5"),
+        ([bert, lines, "--block=16", "--sparsity=0.9"], "leaves no block of the 1 in layer1"),
+        ([bert, lines, "--block=4,a"], "argument --block: invalid block value: '4,a'"),
+        ([bert, lines, "--steps=-1"], "argument --steps: invalid number value"),
+        ([bert, lines, "--steps=1"], "steps"),
+        ([bert, lines, f"--output={bert}"], "is the directory of the dense network or in it"),
+        ([bert, lines, f"--output={bert / 'new'}"], "is the directory of the dense network or in it"),
+        ([bert, lines, f"--output={tmp_path}"], "is already there"),
+        ([bert, lines, "--output=/proc/new"], "/proc/new.unfinished"),
+        ([vit, lines], "is of no use for ViT, whose inputs are images"),
+        ([vit], "--images is missing: a folder of images to learn from; or --steps=0"),
+        ([vit, f"--images={bert}"], "has no images"),
+        ([vit, f"--images={image.parent}"], f"{image} cannot be read as an image"),
+    ):
+        text(tmp_path)
+        options = [one for one in fixed if not any(str(a).startswith(one.split("=")[0] + "=") for a in arguments)]
+        if said.startswith("has 1 example"):
+            text(tmp_path, ["a b"])
+        found = refused(capsys, *arguments, *options)
+        assert said in found, (said, found)
+        assert not output.exists()
+        assert not files.unfinished(output).exists()
+
+
+def test_unfinished_work_of_another_version_is_said(tmp_path, capsys):
+    dense, output = published_models.write(tmp_path / "dense", "vit"), tmp_path / "new"
+    work = files.unfinished(output)
+    work.mkdir()
+    for content, said in (
+        ('{"format": 99}', "run.json is of another version of this command: delete"),
+        ("{", "run.json cannot be read"),
+    ):
+        (work / "run.json").write_text(content)
+        options = [f"--output={output}", "--sparsity=0.5", "--block=4", "--steps=0"]
+        assert said in refused(capsys, dense, *options)
+    (work / "run.json").rename(work / "notes.txt")
+    assert "is already there: delete" in refused(capsys, dense, *options)
+    assert (work / "notes.txt").exists()
+
+
+def test_a_missing_package_is_named_before_anything_is_read(monkeypatch, capsys, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    said = refused(capsys, tmp_path, f"--output={tmp_path / 'new'}", "--sparsity=0.5")
+    assert "the packages matplotlib are missing: pip install matplotlib" in said
+    code = "import sys; sys.modules['flax'] = None; from sa_plus_plus.__main__ import main; main(['prune', '--help'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Optimal Brain Surgeon" in run.stdout
+
+
+def test_images_are_prepared_as_transformers_does(tmp_path):
+    transformers, image = pytest.importorskip("transformers"), pytest.importorskip("PIL.Image")
+    vit = published_models.write(tmp_path / "vit", "vit")
+    drawn = np.random.default_rng(0).integers(0, 256, (3, 11, 13, 3)).astype(np.uint8)
+    for number, pixels in enumerate(drawn):
+        image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    published = directories.read(vit)
+    found = images.pixels(images.files_in(tmp_path), published.image, images.preparation(published).resample)
+    got = images.preparation(published)(found)
+    processor = transformers.ViTImageProcessor.from_pretrained(vit)
+    want = processor([image.fromarray(pixels) for pixels in drawn], return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(got, want.transpose(0, 2, 3, 1), atol=0.02)

@@ -77,10 +77,10 @@ _OTHER_NORMS = {"bert": "embeddings.LayerNorm", "vit": "vit.layernorm", "gpt2": 
 
 
 @functools.cache
-def tensors(kind):
+def tensors(kind, layers=LAYERS):
     """The tensors of an architecture by name."""
     shapes, norms = dict(_OTHERS[kind]), [_OTHER_NORMS[kind]]
-    for i in range(LAYERS):
+    for i in range(layers):
         layer = LAYER[kind].format(i)
         norms += [layer + name for name in _NORMS[kind]]
         for name, shape in KERNELS[kind].items():
@@ -92,11 +92,12 @@ def tensors(kind):
     return {name: np.asarray(x, np.float32) for name, x in found.items()}
 
 
-def write(folder, kind, dtype=np.float32, pooling=None, **changes):
+def write(folder, kind, dtype=np.float32, pooling=None, layers=LAYERS, **changes):
     """Write a directory; with a pooling, that of a sentence-transformers model."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": kind, **CONFIGS[kind], **changes}))
-    stored = {name: x.astype(dtype) for name, x in tensors(kind).items()}
+    depth = {"n_layer" if kind == "gpt2" else "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, **CONFIGS[kind], **depth, **changes}))
+    stored = {name: x.astype(dtype) for name, x in tensors(kind, layers).items()}
     safetensors.numpy.save_file(stored, folder / "model.safetensors", {"format": "pt"})
     if kind == "vit":
         size = {"height": 8, "width": 8}

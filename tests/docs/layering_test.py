@@ -106,6 +106,7 @@ LIBRARY = (
     "contrib.transformers.transformer",
     "contrib.transformers.checkpoints",
     "contrib.transformers.directories",
+    "contrib.transformers.images",
     "contrib.transformers.text",
     "contrib.transformers.pooling",
     "contrib.transformers.retrieval",
@@ -132,6 +133,7 @@ OPTIONAL = {  # imported where they are used, with an error that says what to in
     "contrib.transformers.transformer": {"flax"},
     "contrib.transformers.checkpoints": {"flax", "safetensors"},
     "contrib.transformers.directories": {"flax", "safetensors"},
+    "contrib.transformers.images": {"PIL"},
     "contrib.transformers.text": {"tokenizers"},
     "contrib.prune.page": {"matplotlib"},
 }

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 import pathlib
 import re
 import shlex
@@ -14,14 +15,15 @@ or CLS pooling), GPT-2 or ViT goes in; the same files come out, with most blocks
 so that transformers and sentence-transformers load them unchanged. NEW/pruning has a page with pictures (report.md)
 and the network for sapp.serve (served.safetensors).
 
-With --steps the layers learn from the dense network on your text while blocks are removed (SequentialAttention++);
-no labels are needed. With --steps=0 they are pruned in one go (Optimal Brain Surgeon), in minutes and with more loss.
-If the command is stopped, the same command goes on."""
+With --steps the layers learn from the dense network on your text or images while blocks are removed
+(SequentialAttention++); no labels are needed. A few hundred steps are the least. With --steps=0 they are pruned in one
+go (Optimal Brain Surgeon), in minutes. If the command is stopped, the same command goes on."""
 
 PACKAGES = {  # modules that it needs, and the packages that bring them
     "flatbuffers": "flatbuffers",
     "flax": "flax",
     "matplotlib": "matplotlib",
+    "PIL": "pillow",
     "safetensors": "safetensors",
     "tokenizers": "tokenizers",
 }
@@ -42,13 +44,19 @@ def add_to(commands: Any) -> None:
     add = parser.add_argument
     add("directory", type=pathlib.Path, metavar="DIRECTORY", help="of config.json and model.safetensors")
     add("--output", type=pathlib.Path, required=True, metavar="NEW", help="directory to be made")
-    add("--text", type=pathlib.Path, metavar="FILE", help="text with a sentence a line, plain or .gz; not for ViT")
+    add(
+        "--text",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="text with a sentence a line, plain or .gz, for BERT and GPT-2",
+    )
+    add("--images", type=pathlib.Path, metavar="FOLDER", help="images for ViT; without, only --steps=0, by magnitude")
     add("--sparsity", type=float, required=True, help="share of the blocks that are removed, such as 0.7")
     add("--block", type=_block, default=(16, 16), help="inputs and outputs of a block: 16,16 (the default), 32,1")
     add("--steps", type=_whole, default=1000, help="of training, by default 1000; 0 to prune in one go")
     add("--length", type=_whole, default=0, help="in tokens; longer lines are cut. By default the longest, at most 128")
     add("--batch", type=_positive, default=0, help="examples of a step; by default 32, for GPT-2 8")
-    add("--learning-rate", type=float, default=0.0, help="of Adam; by default 5e-4 at width 384, less if wider")
+    add("--learning-rate", type=_rate, default=0.0, help="of Adam; by default 5e-4 at width 384, less if wider")
     parser.set_defaults(run=run, command="prune")
 
 
@@ -71,7 +79,14 @@ def _positive(text: str) -> int:
     return number
 
 
-_block.__name__, _whole.__name__, _positive.__name__ = "block", "number", "number"  # for argparse's messages
+def _rate(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise ValueError(text)
+    return number
+
+
+for _kind, _name in ((_block, "block"), (_whole, "number"), (_positive, "number"), (_rate, "rate")):
+    _kind.__name__ = _name  # argparse's messages have it
 
 
 def check_packages() -> None:
@@ -81,7 +96,10 @@ def check_packages() -> None:
       ImportError: if there are any.
     """
     if missing := [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]:
-        raise ImportError(f"packages are missing: pip install {' '.join(missing)}, or 'sa_plus_plus[prune]' for all")
+        raise ImportError(
+            f"the packages {', '.join(missing)} are missing: pip install {' '.join(missing)}, or all that the command "
+            "needs by pip install 'sa_plus_plus[prune]'"
+        )
 
 
 def run(options: argparse.Namespace) -> None:

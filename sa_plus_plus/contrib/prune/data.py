@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sa_plus_plus.contrib.prune.networks import gather
+from sa_plus_plus.contrib.transformers import images
 from sa_plus_plus.contrib.transformers.directories import Published
 from sa_plus_plus.contrib.transformers.encoder import Bert
 from sa_plus_plus.contrib.transformers.text import TOKENIZER, lines_of, tokenizer_in
@@ -66,6 +67,22 @@ def from_text(published: Published, file: pathlib.Path, length: int = 0) -> Exam
     if isinstance(model, Bert):
         return _sentences(published, tokenizer, list(dict.fromkeys(lines)), file, length)
     return _pieces(tokenizer, lines, file, length or min(LONGEST, model.context))
+
+
+def from_images(published: Published, folder: pathlib.Path) -> Examples:
+    """Examples from a folder of images, which take height × width × channels bytes of memory each.
+
+    Args:
+      published: a ViT.
+      folder: of the images, which may be in folders of their own.
+
+    Raises:
+      ImportError: without the package `pillow`.
+      ValueError: if there are too few, one cannot be read, or it is not known how to prepare them.
+    """
+    resample = images.preparation(published).resample
+    found = images.files_in(folder)
+    return _split({"image": images.pixels(found, published.image, resample)}, folder, f"{len(found):,} images")
 
 
 def _sentences(published: Published, tokenizer: Any, lines: list[str], file: pathlib.Path, length: int) -> Examples:

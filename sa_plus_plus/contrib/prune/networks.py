@@ -10,6 +10,7 @@ import numpy as np
 
 from sa_plus_plus.contrib.transformers.directories import Published
 from sa_plus_plus.contrib.transformers.encoder import Bert
+from sa_plus_plus.contrib.transformers.images import preparation
 from sa_plus_plus.contrib.transformers.layers import Layer
 from sa_plus_plus.contrib.transformers.pooling import pooled
 from sa_plus_plus.contrib.transformers.retrieval import neighbours_kept
@@ -36,6 +37,8 @@ class Computed(NamedTuple):
 
 def inputs(published: Published) -> tuple[str, ...]:
     """The names of a network's arguments, in order: `tokens` and, for BERT, `real`, how many are not padding; `image`.
+
+    An image is float32 as the network takes it, or uint8, in pixels.
 
     Args:
       published: the network.
@@ -86,8 +89,13 @@ def _apply(published: Published, params: Any, batch: Batch, **options: Any) -> t
         tokens = batch["tokens"].astype(jnp.int32)
         real = jnp.arange(tokens.shape[1])[None] < batch["real"][:, None]
         result = model.apply({"params": params}, tokens, real=real, **options)
+    elif published.image:
+        image = batch["image"]
+        if image.dtype == jnp.uint8:
+            image = preparation(published)(image)
+        result = model.apply({"params": params}, image, **options)
     else:
-        result = model.apply({"params": params}, batch[inputs(published)[0]], **options)
+        result = model.apply({"params": params}, batch["tokens"], **options)
     y: Any = None
     y, captured = result if options else (result, None)
     if published.pooling and isinstance(model, Bert):

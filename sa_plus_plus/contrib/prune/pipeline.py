@@ -103,13 +103,17 @@ def _options(published: Published, options: argparse.Namespace) -> training.Opti
 
 def _examples(published: Published, options: argparse.Namespace) -> data.Examples | None:
     if not published.image:
+        if options.images is not None:
+            raise ValueError(f"--images={options.images} is of no use for a network of text: give --text=FILE")
         if options.text is None:
             raise ValueError("--text is missing: a file with a sentence a line, of the kind that the network is for")
         return data.from_text(published, options.text, options.length)
     if options.text is not None:
-        raise ValueError(f"--text={options.text} is of no use for ViT, whose inputs are images")
+        raise ValueError(f"--text={options.text} is of no use for ViT, whose inputs are images: give --images=FOLDER")
+    if options.images is not None:
+        return data.from_images(published, options.images)
     if options.steps:
-        raise ValueError("ViT is pruned without training, by magnitude: give --steps=0")
+        raise ValueError("--images is missing: a folder of images to learn from; or --steps=0 to prune by magnitude")
     return None
 
 
@@ -117,8 +121,10 @@ def _decisive(options: argparse.Namespace, published: Published) -> dict[str, An
     """All that decides the result: unfinished work goes on only if it is the same."""
     names = ("sparsity", "block", "steps", "length", "batch", "learning_rate")
     contents = {"config.json": published.config, WEIGHTS: published.weights, "--text": options.text}
+    images = {"--images": str(options.images.resolve())} if options.images else {}
     return {
         "version": sapp.__version__,
+        **images,
         **{f"--{name.replace('_', '-')}": _plain(getattr(options, name)) for name in names},
         **{f"the contents of {name}": digest(file) for name, file in contents.items() if file},
     }

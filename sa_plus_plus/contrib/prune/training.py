@@ -168,16 +168,18 @@ def trained(
         kept = sapp.load(file, {"params": params, "state": state, "step": 0})
         params, state, start = kept["params"], kept["state"], int(kept["step"])
         say(f"going on from step {start:,} of {options.steps:,}")
-    clock, began = _Clock(), time.monotonic()
+    clock, began = _Clock(), 0.0  # the first step is compiled, and tells nothing of the others
     for number in range(start, options.steps):
         params, state, loss = step(params, state, dense, gather(train, _rows(number, options.batch, train)))
-        done = number + 1
+        done, value = number + 1, float(loss)
+        if not math.isfinite(value):
+            raise ValueError(f"the loss is {value} at step {done:,}: lower the learning rate, {rate:.2g}")
         if clock.due(SHOWN_EVERY) or done == options.steps or number == start:
-            if not math.isfinite(float(loss)):
-                raise ValueError(f"the loss is {float(loss)} at step {done:,}: lower the learning rate, {rate:.2g}")
-            left = (time.monotonic() - began) / (done - start) * (options.steps - done)
             share = float(sp.phases.fraction(done)) * options.sparsity
-            say(f"step {done:,} of {options.steps:,}: {share:.1%} pruned, loss {float(loss):.4f}, {_time(left)} left")
+            line = f"step {done:,} of {options.steps:,}: {share:.1%} pruned, loss {max(value, 0):.4f}"
+            each = (time.monotonic() - began) / max(done - start - 1, 1)
+            say(f"{line}, {_time(each * (options.steps - done))} left" if began else line)
+        began = began or time.monotonic()
         if clock.due(SAVED_EVERY) or done == options.steps:
             sapp.save(file, {"params": params, "state": state, "step": np.int32(done)})
     return dense | params

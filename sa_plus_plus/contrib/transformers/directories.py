@@ -12,7 +12,7 @@ import safetensors
 from sa_plus_plus.contrib.transformers.encoder import Bert
 from sa_plus_plus.contrib.transformers.transformer import Decoder, ViT
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, IMAGES = "config.json", "model.safetensors", "preprocessor_config.json"
 _OTHER_WEIGHTS = {  # files that hold them where there is no model.safetensors, and what to do
     "model.safetensors.index.json": "has its weights in several files: write one by `model.save_pretrained(directory, "
     'max_shard_size="100GB")` in transformers',
