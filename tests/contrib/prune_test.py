@@ -62,15 +62,15 @@ def kept_blocks(matrix, side=4):
     return np.abs(matrix.reshape(rows // side, side, columns // side, side)).max((1, 3)) > 0
 
 
-def check_tensors(kind, before, after, layers=LAYERS):
+def check_tensors(kind, before, after):
     """Half of the blocks of each kernel are left, and what is no part of a layer is as it was."""
     (old, metadata), (new, new_metadata) = read(before), read(after)
     assert metadata == new_metadata == {"format": "pt"}
     assert {n: (x.shape, x.dtype) for n, x in old.items()} == {n: (x.shape, x.dtype) for n, x in new.items()}
     for name in old:
-        if not any(name.startswith(LAYER[kind].format(i)) for i in range(layers)):
+        if not any(name.startswith(LAYER[kind].format(i)) for i in range(LAYERS)):
             np.testing.assert_array_equal(new[name], old[name], name)
-    for i in range(layers):
+    for i in range(LAYERS):
         for name in KERNELS[kind]:
             kernel = new[f"{LAYER[kind].format(i)}{name}.weight"].astype(np.float32)
             parts = np.split(kernel, 3, 1) if name == "attn.c_attn" else [kernel]
@@ -132,7 +132,7 @@ def test_vit_without_images_keeps_the_largest_blocks(tmp_path, monkeypatch):
     pruned = prune(dense, tmp_path / "pruned", "--steps=0")
     check_tensors("vit", dense, pruned)
     (old, _), (new, _) = read(dense), read(pruned)
-    name = f"{LAYER['vit'].format(1)}intermediate.dense.weight"
+    name = f"{LAYER['vit'].format(0)}intermediate.dense.weight"
     norms = np.linalg.norm(old[name].reshape(8, 4, 4, 4), axis=(1, 3))
     np.testing.assert_array_equal(kept_blocks(new[name]), norms >= np.sort(norms.ravel())[16])
     assert "Not measured: no examples were given" in (pruned / files.REPORT / page.PAGE).read_text()
@@ -140,9 +140,9 @@ def test_vit_without_images_keeps_the_largest_blocks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_sentence_transformers_load_it(pooling, tmp_path):
-    dense = published_models.write(tmp_path / "dense", "bert", pooling=pooling, layers=1)
+    dense = published_models.write(tmp_path / "dense", "bert", pooling=pooling)
     pruned = prune(dense, tmp_path / "pruned", "--steps=0", text(tmp_path))
-    check_tensors("bert", dense, pruned, layers=1)
+    check_tensors("bert", dense, pruned)
     result = json.loads((pruned / files.REPORT / "result.json").read_text())
     assert [m["name"][:6] for m in result["quality"]] == ["cosine", "cosine", "the 10"]
     library = pytest.importorskip("sentence_transformers")
@@ -161,7 +161,7 @@ def test_sentence_transformers_load_it(pooling, tmp_path):
 def test_the_same_command_goes_on(steps, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "quality", lambda *_: [])
     monkeypatch.setattr(page, "served", lambda *_: [page.Speed(1, 2.0, 1.0)])
-    dense = published_models.write(tmp_path / "dense", "bert", pooling="mean", layers=1)
+    dense = published_models.write(tmp_path / "dense", "bert", pooling="mean")
     options = [f"--steps={steps}", text(tmp_path)]
     whole = prune(dense, tmp_path / "whole", *options)
     monkeypatch.setattr(training, "SHOWN_EVERY", 0)
@@ -225,7 +225,7 @@ def test_what_is_not_supported_is_said(tmp_path, capsys):
     weighted = published_models.write(tmp_path / "weighted", "bert", pooling="mean")
     (weighted / "1_Pooling" / "config.json").write_text('{"pooling_mode_weightedmean_tokens": true}')
     small = published_models.write(tmp_path / "small", "bert", vocab_size=7)
-    deep, wrong = changed(num_hidden_layers=1), []
+    deep, wrong = published_models.write(tmp_path / "deep", "bert", layers=2, num_hidden_layers=1), []
     for arguments, said in (
         ([tmp_path / "nowhere", lines], "nowhere is no directory"),
         ([image.parent, lines], "is no directory of a published transformer: it has no file config.json"),

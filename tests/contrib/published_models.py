@@ -7,7 +7,7 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
-WIDTH, HIDDEN, LAYERS, VOCABULARY, CONTEXT = 16, 32, 2, 30, 16
+WIDTH, HIDDEN, LAYERS, VOCABULARY, CONTEXT = 16, 32, 1, 30, 16
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
 LINES = [" ".join(np.random.default_rng(i).choice(WORDS[4:], 3 + i % 9)) for i in range(120)]
 ENCODER = {
