@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     command.add_to(commands)
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
+    options.arguments = arguments
     try:
         options.run(options)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -1,5 +1,6 @@
 """The command that prunes published transformers: what comes out, in whose hands, resuming, and bad input."""
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -26,11 +27,10 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One size of batches, timed once."""
+    """One size of batches, and nothing is timed."""
     monkeypatch.setattr(page, "BATCHES", (1,))
-    monkeypatch.setattr(
-        page.timing, "alternate", lambda calls, rounds: {name: [1e-3, call() is None] for name, call in calls.items()}
-    )
+    monkeypatch.setattr(page.timing, "alternate", lambda calls, rounds: dict.fromkeys(calls, [1e-3]))
+    monkeypatch.setattr(page.sapp, "specialize", functools.partial(sapp.specialize, mode="always"))
 
 
 def prune(folder, output, *options, sparsity=0.5, block="4,4"):
@@ -269,7 +269,7 @@ def test_what_is_not_supported_is_said(tmp_path, capsys):
     assert not wrong
 
 
-def test_unfinished_work_of_another_version_is_said(tmp_path, capsys):
+def test_unfinished_work_of_another_version_or_process_is_said(tmp_path, capsys):
     dense, output = published_models.write(tmp_path / "dense", "vit"), tmp_path / "new"
     work = files.unfinished(output)
     work.mkdir()
@@ -280,6 +280,8 @@ def test_unfinished_work_of_another_version_is_said(tmp_path, capsys):
         (work / "run.json").write_text(content)
         options = [f"--output={output}", "--sparsity=0.5", "--block=4", "--steps=0"]
         assert said in refused(capsys, dense, *options)
+    with files.working(tmp_path / "other", {}), pytest.raises(ValueError, match="another process is at work in"):
+        files.working(tmp_path / "other", {}).__enter__()
     (work / "run.json").rename(work / "notes.txt")
     assert "is already there: delete" in refused(capsys, dense, *options)
     assert (work / "notes.txt").exists()

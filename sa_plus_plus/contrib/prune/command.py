@@ -6,7 +6,6 @@ import math
 import pathlib
 import re
 import shlex
-import sys
 from typing import Any
 
 DESCRIPTION = """\
@@ -114,5 +113,5 @@ def run(options: argparse.Namespace) -> None:
     check_packages()
     from sa_plus_plus.contrib.prune import pipeline  # noqa: PLC0415 - needs these packages
 
-    command = f"python -m sa_plus_plus {shlex.join(sys.argv[1:])}"
+    command = f"python -m sa_plus_plus {shlex.join(options.arguments)}"
     pipeline.prune(options, command, lambda text: print(text, flush=True))

@@ -1,10 +1,12 @@
 """The directory of the pruned network: it appears when it is complete; until then work is kept beside it."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from sa_plus_plus.contrib.transformers.directories import WEIGHTS, json_of
@@ -15,7 +17,7 @@ _OTHER_FORMATS = {  # ends of files of weights in other formats
     *(".bin", ".ckpt", ".gguf", ".h5", ".mlmodel", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pt", ".pth", ".tflite"),
     ".safetensors",
 }
-_RUN, _FILES = "run.json", "files"
+_RUN, _LOCK, _FILES = "run.json", "lock", "files"
 _FORMAT = 1
 
 
@@ -46,20 +48,33 @@ def unfinished(output: pathlib.Path) -> pathlib.Path:
     return output.absolute().with_name(f"{output.absolute().name}.unfinished")
 
 
-def begin(output: pathlib.Path, run: Mapping[str, Any]) -> bool:
-    """Make the directory for unfinished work. Returns whether it goes on with work that is there.
+@contextlib.contextmanager
+def working(output: pathlib.Path, run: Mapping[str, Any]) -> Iterator[bool]:
+    """The directory for unfinished work, for this process alone: whether there is work to go on with.
 
     Args:
       output: the directory to be made.
       run: what decides the result, for JSON.
 
     Raises:
-      ValueError: if there is unfinished work of another version, or with other options.
+      ValueError: if there is unfinished work of another version or with other options, or another process works on it.
       OSError: if the directory cannot be made.
     """
     work = unfinished(output)
-    file, run = work / _RUN, {"format": _FORMAT, **run}
     remedy = f"delete {work}, or give another --output"
+    if work.exists() and not (work / _RUN).exists() and {file.name for file in work.iterdir()} - {_LOCK}:
+        raise FileExistsError(f"{work}, where work is kept until it is done, is already there: {remedy}")
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is at work in {work}: wait for it, or give another --output") from error
+        yield _goes_on(work / _RUN, {"format": _FORMAT, **run}, remedy)
+
+
+def _goes_on(file: pathlib.Path, run: dict[str, Any], remedy: str) -> bool:
+    """Whether there is a record of the same run; without any it is made."""
     if file.exists():
         found = json_of(file)
         if found.get("format") != _FORMAT:
@@ -67,12 +82,10 @@ def begin(output: pathlib.Path, run: Mapping[str, Any]) -> bool:
         if differing := [key for key in {**run, **found} if run.get(key) != found.get(key)]:
             key = differing[0]
             raise ValueError(
-                f"{work} has unfinished work with {key} {found.get(key)!r}, and this is with {run.get(key)!r}: {remedy}"
+                f"{file.parent} has unfinished work with {key} {found.get(key)!r}, and this is with {run.get(key)!r}: "
+                f"{remedy}"
             )
         return True
-    if work.exists() and any(work.iterdir()):
-        raise FileExistsError(f"{work}, where work is kept until it is done, is already there: {remedy}")
-    work.mkdir(parents=True, exist_ok=True)
     write_atomically(file, lambda opened: opened.write(json.dumps(run, indent=2).encode()))
     return False
 

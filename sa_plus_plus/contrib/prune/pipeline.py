@@ -16,6 +16,7 @@ from sa_plus_plus.contrib.prune import data, files, page, training
 from sa_plus_plus.contrib.prune.networks import Measure, quality
 from sa_plus_plus.contrib.transformers import checkpoints, directories
 from sa_plus_plus.contrib.transformers.directories import WEIGHTS, Published
+from sa_plus_plus.contrib.transformers.images import files_in
 from sa_plus_plus.contrib.transformers.transformer import Decoder
 from sa_plus_plus.files import write_atomically
 
@@ -42,24 +43,49 @@ def prune(options: argparse.Namespace, command: str, say: Say) -> None:
     dense = parameters(published, published.weights)
     plan = training.plan(dense, recipe)
     training.sparsifier(recipe)  # refuses too few steps
-    going_on = files.begin(output, _decisive(options, published))
-    name = published.folder.resolve().name
-    say(f"{name}: {type(published.model).__name__}, {len(plan.pruned)} kernels, {plan.kernel_weights:,} kernel weights")
-    if examples:
-        say(examples.said)
-    if going_on:
-        say(f"unfinished work is in {files.unfinished(output)}")
-    began = time.monotonic()
+    with files.working(output, _decisive(options, published)) as going_on:
+        kernels = f"{len(plan.pruned)} kernels, {plan.kernel_weights:,} weights"
+        say(f"{published.folder.resolve().name}: {type(published.model).__name__}, {kernels}")
+        if examples:
+            say(examples.said)
+        if going_on:
+            say(f"unfinished work is in {files.unfinished(output)}")
+        began = time.monotonic()
+        pruned = _pruned(published, dense, examples, recipe, files.unfinished(output) / STATE, say)
+        sapp.check_pruned(pruned, plan)
+        say(f"pruned in {time.monotonic() - began:.0f} s; writing, measuring and timing")
+        _written(published, dense, pruned, plan, examples, recipe, output, command, say)
+    say(f"{output} has the pruned network, {output / files.REPORT / page.PAGE} the page on it")
+
+
+def _pruned(
+    published: Published,
+    dense: Any,
+    examples: data.Examples | None,
+    recipe: training.Options,
+    state: pathlib.Path,
+    say: Say,
+) -> Any:
     if examples is None:
         say("pruning by magnitude")
-        pruned = training.by_magnitude(dense, recipe)
-    else:
-        say("compiling" if recipe.steps else "pruning without training, by Optimal Brain Surgeon")
-        run = training.trained if recipe.steps else training.one_shot
-        pruned = run(published, dense, examples.train, recipe, files.unfinished(output) / STATE, say)
-    sapp.check_pruned(pruned, plan)
-    say(f"pruned in {time.monotonic() - began:.0f} s; writing, measuring and timing")
+        return training.by_magnitude(dense, recipe)
+    say("compiling" if recipe.steps else "pruning without training, by Optimal Brain Surgeon")
+    run = training.trained if recipe.steps else training.one_shot
+    return run(published, dense, examples.train, recipe, state, say)
 
+
+def _written(
+    published: Published,
+    dense: Any,
+    pruned: Any,
+    plan: sapp.Plan,
+    examples: data.Examples | None,
+    recipe: training.Options,
+    output: pathlib.Path,
+    command: str,
+    say: Say,
+) -> None:
+    """Write the directory: the files, the served network and the page."""
     copy, left_out = files.copied(published.folder, published.inner, output)
     weights = copy / published.inner.relative_to(published.folder) / WEIGHTS
     layers = {name: x for name, x in pruned.items() if name.startswith("layer")}
@@ -71,14 +97,14 @@ def prune(options: argparse.Namespace, command: str, say: Say) -> None:
     notes = [examples.said] if examples else []
     if left_out:
         notes.append(f"Not copied, for they hold the dense network in other formats: {', '.join(left_out)}")
-    title = f"{name}, {recipe.sparsity:.0%} of the blocks of {recipe.block[0]} × {recipe.block[1]} removed"
+    removed = f"{recipe.sparsity:.0%} of the blocks of {recipe.block[0]} × {recipe.block[1]} removed"
+    title = f"{published.folder.resolve().name}, {removed}"
     _report(copy / files.REPORT, published, pruned, plan, title, command, notes, measures, speeds, length)
     files.publish(copy, output)
     for measure in measures:
         say(f"{measure.name}: {measure.pruned:.4g} (dense {measure.dense:.4g})")
     for speed in speeds:
         say(f"batch {speed.batch}: {speed.pruned:.2f} ms (dense {speed.dense:.2f})")
-    say(f"{output} has the pruned network, {output / files.REPORT / page.PAGE} the page on it")
 
 
 def parameters(published: Published, weights: pathlib.Path) -> Any:
@@ -121,13 +147,15 @@ def _decisive(options: argparse.Namespace, published: Published) -> dict[str, An
     """All that decides the result: unfinished work goes on only if it is the same."""
     names = ("sparsity", "block", "steps", "length", "batch", "learning_rate")
     contents = {"config.json": published.config, WEIGHTS: published.weights, "--text": options.text}
-    images = {"--images": str(options.images.resolve())} if options.images else {}
-    return {
+    run = {
         "version": sapp.__version__,
-        **images,
         **{f"--{name.replace('_', '-')}": _plain(getattr(options, name)) for name in names},
         **{f"the contents of {name}": digest(file) for name, file in contents.items() if file},
     }
+    if options.images:  # their contents would take long to read
+        found = [f"{file.relative_to(options.images)} {file.stat().st_size}" for file in files_in(options.images)]
+        run["the files in --images"] = hashlib.sha256("\n".join(found).encode()).hexdigest()
+    return run
 
 
 def _plain(value: Any) -> Any:
