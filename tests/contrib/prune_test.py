@@ -112,6 +112,8 @@ def test_what_comes_out(kind, tmp_path, capsys):
     report, result = (new / page.PAGE).read_text(), json.loads((new / "result.json").read_text())
     assert "onnx/model.onnx" in report
     assert "50% of the blocks of 4 × 4 removed" in report
+    assert f"python -m sa_plus_plus prune {dense} --output={pruned}" in report
+    assert {"bert": "how many of each row are real", "gpt2": "12 tokens a row", "vit": "images"}[kind] in report
     names = {"bert": "cosine to the dense network", "gpt2": "perplexity", "vit": "same class"}
     assert result["quality"][0]["name"] == names[kind]
     assert sum(result["kept"].values()) * 2 == sum(result["blocks"].values())

@@ -156,6 +156,7 @@ def text(
     speeds: Sequence[Speed],
     found: Mapping[str, np.ndarray],
     plan: sapp.Plan,
+    takes: str,
     call: str,
 ) -> str:
     """The page in Markdown.
@@ -168,6 +169,7 @@ def text(
       speeds: milliseconds.
       found: by `masks`.
       plan: of the pruned network.
+      takes: what the served network takes, a sentence.
       call: arguments of the served network in Python.
     """
     kernels = [
@@ -186,7 +188,14 @@ def text(
             *lines,
             *("", "## Milliseconds", "", "Both networks by `sapp.specialize`, in turn, on this machine:", ""),
             *_table(("batch", "dense", "pruned", "times as fast"), times),
-            *("", f"![milliseconds]({SPEED})", "", f"`{SERVED}` holds the pruned network, in batches of any size:", ""),
+            *(
+                "",
+                f"![milliseconds]({SPEED})",
+                "",
+                f"`{SERVED}` holds the pruned network, in batches of any size.",
+                takes,
+            ),
+            "",
             *("```python", "import numpy as np", "import sa_plus_plus as sapp", ""),
             *(f'network = sapp.serve.load("{SERVED}")', f"y = network({call})", "```"),
             *("", "## Blocks that are left", "", f"![blocks]({BLOCKS})", ""),

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 
 import sa_plus_plus as sapp
 from sa_plus_plus.contrib.prune import data, files, page, training
-from sa_plus_plus.contrib.prune.networks import Measure, quality
+from sa_plus_plus.contrib.prune.networks import Measure, inputs, quality
 from sa_plus_plus.contrib.transformers import checkpoints, directories
 from sa_plus_plus.contrib.transformers.directories import WEIGHTS, Published
 from sa_plus_plus.contrib.transformers.images import files_in
@@ -94,7 +95,9 @@ def _written(
     measures = quality(published, dense, pruned, examples.held_out, recipe.batch) if examples else []
     length = examples.train["tokens"].shape[1] if examples and "tokens" in examples.train else 0
     speeds = page.served(published, dense, pruned, plan, length, copy / files.REPORT / page.SERVED)
-    notes = [examples.said] if examples else []
+    versions = f"sa_plus_plus {sapp.__version__}, JAX {jax.__version__}"
+    notes = [f"{versions}, {jax.devices()[0].device_kind}, {os.cpu_count()} processors"]
+    notes += [examples.said] if examples else []
     if left_out:
         notes.append(f"Not copied, for they hold the dense network in other formats: {', '.join(left_out)}")
     removed = f"{recipe.sparsity:.0%} of the blocks of {recipe.block[0]} × {recipe.block[1]} removed"
@@ -120,6 +123,15 @@ def parameters(published: Published, weights: pathlib.Path) -> Any:
     example = page.arguments(published, 1, 1)[0]
     shapes = jax.eval_shape(published.model.init, jax.random.key(0), example)["params"]
     return checkpoints.load(weights, published.model, shapes)
+
+
+def _takes(published: Published, length: int) -> str:
+    """What the served network takes, a sentence."""
+    if published.image:
+        height, width, channels = published.image
+        return f"It takes prepared images, float32 `(batch, {height}, {width}, {channels})`."
+    tokens = f"It takes {length} tokens a row, int32 `(batch, {length})`, filled up with zeros at the end"
+    return tokens + (", and int32 `(batch,)`, how many of each row are real." if "real" in inputs(published) else ".")
 
 
 def _options(published: Published, options: argparse.Namespace) -> training.Options:
@@ -189,7 +201,7 @@ def _report(
     page.draw_speed(folder / page.SPEED, speeds)
     shapes = [(np.asarray(x).shape, x.dtype) for x in page.arguments(published, 1, max(length, 1))]
     call = ", ".join(f"np.ones({shape}, np.{dtype})" for shape, dtype in shapes)
-    text = page.text(title, command, notes, measures, speeds, found, plan, call)
+    text = page.text(title, command, notes, measures, speeds, found, plan, _takes(published, length), call)
     write_atomically(folder / page.PAGE, lambda file: file.write(text.encode()))
     result = {
         "quality": [measure._asdict() for measure in measures],

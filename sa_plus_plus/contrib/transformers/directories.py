@@ -117,7 +117,10 @@ def read(path: str | os.PathLike[str]) -> Published:
     """
     folder = pathlib.Path(path).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no directory: give that of a published transformer")
+        raise FileNotFoundError(
+            f"{folder} is no directory: give that of a published transformer; nothing is downloaded here, but by "
+            "`hf download NAME --local-dir DIRECTORY` of huggingface_hub"
+        )
     modules = _modules(folder)
     inner = folder / modules.get("Transformer", "")
     for name in (CONFIG, WEIGHTS):
