@@ -28,10 +28,10 @@ import sa_plus_plus as sapp
 from benchmarks import timing
 from experiments.engines import runtimes
 from experiments.models import ResNet18, ResNet34, ResNet50
-from experiments.models.encoder import Encoder
 from experiments.outputs import progress, report
 from experiments.utils import registry
 from experiments.utils.timing import difference
+from sa_plus_plus.contrib.transformers.encoder import Encoder
 
 NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {  # and the shape of an input
     "resnet50": (ResNet50(classes=1000), (224, 224, 3)),

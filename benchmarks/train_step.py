@@ -21,8 +21,8 @@ from absl import app, flags
 
 import sa_plus_plus as sapp
 from benchmarks import timing
-from experiments.models.transformer import Decoder
 from experiments.outputs import progress
+from sa_plus_plus.contrib.transformers.transformer import Decoder
 
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds of alternating measurements.")
 _WORKLOADS = flags.DEFINE_list("workloads", ["mlp_256", "mlp_8192", "cnn_32"], "Which networks.")

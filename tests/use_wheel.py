@@ -7,6 +7,7 @@ Not collected by pytest: it is for an environment into which the wheel, safetens
 
 import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 
@@ -28,6 +29,10 @@ def main() -> None:
     x = rng.normal(size=(3, 256))
     for precision, most in (("float32", 1e-5), ("int8", 0.1)):
         print(f"  {precision}: {report(jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32), precision, most)}")
+    command = [sys.executable, "-P", "-m", "sa_plus_plus", "prune", "model", "--output=new", "--sparsity=0.5"]
+    said = subprocess.run(command, capture_output=True, text=True)  # its extra is not installed
+    assert "pip install flax" in said.stderr, said
+    assert said.returncode == 2, said
     print(f"  Python {sys.version.split()[0]}, jax {jax.__version__}, {native.isa(np.float32)}, {home}")
 
 

@@ -15,10 +15,10 @@ from benchmarks.minilm.contenders import HIDDEN, LAYERS, Contender
 from experiments import retrieval
 from experiments.data.sentences import tokenize
 from experiments.engines import runtimes
-from experiments.models.encoder import Bert, MeanPooled
 from experiments.models.published_embeddings import BATCH
-from experiments.models.sentences import SentenceEncoder
+from experiments.models.sentences import MeanPooled, SentenceEncoder
 from experiments.outputs import workdir
+from sa_plus_plus.contrib.transformers.encoder import Bert
 
 PUBLISHED = "published"
 PRECISIONS = ("float32", "int8")

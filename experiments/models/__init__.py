@@ -1,10 +1,10 @@
 """Networks. The name in a config is the name of a class or function here."""
 
 from experiments.models.click import ClickNet
-from experiments.models.encoder import Bert
 from experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet34, ResNet50
 from experiments.models.small import MLP, Autoencoder, ConvNet, LeNet300
-from experiments.models.transformer import Decoder, ViT
+from sa_plus_plus.contrib.transformers.encoder import Bert
+from sa_plus_plus.contrib.transformers.transformer import Decoder, ViT
 
 __all__ = [
     "MLP",

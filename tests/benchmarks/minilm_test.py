@@ -26,7 +26,13 @@ def test_all_stages_by_command(tmp_path, groups):
     (tmp_path / "pairs.tsv").write_text("\n".join("\t".join(pair) for pair in pairs))
     directory, output = tmp_path / "campaign" / "smoke", tmp_path / "output"
     flags = [f"--model={model}", f"--text={tmp_path / 'lines.txt'}", f"--pairs={tmp_path / 'pairs.tsv'}"]
-    flags += [f"--directory={directory.parent}", f"--output={output}", "--scale=smoke", "--noengines", f"--groups={groups}"]
+    flags += [
+        f"--directory={directory.parent}",
+        f"--output={output}",
+        "--scale=smoke",
+        "--noengines",
+        f"--groups={groups}",
+    ]
     done = commands.run("benchmarks.minilm", *flags)
     assert done.returncode == 0, done.output
     found = json.loads((output / "minilm.json").read_text())

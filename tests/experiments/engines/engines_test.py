@@ -7,8 +7,8 @@ import pytest
 
 from experiments.engines import runtimes
 from experiments.models import ClickNet, ConvNet, LeNet300, ResNet
-from experiments.models.encoder import Encoder
 from experiments.utils.timing import difference
+from sa_plus_plus.contrib.transformers.encoder import Encoder
 
 SMALL = {"classes": 5, "stages": (1, 1), "width": 8}
 CASES = {  # and an input

@@ -20,7 +20,7 @@ from experiments import cli, retrieval, runs
 from experiments.data import sentences as text
 from experiments.engines import runtimes
 from experiments.models import published_embeddings, sentences
-from experiments.models.encoder import MeanPooled
+from experiments.models.sentences import MeanPooled
 from experiments.outputs import progress, workdir
 from experiments.training import loop, program
 from experiments.training.setup import prepare
@@ -132,7 +132,7 @@ def test_bad_input_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no file config\.json"):
         sentences.load(tmp_path)
     for change, said in (
-        ({"hidden_act": "relu"}, "has hidden_act 'relu'; only 'gelu' is supported"),
+        ({"hidden_act": "relu"}, "has hidden_act 'relu'; only 'gelu' or "),
         ({"model_type": "roberta"}, "has model_type 'roberta'"),
         ({"hidden_size": "wide"}, "has no number 'hidden_size'"),
         (None, "cannot be read"),

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import sa_plus_plus as sapp
-from experiments.models import Decoder, LeNet300, ViT, checkpoints, costs
-from experiments.models.encoder import Bert
+from experiments.models import Decoder, LeNet300, ViT, costs
+from sa_plus_plus.contrib.transformers import checkpoints
+from sa_plus_plus.contrib.transformers.encoder import Bert
 
 SIZES = {"layers": 2, "width": 16, "hidden": 24, "heads": 2}
 DECODER = Decoder(vocabulary=50, context=12, **SIZES)
@@ -274,6 +276,28 @@ def test_published_weights_give_what_a_plain_forward_pass_does(name, tmp_path):
     chex.assert_trees_all_equal(looped, scanned(params))
     save_file({(n if n.startswith("classifier") else prefix + n): a for n, a in bare.items()}, path)
     chex.assert_trees_all_equal(checkpoints.load(path, model, params), params)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_changed_parameters_are_written_back(name, tmp_path):
+    model, stored, _, inputs, prefix = PUBLISHED[name]
+    source, new = tmp_path / "model.safetensors", tmp_path / "new.safetensors"
+    bare = {n.removeprefix(prefix): a.astype(np.float16) for n, a in stored().items()} | {"other": np.arange(3)}
+    save_file(bare, source, {"format": "pt"})
+    params = checkpoints.load(source, model, shapes(model, *inputs))
+    layers = {n: jax.tree.map(lambda x: x / 2, part) for n, part in params.items() if n.startswith("layer")}
+    checkpoints.save(new, source, model, layers)
+    chex.assert_trees_all_equal(checkpoints.load(new, model, params), params | layers)
+    with safe_open(new, "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    assert found.keys() == bare.keys()
+    halved = re.compile(r"(h|encoder\.layer)\.\d\.(?!attn\.bias)")  # GPT-2's mask is no parameter
+    for n, before in bare.items():
+        np.testing.assert_array_equal(found[n], before / np.float16(2) if halved.match(n) else before, n)
+    content = new.read_bytes()
+    checkpoints.save(new, source, model, {"layers": scanned(layers)["layers"]})
+    assert new.read_bytes() == content
 
 
 def test_a_file_that_does_not_fit_is_said(tmp_path):

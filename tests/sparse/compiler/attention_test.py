@@ -12,8 +12,8 @@ import problems
 import pytest
 
 import sa_plus_plus as sapp
-from experiments.models.encoder import Bert, Encoder
-from experiments.models.transformer import Decoder
+from sa_plus_plus.contrib.transformers.encoder import Bert, Encoder
+from sa_plus_plus.contrib.transformers.transformer import Decoder
 from sa_plus_plus.sparse.compiler.frontend import layers_fused
 from sa_plus_plus.sparse.compiler.passes.fuse_attention import fuse_attention
 from sa_plus_plus.sparse.ops import native

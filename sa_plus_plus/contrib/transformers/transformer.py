@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import Transformer, embedding, layers_of, with_positions
+from sa_plus_plus.contrib.transformers.layers import Transformer, embedding, layers_of, with_positions
 
 
 class Decoder(Transformer):
@@ -42,7 +42,7 @@ class ViT(Transformer):
     """Classifies images: patches become tokens, with learned positions, and layers follow.
 
     Attributes, besides those of `Transformer`:
-      classes: number of classes.
+      classes: number of classes; 0 for the representation that would be classified.
       patch: side of a patch, in pixels.
       class_token: whether a learned token before the patches is what is classified; else their mean is.
     """
@@ -53,7 +53,11 @@ class ViT(Transformer):
 
     @nn.compact
     def __call__(self, image: jax.Array, training: bool = False) -> jax.Array:
-        """Logits `(batch, classes)` float32 of images `(batch, height, width, channels)`.
+        """Logits `(batch, classes)` or, if `classes` is 0, a representation `(batch, width)`; float32.
+
+        Args:
+          image: `(batch, height, width, channels)`.
+          training: whether dropout applies.
 
         Raises:
           ValueError: if patches do not tile the images.
@@ -71,4 +75,5 @@ class ViT(Transformer):
         x = layers_of(self, x, None, training)
         x = nn.LayerNorm(self.epsilon, dtype, name="norm")(x)
         x = x[:, 0] if self.class_token else jnp.mean(x, axis=1)
-        return nn.Dense(self.classes, name="head")(x.astype(jnp.float32))
+        x = x.astype(jnp.float32)
+        return nn.Dense(self.classes, name="head")(x) if self.classes else x

@@ -1,27 +1,32 @@
-"""Published weights of GPT-2, BERT and ViT, from Hugging Face's files, as parameters of the modules here.
+"""Published weights of GPT-2, BERT and ViT in Hugging Face's files, as parameters of the modules here, and back.
 
     model = Decoder()
     params = checkpoints.load("model.safetensors", model, jax.eval_shape(model.init, key, tokens)["params"])
+    checkpoints.save("pruned.safetensors", "model.safetensors", model, params)
 
 Tensors are found by name; nothing is downloaded.
 """
 
+import contextlib
 import os
+import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
+import safetensors.numpy
 
-from experiments.models.encoder import Bert
-from experiments.models.transformer import Decoder, ViT
 from sa_plus_plus import path_string
+from sa_plus_plus.contrib.transformers.encoder import Bert
+from sa_plus_plus.contrib.transformers.transformer import Decoder, ViT
+from sa_plus_plus.files import write_atomically
 
 Shape = tuple[int, ...]
+_Form = Callable[[np.ndarray], np.ndarray]
 
 
 class _Layout(NamedTuple):
@@ -100,6 +105,7 @@ _LAYOUTS: dict[type[nn.Module], _Layout] = {
 }
 _ENDS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _OLD_ENDS = {"scale": "gamma", "bias": "beta"}  # old names of BERT's `LayerNorm` parameters, still in its files
+_STACKED = "layers/"  # begins the paths of parameters that hold all layers
 _FUSED = ("query", "key", "value")
 
 
@@ -118,15 +124,46 @@ def load(path: str | os.PathLike[str], model: nn.Module, params: Any) -> Any:
       ValueError: if there is no such file, it is something else, a tensor is missing or of another shape, or it has
         more layers than the model.
     """
+    with _opened(path, model) as file:
+        file.check_depth(model.layers)
+        return jax.tree_util.tree_map_with_path(lambda keys, leaf: file.parameter(path_string(keys), leaf), params)
+
+
+def save(path: str | os.PathLike[str], source: str | os.PathLike[str], model: nn.Module, params: Any) -> None:
+    """Write a copy of a file of published weights with new values of some parameters, atomically.
+
+    Names, shapes, types and metadata stay, and so do tensors that hold none of these parameters.
+
+    Args:
+      path: of the new file.
+      source: of the file with the published weights.
+      model: as for `load`.
+      params: the parameters, or a tree of some of them.
+
+    Raises:
+      ValueError: as `load` does.
+      OSError: if the new file cannot be written.
+    """
+    with _opened(source, model) as file:
+        tensors = {name: np.array(file.opened.get_tensor(name)) for name in file.opened.keys()}  # noqa: SIM118
+        metadata = file.opened.metadata()
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+            for part, value in _separately(path_string(keys), np.asarray(leaf)):
+                name, form = file.found(part, value.shape)
+                form(tensors[name])[...] = value  # a form is a view of the tensor, the parameter's place in it
+    content = safetensors.numpy.save(tensors, metadata)
+    write_atomically(pathlib.Path(path), lambda file: file.write(content))
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str], model: nn.Module) -> Iterator["_File"]:
     layout = next((layout for kind, layout in _LAYOUTS.items() if isinstance(model, kind)), None)
     if layout is None:
         known = ", ".join(kind.__name__ for kind in _LAYOUTS)
         raise ValueError(f"no published weights are known for {type(model).__name__}, only for {known}")
     try:
         with safetensors.safe_open(path, "numpy") as opened:
-            file = _File(os.fspath(path), opened, layout)
-            file.check_depth(model.layers)
-            return jax.tree_util.tree_map_with_path(lambda keys, leaf: file.parameter(path_string(keys), leaf), params)
+            yield _File(os.fspath(path), opened, layout)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{os.fspath(path)} cannot be read as a safetensors file: {error}") from error
 
@@ -145,13 +182,16 @@ class _File(NamedTuple):
 
     def parameter(self, path: str, like: Any) -> jax.Array:
         """The parameter at `path`, of the shape and type of `like`."""
-        if path.startswith("layers/"):  # all layers, stacked
-            each = [path.replace("layers", f"layer{i + 1}", 1) for i in range(like.shape[0])]
-            return jnp.asarray(np.stack([self._value(part, like.shape[1:]) for part in each]), like.dtype)
-        return jnp.asarray(self._value(path, like.shape), like.dtype)
+        parts = [self._value(part, shape.shape) for part, shape in _separately(path, np.broadcast_to(0, like.shape))]
+        return jnp.asarray(np.stack(parts) if path.startswith(_STACKED) else parts[0], like.dtype)
 
     def _value(self, path: str, shape: Shape) -> np.ndarray:
-        stored_shape, convert = _form(self.layout, path, shape)
+        name, form = self.found(path, shape)
+        return form(self.opened.get_tensor(name))
+
+    def found(self, path: str, shape: Shape) -> tuple[str, _Form]:
+        """The name of a parameter's tensor, which is of the right shape, and the parameter as a view of it."""
+        stored_shape, form = _form(self.layout, path, shape)
         name, wanted = self._name(path), f"{path} of the model, {shape}, takes one of shape {stored_shape}"
         if name is None:
             names = " or ".join(_names(self.layout, path)) or "for it"
@@ -159,13 +199,20 @@ class _File(NamedTuple):
         found = tuple(self.opened.get_slice(name).get_shape())
         if found != stored_shape:
             raise ValueError(f"{self.path} has a tensor {name} of shape {found}: {wanted}")
-        return convert(self.opened.get_tensor(name))
+        return name, form
 
     def _name(self, path: str) -> str | None:
         """The name of a parameter's tensor in this file; None if there is none."""
         there, prefix = self.opened.keys(), self.layout.prefix
         named = (name for plain in _names(self.layout, path) for name in (prefix + plain, plain))
         return next((name for name in named if name in there), None)
+
+
+def _separately(path: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """A parameter, or the parameters of all layers that are stacked in it, each with its path."""
+    if not path.startswith(_STACKED):
+        return [(path, value)]
+    return [(path.replace("layers", f"layer{i + 1}", 1), part) for i, part in enumerate(value)]
 
 
 def _names(layout: _Layout, path: str) -> list[str]:
@@ -183,8 +230,8 @@ def _names(layout: _Layout, path: str) -> list[str]:
     return [f"{name}.{end}" for end in ends]
 
 
-def _form(layout: _Layout, path: str, shape: Shape) -> tuple[Shape, Callable[[np.ndarray], np.ndarray]]:
-    """The shape of the tensor that a parameter of `shape` is stored in, and how to get the parameter from it."""
+def _form(layout: _Layout, path: str, shape: Shape) -> tuple[Shape, _Form]:
+    """The shape of the tensor that a parameter of `shape` is stored in, and the parameter as a view of it."""
     *above, leaf = path.split("/")
     module = above[-1] if above else leaf
     if layout.fused and module in _FUSED:

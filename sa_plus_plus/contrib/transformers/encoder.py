@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import Transformer, embedding, layers_of, stack, with_positions
+from sa_plus_plus.contrib.transformers.layers import Transformer, embedding, layers_of, stack, with_positions
 
 EPSILON = 1e-6  # epsilon of the layer normalisation of `Encoder`
 
@@ -76,31 +76,3 @@ class Bert(Transformer):
             return x.astype(jnp.float32)
         x = jnp.tanh(nn.Dense(self.width, dtype=dtype, name="pooler")(x[:, 0]))
         return nn.Dense(self.classes, name="head")(x.astype(jnp.float32))
-
-
-class MeanPooled(nn.Module):
-    """Embeddings of sentences, `(batch, width)` of length 1: the mean of the tokens' representations, normalised.
-
-    As `sentences.embed`, of tokens alone, as a server gets them: token 0 is padding.
-
-    Attributes:
-      encoder: without a classifier; its parameters are below `encoder`.
-    """
-
-    encoder: Bert
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Embeddings of `tokens` `(batch, sequence)`; float32."""
-        real = tokens != 0
-        return mean_of(self.encoder(tokens, real=real), real)
-
-
-def mean_of(x: jax.Array, real: jax.Array) -> jax.Array:
-    """The mean over some tokens, of length 1: `(batch, width)`.
-
-    Args:
-      x: `(batch, sequence, width)`.
-      real: `(batch, sequence)` bool, which tokens count.
-    """
-    total = jnp.sum(jnp.where(real[..., None], x, 0), 1)  # the length of the sum or of the mean does not matter
-    return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), 1e-12)

@@ -1,0 +1,35 @@
+"""Commands: `python -m sa_plus_plus prune DIRECTORY --output=NEW --text=FILE`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sa_plus_plus.contrib.prune import command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+      arguments: of the command line; None for those of this process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m sa_plus_plus", description="Block-wise pruning of neural networks."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    command.add_to(commands)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
+    options.arguments = arguments
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"Cannot {options.command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted: the same command goes on from what is kept.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

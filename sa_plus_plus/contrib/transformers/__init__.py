@@ -1,0 +1,1 @@
+"""BERT, GPT-2 and ViT as flax modules, and their published weights in Hugging Face's files."""
