@@ -55,7 +55,12 @@ def add_to(commands: Any) -> None:
     add("--steps", type=_whole, default=1000, help="of training, by default 1000; 0 to prune in one go")
     add("--length", type=_whole, default=0, help="in tokens; longer lines are cut. By default the longest, at most 128")
     add("--batch", type=_positive, default=0, help="examples of a step; by default 32, for GPT-2 8")
-    add("--learning-rate", type=_rate, default=0.0, help="of Adam; by default 5e-4 at width 384, less if wider")
+    add(
+        "--learning-rate",
+        type=_rate,
+        default=0.0,
+        help="of Adam after a warm-up; by default 1e-3 at width 384, less if wider",
+    )
     parser.set_defaults(run=run, command="prune")
 
 

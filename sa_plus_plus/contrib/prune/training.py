@@ -20,7 +20,7 @@ from sa_plus_plus.oneshot.prune import DAMPING, problem_of, solver
 from sa_plus_plus.oneshot.uses import Use
 
 CALIBRATION = 512  # examples that are enough for pruning without training
-RATE = 5e-4 * 384  # of Adam, times the width
+RATE = 1e-3 * 384  # of Adam, times the width
 SHOWN_EVERY, SAVED_EVERY = 10.0, 60.0  # seconds
 
 
@@ -32,7 +32,7 @@ class Options(NamedTuple):
       sparsity: share of the blocks that are removed.
       steps: of training; 0 for none.
       batch: examples of a step.
-      rate: learning rate of the first step; 0 for 5e-4 at a width of 384, and in inverse proportion to the width.
+      rate: the highest learning rate, after a warm-up; 0 for 1e-3 at a width of 384, in inverse proportion to it.
     """
 
     block: tuple[int, ...]
@@ -146,7 +146,8 @@ def trained(
     """
     sp = sparsifier(options)
     rate = options.rate or RATE / published.model.width
-    schedule = optax.cosine_decay_schedule(rate, options.steps, alpha=0.1)
+    warmup = options.steps // 10  # else Adam's first steps, all of full size, undo what was published
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, options.steps, 0.1 * rate)
     tx = sapp.sparsify(optax.chain(sapp.reset_on(optax.scale_by_adam()), optax.scale_by_learning_rate(schedule)), sp)
     layers = {name: x for name, x in dense.items() if name.startswith("layer")}
 

@@ -157,7 +157,7 @@ def test_learning_from_the_published_embeddings(folder, tmp_path, monkeypatch):
     config.targets = str(tmp_path / "targets")
     config.update({"steps": 1, "batch_size": 16, "eval_batch_size": 16, "similarity": 1.0})
     config.sparsifier.name = "dense"
-    config.optimizer.learning_rate = 1e-12
+    config.optimizer.update({"learning_rate": 1e-12, "warmup_steps": 0})
     setup = prepare(config)
     (outcome,) = loop.train(program.compiled(setup), [0])
     assert outcome.test["test_cosine"] == pytest.approx(1, abs=1e-5)  # it is the published network
@@ -252,7 +252,7 @@ def _config(folder, **changes):
     config.data.local = str(lines)
     config.data.options.update({"model": str(folder), "length": 8, "held_out": 0.25})
     config.update({"targets": str(folder / "targets"), "steps": 2, "batch_size": 8, "eval_batch_size": 8, **changes})
-    config.sparsifier.name = "dense"
+    config.sparsifier.name, config.optimizer.warmup_steps = "dense", 0
     return config
 
 
