@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags, logging
 from rich.console import Console
 
-from benchmarks import timing
+from benchmarks import tables, timing
 from benchmarks.minilm import networks, picture, speed, training
 from benchmarks.minilm.contenders import SCALES, Contender, contenders
 from benchmarks.minilm.networks import Network
@@ -32,6 +32,7 @@ from experiments.utils import files, registry
 STAGES = ("train", "quality", "speed", "page")
 GROUPS = ("compared", "picture")
 SPEED = "speed.json"
+PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "worth_it.md"
 _SCALE = flags.DEFINE_enum("scale", "small", list(SCALES), "How long it takes.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), "What to do.")
 _GROUPS = flags.DEFINE_list("groups", list(GROUPS), "Which networks to train.")
@@ -40,7 +41,9 @@ _PAIRS = flags.DEFINE_string("pairs", "", "Pairs to measure on.")
 _MODEL = flags.DEFINE_string("model", "", "Directory of the published encoder; by default that of its package.")
 _DIRECTORY = flags.DEFINE_string("directory", "runs/minilm_campaign", "Where the networks go, below their scale.")
 _ENGINES = flags.DEFINE_bool("engines", True, "Serve the dense networks by ONNX Runtime and OpenVINO too.")
-_OUTPUT = flags.DEFINE_string("output", str(timing.RESULTS), "Where minilm.json and minilm.png go.")
+_OUTPUT = flags.DEFINE_string(
+    "output", str(timing.RESULTS), "Where minilm.json and .png go; by default the page is filled in too."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -123,9 +126,15 @@ def _page(directory: pathlib.Path, served: Sequence[Network], every: Sequence[Co
     files.write_json(output / "minilm.json", {"scale": _SCALE.value, "networks": found, "speed": timed})
     compared = [row for row in found if row["folder"].startswith(("compared", networks.PUBLISHED))]
     shown = [row for row in found if not row["folder"].startswith("compared")]
-    for title, lines in (("Compared", picture.compared(compared)), ("Served", picture.served(shown, timed["rows"]))):
-        if lines:
-            console.print(progress.table(title, lines))
+    lines = {"minilm compared": picture.compared(compared), "minilm served": picture.served(shown, timed["rows"])}
+    for title, rows in lines.items():
+        if rows:
+            console.print(progress.table(title, rows))
+    if output == timing.RESULTS:
+        page = PAGE.read_text()
+        for title, rows in lines.items():
+            page = tables.filled(page, title, tables.markdown(rows))
+        files.write_text(PAGE, page)
     if timed["rows"]:
         title = f"all-MiniLM-L6-v2, {timed['cores']} cores"
         report.save_figure(output / "minilm.png", picture.plot(shown, timed["rows"], title))

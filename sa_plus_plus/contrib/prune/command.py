@@ -51,7 +51,7 @@ def add_to(commands: Any) -> None:
     )
     add("--images", type=pathlib.Path, metavar="FOLDER", help="images for ViT; without, only --steps=0, by magnitude")
     add("--sparsity", type=float, required=True, help="share of the blocks that are removed, such as 0.7")
-    add("--block", type=_block, default=(16, 16), help="inputs and outputs of a block: 16,16 (the default), 32,1")
+    add("--block", type=_block, default=(16, 16), help="inputs and outputs of a block: 16,16 (the default), 4,16")
     add("--steps", type=_whole, default=1000, help="of training, by default 1000; 0 to prune in one go")
     add("--length", type=_whole, default=0, help="in tokens; longer lines are cut. By default the longest, at most 128")
     add("--batch", type=_positive, default=0, help="examples of a step; by default 32, for GPT-2 8")
