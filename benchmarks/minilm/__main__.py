@@ -36,6 +36,7 @@ PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "worth_it.md"
 _SCALE = flags.DEFINE_enum("scale", "small", list(SCALES), "How long it takes.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), "What to do.")
 _GROUPS = flags.DEFINE_list("groups", list(GROUPS), "Which networks to train.")
+_ONLY = flags.DEFINE_string("only", "", "Train only networks whose directory has this in its name.")
 _TEXT = flags.DEFINE_string("text", "", "Sentences to learn from.")
 _PAIRS = flags.DEFINE_string("pairs", "", "Pairs to measure on.")
 _MODEL = flags.DEFINE_string("model", "", "Directory of the published encoder; by default that of its package.")
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
         changes = {"targets": str(directory / "published_embeddings")}
         changes |= {"data.local": _TEXT.value} if _TEXT.value else {}
         changes |= {"data.options.model": _MODEL.value} if _MODEL.value else {}
-        wanted = [each for each in every if each.group in _GROUPS.value]
+        wanted = [each for each in every if each.group in _GROUPS.value and _ONLY.value in str(each.folder)]
         for each, result in training.train(wanted, scale, changes, directory, console):
             console.print(f"{each.group}: {each.name}: cosine {result['metric']:.4f}", highlight=False)
     served = [networks.published(judge.encoder), *networks.trained(every, directory, _MODEL.value)]
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
     if "speed" in _STAGES.value:
         timed = [network for network in served if network.folder.split("/")[0] != "compared"]
         rows = []
-        for setting in speed.SETTINGS:
+        for setting in scale.settings:
             console.print(f"Timing {len(timed)} networks, {setting}", highlight=False)
             tokenizer = judge.encoder.tokenizer
             rows += speed.measure(timed, setting, tokenizer, pairs[1], scale.rounds, _ENGINES.value)

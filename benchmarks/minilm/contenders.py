@@ -29,6 +29,19 @@ ALL = 6  # layers of the published network
 _COLUMNS = "*/up/kernel"  # whole hidden units of the feed-forward layers
 
 
+class Setting(NamedTuple):
+    """A number of sentences, and of the tokens of each; shorter ones are padded."""
+
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} × {self.length} tokens"
+
+
+SETTINGS = (Setting(1, 32), Setting(1, 128), Setting(32, 32))
+
+
 class Scale(NamedTuple):
     """How long a campaign is.
 
@@ -40,7 +53,9 @@ class Scale(NamedTuple):
       layers: of the smaller dense networks.
       hidden: shares of the feed-forward layers' hidden units that are removed.
       changes: to the config.
+      pruned_layers: layers of the pruned networks of the picture, of the first shape of block.
       pairs: how many are measured, 0 for all.
+      settings: what is timed.
       rounds: of timing.
     """
 
@@ -51,14 +66,16 @@ class Scale(NamedTuple):
     layers: tuple[int, ...] = (3, 2)
     hidden: tuple[float, ...] = (0.75,)
     changes: Mapping[str, Any] = {}
+    pruned_layers: tuple[int, ...] = (ALL, 3)
     pairs: int = 0
+    settings: tuple[Setting, ...] = SETTINGS
     rounds: int = 9
 
 
 _SMOKE = {"batch_size": 8, "eval_batch_size": 8, "log_every": 2, "eval_every": 4, "checkpoint_every": 4}
 _SMOKE |= {"data.options.length": 8, "sparsifier.min_blocks": 1}
 SCALES = {
-    "smoke": Scale(4, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, 40, 1),
+    "smoke": Scale(4, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, (ALL,), 40, (Setting(1, 16),), 1),
     "small": Scale(250, 1000, (0.5, 0.7, 0.8), ((4, 16), (16, 16)), pairs=2000),
     "full": Scale(500, 4000, (0.5, 0.6, 0.7, 0.8, 0.9), ((4, 16), (16, 16))),
 }
@@ -114,7 +131,8 @@ def contenders(scale: Scale) -> list[Contender]:
     of_picture = functools.partial(_pruned, "picture", steps=scale.steps, name="SA++")
     found = [_dense("picture", n, scale.steps) for n in scale.layers]
     for sparsity in scale.sparsities:
-        found += [of_picture(sparsity, block=first, layers=n) for n in (ALL, scale.layers[0])]
+        found += [of_picture(sparsity, block=first, layers=n) for n in scale.pruned_layers]
+        found.append(_pruned("picture", sparsity, scale.steps, "one-shot", first, one_shot=True))
     found += [compare(name, first) for name in ALGORITHMS if name != "one-shot"]
     found += [compare("one-shot", first, one_shot=True, budget=budget) for budget in (False, True)]
     found += [compare("SA++", block) for block in others]

@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
+from benchmarks.minilm.contenders import Setting
 from benchmarks.minilm.networks import PRECISIONS, PUBLISHED
-from benchmarks.minilm.speed import SETTINGS, Setting
 from experiments.outputs import report  # noqa: F401 - chooses how figures are drawn
 
 METRIC = "mrr"
@@ -39,6 +39,11 @@ def points(networks: Rows, rows: Rows, setting: Setting) -> list[dict[str, Any]]
     return found
 
 
+def _settings(rows: Rows) -> list[Setting]:
+    """What was timed."""
+    return list(dict.fromkeys(Setting(row["batch"], row["length"]) for row in rows))
+
+
 def _key(row: Mapping[str, Any]) -> str:
     """In float32 all engines compute the same."""
     return "float32" if row["engine"].endswith("float32") else row["engine"]
@@ -46,7 +51,7 @@ def _key(row: Mapping[str, Any]) -> str:
 
 def plot(networks: Rows, rows: Rows, title: str) -> Any:
     """Plot quality against milliseconds: a column a setting, with warm and with cold caches below each other."""
-    there = [s for s in SETTINGS if any((r["batch"], r["length"]) == s for r in rows)]
+    there = _settings(rows)
     fig, axes = plt.subplots(2, len(there), figsize=(5.2 * len(there), 8), layout="constrained", squeeze=False)
     lines = {}
     families = list(dict.fromkeys(network["family"] for network in networks if network["family"] != PUBLISHED))
@@ -96,7 +101,7 @@ def _cells(network: Mapping[str, Any]) -> dict[str, str]:
 def served(networks: Rows, rows: Rows) -> list[dict[str, str]]:
     """The table of the picture: by network and precision, the quality, and the milliseconds of each setting."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
-    for setting in SETTINGS:
+    for setting in _settings(rows):
         for p in points(networks, rows, setting):
             name = f"{p['family']}, {p['label']}", p["precision"]
             line = lines.setdefault(name, {"network": name[0], "precision": name[1]})

@@ -8,31 +8,19 @@ the former; one whose process or machine does other work between two requests, t
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.minilm.contenders import Setting
 from benchmarks.minilm.networks import PRECISIONS, Network, Run, batches_of
 
 _BUFFER = 2**28  # bytes, more than any cache
 _COLD = 5  # calls a round
 _CALIBRATION = 8  # batches
 Call = Callable[[], Any]
-
-
-class Setting(NamedTuple):
-    """A number of sentences, and of the tokens of each; shorter ones are padded."""
-
-    batch: int
-    length: int
-
-    def __str__(self) -> str:
-        return f"{self.batch} × {self.length} tokens"
-
-
-SETTINGS = (Setting(1, 32), Setting(1, 128), Setting(32, 32))
 
 
 def measure(

@@ -83,7 +83,7 @@ def test_every_network_is_shown_in_its_fastest_engine():
     rows = [about | {"engine": e, "warm": {"median": w}, "cold": {"median": c}} for e, (w, c) in times.items()]
     quality = {"float32": {"mrr": 0.7}, "openvino int8": {"mrr": 0.6}}  # ours in int8 was not measured
     network = {"folder": "a", "family": "f", "label": "l", "dense": True, "quality": quality}
-    found = {(p["precision"], p["when"]): p for p in picture.points([network], rows, picture.SETTINGS[0])}
+    found = {(p["precision"], p["when"]): p for p in picture.points([network], rows, contenders.Setting(1, 32))}
     assert {key: (p["engine"], p["ms"]["median"], p["quality"]["mrr"]) for key, p in found.items()} == {
         ("float32", "warm"): ("ours float32", 3, 0.7),
         ("float32", "cold"): ("openvino float32", 8, 0.7),
