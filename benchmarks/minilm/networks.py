@@ -132,7 +132,10 @@ def in_int8(network: Network, tokenizer: Any, texts: Sequence[str], engines: boo
         padded[:, : tokens.shape[1]] = tokens
         return np.asarray(programs(length)[engine](padded))
 
-    return {engine: functools.partial(run, engine) for engine in programs(retrieval.QUERY)}
+    names = ["ours int8"]
+    if network.dense and engines:
+        names += runtimes.available(runtimes.ENGINES, ["int8"])[0]
+    return {name: functools.partial(run, name) for name in names}
 
 
 def batches_of(tokenizer: Any, texts: Sequence[str], batch: int, length: int, count: int) -> list[np.ndarray]:

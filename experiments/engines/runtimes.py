@@ -56,9 +56,7 @@ def contenders(
       precisions: some of `PRECISIONS`.
       calibration: batches of the shape of `x`; by default `x` itself.
     """
-    names = [f"{engine} {p}" for engine in engines for precision in precisions for p in _FORMS[engine][precision]]
-    missing = {name: reason for name in names if (reason := _not_here(name))}
-    names = [name for name in names if name not in missing]
+    names, missing = available(engines, precisions)
     if not names:
         return Engines({}, missing, {})
     from experiments.engines import graphs  # noqa: PLC0415 - needs onnx, which is optional
@@ -76,6 +74,13 @@ def contenders(
     runs: dict[str, Run] = {name: functools.partial(_with_layout, run, graph.layout) for name, run in inner.items()}
     laid_out = graph.layout(x)
     return Engines(runs, missing, {name: functools.partial(run, laid_out) for name, run in inner.items()})
+
+
+def available(engines: Sequence[str], precisions: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The contenders that this machine can run, and why it cannot run the others."""
+    names = [f"{engine} {p}" for engine in engines for precision in precisions for p in _FORMS[engine][precision]]
+    missing = {name: reason for name in names if (reason := _not_here(name))}
+    return [name for name in names if name not in missing], missing
 
 
 def _with_layout(run: Run, layout: Run, x: np.ndarray) -> np.ndarray:
