@@ -157,6 +157,7 @@ def _pruned(
     family = f"{name}{' with a budget' if budget else ''}, blocks {block[0]} × {block[1]}"
     model = {} if layers == ALL else {"layers": layers}
     family += f", {layers} layers" if model else ""
+    family += ", then trained" if one_shot else ""
     return Contender(group, family, f"{sparsity:.0%}", changes, one_shot, budget, model)
 
 

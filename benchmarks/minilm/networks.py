@@ -150,12 +150,12 @@ def batches_of(tokenizer: Any, texts: Sequence[str], batch: int, length: int, co
 
 
 def sizes(network: Network, block: Any, folder: pathlib.Path) -> dict[str, int]:
-    """Nonzero weights in the layers' kernels, and bytes of a file of the network in float32 and in int8.
+    """Nonzero weights in the layers' kernels, and bytes of a file of the network in float32.
 
     Args:
       network: which.
       block: that it is pruned in; None for a dense one.
-      folder: where the files may be written for a moment.
+      folder: where the file may be written for a moment.
     """
     kernels = [np.asarray(p["kernel"]) for name in network.params for p in _dense_layers(name, network.params)]
     params = network.params
@@ -163,11 +163,9 @@ def sizes(network: Network, block: Any, folder: pathlib.Path) -> dict[str, int]:
         nonzero = sum(map(np.count_nonzero, kernels)) / sum(kernel.size for kernel in kernels)
         where: dict[str, Any] = {"where": lambda path: path.startswith("layer"), "min_blocks": 1}
         params = sapp.export(params, sapp.plan(params, block=tuple(block), sparsity=1 - nonzero, **where))
-    saved = {}
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        for precision, storage in (("float32", "exact"), ("int8", "int8")):
-            saved[precision] = sapp.save(pathlib.Path(temporary, precision), params, storage=storage).bytes
-    return {"weights": int(sum(map(np.count_nonzero, kernels))), **{f"{k}_bytes": v for k, v in saved.items()}}
+        saved = sapp.save(pathlib.Path(temporary, "network"), params).bytes
+    return {"weights": int(sum(map(np.count_nonzero, kernels))), "bytes": saved}
 
 
 def _dense_layers(name: str, params: Mapping[str, Any]) -> list[Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 from benchmarks.minilm.contenders import Setting
 from benchmarks.minilm.networks import PRECISIONS, PUBLISHED
@@ -11,13 +12,15 @@ from experiments.outputs import report  # noqa: F401 - chooses how figures are d
 
 METRIC = "mrr"
 OURS = "ours"
+LOST = 0.01  # of the metric, at most, by lower precision
 Rows = Sequence[Mapping[str, Any]]
 
 
 def points(networks: Rows, rows: Rows, setting: Setting) -> list[dict[str, Any]]:
     """What the picture shows of a setting: each network in its fastest engine of each precision.
 
-    The pruned networks are served by ours, the dense ones by whichever is fastest.
+    The pruned networks are served by ours, the dense ones by whichever is fastest of those that keep what the network
+    is worth in float32, up to `LOST`.
 
     Args:
       networks: with `folder`, `family`, `label`, `dense`, and `quality` in float32 and by engine in int8.
@@ -28,7 +31,7 @@ def points(networks: Rows, rows: Rows, setting: Setting) -> list[dict[str, Any]]
     for network in networks:
         mine = [r for r in rows if r["network"] == network["folder"] and (r["batch"], r["length"]) == setting]
         for precision in PRECISIONS:
-            served = [r for r in mine if r["engine"].split()[1] == precision and _key(r) in network["quality"]]
+            served = [r for r in mine if r["engine"].split()[1] == precision and _keeps(network, r)]
             for when in ("warm", "cold"):
                 if served:
                     best = min(served, key=lambda row: row[when]["median"])
@@ -37,6 +40,12 @@ def points(networks: Rows, rows: Rows, setting: Setting) -> list[dict[str, Any]]
                     about |= {"ms": best[when], "quality": network["quality"][_key(best)]}
                     found.append(about)
     return found
+
+
+def _keeps(network: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether an engine was measured, and keeps enough of the quality."""
+    quality = network["quality"]
+    return _key(row) in quality and quality[_key(row)][METRIC] >= quality["float32"][METRIC] - LOST
 
 
 def _settings(rows: Rows) -> list[Setting]:
@@ -67,13 +76,17 @@ def plot(networks: Rows, rows: Rows, title: str) -> Any:
                         first = (PUBLISHED, precision, when)
                         mine = [p for p in found if (p["family"], p["precision"], p["when"]) == first] + mine
                     x, y = [p["ms"]["median"] for p in mine], [p["quality"][METRIC] for p in mine]
-                    style = {"ls": "-" if precision == "float32" else "--", "marker": "s" if mine[0]["dense"] else "o"}
-                    (line,) = axis.plot(x, y, color=f"C{i}", ms=5, lw=1.2, **style)
+                    style = {"ls": "-"} if precision == "float32" else {"ls": "--", "mfc": "white"}
+                    marker = "s" if mine[0]["dense"] else "o"
+                    (line,) = axis.plot(x, y, color=f"C{i}", marker=marker, ms=6, lw=1.2, **style)
                     lines[f"{family}, {precision}"] = line
                     for p, a, b in zip(mine, x, y, strict=True):
                         axis.annotate(p["label"], (a, b), xytext=(3, -9), textcoords="offset points", fontsize=6)
             axis.set(xscale="log", title=f"{setting}, {when}", xlabel="ms")
             axis.grid(alpha=0.2, which="both")
+            for each in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+                each(ticker.FormatStrFormatter("%g"))
+            axis.tick_params(axis="x", which="both", labelsize=7)
     for axis in axes[:, 0]:
         axis.set_ylabel("mean reciprocal rank")
     fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize="small")
@@ -93,7 +106,7 @@ def _cells(network: Mapping[str, Any]) -> dict[str, str]:
         "network": f"{network['family']}, {network['label']}",
         "steps": f"{network['steps']:,}",
         "weights": f"{network['weights'] / 1e6:.2f} M",
-        "MB": f"{network['float32_bytes'] / 1e6:.1f}",
+        "MB": f"{network['bytes'] / 1e6:.1f}",
         **measured,
     }
 
