@@ -17,8 +17,8 @@ tiny_encoder = importlib.import_module("tiny_encoder")  # which needs that packa
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-@pytest.mark.parametrize("groups", ["picture", pytest.param("compared,picture", marks=pytest.mark.long)])
-def test_all_stages_by_command(tmp_path, groups):
+@pytest.mark.parametrize("only", ["picture/SA", pytest.param("", marks=pytest.mark.long)])
+def test_all_stages_by_command(tmp_path, only):
     """Also when it is called again: nothing is trained or measured twice."""
     model = tiny_encoder.write(tmp_path)
     (tmp_path / "lines.txt").write_text("\n".join(tiny_encoder.LINES))
@@ -31,12 +31,12 @@ def test_all_stages_by_command(tmp_path, groups):
         f"--output={output}",
         "--scale=smoke",
         "--noengines",
-        f"--groups={groups}",
+        f"--only={only}",
     ]
     done = commands.run("benchmarks.minilm", *flags)
     assert done.returncode == 0, done.output
     found = json.loads((output / "minilm.json").read_text())
-    trained = [c for c in contenders.contenders(contenders.SCALES["smoke"]) if c.group in groups]
+    trained = [c for c in contenders.contenders(contenders.SCALES["smoke"]) if only in str(c.folder)]
     names = {"published"} | {str(each.folder) for each in trained}
     assert {row["folder"] for row in found["networks"]} == names
     assert {row["network"] for row in found["speed"]["rows"]} == {n for n in names if not n.startswith("compared")}
