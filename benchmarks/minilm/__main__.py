@@ -27,6 +27,7 @@ from experiments import cli, retrieval
 from experiments.data.sentences import pairs_of
 from experiments.engines import runtimes
 from experiments.outputs import progress, report
+from experiments.sweeps import work
 from experiments.utils import files, registry
 
 STAGES = ("train", "quality", "speed", "page")
@@ -83,6 +84,8 @@ def main(argv: list[str]) -> None:
         files.write_json(directory / SPEED, {"rows": rows, **about})
     if "page" in _STAGES.value:
         _page(directory, served, every, console)
+    if failed := [str(each.folder) for each in every if (directory / each.folder / work.FAILED).exists()]:
+        cli.fail(f"{', '.join(failed)} failed: see {work.FAILED} there, below {directory}", status=1)
 
 
 def _qualities(

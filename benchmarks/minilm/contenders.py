@@ -75,7 +75,7 @@ class Scale(NamedTuple):
 _SMOKE = {"batch_size": 8, "eval_batch_size": 8, "log_every": 2, "eval_every": 4, "checkpoint_every": 4}
 _SMOKE |= {"data.options.length": 8, "sparsifier.min_blocks": 1}
 SCALES = {
-    "smoke": Scale(4, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, (ALL,), 40, (Setting(1, 16),), 1),
+    "smoke": Scale(30, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, (ALL,), 40, (Setting(1, 16),), 1),
     "small": Scale(250, 1000, (0.5, 0.7, 0.8), ((4, 16), (16, 16)), pairs=2000, rounds=5),
     "full": Scale(500, 4000, (0.5, 0.6, 0.7, 0.8, 0.9), ((4, 16), (16, 16))),
 }
