@@ -38,6 +38,7 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {  # and the shape of a
     "resnet34": (ResNet34(classes=1000), (224, 224, 3)),
     "resnet18": (ResNet18(classes=1000), (224, 224, 3)),
     "bert": (Encoder(), (128, 768)),
+    "minilm": (Encoder(layers=6, width=384, hidden=1536), (32, 384)),
 }
 TOLERANCE = {
     "float32": 1e-3,

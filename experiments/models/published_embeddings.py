@@ -96,11 +96,15 @@ def in_batches(run: Callable[..., Any], tokens: np.ndarray, real: np.ndarray, ba
       batch: sentences at a time.
     """
     lengths = np.minimum(-(-np.maximum(real, 1) // _STEP) * _STEP, tokens.shape[1])
-    found: dict[int, np.ndarray] = {}
+    found: np.ndarray | None = None
     for length in np.unique(lengths):
         of_length = np.flatnonzero(lengths == length)
         for start in range(0, len(of_length), batch):
             rows = of_length[start : start + batch]
             filled = np.r_[rows, np.full(batch - len(rows), rows[0])]
-            found.update(zip(rows.tolist(), np.asarray(run(tokens[filled, :length], real[filled])), strict=False))
-    return np.stack([found[row] for row in range(len(tokens))])
+            result = np.asarray(run(tokens[filled, :length], real[filled]))[: len(rows)]
+            if found is None:
+                found = np.empty((len(tokens), *result.shape[1:]), result.dtype)
+            found[rows] = result
+    assert found is not None  # there is at least one sentence
+    return found
