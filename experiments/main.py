@@ -13,16 +13,17 @@ interrupted run and ends with the same result as an uninterrupted one. Exit stat
 
 import contextlib
 import errno
+import pathlib
 import sys
+from collections.abc import Iterator
 
-import jax
 from absl import flags
 
 import experiments
 from experiments import cli, runs
 from experiments.outputs import progress, workdir
-from experiments.training import checkpoint, loop
-from experiments.training.setup import prepare
+from experiments.training import checkpoint, loop, sharding
+from experiments.training.setup import Setup, prepare
 
 flags.declare_key_flag("config")  # for --help
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go. Default: a new directory under runs/.")
@@ -38,12 +39,7 @@ def main(argv: list[str]) -> None:
         with cli.input_errors():
             setup = prepare(config)
             path = cli.workdir_path(_WORKDIR.value, f"{config.name}-{config.sparsifier.name}")
-            if jax.process_index() == 0:
-                stack.enter_context(workdir.claim(path))
-                if _OVERWRITE.value:
-                    workdir.clear(path)
-                workdir.record_config(path, config, _RESUME_CHANGED.value)
-                workdir.record_data(path, setup.fingerprint(), _RESUME_CHANGED.value)
+            sharding.from_first(lambda: stack.enter_context(_occupied(path, setup)))
         cli.cache_compilations(path.parent)
         progress.warn_of_short_phases({setup.config.sparsifier.name: setup.phases}, console)
         try:
@@ -62,6 +58,17 @@ def main(argv: list[str]) -> None:
             cli.fail(f"{error}: {rescue}", cli.DISK_FULL)
     if result["diverged"]:
         sys.exit(cli.DIVERGED)
+
+
+@contextlib.contextmanager
+def _occupied(path: pathlib.Path, setup: Setup) -> Iterator[None]:
+    """The run's directory, for this process alone, with the config and the data that the run is of."""
+    with workdir.claim(path):
+        if _OVERWRITE.value:
+            workdir.clear(path)
+        workdir.record_config(path, cli.CONFIG.value, _RESUME_CHANGED.value)
+        workdir.record_data(path, setup.fingerprint(), _RESUME_CHANGED.value)
+        yield
 
 
 if __name__ == "__main__":

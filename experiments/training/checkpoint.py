@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import pathlib
-import pickle
 import re
 import shutil
 import tempfile
@@ -33,8 +32,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
+from experiments.training import sharding
 from experiments.utils.files import sha256
 from sa_plus_plus.files import sync
 
@@ -102,7 +101,7 @@ class Checkpoints:
         metric = None if metric is None else float(metric)
         content = json.dumps({"step": step, "metric": metric, "arrays": _shapes(leaves), "host": host}, indent=1)
         self.wait()
-        if not _from_first(lambda: self._make_room(step)):
+        if not sharding.from_first(lambda: self._make_room(step)):
             return
         unfinished = self._directory / f"{step}.unfinished"
         # By the leaves' names instead of as the tree it is: which kinds of nodes there are, empty ones among them, and
@@ -120,7 +119,7 @@ class Checkpoints:
         """
         if jax.process_index() != 0:
             self._join()
-        _from_first(self._join)  # process 0 is done last: it writes the manifest
+        sharding.from_first(self._join)  # process 0 is done last: it writes the manifest
 
     @property
     def latest(self) -> int | None:
@@ -204,7 +203,7 @@ def restore(directory: str | os.PathLike[str], abstract_state: Any) -> Restored 
     """
     directory = pathlib.Path(directory).absolute()
     leaves = _leaves(abstract_state)
-    found = _from_first(lambda: _newest_intact(directory))
+    found = sharding.from_first(lambda: _newest_intact(directory))
     if found is None:
         return None
     folder, saved, asked = directory / str(found["step"]), found["arrays"], _shapes(leaves)
@@ -342,22 +341,3 @@ def _write_manifest(folder: pathlib.Path) -> None:
     sync(unfinished)
     unfinished.replace(folder / MANIFEST)
     sync(folder)
-
-
-def _from_first(compute: Callable[[], Any]) -> Any:
-    """What `compute()` returns or raises on process 0, on all processes; it is called on process 0 only."""
-    if jax.process_count() == 1:
-        return compute()
-    outcome: tuple[Any, Exception | None] = None, None
-    if jax.process_index() == 0:
-        try:
-            outcome = compute(), None
-        except Exception as error:
-            outcome = None, error
-    message = np.frombuffer(pickle.dumps(outcome), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(message.size)))
-    message = multihost_utils.broadcast_one_to_all(np.resize(message, size))  # process 0's own has that size
-    value, failure = pickle.loads(message.tobytes())
-    if failure is not None:
-        raise failure
-    return value

@@ -6,11 +6,13 @@ Masks are identical on every host by construction: they are part of the single g
 scores already summed over devices, by comparisons and integer counts, which do not depend on the order of summation.
 """
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
@@ -73,3 +75,22 @@ def place(batch: Any, sharding: NamedSharding) -> Any:
 def abstract(tree: Any, shardings: Any) -> Any:
     """Shapes, dtypes and shardings of a tree: what a checkpoint is restored to."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def from_first(compute: Callable[[], Any]) -> Any:
+    """What `compute()` returns or raises on process 0, on all processes; it is called on process 0 only."""
+    if jax.process_count() == 1:
+        return compute()
+    outcome: tuple[Any, Exception | None] = None, None
+    if jax.process_index() == 0:
+        try:
+            outcome = compute(), None
+        except Exception as error:
+            outcome = None, error
+    message = np.frombuffer(pickle.dumps(outcome), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(message.size)))
+    message = multihost_utils.broadcast_one_to_all(np.resize(message, size))  # process 0's own has that size
+    value, failure = pickle.loads(message.tobytes())
+    if failure is not None:
+        raise failure
+    return value

@@ -24,7 +24,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sa_plus_plus as sapp
-from experiments.training import checkpoint
+from experiments.training import checkpoint, sharding
 
 ROOT = commands.ROOT
 
@@ -118,7 +118,7 @@ def tiny_disk(tmp_path):
 
 
 def test_state_and_host_come_back_bit_by_bit_without_talking_to_other_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.multihost_utils, "broadcast_one_to_all", None)
+    monkeypatch.setattr(sharding.multihost_utils, "broadcast_one_to_all", None)
     state, host = training_state(), {"data": {"epoch": 3, "order": [1, 2]}, "loss": 0.1, "name": "é"}
     with contextlib.closing(checkpoint.Checkpoints(tmp_path / "new" / "er")) as checkpoints:
         assert checkpoints.restore(abstract(state)) is None
@@ -512,7 +512,7 @@ WORKER = """
 import concurrent.futures, contextlib, pathlib, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from experiments.training import checkpoint
+from experiments.training import checkpoint, sharding
 
 port, index, directory = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -545,7 +545,7 @@ def raises(kind, words, call):
         raise AssertionError(f"did not raise {kind}: {words}")
 
 def on_first(act):
-    checkpoint._from_first(act)
+    sharding.from_first(act)
 
 def damage(step):
     path = max((directory / "two" / step).rglob("d/*"), key=lambda path: path.stat().st_size)

@@ -103,6 +103,8 @@ def two_processes(workdir, *flags):
 def test_two_processes_equal_one_and_checkpoints_move_between_them(tmp_path):
     finish(start(tmp_path / "one", 4))
     finish(*two_processes(tmp_path / "two", "--config.mesh.fsdp=2", "--resume_changed"))
+    for refused in two_processes(tmp_path / "two"):  # process 0 looks for both
+        assert "holds a run with another config" in refused.finish().output
     rows, masks = rows_and_masks(tmp_path / "one")
     two_rows, two_masks = rows_and_masks(tmp_path / "two")
     for a, b in zip(rows, two_rows, strict=True):
