@@ -26,14 +26,11 @@ from matplotlib.ticker import NullFormatter
 import sa_plus_plus as sapp
 from benchmarks import timing
 from benchmarks.tables import filled, markdown
-from configs import resnet50_block16
 from configs.reproduce.scales import RECOMMENDED
-from experiments import cli, models, tasks
-from experiments.models import costs
+from experiments import cli, tasks
 from experiments.outputs import progress, report, workdir
 from experiments.sweeps.cells import CAPPED, DENSE, NARROW, Cell
 from experiments.sweeps.cells import sweep as get_sweep
-from experiments.sweeps.page import PAPER
 from experiments.training import factories, loop, narrow, program
 from experiments.training.setup import prepare, prepare_without_data
 from experiments.utils import files
@@ -68,8 +65,6 @@ NETWORKS = {
     "clicks": Network("click network, planted features: loss", "table2_small", 4, aside=39 * 200 * 10),
     "cifar10": Network("ResNet-20, CIFAR-10: accuracy, %", "cifar10_small", 2),
 }
-# https://docs.pytorch.org/vision/stable/models.html, weights IMAGENET1K_V1: top-1 accuracy on ImageNet, %.
-TORCHVISION = {"ResNet18": 69.758, "ResNet34": 73.314, "ResNet50": 76.130}
 
 
 class Measured(NamedTuple):
@@ -272,38 +267,6 @@ def _shown(weights: int, values: np.ndarray) -> str:
     return f"{values.mean():.2f} ({weights:,} weights)"
 
 
-def resnet50_rows() -> list[dict[str, str]]:
-    """The paper's pruned ResNet-50 beside dense ResNets: published accuracies, our count of weights and operations."""
-    lines: list[tuple[float, str, int, int]] = []
-    image = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
-    for name, top1 in TORCHVISION.items():
-        model = getattr(models, name)(classes=1000)
-        variables = jax.eval_shape(model.init, jax.random.key(0), image)
-        weights = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-        lines.append(
-            (top1, f"dense {name.replace('ResNet', 'ResNet-')}", weights, _multiply_adds(model, variables, image))
-        )
-    table, config = PAPER["table1"], resnet50_block16.get_config()
-    for sparsity, top1 in zip(table["sparsities"], table["values"]["SA++"]["16"], strict=True):
-        config.sparsifier.sparsity = sparsity
-        setup = prepare_without_data(config)
-        ours = [narrow.cost(setup.task, equal, setup.plan) for equal in narrow.EQUAL]
-        lines.append((top1, f"ResNet-50, 16 × 16, {sparsity:.0%}", *ours))
-    return [
-        {
-            "network": name,
-            "top-1, %": f"{top1:.1f}",
-            "M weights": f"{w / 1e6:.1f}",
-            "G multiply-adds": f"{ops / 1e9:.2f}",
-        }
-        for top1, name, w, ops in sorted(lines, reverse=True)
-    ]
-
-
-def _multiply_adds(model: Any, variables: Any, image: Any) -> int:
-    return sum(costs.multiply_adds(model, variables, image).values())
-
-
 def plot() -> Any:
     """Plot the metric against the number of weights, a panel for each network: dense by size, pruned by block size."""
     read = {network: result for network in NETWORKS.values() if (result := found_in(network)) is not None}
@@ -332,12 +295,11 @@ def _line(axis: Any, measured: Iterable[Measured], **style: Any) -> None:
     axis.errorbar(x, y, spread, ms=4, lw=1, capsize=2, **style)
 
 
-def tables(larger: Sequence[Mapping[str, Any]], resnet50: bool = True) -> dict[str, str]:
-    """What goes between the marks of the page; `resnet50`, which no result changes, takes seconds."""
+def tables(larger: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What goes between the marks of the page."""
     found = {name: rows_of(network) for name, network in NETWORKS.items()}
     told = {name: f"{markdown(rows)}\n\n{summary(rows)}" if rows else MISSING for name, rows in found.items()}
-    told |= {"larger": markdown(larger_rows(larger)) if larger else MISSING, "others": markdown(others_rows())}
-    return told | ({"resnet50": markdown(resnet50_rows())} if resnet50 else {})
+    return told | {"larger": markdown(larger_rows(larger)) if larger else MISSING, "others": markdown(others_rows())}
 
 
 def summarise(jobs: list[Job]) -> None:

@@ -102,7 +102,7 @@ def test_the_larger_network_keeps_as_many_weights():
 def test_the_page_is_that_of_the_results():
     page = worth_it.PAGE.read_text()
     larger = json.loads((timing.RESULTS / "worth_it.json").read_text())["larger"]
-    found = worth_it.tables(larger, resnet50=False)
+    found = worth_it.tables(larger)
     assert set(found) == set(re.findall(r"<!-- end of (\w+) -->", page)) - {"resnet50"}
     for name, text in found.items():
         assert tables.filled(page, name, text) == page, f"{name}: run `python -m benchmarks.worth_it --report`"
