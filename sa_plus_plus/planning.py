@@ -72,8 +72,8 @@ def plan(
       overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...)` to
         use there. The first matching pattern applies.
       views: by path or pattern, how leaves are read as matrices: `"d (h k)"`, `"[l] i o"`, `"o i -> i o"` (see
-        `views.as_view`). By default `layouts.guess` decides by names and biases; `print(plan)` shows the result, and
-        where it is an assumption.
+        `views.as_view`). A pattern passes over leaves with another number of axes. By default `layouts.guess` decides
+        by names and biases; `print(plan)` shows the result, and where it is an assumption.
 
     Raises:
       ValueError: if an option is out of range, a pattern or the predicate matches nothing, or no pruned leaf, nothing
@@ -246,6 +246,7 @@ class _Reading(NamedTuple):
 def _readings(leaves: Sequence[_Leaf], user_views: Views, overrides: Overrides) -> dict[str, _Reading]:
     """How each leaf of two or more axes is read, by path."""
     leaf_shapes, readings = layouts.LeafShapes({leaf.path: leaf.shape for leaf in leaves}), {}
+    misfits, fitting = dict[str, Exception](), set[str]()
     for path, attribute, shape, _ in leaves:
         if len(shape) > 1:
             name = path.rpartition("/")[2]  # in Equinox modules an attribute, whatever the surrounding tree is
@@ -253,15 +254,21 @@ def _readings(leaves: Sequence[_Leaf], user_views: Views, overrides: Overrides) 
             guess = layouts.guess(path, shape, leaf_shapes, outputs_first)
             named_by_user = path in user_views or path in overrides
             readings[path] = _Reading(guess.view, guess.sure, "" if named_by_user else guess.dense, by_user=False)
-        if matching := [view for pattern, view in user_views.items() if _matches(path, pattern)]:
+        if matching := [pattern for pattern in user_views if _matches(path, pattern)]:
+            pattern = matching[0]
             try:
-                view = views.as_view(matching[0], len(shape))
+                view = views.as_view(user_views[pattern], len(shape))
             except (ValueError, TypeError) as error:
-                raise type(error)(f"{path}, of shape {shape}: {error}") from error
+                misfits.setdefault(pattern, type(error)(f"{path}, of shape {shape}: {error}"))
+                continue  # a pattern may match leaves that are no kernels, such as scales
+            fitting.add(pattern)
             dense = readings[path].dense if path in readings else ""
             if dense == layouts.PERHAPS_DEPTHWISE and _roles(view) != _roles(readings[path].view):
                 dense = ""  # the view says what the shape does not
             readings[path] = _Reading(view, sure=True, dense=dense, by_user=True)
+    for pattern, error in misfits.items():
+        if pattern not in fitting:
+            raise error
     return readings
 
 

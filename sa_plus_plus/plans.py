@@ -130,12 +130,15 @@ def _row(layer: LeafPlan) -> tuple[str, ...]:
 
 
 def read_as(layer: LeafPlan) -> str:
-    """The matrices that a kernel is read as, `6 × (8·64)×512`, and whether that is an assumption.
+    """The matrices that a kernel is read as, `6 × (8·64)×512`; if sides do not tell, whether they are transposed.
 
     Args:
-      layer: of a kernel.
+      layer: of a kernel; where the reading is an assumption, the text says so.
     """
-    return blk.view_of(layer.shape, layer.view).describe(layer.shape) + (", assumed" if layer.assumed else "")
+    read = blk.view_of(layer.shape, layer.view)
+    square = len(read.rows) == len(read.cols) == 1 and len(set(read.matrix(layer.shape))) == 1
+    transposed = " transposed" if square and not read.in_order else ""
+    return read.describe(layer.shape) + transposed + (", assumed" if layer.assumed else "")
 
 
 def by(sides: Sequence[int]) -> str:
