@@ -266,9 +266,8 @@ def _readings(leaves: Sequence[_Leaf], user_views: Views, overrides: Overrides) 
             if dense == layouts.PERHAPS_DEPTHWISE and _roles(view) != _roles(readings[path].view):
                 dense = ""  # the view says what the shape does not
             readings[path] = _Reading(view, sure=True, dense=dense, by_user=True)
-    for pattern, error in misfits.items():
-        if pattern not in fitting:
-            raise error
+    if unfit := [misfit for pattern, misfit in misfits.items() if pattern not in fitting]:
+        raise unfit[0]
     return readings
 
 

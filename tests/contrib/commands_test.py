@@ -3,13 +3,16 @@
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import sys
+import tomllib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import ROOT
 
 import sa_plus_plus as sapp
 from sa_plus_plus.__main__ import main
@@ -301,6 +304,24 @@ def test_stacked_matrices_are_measured_each(folder):
     cut = stack.reshape(3, 2, 4, 3, 4)
     np.testing.assert_allclose(found.norms, np.sqrt(np.square(cut).sum((2, 4))), rtol=1e-6)
     assert (found.kept, found.planned) == (15, 9)
+
+
+def test_the_commands_on_the_page_run(folder, capsys):
+    page = (ROOT / "docs" / "commands.md").read_text()
+    exec(compile(re.findall(r"```python\n(.*?)```", page, flags=re.S)[0], "commands.md", "exec"), {})
+    lines = re.findall(r"^sapp (.* dense\.npz.*|.*pruned\.npz.*)$", page, flags=re.M)
+    assert len(lines) == 3
+    for line in lines:
+        run(*shlex.split(line))
+    assert "report.html" in capsys.readouterr().out
+    assert "largest difference of outputs" in (folder / "report.html").read_text()
+    sys.modules.pop("small_net")
+
+
+def test_the_entry_point_is_the_command():
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["sapp"]
+    module, _, name = script.partition(":")
+    assert getattr(importlib.import_module(module), name) is main
 
 
 # Bad input.

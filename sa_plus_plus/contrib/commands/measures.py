@@ -68,7 +68,7 @@ def _originals(dense: Any, layers: Mapping[str, LeafPlan]) -> dict[str, np.ndarr
         return {}
     leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(dense)}
     for path, layer in layers.items():
-        if np.shape(leaves.get(path)) != layer.shape:
+        if path not in leaves or np.shape(leaves[path]) != layer.shape:
             has = f"has it in the shape {np.shape(leaves[path])}" if path in leaves else "has no such array"
             raise ValueError(f"--against is another network: {path} is of shape {layer.shape} here, and it {has}")
     return {path: np.asarray(leaves[path]) for path in layers}

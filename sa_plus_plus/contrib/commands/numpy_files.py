@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -30,7 +31,7 @@ def read(path: pathlib.Path) -> Checkpoint:
             arrays = {name: file[name] for name in file.files}
         with zipfile.ZipFile(path) as archive:
             compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged, or has other things than arrays of numbers: {error}") from error
     if not arrays or not all(isinstance(x, np.ndarray) for x in arrays.values()):
         raise ValueError(f"{path} holds no arrays")

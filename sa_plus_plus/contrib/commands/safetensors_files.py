@@ -121,8 +121,7 @@ def _write_all(
     def fill(copy: pathlib.Path) -> None:
         copied_without_weights(folder, copy)
         for name, (metadata, tensors) in about.items():
-            content = _content({tensor: params[tensor] for tensor in tensors}, metadata, plan)
-            write_atomically(copy / name, lambda file, content=content: file.writelines(content))
+            _write_one(metadata, copy / name, {tensor: params[tensor] for tensor in tensors}, plan)
 
     write_directory_atomically(output, fill)
 
