@@ -1,6 +1,7 @@
 """Commands: `sapp plan`, `one-shot`, `report` and `prune`, or `python -m sa_plus_plus plan` and so on."""
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -14,9 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
       arguments: of the command line; None for those of this process.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m sa_plus_plus", description="Block-wise pruning of neural networks."
-    )
+    name = "sapp" if pathlib.Path(sys.argv[0]).stem == "sapp" else "python -m sa_plus_plus"
+    parser = argparse.ArgumentParser(prog=name, description="Block-wise pruning of neural networks.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for each in (plan, one_shot, report, command):
         each.add_to(commands)

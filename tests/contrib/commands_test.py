@@ -1,5 +1,6 @@
 """The commands for any checkpoint: what goes in and comes out, functions, the report, and bad input."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -57,13 +58,14 @@ number = 3
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """A working directory with a module of functions, forgotten afterwards; nothing is timed."""
+    """A working directory with a module of functions, forgotten afterwards; nothing is timed or tuned."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "nets.py").write_text(MODULE)
     monkeypatch.setattr(
         comparison.timing, "alternate", lambda calls, rounds: {n: _once(call) for n, call in calls.items()}
     )
+    monkeypatch.setattr(comparison, "specialize", functools.partial(sapp.specialize, mode="never"))
     yield tmp_path
     sys.modules.pop("nets", None)
 
@@ -215,6 +217,24 @@ def test_with_a_function_weights_are_adjusted(folder, capsys):
     assert "error" in capsys.readouterr().out
 
 
+def test_kernels_are_read_as_is_said(folder):
+    """A square matrix of PyTorch's file is read as outputs by inputs unless it is said to be the other way round."""
+    w = np.random.default_rng(2).normal(size=(24, 24)).astype(np.float32)
+    (folder / "square.py").write_text(
+        "import numpy as np\n"
+        "def network(params):\n"
+        "    return lambda params, x: x @ params['x.weight'], [np.eye(24, dtype=np.float32)]\n"
+    )
+    file = write_npz(folder / "dense", {"x.weight": w})
+    options = (*PLANNED, "--view=*.weight=i o", "--method=magnitude")
+    for name, function in (("a", ()), ("b", ("--function=square:network",))):
+        run("one-shot", file, f"--output={name}.npz", *options, *function)
+        got = formats.read(folder / f"{name}.npz").params["x.weight"]
+        np.testing.assert_array_equal(got.T, by_loops(w.T, (4, 8), 9))
+    run("one-shot", file, "--output=c.npz", *PLANNED)
+    np.testing.assert_array_equal(formats.read(folder / "c.npz").params["x.weight"], by_loops(w, (4, 8), 9))
+
+
 def test_a_nested_tree_of_a_step_of_a_manager(folder):
     orbax = pytest.importorskip("orbax.checkpoint")
     moments = {"mu": jnp.ones((24, 40))}
@@ -273,6 +293,16 @@ def test_the_report_without_a_plan_or_with_one_that_is_not_kept(folder):
     asked = (folder / "asked.html").read_text()
     assert "1 of 2 layers keep more blocks than planned" in asked
     assert "20 of 20" in asked
+
+
+def test_the_report_on_a_file_of_blocks(folder):
+    params = {"in": {"kernel": expected(weights())["in.weight"].T}, "out": {"kernel": weights()["out.weight"].T}}
+    plan = sapp.plan(params, block=(4, 8), sparsity=0.5, min_blocks=30)
+    sapp.save("pruned", sapp.export(params, plan))
+    run("report", "pruned")
+    page = (folder / "report.html").read_text()
+    assert "<td>in/kernel</td><td>24×40</td><td>4×8</td><td class=n>15 of 30</td>" in page
+    assert "file of sapp.save" in page
 
 
 def test_pictures_have_a_pixel_a_block(folder):

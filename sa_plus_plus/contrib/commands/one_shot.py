@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         pruned = _adjusted(arguments, checkpoint.params, plan)
     checkpoint.write(arguments.output, pruned, plan)
-    found = summary(pruned)
+    found = summary(pruned, views=options.views_of(plan))
     print(
         f"{arguments.output}: {len(plan.pruned)} of {len(found.kernels)} kernels pruned, {found.sparsity:.2%} of the "
         f"kernel weights are zero; {bytes_text(found.bytes)}, by blocks {bytes_text(found.stored_bytes)}"
@@ -80,16 +80,20 @@ def _largest(layer: LeafPlan | None, leaf: Any) -> Any:
 
 def _adjusted(arguments: argparse.Namespace, params: Any, plan: Plan) -> Any:
     network, arrays = functions.network(arguments.function, params)
+    method = arguments.method or "obs"
+    print(
+        f"pruning {len(plan.pruned)} kernels by {method}, with {len(network.batches)} batches of examples", flush=True
+    )
     found = one_shot(
         network.fn,
         arrays,
         network.batches,
-        method=arguments.method or "obs",
+        method=method,
         block=arguments.block,
         sparsity=arguments.sparsity,
         min_blocks=1,
         where=plan.pruned.__contains__,
-        views={path: layer.view for path, layer in plan.pruned.items() if layer.view} or None,
+        views=options.views_of(plan),
     )
     print(found)
 

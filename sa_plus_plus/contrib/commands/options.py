@@ -7,10 +7,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning
 from sa_plus_plus.contrib.commands import functions
 from sa_plus_plus.names import named_as_kernel
 from sa_plus_plus.planning import Plan
+from sa_plus_plus.views import View
 
 CHECKPOINT = "a safetensors or .npz file, a file of sapp.save, or a directory of safetensors or of orbax"
 FUNCTION = (
@@ -80,6 +82,15 @@ def plan_of(options: argparse.Namespace, params: Any) -> Plan:
         where=_where(options.where),
         views=views or None,
     )
+
+
+def views_of(plan: Plan) -> dict[str, View]:
+    """How the pruned kernels of a plan are read, so that others read them alike.
+
+    Args:
+      plan: of a checkpoint.
+    """
+    return {path: blk.view_of(layer.shape, layer.view) for path, layer in plan.pruned.items()}
 
 
 def integers(text: str) -> tuple[int, ...]:

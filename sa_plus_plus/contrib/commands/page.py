@@ -13,21 +13,22 @@ from sa_plus_plus.sparse.summaries import Summary, bytes_text
 _SHOWN = 4  # matrices of a stack
 _SLOW = 1.1  # a network that is not this many times as fast is hardly worth it
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto; padding: 0 1.2em; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1.2em; }
 h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin: 2em 0 .6em; }
 .small { color: #666; font-size: .88em; } code { background: #f3f3f1; padding: .1em .3em; border-radius: 3px; }
 .tiles { display: flex; flex-wrap: wrap; gap: .8em; margin: 1.4em 0; }
 .tile { background: #f3f6fa; border-radius: 8px; padding: .7em 1.1em; min-width: 9em; }
 .tile b { display: block; font-size: 1.5em; color: #103870; }
-table { border-collapse: collapse; width: 100%; }
+table { border-collapse: collapse; width: 100%; font-size: .93em; }
 th { text-align: left; font-weight: 600; border-bottom: 2px solid #ccc; }
 td { border-bottom: 1px solid #e6e6e4; } td, th { padding: .3em .7em .3em 0; vertical-align: middle; }
 .wide { overflow-x: auto; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.bar { position: relative; background: #ececea; height: .8em; width: 8em; border-radius: 2px; overflow: hidden; }
+.bar { position: relative; background: #ececea; height: .8em; width: 6em; border-radius: 2px; overflow: hidden; }
 .bar i { position: absolute; left: 0; top: 0; bottom: 0; background: #2f68ad; }
 .bar .dense { background: #a9b4c0; }
 .bar s { position: absolute; top: 0; bottom: 0; width: 2px; background: #d4552a; }
+.wide td:first-child { overflow-wrap: anywhere; min-width: 14em; }
 .time .bar { width: 100%; height: 1.2em; }
 .warn { background: #fdf0ea; border-left: 4px solid #d4552a; padding: .6em 1em; }
 .masks { display: flex; flex-wrap: wrap; gap: 1.4em; align-items: flex-end; } figure { margin: 0; max-width: 330px; }
@@ -86,7 +87,7 @@ def _tiles(page: Page) -> str:
         fastest, pruned = page.comparison.dense, page.comparison.milliseconds[PRUNED]
         shown.append((f"{fastest:.2f} → {pruned:.2f} ms", f"a call, {fastest / pruned:.2f} times as fast"))
         if apart := page.comparison.pruning:
-            shown.append((f"{apart.largest:.3g}", f"largest difference of outputs, the largest being {apart.of:.3g}"))
+            shown.append((f"{apart.largest:.3g}", f"largest difference of outputs (up to {apart.of:.3g})"))
     tiles = (f'<div class="tile"><b>{number}</b>{what}</div>' for number, what in shown)
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
@@ -136,7 +137,7 @@ def _layers(kernels: Sequence[Measured]) -> list[str]:
         return ["<p>No kernel has blocks of zeros.</p>"]
     planned = any(kernel.planned is not None for kernel in kernels)
     compared = any(kernel.norm is not None for kernel in kernels)
-    head = ["kernel", "shape", "block", "blocks left", "", "blocks removed"]
+    head = ["kernel", "shape", "block", "blocks left", "", "removed"]
     head += ["planned"] if planned else []
     head += ["norm kept", "change"] if compared else []
     rows = [_row(kernel, planned, compared) for kernel in kernels]
@@ -191,14 +192,18 @@ def _figures(kernel: Measured) -> list[str]:
     figures = []
     for i in range(min(len(masks), _SHOWN)):
         name = _safe(kernel.layer.path) + (f", {i + 1} of {len(masks)}" if len(masks) > 1 else "")
-        image = f'<img src="{pictures.picture(norms[i], masks[i])}" width="{width}" alt="{name}">'
+        image = f'<img src="{pictures.picture(norms[i], masks[i])}" style="width:{width}px" alt="{name}">'
         caption = f"{name}<br>{by(shape)} blocks, {masks[i].mean():.1%} left"
         figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     return figures
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numbers = {i for i, name in enumerate(head) if name in ("bytes", "by blocks", "planned", "change") or " " in name}
+    numbers = {
+        i
+        for i, name in enumerate(head)
+        if name in ("bytes", "by blocks", "planned", "removed", "change") or " " in name
+    }
 
     def cells(row: Sequence[str], tag: str) -> str:
         return "".join(f"<{tag}{' class=n' if i in numbers else ''}>{cell}</{tag}>" for i, cell in enumerate(row))

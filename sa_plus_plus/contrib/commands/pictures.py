@@ -28,8 +28,8 @@ def picture(norms: np.ndarray, mask: np.ndarray) -> str:
       norms: of each block, `(grid_r, grid_c)`.
       mask: which are left, of the same shape.
     """
-    largest = norms[mask].max(initial=0) or 1.0
-    share = np.clip(norms / largest, 0, 1)[..., None]
+    most = np.quantile(norms[mask], 0.95) if mask.any() else 0.0  # a few large ones do not make the others pale
+    share = np.clip(norms / (most or 1.0), 0, 1)[..., None]
     left = np.array(_LIGHT) + share * (np.array(_DARK) - np.array(_LIGHT))
     pixels = np.where(mask[..., None], left, np.array(_REMOVED))
     for axis in (0, 1):

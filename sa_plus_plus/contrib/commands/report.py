@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     dense = formats.read(arguments.against).params if arguments.against else None
     given = arguments.sparsity is not None
     plan = options.plan_of(arguments, checkpoint.params) if given else checkpoint.plan
-    found = summary(checkpoint.params, views=_views(plan))
+    found = summary(checkpoint.params, views=options.views_of(plan) if plan else None)
     kernels = measures.measure(checkpoint.params, found, plan, dense)
     compared = None
     if arguments.function:
@@ -85,10 +85,6 @@ def run(arguments: argparse.Namespace) -> None:
     content = page.text().encode()
     write_atomically(arguments.output, lambda file: file.write(content))
     print(arguments.output)
-
-
-def _views(plan: Any) -> Any:
-    return {path: layer.view for path, layer in plan.pruned.items() if layer.view} or None if plan else None
 
 
 def _notes(arguments: argparse.Namespace, kind: str) -> list[str]:

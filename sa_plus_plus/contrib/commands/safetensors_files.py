@@ -6,11 +6,14 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
+from sa_plus_plus import blocks as blk
 from sa_plus_plus.contrib.commands.checkpoint import PLAN, Checkpoint, record, recorded
 from sa_plus_plus.files import copied_without_weights, write_atomically, write_directory_atomically
-from sa_plus_plus.planning import LeafPlan, Plan
+from sa_plus_plus.planning import LeafPlan, Plan, path_string
+from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.files import container
 from sa_plus_plus.sparse.files.serialization import export, load, save, todense
 
@@ -30,8 +33,9 @@ def read_file(path: pathlib.Path) -> Checkpoint:
     tensors, metadata = _read(path)
     planned = recorded(path, metadata.get(PLAN))
     if _OURS in metadata:
-        params = todense(load(path))
-        return Checkpoint(path, "file of sapp.save", params, functools.partial(_save, metadata), planned)
+        stored = load(path)
+        write = functools.partial(_save, metadata)
+        return Checkpoint(path, "file of sapp.save", todense(stored), write, planned or _stored(stored))
     if not tensors:
         raise ValueError(f"{path} holds no tensors")
     return Checkpoint(path, "safetensors", tensors, functools.partial(_write_one, metadata), planned)
@@ -86,6 +90,18 @@ def read_directory(folder: pathlib.Path, files: Iterable[pathlib.Path]) -> Check
         planned |= recorded(file, metadata.get(PLAN))
         about[file.name] = metadata, [*part]
     return Checkpoint(folder, "safetensors", tensors, functools.partial(_write_all, folder, about), planned)
+
+
+def _stored(tree: Any) -> dict[str, LeafPlan]:
+    """The kernels of which a file has blocks only, as if what it has had been the plan."""
+    found = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, BlockSparse)):
+        if isinstance(leaf, BlockSparse):
+            path, layout = path_string(keys), leaf.layout
+            grid = blk.grid_shape(leaf.shape, layout.block, layout.view)
+            sparsity = 1 - layout.density
+            found[path] = LeafPlan(path, leaf.shape, layout.block, grid, layout.nse, sparsity, "", layout.view)
+    return found
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
