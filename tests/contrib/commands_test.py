@@ -181,7 +181,7 @@ def test_the_plan_says_what_is_assumed(folder, capsys):
     assert said.startswith("2 of 2 kernels pruned; 50.00% of 1,600 kernel weights removed (2 scalars and vectors not")
     assert re.search(r"in.weight +40×24 +24×40 +4×8 +6×5 +30 +15 +50.0%", said)
     assert re.search(r"out.weight +16×40 +40×16, assumed", said)
-    assert "How 1 kernels are read is assumed, such as out.weight" in said
+    assert "The reading of 1 of 2 kernels is assumed, such as that of out.weight." in said
     assert "in.bias" not in said
     run("plan", file, *PLANNED, "--all", "--view=*.weight=i o", "--where=in*", "--where=nets:first")
     said = capsys.readouterr().out

@@ -4,13 +4,14 @@ import argparse
 from typing import Any
 
 from sa_plus_plus.contrib.commands import formats, options
-from sa_plus_plus.plans import read_as
 
 DESCRIPTION = """\
 Show which kernels of a checkpoint would be pruned, in which blocks, and how many of these stay. Nothing is written.
 
 Kernels are read as matrices of inputs by outputs. How is told by their names and biases; where that is not certain the
 table says "assumed", and --view says it."""
+
+_READINGS = "--view='PATTERN=i o' for inputs first, or --view='PATTERN=o i -> i o' for outputs first"
 
 
 def add_to(commands: Any) -> None:
@@ -44,7 +45,5 @@ def run(arguments: argparse.Namespace) -> None:
     plan = options.plan_of(arguments, checkpoint.params)
     print(plan.table(all=arguments.all))
     if assumed := [layer for layer in plan.pruned.values() if layer.assumed]:
-        print(
-            f"\nHow {len(assumed)} kernels are read is assumed, such as {assumed[0].path}: {read_as(assumed[0])}. "
-            "If you know, say so: --view='PATTERN=o i -> i o' for outputs first, --view='PATTERN=i o' for inputs first"
-        )
+        which = f"{len(assumed)} of {len(plan.pruned)} kernels is assumed, such as that of {assumed[0].path}"
+        print(f"\nThe reading of {which}.\nIf it is wrong, say {_READINGS}.")

@@ -153,5 +153,5 @@ def module() -> Any:
     try:
         import safetensors.numpy  # noqa: PLC0415 - optional: only files need it
     except ImportError as error:
-        raise ImportError("files of pruned networks need the package safetensors: pip install safetensors") from error
+        raise ImportError("files of tensors need the package safetensors: pip install safetensors") from error
     return safetensors
