@@ -46,9 +46,6 @@ def test_views_whole_sides_and_jit():
     np.testing.assert_array_equal(stacked, np.stack([by_loops(x, (2, 2), 0.5) for x in (w, 100 * w)]))
     rows = jax.jit(lambda w: sapp.prune(w, block=(1, None), sparsity=0.75))(w.astype(np.float32))
     np.testing.assert_array_equal(rows, by_loops(w.astype(np.float32), (1, 12), 0.75))
-    algorithm = sapp.magnitude(block=2, sparsity=0.5, min_blocks=1, phases=sapp.phases.magnitude(1, recipe="finetune"))
-    network = algorithm.finalize(*algorithm.init({"kernel": jnp.asarray(w, jnp.float32)}))
-    np.testing.assert_array_equal(network["kernel"], sapp.prune(w.astype(np.float32), block=2, sparsity=0.5))
 
 
 @pytest.mark.parametrize(
