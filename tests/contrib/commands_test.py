@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import tomllib
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -391,6 +392,9 @@ def test_what_is_no_checkpoint_is_said(folder, capsys):
     whole = write_npz(folder / "whole", weights()).read_bytes()
     (folder / "cut.npz").write_bytes(whole[:-300])
     assert "cut.npz is damaged" in said("cut.npz")
+    with zipfile.ZipFile("pickled", "w") as archive:
+        archive.writestr("archive/data.pkl", b"")
+    assert "pickled is a pickle of PyTorch's" in said("pickled")
     np.savez("objects.npz", a=np.array([{}], object))
     assert "objects.npz is damaged, or has other things than arrays" in said("objects.npz")
     shards = write_sharded(folder / "shards", weights())
