@@ -28,6 +28,7 @@ from sa_plus_plus.oneshot import (
 )
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
+from sa_plus_plus.pruning import prune
 from sa_plus_plus.registry import ALGORITHMS, Algorithm, algorithm
 from sa_plus_plus.shrinking import Shrunk, shrink
 from sa_plus_plus.sparse import (
@@ -38,6 +39,7 @@ from sa_plus_plus.sparse import (
     load,
     save,
     specialize,
+    summary,
     todense,
 )
 from sa_plus_plus.sparse.files import serve
@@ -93,6 +95,7 @@ __all__ = [
     "phases",
     "plan",
     "powerpropagation",
+    "prune",
     "random",
     "refit",
     "reset_on",
@@ -107,6 +110,7 @@ __all__ = [
     "sparse_evolutionary",
     "sparsify",
     "specialize",
+    "summary",
     "todense",
     "views",
 ]

@@ -14,7 +14,7 @@ _EMBEDDING = re.compile(
     r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?"
     r"|embed_(tokens|positions|in)|relative_(position|attention)_bias(_table)?"  # of transformers and torchvision
 )
-_COLLECTIONS = ("batch_stats", "cache", "intermediates")  # collections of variables that are not trained
+_COLLECTIONS = ("batch_stats", "cache", "intermediates", "opt_state")  # not trained; moments have the kernels' shapes
 _WEIGHT = re.compile(r"(^|_)weight(_|\d|$)")
 _WORD = re.compile(r"(^|_)(kernel|weights?|w)(?=_|\d|$)", re.IGNORECASE)  # in the name of a matrix, where a bias has b
 _CONVOLUTION = re.compile(r"Conv_\d+|conv([123])_?d(_\d+)?")  # as linen, Keras and Haiku number them

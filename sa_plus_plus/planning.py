@@ -16,7 +16,7 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import layouts, select, views
 from sa_plus_plus.names import named_as_kernel, non_kernel_kind
-from sa_plus_plus.text import table
+from sa_plus_plus.plans import VECTORS, LeafPlan, Plan
 from sa_plus_plus.views import View
 
 _NUMBERS = (int, float, Fraction, np.generic, np.ndarray, jax.Array)
@@ -25,109 +25,6 @@ MIN_BLOCKS = 100  # C.1: layers with fewer blocks stay dense
 
 Overrides = Mapping[str, Mapping[str, Any]]
 Views = Mapping[str, views.Viewable]
-
-
-class LeafPlan(NamedTuple):
-    """The plan for one leaf of the parameter tree.
-
-    Attributes:
-      path: keys from the root, joined by `/`.
-      shape: shape of the leaf.
-      block: `(b_r, b_c)`.
-      grid: blocks down and across each matrix; `(0, 0)` if the leaf is not a kernel.
-      kept: number of blocks that stay, the same in each matrix; all of them if the layer is not pruned.
-      sparsity: target share of the blocks removed, in [0, 1).
-      skip_reason: empty for a pruned layer, else the reason why it stays dense.
-      view: how the leaf is read as matrices; None for all axes but the last as rows.
-      assumed: whether the view is a guess because the leaf is ambiguous.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    block: blk.Block
-    grid: tuple[int, int]
-    kept: int
-    sparsity: float
-    skip_reason: str
-    view: View | None = None
-    assumed: bool = False
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Sides of the batch axes: how many matrices the leaf holds; empty for one."""
-        return self.view.stack(self.shape) if self.view else ()
-
-    @property
-    def full_grid(self) -> tuple[int, ...]:
-        """`(*stack, grid_r, grid_c)`: the shape of masks, logits and scores."""
-        return *self.stack, *self.grid
-
-    @property
-    def kept_each(self) -> int:
-        """Number of blocks that stay in each matrix."""
-        return self.kept // math.prod(self.stack)
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks in all matrices."""
-        return math.prod(self.full_grid)
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def is_kernel(self) -> bool:
-        return self.blocks > 0
-
-
-class Plan(NamedTuple):
-    """The plan for every leaf of a parameter tree; `print(plan)` shows it as a table.
-
-    Attributes:
-      leaves: one `LeafPlan` per leaf, in the order of the tree.
-      scope: `"layer"` if each layer keeps its planned number of blocks, `"global"` if all layers together keep the sum
-        of these.
-    """
-
-    leaves: tuple[LeafPlan, ...]
-    scope: str = "layer"
-
-    @property
-    def pruned(self) -> dict[str, LeafPlan]:
-        """The layers that are pruned, by path."""
-        return {layer.path: layer for layer in self.leaves if not layer.skip_reason}
-
-    @property
-    def kernel_weights(self) -> int:
-        """Number of weights in all kernels, pruned or not."""
-        return sum(layer.weights for layer in self.leaves if layer.is_kernel)
-
-    @property
-    def sparsity(self) -> float:
-        """Share of all kernel weights that will be zero, with edge blocks counted like full ones of their layer."""
-        zero = sum(la.weights * (1 - la.kept / la.blocks) for la in self.pruned.values())
-        return zero / max(self.kernel_weights, 1)
-
-    def __str__(self) -> str:
-        head = ("path", "shape", "read as", "block", "grid", "blocks", "kept", "pruned")
-        viewed = any(layer.view or layer.assumed for layer in self.leaves)
-        rows = table(head, [_row(layer) for layer in self.leaves], omit=() if viewed else ("read as",))
-        total = f"{len(self.pruned)} of {len(self.leaves)} leaves pruned; {self.sparsity:.2%} of "
-        return f"{rows}\n{total}{self.kernel_weights:,} kernel weights removed"
-
-
-def _row(layer: LeafPlan) -> tuple[str, ...]:
-    if not layer.is_kernel:
-        return (layer.path, _by(layer.shape), "-", "-", "-", "-", "-", f"no: {layer.skip_reason}")
-    fate = f"no: {layer.skip_reason}" if layer.skip_reason else f"{layer.sparsity:.1%}"
-    read = blk.view_of(layer.shape, layer.view).describe(layer.shape) + (", assumed" if layer.assumed else "")
-    grid = " × ".join([*map(str, layer.stack), _by(layer.grid)])
-    return (layer.path, _by(layer.shape), read, _by(layer.block), grid, f"{layer.blocks:,}", f"{layer.kept:,}", fate)
-
-
-def _by(sides: Sequence[int]) -> str:
-    return "×".join(map(str, sides)) or "scalar"
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -175,8 +72,8 @@ def plan(
       overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...)` to
         use there. The first matching pattern applies.
       views: by path or pattern, how leaves are read as matrices: `"d (h k)"`, `"[l] i o"`, `"o i -> i o"` (see
-        `views.as_view`). By default `layouts.guess` decides by names and biases; `print(plan)` shows the result, and
-        where it is an assumption.
+        `views.as_view`). A pattern passes over leaves with another number of axes. By default `layouts.guess` decides
+        by names and biases; `print(plan)` shows the result, and where it is an assumption.
 
     Raises:
       ValueError: if an option is out of range, a pattern or the predicate matches nothing, or no pruned leaf, nothing
@@ -213,6 +110,21 @@ def planner(
         return _plan_leaves(leaves, defaults, where, checked, views or {})
 
     return lambda params: plan_leaves(_leaves(params))
+
+
+def readings(params: Any, views: Views | None = None) -> tuple[LeafPlan, ...]:
+    """How each leaf is read as matrices, with one block a weight and nothing pruned.
+
+    Args:
+      params: as `plan` takes it.
+      views: as `plan` takes them.
+
+    Raises:
+      ValueError: if the tree has no leaves, or a view does not fit.
+    """
+    leaves = _leaves(params)
+    found = _readings(leaves, views or {}, {})
+    return tuple(_layer(leaf, 1, 0.0, 1, lambda path: False, found.get(leaf.path)) for leaf in leaves)
 
 
 class _Leaf(NamedTuple):
@@ -334,6 +246,7 @@ class _Reading(NamedTuple):
 def _readings(leaves: Sequence[_Leaf], user_views: Views, overrides: Overrides) -> dict[str, _Reading]:
     """How each leaf of two or more axes is read, by path."""
     leaf_shapes, readings = layouts.LeafShapes({leaf.path: leaf.shape for leaf in leaves}), {}
+    misfits, fitting = dict[str, Exception](), set[str]()
     for path, attribute, shape, _ in leaves:
         if len(shape) > 1:
             name = path.rpartition("/")[2]  # in Equinox modules an attribute, whatever the surrounding tree is
@@ -341,15 +254,20 @@ def _readings(leaves: Sequence[_Leaf], user_views: Views, overrides: Overrides) 
             guess = layouts.guess(path, shape, leaf_shapes, outputs_first)
             named_by_user = path in user_views or path in overrides
             readings[path] = _Reading(guess.view, guess.sure, "" if named_by_user else guess.dense, by_user=False)
-        if matching := [view for pattern, view in user_views.items() if _matches(path, pattern)]:
+        if matching := [pattern for pattern in user_views if _matches(path, pattern)]:
+            pattern = matching[0]
             try:
-                view = views.as_view(matching[0], len(shape))
+                view = views.as_view(user_views[pattern], len(shape))
             except (ValueError, TypeError) as error:
-                raise type(error)(f"{path}, of shape {shape}: {error}") from error
+                misfits.setdefault(pattern, type(error)(f"{path}, of shape {shape}: {error}"))
+                continue  # a pattern may match leaves that are no kernels, such as scales
+            fitting.add(pattern)
             dense = readings[path].dense if path in readings else ""
             if dense == layouts.PERHAPS_DEPTHWISE and _roles(view) != _roles(readings[path].view):
                 dense = ""  # the view says what the shape does not
             readings[path] = _Reading(view, sure=True, dense=dense, by_user=True)
+    if unfit := [misfit for pattern, misfit in misfits.items() if pattern not in fitting]:
+        raise unfit[0]
     return readings
 
 
@@ -373,7 +291,7 @@ def _layer(
     if not where(path) and (other := non_kernel_kind(path)):
         return _no_kernel(path, shape, other)
     if reading.view is None:
-        return _no_kernel(path, shape, "not a kernel (one weight for each channel)")
+        return _no_kernel(path, shape, VECTORS)
     view, sides = reading.view, blk.as_block(block, reading.view.matrix(shape))
     grid = blk.grid_shape(shape, sides, view)
     each = math.prod(grid)

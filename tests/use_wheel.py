@@ -33,6 +33,11 @@ def main() -> None:
     said = subprocess.run(command, capture_output=True, text=True)  # its extra is not installed
     assert "pip install flax" in said.stderr, said
     assert said.returncode == 2, said
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(pathlib.Path(folder, "network.npz"), w=w.astype(np.float32))
+        command = [str(pathlib.Path(sys.executable).with_name("sapp")), "plan", "network.npz", "--sparsity=0.5"]
+        said = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert said.stdout.startswith("1 of 1 kernels pruned; 50.00% of 65,536"), said
     print(f"  Python {sys.version.split()[0]}, jax {jax.__version__}, {native.isa(np.float32)}, {home}")
 
 

@@ -9,13 +9,16 @@ from sa_plus_plus.sparse.ops import native
 from sa_plus_plus.sparse.ops.convolution import block_sparse_conv
 from sa_plus_plus.sparse.ops.matmul import block_sparse_matmul
 from sa_plus_plus.sparse.specialize import specialize
+from sa_plus_plus.sparse.summaries import LeafSummary, Summary, summary
 
 __all__ = [
     "BlockSparse",
     "Choice",
     "Layout",
+    "LeafSummary",
     "Network",
     "Saved",
+    "Summary",
     "block_sparse_conv",
     "block_sparse_matmul",
     "export",
@@ -23,6 +26,7 @@ __all__ = [
     "native",
     "save",
     "specialize",
+    "summary",
     "to_bsr",
     "to_onnx",
     "todense",

@@ -406,32 +406,50 @@ def test_map_layers_hands_each_leaf_its_layer():
 # The table.
 
 
-def test_the_table_shows_each_leaf():
+def test_the_table_shows_what_is_no_vector():
     result = plan_mlp(sparsity=0.95)
-    head, rule, *lines, total = str(result).splitlines()
+    summary, space, head, rule, *lines = str(result).splitlines()
+    removed = 100 * 156_000 * 0.95 / 156_400
+    assert summary == (
+        f"1 of 2 kernels pruned; {removed:.2f}% of 156,400 kernel weights removed (2 scalars and vectors not shown)"
+    )
+    assert space == ""
     assert head.split() == ["path", "shape", "block", "grid", "blocks", "kept", "pruned"]
     assert set(rule) == {"-"}
-    cells = {line.split()[0]: line.split(maxsplit=6)[1:] for line in lines}
-    assert cells == {
-        "hidden/bias": ["400", "-", "-", "-", "-", "no: not a kernel (1-D)"],
+    assert {line.split()[0]: line.split(maxsplit=6)[1:] for line in lines} == {
         "hidden/kernel": ["390×400", "20×20", "20×20", "400", "20", "95.0%"],
-        "out/bias": ["1", "-", "-", "-", "-", "no: not a kernel (1-D)"],
         "out/kernel": ["400×1", "20×20", "20×1", "20", "20", "no: fewer than 100 blocks"],
     }
-    removed = 100 * 156_000 * 0.95 / 156_400
-    assert total == f"1 of 4 leaves pruned; {removed:.2f}% of 156,400 kernel weights removed"
+
+
+def test_the_table_shows_each_leaf_if_asked():
+    summary, _, _, _, *lines = plan_mlp(sparsity=0.95).table(all=True).splitlines()
+    assert summary.endswith("kernel weights removed")
+    assert [line.split()[0] for line in lines] == ["hidden/bias", "hidden/kernel", "out/bias", "out/kernel"]
+    assert lines[0].split(maxsplit=6)[1:] == ["400", "-", "-", "-", "-", "no: not a kernel (1-D)"]
     assert len({line.index(cell) for line, cell in zip(lines, ["-", "20×20", "-", "20×20"], strict=True)}) == 1
+
+
+def test_hidden_are_vectors_of_stacked_layers_too_and_nothing_else():
+    stacked = {"l": {"kernel": leaf(3, 30, 40), "bias": leaf(3, 40)}, "n": {"scale": leaf(3, 40)}}
+    others = {"embedding": leaf(5, 4), "six": leaf(1, 1, 1, 1, 2, 2, 2)}
+    tree = stacked | others | {"count": 3, "name": "net", "key": jax.random.key(0)}
+    shown = [line.split()[0] for line in str(sapp.plan(tree, block=2, sparsity=0.5)).splitlines()[4:]]
+    assert shown == ["embedding", "l/kernel", "six"]
+    training = {"opt_state": {"mu": leaf(20, 20)}, "w": leaf(20, 20)}
+    assert [*sapp.plan(training, block=2, sparsity=0.5).pruned] == ["w"]
 
 
 def test_the_table_of_resnet50():
     text = str(sapp.plan(RESNET50, block=16, sparsity=0.9))
-    assert len(text.splitlines()) == 2 + len(jax.tree.leaves(RESNET50)) + 1
+    assert len(text.splitlines()) == 4 + sum(len(x.shape) > 1 for x in jax.tree.leaves(RESNET50))
     assert re.search(r"Dense_0/kernel +2048×1000 +16×16 +128×63 +8,064 +806 +90.0%", text)
-    assert text.endswith("46 of 161 leaves pruned; 89.63% of 25,502,912 kernel weights removed")
+    assert text.startswith("46 of 54 kernels pruned; 89.63% of 25,502,912 kernel weights removed (107 scalars")
 
 
 def test_the_table_has_a_word_for_scalars():
-    assert re.search(r"t +scalar", str(sapp.plan({"t": leaf(), "w": leaf(20, 20)}, block=2, sparsity=0.5)))
+    plan = sapp.plan({"t": leaf(), "w": leaf(20, 20)}, block=2, sparsity=0.5)
+    assert re.search(r"t +scalar", plan.table(all=True))
 
 
 def test_an_override_of_no_kernel_is_refused():

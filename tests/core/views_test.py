@@ -276,6 +276,16 @@ def test_the_plan_says_how_leaves_are_read():
     assert "(3·40)×40, assumed" in assumed
 
 
+def test_a_pattern_passes_over_leaves_with_other_numbers_of_axes():
+    params = {"norm": {"weight": jnp.ones(40)}, "linear": {"weight": jnp.ones((40, 40))}}
+    plan = sapp.plan(params, block=2, sparsity=0.5, views={"*/weight": "o i -> i o"})
+    assert plan.pruned["linear/weight"].view == View((), (1,), (0,))
+    assert "40×40 transposed" in str(plan)
+    for pattern in ("*/weight", "norm/weight"):
+        with pytest.raises(ValueError, match=r"/weight, of shape .* names 3 axes, but the leaf has"):
+            sapp.plan(params, block=2, sparsity=0.5, views={pattern: "a b c -> c (a b)"})
+
+
 def test_groups_that_are_whole_sides():
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(120, 30)), jnp.float32)}
     rows = sapp.plan(params, block=(1, None), sparsity=0.9).pruned["w"]

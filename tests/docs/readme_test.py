@@ -11,7 +11,14 @@ import sa_plus_plus as sapp
 README = ROOT / "README.md"
 NAMES = ("training", "inference", "algorithms", "theory", "one_shot")
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
-APART = ("what_to_prune", "trained_weights", "devices", "own_algorithm", "own_data")  # getting_started: docs_test.py
+APART = (
+    "what_to_prune",
+    "trained_weights",
+    "devices",
+    "own_algorithm",
+    "own_data",
+    "commands",
+)  # getting_started: docs_test.py
 FRAMEWORKS = (ROOT / "docs" / "frameworks.md").read_text()
 
 

@@ -4,9 +4,10 @@ import argparse
 import importlib.util
 import math
 import pathlib
-import re
 import shlex
 from typing import Any
+
+from sa_plus_plus.contrib.commands.options import integers
 
 DESCRIPTION = """\
 Prune a published transformer by blocks: a directory of transformers or sentence-transformers with BERT (also with mean
@@ -51,7 +52,7 @@ def add_to(commands: Any) -> None:
     )
     add("--images", type=pathlib.Path, metavar="FOLDER", help="images for ViT; without, only --steps=0, by magnitude")
     add("--sparsity", type=float, required=True, help="share of the blocks that are removed, such as 0.7")
-    add("--block", type=_block, default=(16, 16), help="inputs and outputs of a block: 16,16 (the default), 4,16")
+    add("--block", type=integers, default=(16, 16), help="inputs and outputs of a block: 16,16 (the default), 4,16")
     add("--steps", type=_whole, default=1000, help="of training, by default 1000; 0 to prune in one go")
     add("--length", type=_whole, default=0, help="in tokens; longer lines are cut. By default the longest, at most 128")
     add("--batch", type=_positive, default=0, help="examples of a step; by default 32, for GPT-2 8")
@@ -61,14 +62,7 @@ def add_to(commands: Any) -> None:
         default=0.0,
         help="of Adam after a warm-up; by default 1e-3 at width 384, less if wider",
     )
-    parser.set_defaults(run=run, command="prune")
-
-
-def _block(text: str) -> tuple[int, ...]:
-    sides = [int(side) for side in re.split(r"[,x×]", text.strip("() ")) if side.strip()]
-    if len(sides) not in (1, 2) or min(sides) < 1:
-        raise ValueError(text)
-    return tuple(sides * (3 - len(sides)))
+    parser.set_defaults(run=run, command="prune", interrupted="the same command goes on from what is kept")
 
 
 def _whole(text: str) -> int:
@@ -89,7 +83,7 @@ def _rate(text: str) -> float:
     return number
 
 
-for _kind, _name in ((_block, "block"), (_whole, "number"), (_positive, "number"), (_rate, "rate")):
+for _kind, _name in ((_whole, "number"), (_positive, "number"), (_rate, "rate")):
     _kind.__name__ = _name  # argparse's messages have it
 
 

@@ -3,20 +3,15 @@
 import contextlib
 import fcntl
 import json
-import os
 import pathlib
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sa_plus_plus.contrib.transformers.directories import WEIGHTS, json_of
-from sa_plus_plus.files import write_atomically
+from sa_plus_plus.files import copied_without_weights, write_atomically
 
 REPORT = "pruning"  # the folder of all that is new in the output
-_OTHER_FORMATS = {  # ends of files of weights in other formats
-    *(".bin", ".ckpt", ".gguf", ".h5", ".mlmodel", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pt", ".pth", ".tflite"),
-    ".safetensors",
-}
 _RUN, _LOCK, _FILES = "run.json", "lock", "files"
 _FORMAT = 1
 
@@ -98,20 +93,11 @@ def copied(folder: pathlib.Path, inner: pathlib.Path, output: pathlib.Path) -> t
       inner: the directory of its weights.
       output: the directory to be made.
     """
-    copy, left_out = unfinished(output) / _FILES, list[str]()
-
-    def ignore(name: str, names: Collection[str]) -> set[str]:
-        here = pathlib.Path(name)
-        weights = {n for n in names if pathlib.Path(n).suffix in _OTHER_FORMATS and (here / n).is_file()}
-        left_out.extend(str((here / n).relative_to(folder)) for n in sorted(weights) if here / n != inner / WEIGHTS)
-        return weights | ({REPORT, ".git", ".cache"} & {*names} if here == folder else set())
-
+    copy = unfinished(output) / _FILES
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder, copy, ignore=ignore)
-    for path, *_ in os.walk(copy):  # a copy of a read-only directory is one too
-        os.chmod(path, 0o777 & ~_umask())
+    left_out = copied_without_weights(folder, copy, [REPORT])
     (copy / REPORT).mkdir()
-    return copy, left_out
+    return copy, [str(file) for file in left_out if folder / file != inner / WEIGHTS]
 
 
 def publish(copy: pathlib.Path, output: pathlib.Path) -> None:
@@ -123,9 +109,3 @@ def publish(copy: pathlib.Path, output: pathlib.Path) -> None:
     """
     copy.rename(output.absolute())
     shutil.rmtree(unfinished(output), ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -34,14 +34,18 @@ def write(
     checksums = {name: digest(tensor) for name, tensor in tensors.items()}
     text = json.dumps({**about, "sha256": checksums}, sort_keys=True)
     texts = {**(metadata or {}), _KEY: text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    content = _safetensors().numpy.save(dict(tensors), metadata=texts)
-    head, start = _in_order(content)
+    content = module().numpy.save(dict(tensors), metadata=texts)
+    head, start = in_order(content)
     write_atomically(pathlib.Path(path), lambda file: (file.write(head), file.write(memoryview(content)[start:])))
     return len(head) + len(content) - start
 
 
-def _in_order(content: bytes) -> tuple[bytes, int]:
-    """A file's head with its metadata sorted, which the library writes in random order; and where the old one ends."""
+def in_order(content: bytes) -> tuple[bytes, int]:
+    """A file's head with its metadata sorted, which the library writes in random order; and where the old one ends.
+
+    Args:
+      content: of a safetensors file with metadata.
+    """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -65,7 +69,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
         raise FileNotFoundError(f"there is no file {path}")
     if not path.is_file():
         raise ValueError(f"{path} is a directory or device, not a file: give the path of one that save has written")
-    safetensors = _safetensors()
+    safetensors = module()
     try:
         with safetensors.safe_open(path, "numpy") as file:
             texts = file.metadata() or {}
@@ -140,9 +144,14 @@ def digest(tensor: np.ndarray) -> str:
     return hashlib.sha256(head + tensor.tobytes()).hexdigest()
 
 
-def _safetensors() -> Any:
+def module() -> Any:
+    """The package safetensors.
+
+    Raises:
+      ImportError: without it.
+    """
     try:
         import safetensors.numpy  # noqa: PLC0415 - optional: only files need it
     except ImportError as error:
-        raise ImportError("files of pruned networks need the package safetensors: pip install safetensors") from error
+        raise ImportError("files of tensors need the package safetensors: pip install safetensors") from error
     return safetensors

@@ -1,0 +1,150 @@
+"""A plan: for each leaf of a parameter tree its blocks and how many of them stay; printed as a table."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sa_plus_plus import blocks as blk
+from sa_plus_plus.names import BIASES_AND_SCALES
+from sa_plus_plus.text import table
+from sa_plus_plus.views import View
+
+VECTORS = "not a kernel (one weight for each channel)"  # why a leaf of a vector for each of several layers stays dense
+
+
+class LeafPlan(NamedTuple):
+    """The plan for one leaf of the parameter tree.
+
+    Attributes:
+      path: keys from the root, joined by `/`.
+      shape: shape of the leaf.
+      block: `(b_r, b_c)`.
+      grid: blocks down and across each matrix; `(0, 0)` if the leaf is not a kernel.
+      kept: number of blocks that stay, the same in each matrix; all of them if the layer is not pruned.
+      sparsity: target share of the blocks removed, in [0, 1).
+      skip_reason: empty for a pruned layer, else the reason why it stays dense.
+      view: how the leaf is read as matrices; None for all axes but the last as rows.
+      assumed: whether the view is a guess because the leaf is ambiguous.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    block: blk.Block
+    grid: tuple[int, int]
+    kept: int
+    sparsity: float
+    skip_reason: str
+    view: View | None = None
+    assumed: bool = False
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sides of the batch axes: how many matrices the leaf holds; empty for one."""
+        return self.view.stack(self.shape) if self.view else ()
+
+    @property
+    def full_grid(self) -> tuple[int, ...]:
+        """`(*stack, grid_r, grid_c)`: the shape of masks, logits and scores."""
+        return *self.stack, *self.grid
+
+    @property
+    def kept_each(self) -> int:
+        """Number of blocks that stay in each matrix."""
+        return self.kept // math.prod(self.stack)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks in all matrices."""
+        return math.prod(self.full_grid)
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.blocks > 0
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a scalar, a vector, a vector for each of several layers, or no array at all."""
+        told = self.skip_reason == VECTORS or self.skip_reason in BIASES_AND_SCALES
+        return not self.is_kernel and (len(self.shape) < 2 or told)
+
+
+class Plan(NamedTuple):
+    """The plan for every leaf of a parameter tree; `print(plan)` shows it.
+
+    Attributes:
+      leaves: one `LeafPlan` per leaf, in the order of the tree.
+      scope: `"layer"` if each layer keeps its planned number of blocks, `"global"` if all layers together keep the sum
+        of these.
+    """
+
+    leaves: tuple[LeafPlan, ...]
+    scope: str = "layer"
+
+    @property
+    def pruned(self) -> dict[str, LeafPlan]:
+        """The layers that are pruned, by path."""
+        return {layer.path: layer for layer in self.leaves if not layer.skip_reason}
+
+    @property
+    def kernel_weights(self) -> int:
+        """Number of weights in all kernels, pruned or not."""
+        return sum(layer.weights for layer in self.leaves if layer.is_kernel)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of all kernel weights that will be zero, with edge blocks counted like full ones of their layer."""
+        zero = sum(la.weights * (1 - la.kept / la.blocks) for la in self.pruned.values())
+        return zero / max(self.kernel_weights, 1)
+
+    def table(self, *, all: bool = False) -> str:
+        """What is pruned, in one line, and a table of the leaves.
+
+        Args:
+          all: whether scalars, vectors and leaves that are no arrays are in the table too.
+        """
+        shown = [layer for layer in self.leaves if all or not layer.is_vector]
+        head = ("path", "shape", "read as", "block", "grid", "blocks", "kept", "pruned")
+        viewed = any(layer.view or layer.assumed for layer in shown)
+        rows = table(head, [_row(layer) for layer in shown], omit=() if viewed else ("read as",))
+        kernels = sum(layer.is_kernel for layer in self.leaves)
+        removed = f"{self.sparsity:.2%} of {self.kernel_weights:,} kernel weights removed"
+        hidden = len(self.leaves) - len(shown)
+        note = f" ({hidden} scalars and vectors not shown)" if hidden else ""
+        return f"{len(self.pruned)} of {kernels} kernels pruned; {removed}{note}\n\n{rows}"
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _row(layer: LeafPlan) -> tuple[str, ...]:
+    if not layer.is_kernel:
+        return (layer.path, by(layer.shape), "-", "-", "-", "-", "-", f"no: {layer.skip_reason}")
+    fate = f"no: {layer.skip_reason}" if layer.skip_reason else f"{layer.sparsity:.1%}"
+    read = read_as(layer)
+    grid = " × ".join([*map(str, layer.stack), by(layer.grid)])
+    return (layer.path, by(layer.shape), read, by(layer.block), grid, f"{layer.blocks:,}", f"{layer.kept:,}", fate)
+
+
+def read_as(layer: LeafPlan) -> str:
+    """The matrices that a kernel is read as, `6 × (8·64)×512`; if sides do not tell, whether they are transposed.
+
+    Args:
+      layer: of a kernel; where the reading is an assumption, the text says so.
+    """
+    read = blk.view_of(layer.shape, layer.view)
+    square = len(read.rows) == len(read.cols) == 1 and len(set(read.matrix(layer.shape))) == 1
+    transposed = " transposed" if square and not read.in_order else ""
+    return read.describe(layer.shape) + transposed + (", assumed" if layer.assumed else "")
+
+
+def by(sides: Sequence[int]) -> str:
+    """Sides as text, `64×96`.
+
+    Args:
+      sides: of an array, a block or a grid.
+    """
+    return "×".join(map(str, sides)) or "scalar"
