@@ -12,6 +12,7 @@ from sa_plus_plus.algorithms import (
     random,
     sequential_attention,
 )
+from sa_plus_plus.averages import Ema, EmaState, ema
 from sa_plus_plus.baselines import d_gating, group_lasso, movement, rigl, sparse_evolutionary
 from sa_plus_plus.checks import check_pruned
 from sa_plus_plus.compose import IDENTITY, Parametrisation, PruningOptions, compose
@@ -54,6 +55,8 @@ __all__ = [
     "Algorithm",
     "BlockSparse",
     "Budget",
+    "Ema",
+    "EmaState",
     "LeafPlan",
     "OneShot",
     "Parametrisation",
@@ -80,6 +83,7 @@ __all__ = [
     "compose",
     "d_gating",
     "dense",
+    "ema",
     "export",
     "gradual_magnitude",
     "group_lasso",
