@@ -1,6 +1,7 @@
 """Block-wise pruning of neural networks in JAX: SequentialAttention++ and competing algorithms."""
 
 from sa_plus_plus import blocks, metrics, phases, select, sparse, views
+from sa_plus_plus._version import version as _version
 from sa_plus_plus.algorithms import (
     acdc,
     attention_weights,
@@ -46,7 +47,7 @@ from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import ResetState, SparsifyState, reset_on, sparsify
 from sa_plus_plus.views import View
 
-__version__ = "0.1.0"
+__version__ = _version()
 
 __all__ = [
     "ALGORITHMS",

@@ -7,6 +7,7 @@ import pytest
 from commands import ROOT
 
 LIBRARY = (
+    "_version",
     "text",
     "timing",
     "files",
