@@ -1,7 +1,6 @@
 """Block-wise pruning of neural networks in JAX: SequentialAttention++ and competing algorithms."""
 
-from sa_plus_plus import blocks, metrics, phases, select, sparse, views
-from sa_plus_plus._version import version as _version
+from sa_plus_plus import _version, blocks, metrics, phases, select, sparse, views
 from sa_plus_plus.algorithms import (
     acdc,
     attention_weights,
@@ -47,7 +46,7 @@ from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import ResetState, SparsifyState, reset_on, sparsify
 from sa_plus_plus.views import View
 
-__version__ = _version()
+__version__ = _version.version()
 
 __all__ = [
     "ALGORITHMS",
