@@ -1,6 +1,8 @@
 """The compiled kernel, the version, and the README as PyPI shows it; all else is in pyproject.toml."""
 
+import concurrent.futures
 import importlib.util
+import os
 import pathlib
 import platform
 import re
@@ -47,12 +49,16 @@ class BuildKernels(build_ext):
         jaxlib = importlib.util.find_spec("jaxlib")
         headers = [str(pathlib.Path(jaxlib.origin).parent / "include")] if jaxlib and jaxlib.origin else []
         x86 = platform.machine() in ("x86_64", "AMD64")
-        objects = []
-        for source in ext.sources:
+        pathlib.Path(self.build_temp, SOURCES).mkdir(parents=True, exist_ok=True)
+
+        def compiled(source: str) -> list[str]:
             flags = FLAGS + (INSTRUCTIONS.get(pathlib.Path(source).stem, []) if x86 else [])
-            objects += self.compiler.compile(
+            return self.compiler.compile(
                 [source], self.build_temp, include_dirs=headers, extra_postargs=flags, depends=ext.depends
             )
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait for compilers
+            objects = [file for files in pool.map(compiled, ext.sources) for file in files]
         target = pathlib.Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), target_lang="c++")

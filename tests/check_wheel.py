@@ -65,7 +65,7 @@ def check_tag(wheel: pathlib.Path) -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "auditwheel", "show", wheel], capture_output=True, text=True, check=True
     )
-    tag = re.search(r'consistent with\s+the following platform tag:\s+"(\w+)"', shown.stdout)
+    tag = re.search(r'consistent\s+with\s+the\s+following\s+platform\s+tag:\s+"(\w+)"', shown.stdout)
     assert tag, shown.stdout
     assert tag[1] in wheel.stem, f"{wheel.name}, but auditwheel says {tag[1]}"
 
