@@ -1,5 +1,9 @@
 """Averages of the weights of networks that are pruned meanwhile, against sums in NumPy."""
 
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,3 +149,32 @@ def test_no_result_shares_a_buffer_with_an_argument():
 def test_a_decay_that_is_none_is_refused(decay):
     with pytest.raises(ValueError, match=r"decay=.* is not a number from 0"):
         sapp.ema(decay)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_keras_model_has_the_average_at_the_end_of_fit():
+    keras = pytest.importorskip("keras", reason="keras is not installed")
+    if keras.backend.backend() != "jax":
+        pytest.skip("Keras runs on another backend than JAX")
+    from sa_plus_plus.contrib.keras import optax_optimizer  # noqa: PLC0415 - optional
+
+    history = []
+
+    class Weights(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            history.append({v.path: np.array(v.value) for v in self.model.trainable_variables})
+
+    x = RNG.standard_normal((8, 12)).astype(np.float32)
+    model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(1)])
+    sp = sapp.magnitude(block=4, sparsity=0.75, phases=sapp.phases.magnitude(12), min_blocks=6)
+    tx = sapp.sparsify(optax.chain(sapp.reset_on(optax.trace(0.9)), optax.scale(-0.01)), sp)
+    model.compile(optimizer=optax_optimizer(tx, ema=sapp.ema(0.8)), loss="mse")
+    model.fit(x, x[:, :1], batch_size=4, epochs=6, verbose=0, callbacks=[Weights()])
+    params = {v.path: v.value for v in model.trainable_variables}
+    sapp.check_pruned(params, sp.plan(params))
+    assert len(history) == 12
+    for path, w in params.items():
+        want = weighted_mean([weights[path] for weights in history], 0.8)
+        np.testing.assert_allclose(w, want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(TypeError, match=r"takes ema=sapp\.ema\(0\.999\) or None, got ema=0\.9"):
+        optax_optimizer(tx, ema=0.9)

@@ -130,3 +130,26 @@ def test_the_readme_of_the_package_has_addresses(monkeypatch):
     assert re.findall(r"```.*?```", text, flags=re.S) == re.findall(r"```.*?```", readme, flags=re.S)
     for version, at in (("0.1.0", "v0.1.0"), ("0.1.0.dev0+unknown", "main")):
         assert f"{source}/blob/{at}/docs/" in SETUP["long_description"](version)
+
+
+def test_every_extra_is_on_the_page_and_every_extra_that_is_named_is_one():
+    extras, files = set(PROJECT["project"]["optional-dependencies"]), [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    files += [ROOT / ".ci/run", ROOT / "noxfile.py", ROOT / "pyproject.toml"]
+    for folder, kind in (("docs", "*.md"), ("configs", "*.py"), ("experiments", "*.py"), ("benchmarks", "*.py")):
+        files += (ROOT / folder).rglob(kind)
+    named = {
+        extra.strip()
+        for file in files
+        for names in re.findall(r"(?:\.|sa_plus_plus)\[([a-z, ]+)\]", file.read_text())
+        for extra in names.split(",")
+    }
+    assert named <= extras
+    assert {"experiments", "dev"} <= named
+    table = re.findall(r"^\| (`.*) \| .* \|$", (ROOT / "docs/getting_started.md").read_text(), flags=re.M)
+    assert extras <= {name.strip(" `") for row in table for name in row.split(",")}
+    by_name = {
+        extra: {re.split(r"[>\[]", package)[0] for package in packages}
+        for extra, packages in PROJECT["project"]["optional-dependencies"].items()
+    }
+    fixed = {"flax", "orbax-checkpoint", "tensorflow-datasets", "ml-collections", "chex", "absl-py"}
+    assert fixed <= by_name["all"] | by_name["experiments"] | by_name["tfds"]
