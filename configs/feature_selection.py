@@ -4,10 +4,10 @@
     python -m experiments.main --config=configs/feature_selection.py:mnist --config.data.local=path/to/its/files
     python -m benchmarks.feature_selection --data=mnist --local=path/to/its/files
 
-The table is a CSV file with a header. The target is the last column, or the one named by --config.data.options.target;
-classes may have any names, all other columns must be numeric. --config.data.options.group names a column for grouped
-splits: rows with the same value stay together. --config.data.options.ignore lists columns to leave out. The run writes
-`features.json`: the kept features, those with the largest weights first.
+The table is a CSV file with a header (`pip install -e '.[tables]'`). The target is the last column, or the one named by
+--config.data.options.target; classes may have any names, all other columns must be numeric. --config.data.options.group
+names a column for grouped splits: rows with the same value stay together. --config.data.options.ignore lists columns to
+leave out. The run writes `features.json`: the kept features, those with the largest weights first.
 
 A block is a feature's row of the first kernel, so the softmax of Sequential Attention is over features, as
 in Yasuda, Bateni, Chen, Fahrbach, Fu, Mirrokni: Sequential Attention for Feature Selection, ICLR 2023,

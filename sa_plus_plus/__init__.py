@@ -1,6 +1,6 @@
 """Block-wise pruning of neural networks in JAX: SequentialAttention++ and competing algorithms."""
 
-from sa_plus_plus import blocks, metrics, phases, select, sparse, views
+from sa_plus_plus import _version, blocks, metrics, phases, select, sparse, views
 from sa_plus_plus.algorithms import (
     acdc,
     attention_weights,
@@ -12,6 +12,7 @@ from sa_plus_plus.algorithms import (
     random,
     sequential_attention,
 )
+from sa_plus_plus.averages import Ema, EmaState, ema
 from sa_plus_plus.baselines import d_gating, group_lasso, movement, rigl, sparse_evolutionary
 from sa_plus_plus.checks import check_pruned
 from sa_plus_plus.compose import IDENTITY, Parametrisation, PruningOptions, compose
@@ -47,7 +48,7 @@ from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import ResetState, SparsifyState, reset_on, sparsify
 from sa_plus_plus.views import View
 
-__version__ = "0.1.0"
+__version__ = _version.version()
 
 __all__ = [
     "ALGORITHMS",
@@ -56,6 +57,8 @@ __all__ = [
     "Algorithm",
     "BlockSparse",
     "Budget",
+    "Ema",
+    "EmaState",
     "LeafPlan",
     "OneShot",
     "Parametrisation",
@@ -82,6 +85,7 @@ __all__ = [
     "compose",
     "d_gating",
     "dense",
+    "ema",
     "export",
     "gradual_magnitude",
     "group_lasso",

@@ -10,9 +10,9 @@ from sa_plus_plus.planning import Plan, path_string
 from sa_plus_plus.views import View
 
 _CAUSES = (
-    "possible causes: an unfinished schedule, an average of weights over steps, something after `sparsify` in the "
-    "chain that changes the updates, such as clipping, or around it that freezes the layer, such as optax.masked; "
-    "train to the end of the schedule and take what `finalize` returns"
+    "possible causes: an unfinished schedule, an average of weights over steps by another than sapp.ema, something "
+    "after `sparsify` in the chain that changes the updates, such as clipping, or around it that freezes the layer, "
+    "such as optax.masked; train to the end of the schedule and take what `finalize` returns"
 )
 _DIVERGED = (
     "training has diverged: lower the learning rate, clip gradients inside `sparsify` or put `optax.apply_if_finite` "

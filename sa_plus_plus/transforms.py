@@ -118,9 +118,8 @@ def sparsify(
 
         tx = sapp.sparsify(optax.chain(optax.clip_by_global_norm(1.0), sapp.reset_on(optax.adam(1e-3))), sp)
 
-    Averages of weights belong inside too, since an average of networks with different masks is not pruned: average
-    `state.trainable`, or use `reset_on(optax.contrib.schedule_free_adamw(...))` as `tx`, and give the result to
-    `sp.finalize`. Line searches (`optax.lbfgs`) and `optax.lookahead` cannot be wrapped.
+    An average of the loop's `params` is `ema`'s, which has their zeros; that of `optax.contrib.schedule_free_adamw`
+    belongs inside, in `reset_on`. Line searches (`optax.lbfgs`) and `optax.lookahead` cannot be wrapped.
     After the loop, `check_pruned` raises an error if the network is not as planned.
 
     To accumulate gradients, wrap it: `optax.MultiSteps(sapp.sparsify(tx, sp), n)`; the schedule then counts the

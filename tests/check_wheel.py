@@ -1,13 +1,16 @@
-"""Build the wheel, install it for every Python found, without a compiler in reach, and use it. Takes minutes.
+"""Build the wheel, check its tag, install it for every Python found, without a compiler in reach, and use it.
 
     python tests/check_wheel.py [dist/sa_plus_plus-0.1.0-cp311-abi3-*.whl] [python3.11 python3.12 ...]
 
-Not collected by pytest. A wheel that is given is not built. Without Pythons: this one and those of pyenv from 3.11 on,
+Takes minutes. Not collected by pytest. A wheel that is given is not built. auditwheel, if it is installed, says on
+which Linux systems the wheel runs. Without Pythons: this one and those of pyenv from 3.11 on,
 one for each minor version.
 """
 
+import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -48,7 +51,23 @@ def check_contents(wheel: pathlib.Path) -> None:
     assert "-cp311-abi3-" in wheel.name, wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert [n for n in names if "_native" in n and n.endswith(".so")], f"no compiled kernel in {wheel.name}"
+    if sys.platform == "linux":
+        assert "-manylinux_2_" in wheel.name, f"{wheel.name} is for this system alone: PyPI refuses it"
+        check_tag(wheel)
     assert all(n.startswith(("sa_plus_plus/", "sa_plus_plus-")) and not n.endswith((".cc", ".h")) for n in names), names
+
+
+def check_tag(wheel: pathlib.Path) -> None:
+    """auditwheel finds that the wheel runs where its tag says."""
+    if importlib.util.find_spec("auditwheel") is None:
+        print("the tag is not checked: pip install auditwheel")
+        return
+    shown = subprocess.run(
+        [sys.executable, "-m", "auditwheel", "show", wheel], capture_output=True, text=True, check=True
+    )
+    tag = re.search(r'consistent\s+with\s+the\s+following\s+platform\s+tag:\s+"(\w+)"', shown.stdout)
+    assert tag, shown.stdout
+    assert tag[1] in wheel.stem, f"{wheel.name}, but auditwheel says {tag[1]}"
 
 
 def found() -> list[str]:

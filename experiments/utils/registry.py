@@ -77,3 +77,14 @@ def _fits(value: Any, default: Any) -> bool:
         return isinstance(default, bool) and isinstance(value, bool)
     kinds = {float: numbers.Real, int: numbers.Integral}
     return isinstance(value, kinds.get(type(default), type(default)))
+
+
+def missing_extra(use: str, extra: str, error: ModuleNotFoundError) -> str:
+    """What to install where an import has failed: a sentence.
+
+    Args:
+      use: what the package is needed for.
+      extra: of `pyproject.toml` that brings it.
+      error: of the import.
+    """
+    return f"{use} need the package {error.name}: pip install -e '.[{extra}]'"

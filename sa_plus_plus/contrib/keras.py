@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import optax
 
+from sa_plus_plus.averages import Ema
 
-def optax_optimizer(tx: optax.GradientTransformation, name: str = "optax") -> Any:
+
+def optax_optimizer(tx: optax.GradientTransformation, name: str = "optax", ema: Ema | None = None) -> Any:
     """A Keras optimizer that applies an optax transformation, so that `model.fit` can prune:
 
         model.compile(optimizer=optax_optimizer(sapp.sparsify(tx, sp)), loss="mse")
@@ -26,19 +28,23 @@ def optax_optimizer(tx: optax.GradientTransformation, name: str = "optax") -> An
     Args:
       tx: any optax transformation; for pruning, what `sparsify` returns.
       name: of the optimizer.
+      ema: `sapp.ema(0.999)`, for the model to have the average of its weights when `model.fit` ends, as by Keras's own
+        `use_ema`, whose average is not pruned.
 
     Returns:
       A `keras.optimizers.Optimizer`.
 
     Raises:
-      TypeError: if `tx` is not a transformation.
+      TypeError: if `tx` is not a transformation, or `ema` not what `sapp.ema` returns.
       ImportError: without Keras.
       RuntimeError: if Keras runs on another backend than JAX.
       ValueError: when it is built, if two variables have the same path.
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(f"optax_optimizer takes an optax transformation such as sapp.sparsify(tx, sp), got {tx!r:.80}")
-    return _optimizer_class()(tx, name)
+    if not isinstance(ema, Ema | None):
+        raise TypeError(f"optax_optimizer takes ema=sapp.ema(0.999) or None, got ema={ema!r:.80}")
+    return _optimizer_class()(tx, name, ema)
 
 
 def _keras() -> Any:
@@ -66,15 +72,19 @@ def _optimizer_class() -> Any:
 
         learning_rate = base.learning_rate.setter(refuse)
 
-        def __init__(self, tx: optax.GradientTransformation, name: str):
+        def __init__(self, tx: optax.GradientTransformation, name: str, ema: Ema | None):
             super().__init__(learning_rate=1.0, name=name)  # updates are added as they are
+            self._ema = ema
             self._start, self._advance = optax.with_extra_args_support(tx)
 
         def build(self, variables: Sequence[Any]) -> None:
             if self.built:
                 return
             super().build(variables)
-            state = self._start(self._by_path([variable.value for variable in variables]))
+            params = self._by_path([variable.value for variable in variables])
+            state = self._start(params)
+            if self._ema is not None:
+                state = state, self._ema.init(params)
             self._order = _order(state, [variable.path for variable in variables])
             self._others = len(self.variables)  # Keras's own, before those of the state
             for leaf in self._leaves(state):
@@ -92,11 +102,11 @@ def _optimizer_class() -> Any:
                     )
                 grads = [by_path.get(variable.path) for variable in self._trainable_variables]
             variables, slots = self._trainable_variables, self.variables[self._others :]
-            params = self._by_path([variable.value for variable in variables])
-            values = {place: variable.value for place, variable in zip(self._order, slots, strict=True)}
-            state = jax.tree.unflatten(self._structure, [values[place] for place in range(len(values))])
+            params, (state, average) = self._by_path([variable.value for variable in variables]), self._states()
             updates, state = self._advance(self._by_path(grads), state, params)
             params = optax.apply_updates(params, updates)
+            if self._ema is not None:
+                state = state, self._ema.update(average, params)
             for variable in variables:
                 variable.assign(params[variable.path])
                 if variable.constraint is not None:
@@ -104,6 +114,23 @@ def _optimizer_class() -> Any:
             for variable, leaf in zip(slots, self._leaves(state), strict=True):
                 variable.assign(leaf)
             self.iterations.assign_add(1)
+
+        def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+            """Called by Keras at the end of `fit`."""
+            if self._ema is None:
+                return super().finalize_variable_values(var_list)
+            present = self._by_path([variable.value for variable in self._trainable_variables])
+            averaged = self._ema.params(self._states()[1], present)
+            for variable in self._trainable_variables:
+                variable.assign(averaged[variable.path])
+            return None
+
+        def _states(self) -> tuple[Any, Any]:
+            """Of the transformation, and of the average or None."""
+            slots = self.variables[self._others :]
+            values = {place: variable.value for place, variable in zip(self._order, slots, strict=True)}
+            state = jax.tree.unflatten(self._structure, [values[place] for place in range(len(values))])
+            return (state, None) if self._ema is None else state
 
         def _by_path(self, values: Sequence[Any]) -> dict[str, Any]:
             paths = [variable.path for variable in self._trainable_variables]

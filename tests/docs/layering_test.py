@@ -7,6 +7,7 @@ import pytest
 from commands import ROOT
 
 LIBRARY = (
+    "_version",
     "text",
     "timing",
     "files",
@@ -30,6 +31,7 @@ LIBRARY = (
     "algorithms",
     "baselines",
     "transforms",
+    "averages",
     "metrics",
     "checks",
     "shrinking",
@@ -72,6 +74,7 @@ LIBRARY = (
     "sparse.files.container",
     "sparse.files.codec",
     "sparse.files.serialization",
+    "sparse.files.onnx_rewrites",
     "sparse.files.export",
     "sparse.files.programs",
     "sparse.files.serve",
@@ -283,3 +286,38 @@ def test_library_depends_on_jax_optax_numpy_alone():
     for name, file in modules("sa_plus_plus").items():
         found = {target.split(".")[0] for target in imported(file)} - allowed
         assert found <= OPTIONAL.get(name, set()), f"{name} imports {found}"
+
+
+def imported_at_once(name, files, seen):
+    """Packages that importing a module of experiments imports, those inside functions left out."""
+    if name in seen:
+        return set()
+    seen.add(name)
+    tree = ast.parse(files[name].read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    found = set()
+    for node in tree.body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+        names += [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else []
+        found |= {target.split(".")[0] for target in names}
+        inner = {target.removeprefix("experiments.") for target in names if target.startswith("experiments.")}
+        for module in inner & set(files):
+            found |= imported_at_once(module, files, seen)
+    return found
+
+
+@pytest.mark.parametrize("command", ["main", "compare", "inspect"])
+def test_commands_start_without_the_extras_that_are_large(command):
+    seen: set[str] = set()
+    found = imported_at_once(command, modules("experiments"), seen)
+    assert {"jax", "flax", "grain", "orbax"} <= found
+    assert "data.catalog" in seen
+    assert not found & {
+        "array_record",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "pyarrow",
+        "tensorflow_datasets",
+        "tokenizers",
+    }

@@ -10,8 +10,13 @@ import sys
 
 from experiments import cli
 from experiments.data.criteo.columns import PARTS, Options
-from experiments.data.criteo.prepare import prepare
-from experiments.data.criteo.reader import InputError
+from experiments.utils.registry import missing_extra
+
+try:
+    from experiments.data.criteo.prepare import prepare
+    from experiments.data.criteo.reader import InputError
+except ModuleNotFoundError as error:
+    sys.exit(f"Cannot run: {missing_extra('click logs', 'tables', error)}")
 
 
 def main() -> None:

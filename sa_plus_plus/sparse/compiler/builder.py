@@ -121,13 +121,13 @@ def walk(closed: Any, inputs: Sequence[Value], apply: Apply) -> list[Value]:
 
     for eqn in program.eqns:
         values = [read(atom) for atom in eqn.invars]
-        inner = _inner(eqn)
+        inner = called(eqn)
         results = apply(eqn, values) if inner is None else walk(inner, values, apply)
         known |= dict(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in program.outvars]
 
 
-def _inner(eqn: Any) -> Any:
+def called(eqn: Any) -> Any:
     """The jaxpr that an operation calls, if it is only a call."""
     if eqn.primitive.name not in _INLINED:
         return None

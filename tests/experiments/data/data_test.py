@@ -540,6 +540,20 @@ def test_tfds_says_what_to_do_about_what_is_missing(tfds_builder, tmp_path):
         catalog.tfds("never_prepared:0.5.0", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("package", "module", "read"),
+    [
+        ("pyarrow", "experiments.data.from_table", lambda: catalog.table("a.csv")),
+        ("tensorflow_datasets", None, lambda: catalog.tfds("cifar10")),
+    ],
+)
+def test_the_extra_that_brings_a_missing_package_is_named(package, module, read, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, module or "none", raising=False)
+    with pytest.raises(ImportError, match=rf"need the package {package}: pip install -e '\.\[(tables|tfds)\]'"):
+        read()
+
+
 def test_tfds_without_labels_is_refused(tfds_builder, tmp_path):
     tfds_builder("unlabelled", keys=("image", "id"))
     with pytest.raises(ValueError, match=r"'unlabelled' is not one of labelled examples: it has .*image"):

@@ -7,7 +7,6 @@ import json
 import struct
 
 import file_fuzz
-import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -18,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 import sa_plus_plus as sapp
-from sa_plus_plus.sparse import BlockSparse, Layout, to_bsr, to_onnx
+from sa_plus_plus.sparse import BlockSparse, Layout, to_bsr
 from sa_plus_plus.sparse.files import container, serialization
 
 # Ragged, tiny, long and of 2 to 5 dimensions: from a list, since each is a compilation.
@@ -505,28 +504,3 @@ def test_trees_that_are_not_dicts(tmp_path):
     tree = [exported["dense"]["kernel"], (params["steps"], {"x": exported["conv"]})]
     sapp.save(tmp_path / "a", tree)
     assert_same(sapp.load(tmp_path / "a", like=tree), tree)
-
-
-def test_onnx_gives_the_networks_results(tmp_path):
-    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    params, exported, _ = pruned()
-    x = np.random.default_rng(1).normal(size=(5, 390)).astype(np.float32)
-
-    def apply(x):
-        return jax.nn.relu(x @ exported["dense"]["kernel"].todense()) - 1
-
-    size = to_onnx(tmp_path / "a.onnx", apply, x)
-    assert size == (tmp_path / "a.onnx").stat().st_size
-    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
-    (got,) = session.run(None, {session.get_inputs()[0].name: x})
-    want = np.maximum(x @ np.asarray(params["dense"]["kernel"]), 0) - 1
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-
-    def pooled(x):
-        return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])
-
-    image = np.random.default_rng(1).normal(size=(1, 8, 8, 3)).astype(np.float32)
-    with pytest.raises(ValueError, match="jax2onnx made a model of this network"):  # as of 0.17
-        to_onnx(tmp_path / "b.onnx", lambda x: pooled(x), image)
-    assert not (tmp_path / "b.onnx").exists()
