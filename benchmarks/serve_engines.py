@@ -3,11 +3,12 @@
     pip install -e '.[engines]'
     python -m benchmarks.serve_engines --network=resnet50 --batches=1,32 --blocks=16 --sparsities=0,0.8,0.9
     python -m benchmarks.serve_engines --network=resnet18 --sparsities=0
+    python -m benchmarks.serve_engines --network=mobilenetv2 --batches=1 --blocks=16 --precisions=float32
     python -m benchmarks.serve_engines --network=bert
 
 ONNX Runtime and OpenVINO serve the dense network, `sapp.specialize` serves it with random blocks set to zero, and all
 alternate, on all cores. Ours runs larger batches whole or in microbatches, whichever is faster in a first trial;
-engines run them whole. The ResNets are for images of 224 pixels, `bert` is an encoder of the size of BERT-base for
+engines run them whole. The ResNets and MobileNetV2 are for images of 224 pixels, `bert` is an encoder of the size of BERT-base for
 sequences of 128. Weights are random, since speed does not depend on them. Each result is compared with that of the
 model with the same weights, in float32. Ratios are to the fastest engine of the same precision.
 """
@@ -27,7 +28,7 @@ from matplotlib import pyplot as plt
 import sa_plus_plus as sapp
 from benchmarks import timing
 from experiments.engines import runtimes
-from experiments.models import ResNet18, ResNet34, ResNet50
+from experiments.models import MobileNetV2, ResNet18, ResNet34, ResNet50
 from experiments.outputs import progress, report
 from experiments.utils import registry
 from experiments.utils.timing import difference
@@ -37,6 +38,7 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {  # and the shape of a
     "resnet50": (ResNet50(classes=1000), (224, 224, 3)),
     "resnet34": (ResNet34(classes=1000), (224, 224, 3)),
     "resnet18": (ResNet18(classes=1000), (224, 224, 3)),
+    "mobilenetv2": (MobileNetV2(classes=1000), (224, 224, 3)),
     "bert": (Encoder(), (128, 768)),
     "minilm": (Encoder(layers=6, width=384, hidden=1536), (32, 384)),
 }

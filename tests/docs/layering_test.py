@@ -52,6 +52,7 @@ LIBRARY = (
     "sparse.compiler.attention",
     "sparse.compiler.infer_blocks",
     "sparse.compiler.quantization",
+    "sparse.compiler.depthwise",
     "sparse.compiler.planned",
     "sparse.compiler.encodings",
     "sparse.compiler.passes",
