@@ -14,8 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from experiments.models import ClickNet, LeNet300, MobileNetV2, ResNet
-from experiments.models import mobilenet
+from experiments.models import ClickNet, LeNet300, MobileNetV2, ResNet, mobilenet
 from experiments.models.sentences import MeanPooled
 from sa_plus_plus.contrib.transformers.encoder import EPSILON, Encoder
 

@@ -136,7 +136,7 @@ class Autotuner:
 def input_types(layers: Sequence[Layer], precision: Precision | None) -> dict[Variable, np.dtype]:
     """By result: the type in which a layer that can run in the compiled kernel takes its input."""
     outer = fallback_type() if precision == "int8" else FLOAT32  # where rounding costs the most
-    types = {}
+    types: dict[Variable, np.dtype] = {}
     for i, spec in enumerate(layer.spec for layer in layers):
         dtype = np.dtype(spec.kernel.dtype)
         depthwise = depthwise_of(spec) is not None

@@ -60,9 +60,9 @@ class CompiledDepthwise(NamedTuple):
     def run(self, x: Any, residual: Any, weights: Any, bias: Any) -> Any:
         """The layer's result, in float32."""
         s = self.shapes
-        options: dict[str, Any] = {"bias": bias, "residual": residual, "activation": self.spec.activation}
-        geometry = {"strides": s.strides, "dilation": s.dilation, "padding": s.padding}
-        return native.depthwise_conv(x.reshape(s.image), weights, **geometry, **options).reshape(self.spec.output.shape)
+        options: dict[str, Any] = {"strides": s.strides, "dilation": s.dilation, "padding": s.padding}
+        options |= {"bias": bias, "residual": residual, "activation": self.spec.activation}
+        return native.depthwise_conv(x.reshape(s.image), weights, **options).reshape(self.spec.output.shape)
 
 
 def depthwise_of(layer: LayerSpec) -> Depthwise | None:
