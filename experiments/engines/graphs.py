@@ -132,7 +132,7 @@ def _mobilenet(model: MobileNetV2, variables: Any, x: np.ndarray) -> onnx.ModelP
         return write("Clip", y, np.zeros((), np.float32), np.array(6, np.float32)) if clipped else y
 
     y, channels = convolution("x", (), "stem", 2), mobilenet.STEM
-    for i, (factor, width, blocks, first) in enumerate(mobilenet.STAGES, 1):
+    for i, (factor, width, blocks, first) in enumerate(model.stages, 1):
         for j in range(1, blocks + 1):
             where, stride = (f"stage{i}_block{j}",), first if j == 1 else 1
             branch = convolution(y, where, "expand") if factor > 1 else y

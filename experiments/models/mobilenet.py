@@ -1,6 +1,7 @@
 """MobileNetV2 for images `(batch, height, width, 3)`; logits `(batch, classes)` are float32."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 _HE = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
-# Of each stage: by what factor blocks expand their channels, the width, the number of blocks, the stride of the first.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 STEM, HEAD = 32, 1280  # widths
 
@@ -18,10 +18,13 @@ class MobileNetV2(nn.Module):
 
     Attributes:
       classes: number of classes.
+      stages: of each, by what factor blocks expand their channels, the width, the number of blocks, and the stride of
+        the first.
       dtype: that activations are computed in; parameters and running averages are float32.
     """
 
     classes: int
+    stages: Sequence[tuple[int, int, int, int]] = STAGES
     dtype: str = "float32"
 
     @nn.compact
@@ -31,7 +34,7 @@ class MobileNetV2(nn.Module):
         norm = functools.partial(nn.BatchNorm, use_running_average=not training, momentum=0.9, dtype=dtype)
         x = x.astype(dtype)
         x = nn.relu6(norm(name="norm_stem")(conv(STEM, (3, 3), 2, padding=1, name="conv_stem")(x)))
-        for i, (factor, width, blocks, stride) in enumerate(STAGES, 1):
+        for i, (factor, width, blocks, stride) in enumerate(self.stages, 1):
             for j in range(1, blocks + 1):
                 x = _Inverted(factor, width, stride if j == 1 else 1, conv, norm, name=f"stage{i}_block{j}")(x)
         x = nn.relu6(norm(name="norm_head")(conv(HEAD, (1, 1), name="conv_head")(x)))

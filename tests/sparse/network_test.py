@@ -186,6 +186,8 @@ ACTIVATIONS = {
     "gelu_tanh": [jax.nn.gelu, lambda y: y * jax.nn.sigmoid(1.5957691 * (y + 0.044715 * y * y * y))],
     "silu": [jax.nn.silu, lambda y: y / (1 + jnp.exp(-y)), lambda y: 0.5 * y * jnp.tanh(0.5 * y) + 0.5 * y],
     "relu": [lambda y: jnp.where(y > 0, y, 0.0), lambda y: (jnp.abs(y) + y) * 0.5],
+    "relu6": [jax.nn.relu6, lambda y: jnp.clip(y, 0, 6), lambda y: jax.lax.clamp(0.0, y, 6.0)],
+    "hard_swish": [jax.nn.hard_swish, lambda y: jnp.clip(y + 3, 0, 6) * (y / 6)],
     "none": [
         lambda y: y * jax.nn.sigmoid(1.702 * y),  # an approximation of GELU that differs from both
         lambda y: jax.nn.silu(y) + y,

@@ -34,8 +34,15 @@ def window_of(layer: LayerSpec) -> Window | str:
     conv, n = layer.conv, len(layer.kernel.shape) - 2
     if n not in (1, 2):
         return f"a convolution over {n} axes"
+    negative = any(p < 0 for pair in conv["padding"] for p in pair)
     if conv["feature_group_count"] != 1:
-        return "a grouped convolution"
+        transposed = any(d != 1 for d in conv["lhs_dilation"])
+        how = " that is transposed" if transposed else " with negative padding" if negative else ""
+        return (
+            f"a depthwise convolution in {layer.kernel.dtype}"
+            if layer.depthwise and not how
+            else f"a grouped convolution{how}"
+        )
     if any(d != 1 for d in conv["lhs_dilation"]):
         return "a transposed convolution"
     if any(d != 1 for d in conv["rhs_dilation"]):
@@ -46,7 +53,7 @@ def window_of(layer: LayerSpec) -> Window | str:
     if (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) != (images, kernel, images):
         return "a convolution whose axes are in another order than batch, positions, channels"
     strides, padding = tuple(conv["window_strides"]), tuple(map(tuple, conv["padding"]))
-    if any(p < 0 for pair in padding for p in pair):
+    if negative:
         return "a convolution with negative padding"
     if n == 1:
         strides, padding = (1, *strides), ((0, 0), *padding)
