@@ -172,6 +172,7 @@ EXPERIMENTS = (
     "models.small",
     "models.click",
     "models.convolution",
+    "models.mobilenet",
     "models.resnet",
     "models.costs",
     "models.sentences",

@@ -74,8 +74,9 @@ class Autotuner:
                 dtype, choice = packed.dtype, choice._replace(note="in int8 its sums could be beyond 32 bits")
         elif len(types := {np.dtype(a.dtype).name for a in (spec.x, spec.kernel, spec.output)}) > 1:
             choice = choice._replace(note=f"of more than one type: {', '.join(sorted(types))}")
-        elif kernel.ndim == 3:
-            choice = choice._replace(note="a convolution over one axis, for which there is only the compiled kernel")
+        elif kernel.ndim == 3 or (spec.conv and spec.conv["feature_group_count"] > 1):
+            what = "over one axis" if kernel.ndim == 3 else "with groups"
+            choice = choice._replace(note=f"a convolution {what}, for which there is only the compiled kernel")
         elif block is not None:
             packed = BlockSparse.fromdense(kernel, block)
         if self.mode == "never" or packed is None:

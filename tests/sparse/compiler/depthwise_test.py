@@ -107,16 +107,37 @@ def test_what_stays_as_traced_says_why():
     x = normal(1, 7, 7, 24)
     transposed = compared(lambda x: depthwise(x, WINDOW, padding=((2, 2), (2, 2)), lhs_dilation=(2, 2)), x)
     negative = compared(lambda x: depthwise(x, WINDOW, padding=((-1, 2), (0, 0))), x)
-    groups = compared(lambda x: depthwise(x, normal(3, 3, 8, 24), groups=3), x)
     narrow = compared(lambda x: depthwise(x, WINDOW.astype(jnp.bfloat16)), x.astype(jnp.bfloat16), 1e-2)
-    for fast, note in (
-        (transposed, "a grouped convolution that is transposed"),
-        (negative, "a grouped convolution with negative padding"),
-        (groups, "a grouped convolution"),
-        (narrow, "a depthwise convolution in bfloat16"),
-    ):
+    other = compared(lambda x: depthwise(x, WINDOW), x, implementation="xla")
+    for fast in (transposed, negative, narrow, other):
         (choice,) = fast.choices
-        assert (choice.runs, choice.note) == ("traced", note)
+        assert choice.runs == "traced"
+        assert choice.note.startswith("a depthwise convolution that the compiled kernel has not")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("groups", "inputs", "outputs"), [(3, 8, 8), (2, 5, 12), (4, 4, 2)])
+def test_groups_are_blocks(groups, inputs, outputs, precision):
+    x, kernel = normal(2, 9, 8, groups * inputs), normal(3, 3, inputs, groups * outputs)
+    first = normal(1, 1, groups * inputs, groups * inputs)
+
+    def fn(x):
+        y = jax.nn.relu(pointwise(x, first))
+        return pointwise(jax.nn.relu(depthwise(y, kernel, groups=groups)), normal(1, 1, groups * outputs, 8))
+
+    fast = compared(fn, x, {"float32": 1e-5}.get(precision, 0.1), precision=precision, calibration=[x])
+    assert [choice.runs for choice in fast.choices] == ["dense"] * 3
+    assert fast.choices[1].precision == precision
+
+
+def test_pruned_groups_are_multiplied_by_their_blocks():
+    mask = np.kron(np.random.default_rng(0).random((6, 12)) < 0.4, np.ones((4, 4)))
+    kernel = normal(3, 1, 8, 48) * mask.reshape(3, 1, 8, 48)
+    fast = compared(lambda x: depthwise(x, kernel, groups=3), normal(2, 9, 8, 24))
+    (choice,) = fast.choices
+    assert (choice.runs, choice.block) == ("sparse", (4, 4))
+    other = compared(lambda x: depthwise(x, kernel, groups=3), normal(2, 9, 8, 24), implementation="xla")
+    assert other.choices[0].note == "a convolution with groups, for which there is only the compiled kernel"
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
