@@ -219,6 +219,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
         "serve_engines --network=bert --batches=1 --sparsities=0,0.9",
         engines,
     ),
+    (
+        "Whole networks: MobileNetV2 on an EPYC (Zen 5)",
+        "serve_engines_mobilenetv2",
+        "serve_engines --network=mobilenetv2 --batches=1 --blocks=16,4x16 --sparsities=0,0.8 --min_blocks=16",
+        engines,
+    ),
     ("Products on a GPU", "block_sparse_matmul_gpu", "block_sparse_matmul_gpu", gpu_products),
     ("A feed-forward block on a GPU", "feed_forward_gpu", "feed_forward_gpu", feed_forward),
     ("Recipes", "recipes", "recipes", recipes),
