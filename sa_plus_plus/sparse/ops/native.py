@@ -42,13 +42,14 @@ def unavailable_reason() -> str | None:
     try:
         library = ctypes.CDLL(str(built[-1]))
         made_for, here = library.sa_plus_plus_ffi_version(), _ffi_version()
+        handlers = {target: getattr(library, target) for target in TARGETS}
     except (OSError, AttributeError, TypeError) as error:
         return f"{built[-1].name} cannot be loaded: {error}"
     # With a kernel built for another interface, XLA's whole CPU backend would fail to start.
     if made_for > here or made_for // 1000 != here // 1000:
         return f"{built[-1].name} was compiled for version {made_for} of XLA's interface, this jaxlib has {here}"
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     library.sa_plus_plus_kernel.restype = ctypes.c_char_p
     for code, dtype in enumerate((np.float32, jnp.bfloat16, np.uint8)):
         _ISA[np.dtype(dtype).name] = library.sa_plus_plus_kernel(code).decode()

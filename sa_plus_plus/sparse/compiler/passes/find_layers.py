@@ -52,10 +52,10 @@ class _Rule:
 
     def pad(self, call: Call, inputs: tuple[Value, ...]) -> None:
         """Remember a padding with zeros: a convolution can have it as its own."""
-        x, zero = inputs
-        alike = isinstance(zero, Constant) and not np.any(np.asarray(zero.value, np.float32))
-        config = call.params["padding_config"]
-        if isinstance(x, Variable) and alike and all(min(low, high) >= 0 == gap for low, high, gap in config):
+        (x, zero), config = inputs, call.params["padding_config"]
+        if not isinstance(x, Variable) or not isinstance(zero, Constant) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return
+        if not np.any(zero.value) and all(min(low, high) >= 0 == gap for low, high, gap in config):
             self.padded[call.outputs[0]] = x, config
 
     def product(self, call: Call, inputs: tuple[Value, ...]) -> Sequence[Value] | None:
