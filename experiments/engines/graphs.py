@@ -248,9 +248,9 @@ def _perceptron(write: _Writer, y: str, layers: Sequence[Any]) -> str:
 
 _WRITTEN: dict[type[nn.Module], tuple[Callable[..., onnx.ModelProto], Callable[[np.ndarray], np.ndarray]]] = {
     ResNet: (_resnet, _channels_first),
-    MobileNetV2: (_mobilenet, _channels_first),
     Encoder: (_encoder, np.ascontiguousarray),
     MeanPooled: (_sentences, np.ascontiguousarray),
     LeNet300: (_lenet, np.ascontiguousarray),
     ClickNet: (_click, np.ascontiguousarray),
+    MobileNetV2: (_mobilenet, _channels_first),
 }
