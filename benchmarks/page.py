@@ -66,7 +66,14 @@ def engines(content: Content) -> str:
     for name in names:
         cells = [found.get((name, batch)) for batch in batches]
         shown = [pair for row in cells for pair in _engine_cells(row)]
-        rows.append([name.replace(" 0%", ", dense").replace(" blocks 16", ", blocks 16 × 16"), *shown])
+        rows.append(
+            [
+                name.replace(" 0%", ", dense")
+                .replace(" blocks 16", ", blocks 16 × 16")
+                .replace(" blocks 4x16", ", blocks 4 × 16"),
+                *shown,
+            ]
+        )
     return (
         f"{content['cores']} cores. The speed-up is over the fastest dense engine of the same precision.\n\n"
         f"{table(head, rows)}"
@@ -217,6 +224,13 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
         "Whole networks: BERT-base's shape on the EPYC with AVX2 only",
         "serve_engines_bert_avx2",
         "serve_engines --network=bert --batches=1 --sparsities=0,0.9",
+        engines,
+    ),
+    (
+        "Whole networks: MobileNetV2 on an EPYC (Zen 5)",
+        "serve_engines_mobilenetv2",
+        "serve_engines --network=mobilenetv2 --batches=1 --blocks=16,4x16 --sparsities=0,0.8 "
+        "--min_blocks=16 --precisions=float32",
         engines,
     ),
     ("Products on a GPU", "block_sparse_matmul_gpu", "block_sparse_matmul_gpu", gpu_products),

@@ -1,15 +1,17 @@
-"""Whole networks: ours pruned, against dense inference engines, in each precision.
+r"""Whole networks: ours pruned, against dense inference engines, in each precision.
 
     pip install -e '.[engines]'
     python -m benchmarks.serve_engines --network=resnet50 --batches=1,32 --blocks=16 --sparsities=0,0.8,0.9
     python -m benchmarks.serve_engines --network=resnet18 --sparsities=0
+    python -m benchmarks.serve_engines --network=mobilenetv2 --batches=1 --blocks=16,4x16 --sparsities=0,0.8 \
+        --min_blocks=16 --precisions=float32
     python -m benchmarks.serve_engines --network=bert
 
 ONNX Runtime and OpenVINO serve the dense network, `sapp.specialize` serves it with random blocks set to zero, and all
 alternate, on all cores. Ours runs larger batches whole or in microbatches, whichever is faster in a first trial;
-engines run them whole. The ResNets are for images of 224 pixels, `bert` is an encoder of the size of BERT-base for
-sequences of 128. Weights are random, since speed does not depend on them. Each result is compared with that of the
-model with the same weights, in float32. Ratios are to the fastest engine of the same precision.
+engines run them whole. The ResNets and MobileNetV2 are for images of 224 pixels, `bert` is an encoder of the size of
+BERT-base for sequences of 128. Weights are random, since speed does not depend on them. Each result is compared with
+that of the model with the same weights, in float32. Ratios are to the fastest engine of the same precision.
 """
 
 import functools
@@ -27,16 +29,18 @@ from matplotlib import pyplot as plt
 import sa_plus_plus as sapp
 from benchmarks import timing
 from experiments.engines import runtimes
-from experiments.models import ResNet18, ResNet34, ResNet50
+from experiments.models import MobileNetV2, ResNet18, ResNet34, ResNet50
 from experiments.outputs import progress, report
 from experiments.utils import registry
 from experiments.utils.timing import difference
+from sa_plus_plus import planning
 from sa_plus_plus.contrib.transformers.encoder import Encoder
 
 NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {  # and the shape of an input
     "resnet50": (ResNet50(classes=1000), (224, 224, 3)),
     "resnet34": (ResNet34(classes=1000), (224, 224, 3)),
     "resnet18": (ResNet18(classes=1000), (224, 224, 3)),
+    "mobilenetv2": (MobileNetV2(classes=1000), (224, 224, 3)),
     "bert": (Encoder(), (128, 768)),
     "minilm": (Encoder(layers=6, width=384, hidden=1536), (32, 384)),
 }
@@ -48,7 +52,8 @@ TOLERANCE = {
 
 NETWORK = flags.DEFINE_enum("network", "resnet50", list(NETWORKS), "What is served.")
 BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Batch sizes.")
-BLOCKS = flags.DEFINE_list("blocks", ["16"], "Sides of a block.")
+BLOCKS = flags.DEFINE_list("blocks", ["16"], "Blocks: `16` for a square, or rows and columns, `4x16`.")
+MIN_BLOCKS = flags.DEFINE_integer("min_blocks", planning.MIN_BLOCKS, "Kernels with fewer blocks stay dense.")
 MICROBATCHES = flags.DEFINE_list("microbatches", ["2", "4"], "Microbatch sizes to try with larger batches.")
 SPARSITIES = flags.DEFINE_list("sparsities", ["0", "0.8", "0.9"], "Sparsities of our networks; 0 is the dense network.")
 PRECISIONS = flags.DEFINE_list("precisions", list(runtimes.PRECISIONS), "Precisions to compare.")
@@ -76,7 +81,13 @@ def main(argv: list[str]) -> None:
         cells = [_cells(row) for row in found] + [_cells({"name": n, "missing": why}) for n, why in absent.items()]
         console.print(progress.table(f"{NETWORK.value}, batch {batch}", cells))
     if SAVE.value:
-        content = {"network": NETWORK.value, "rows": rows, "missing": missing, "cores": runtimes.threads()}
+        content = {
+            "network": NETWORK.value,
+            "rows": rows,
+            "missing": missing,
+            "cores": runtimes.threads(),
+            "min_blocks": MIN_BLOCKS.value,
+        }
         path = timing.save(f"serve_engines_{NETWORK.value}", content)
         report.save_figure(path.with_suffix(".png"), plot(rows))
         console.print(f"Written: {path} and .png", highlight=False, soft_wrap=True)
@@ -93,9 +104,10 @@ def measure(model: nn.Module, x: np.ndarray) -> tuple[list[dict[str, Any]], dict
         _check(name, call(), want)
     calls: Calls = {"jax float32": lambda: jax.block_until_ready(whole(variables, x)), **dense.calls}
     missing = dict(dense.missing)
-    pairs = itertools.product(map(float, SPARSITIES.value), map(int, BLOCKS.value))
-    for sparsity, block in dict.fromkeys((s, b if s else 0) for s, b in pairs):
-        pruned = random_blocks(variables, block, sparsity) if sparsity else variables
+    pairs = itertools.product(map(float, SPARSITIES.value), BLOCKS.value)
+    for sparsity, block in dict.fromkeys((s, b if s else "") for s, b in pairs):
+        sides = [int(side) for side in block.split("x") if side]
+        pruned = random_blocks(variables, (sides[0], sides[-1]), sparsity, MIN_BLOCKS.value) if sparsity else variables
         want = whole(pruned, x)
         for precision in PRECISIONS.value:
             name = f"ours {precision} {sparsity:.0%}" + (f" blocks {block}" if sparsity else "")
@@ -133,9 +145,11 @@ def drawn(model: nn.Module, x: np.ndarray) -> dict[str, Any]:
     return variables | {"params": noise(variables["params"])}
 
 
-def random_blocks(variables: Any, block: int, sparsity: float) -> dict[str, Any]:
+def random_blocks(
+    variables: Any, block: int | tuple[int, int], sparsity: float, min_blocks: int = planning.MIN_BLOCKS
+) -> dict[str, Any]:
     """The variables with random blocks set to zero, in the kernels that would be pruned."""
-    sp = sapp.random(block=(block, block), sparsity=sparsity, phases=sapp.phases.random(1))
+    sp = sapp.random(block=block, sparsity=sparsity, phases=sapp.phases.random(1), min_blocks=min_blocks)
     return variables | {"params": sp.finalize(*sp.init(variables["params"]))}
 
 

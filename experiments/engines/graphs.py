@@ -14,13 +14,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from experiments.models import ClickNet, LeNet300, ResNet
+from experiments.models import ClickNet, LeNet300, MobileNetV2, ResNet, mobilenet
 from experiments.models.sentences import MeanPooled
 from sa_plus_plus.contrib.transformers.encoder import EPSILON, Encoder
 
 _OPSET, _IR = 20, 9  # the first opset with Gelu; an IR version that goes with it
 _LARGEST = 2**31 - 2**20  # bytes that protobuf can hold, and some for the nodes
-_NORM_EPSILON = 1e-5  # epsilon of the ResNets' batch normalisation
+_NORM_EPSILON = 1e-5  # epsilon of batch normalisation in these networks
 
 
 class Graph(NamedTuple):
@@ -113,6 +113,34 @@ def _resnet(model: ResNet, variables: Any, x: np.ndarray) -> onnx.ModelProto:
                 y = convolution(y, where, "_shortcut", stride)
             y = write("Relu", write("Add", branch, y))
     y = write("Flatten", write("GlobalAveragePool", y))
+    y = write("Gemm", y, *_dense(params["head"]))
+    return write.model(x, y, len(x), model.classes)
+
+
+def _mobilenet(model: MobileNetV2, variables: Any, x: np.ndarray) -> onnx.ModelProto:
+    write, params, stats = _Writer(), variables["params"], variables["batch_stats"]
+
+    def convolution(x: str, where: tuple[str, ...], name: str, stride: int = 1, clipped: bool = True) -> str:
+        """A convolution with the batch normalisation and, if `clipped`, the ReLU6 after it."""
+        p, s = params, stats
+        for part in where:
+            p, s = p[part], s[part]
+        kernel, bias = folded(p[f"conv_{name}"]["kernel"], p[f"norm_{name}"], s[f"norm_{name}"])
+        half, groups = kernel.shape[-1] // 2, len(kernel) if name == "depthwise" else 1
+        options = {"kernel_shape": kernel.shape[2:], "strides": [stride] * 2, "pads": [half] * 4, "group": groups}
+        y = write("Conv", x, kernel, bias, **options)
+        return write("Clip", y, np.zeros((), np.float32), np.array(6, np.float32)) if clipped else y
+
+    y, channels = convolution("x", (), "stem", 2), mobilenet.STEM
+    for i, (factor, width, blocks, first) in enumerate(model.stages, 1):
+        for j in range(1, blocks + 1):
+            where, stride = (f"stage{i}_block{j}",), first if j == 1 else 1
+            branch = convolution(y, where, "expand") if factor > 1 else y
+            branch = convolution(branch, where, "depthwise", stride)
+            branch = convolution(branch, where, "project", clipped=False)
+            y = write("Add", branch, y) if (stride, width) == (1, channels) else branch
+            channels = width
+    y = write("Flatten", write("GlobalAveragePool", convolution(y, (), "head")))
     y = write("Gemm", y, *_dense(params["head"]))
     return write.model(x, y, len(x), model.classes)
 
@@ -224,4 +252,5 @@ _WRITTEN: dict[type[nn.Module], tuple[Callable[..., onnx.ModelProto], Callable[[
     MeanPooled: (_sentences, np.ascontiguousarray),
     LeNet300: (_lenet, np.ascontiguousarray),
     ClickNet: (_click, np.ascontiguousarray),
+    MobileNetV2: (_mobilenet, _channels_first),
 }

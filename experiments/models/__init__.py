@@ -1,6 +1,7 @@
 """Networks. The name in a config is the name of a class or function here."""
 
 from experiments.models.click import ClickNet
+from experiments.models.mobilenet import MobileNetV2
 from experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet34, ResNet50
 from experiments.models.small import MLP, Autoencoder, ConvNet, LeNet300
 from sa_plus_plus.contrib.transformers.encoder import Bert
@@ -14,6 +15,7 @@ __all__ = [
     "ConvNet",
     "Decoder",
     "LeNet300",
+    "MobileNetV2",
     "ResNet",
     "ResNet18",
     "ResNet20",

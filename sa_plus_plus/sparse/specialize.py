@@ -44,16 +44,18 @@ def specialize(
 
     The function is traced with its weights as constants, and constant expressions are folded. Each dense layer or
     convolution in float32 or float64 absorbs scales and shifts of channels, such as those of batch normalisation, the
-    addition of another value of the same shape, and ReLU. On CPUs layers run in the package's compiled kernel where
-    that is faster than as traced: pruned ones by their nonzero blocks, the rest in full. On other platforms pruned
-    layers are multiplied by their blocks where that is faster. `print(fast)` shows the choice for each layer. Results
-    equal the network's up to rounding, for finite inputs. It is for inference: custom derivatives are lost.
+    addition of another value of the same shape, and an activation function. On CPUs layers run in the package's
+    compiled kernel where that is faster than as traced: pruned ones by their nonzero blocks, the rest in full. On other
+    platforms pruned layers are multiplied by their blocks where that is faster. `print(fast)` shows the choice for each
+    layer. Results equal the network's up to rounding, for finite inputs. It is for inference: custom derivatives are
+    lost.
 
     Layers are products of a value and a constant, with any contracted axes, and convolutions over one or two axes, in
     any order of axes, in the function or in functions that it calls. A batched product with up to 64 constant kernels,
     as in mixtures of experts, is one layer per kernel; a `scan` of up to 128 steps over constant kernels is unrolled.
-    Products within `while`, `cond` and other loops are not layers; convolutions with groups, dilation or transposition
-    run as traced. The table lists them with the reason.
+    Products within `while`, `cond` and other loops are not layers; convolutions with dilation or transposition run as
+    traced. The table lists them with the reason. Depthwise convolutions, which may be dilated, run in full in the
+    compiled kernel, in float32 whatever the precision; other convolutions with groups run by their blocks.
 
     Attention, `softmax(q kᵀ * scale + bias) v`, is one step in the compiled kernel if it is written as two products
     with a softmax as in `jax.nn.softmax` between them, in float32 or bfloat16: in any order of axes, with masks and

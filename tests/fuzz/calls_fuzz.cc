@@ -254,6 +254,66 @@ Form any_form(const Form* forms) {
   return forms[between(0, known - 1)];
 }
 
+// The sums of a depthwise convolution, by its definition.
+void check_depthwise(const DepthwiseArrays& a, const DepthwiseOptions& o) {
+  const int64_t *in = a.x.sizes, *out = a.y.sizes, *window = a.kernel.sizes;
+  int64_t at = 0;
+  for (int64_t n = 0; n < out[0]; ++n) {
+    for (int64_t i = 0; i < out[1]; ++i) {
+      for (int64_t j = 0; j < out[2]; ++j) {
+        for (int64_t c = 0; c < out[3]; ++c, ++at) {
+          double want = (a.bias.count ? a.bias.data[c] : 0) + (a.residual.count() ? value(a.residual, at) : 0);
+          for (int64_t r = 0; a.x.count() && r < window[0]; ++r) {
+            for (int64_t s = 0; s < window[1]; ++s) {
+              const __int128 down = static_cast<__int128>(i) * o.stride_down + static_cast<__int128>(r) * o.dilation_down - o.top;
+              const __int128 right = static_cast<__int128>(j) * o.stride_across + static_cast<__int128>(s) * o.dilation_across - o.left;
+              if (down < 0 || right < 0 || down >= in[1] || right >= in[2]) continue;
+              const int64_t row = static_cast<int64_t>(down), column = static_cast<int64_t>(right), channel = c / (out[3] / in[3]);
+              want += value(a.x, ((n * in[1] + row) * in[2] + column) * in[3] + channel) * value(a.kernel, (r * window[1] + s) * out[3] + c);
+            }
+          }
+          if (static_cast<Activation>(o.activation) == Activation::kRelu6) want = std::clamp(want, 0.0, 6.0);
+          same(value(a.y, at), want, "a depthwise convolution");
+        }
+      }
+    }
+  }
+}
+
+Outcome convolve_each() {
+  DepthwiseOptions o{between(1, 3), between(1, 3), between(1, 3), between(1, 3), between(0, 3), between(0, 3), 0};
+  o.activation = one_in(2) ? 0 : between(0, static_cast<int64_t>(Activation::kCount) - 1);
+  const int64_t channels = one_in(3) ? between(16, 70) : between(1, 20), width = channels * (one_in(3) ? between(1, 3) : 1);
+  Held x(Type::kFloat, {between(0, 2), between(0, 6), between(0, 12), channels});
+  Held kernel(Type::kFloat, {between(1, 3), between(1, 4), width}), residual(Type::kFloat, {0});
+  Held y(Type::kFloat, {x.sizes[0], between(0, 4), between(0, one_in(3) ? 12 : 4), width});
+  if (y.count() > kMostNumbers) y.sizes[1] = 1;
+  Listed<float> bias;
+  if (one_in(2)) bias.numbers.resize(width, 1.0f);
+  if (one_in(3)) residual.sizes = y.sizes;
+  for (int64_t i = between(0, 3); i > 0; --i) {
+    switch (between(0, 7)) {
+      case 0: x.spoil(); break;
+      case 1: y.spoil(); break;
+      case 2: kernel.spoil(); break;
+      case 3: residual.spoil(); break;
+      case 4: bias.numbers.resize(between(0, 41)); break;
+      case 5: (one_in(2) ? x : kernel).array.type = any_type(); break;
+      default: spoil(o, 7);
+    }
+  }
+  const DepthwiseArrays arrays{x.made(), kernel.made(), bias.made(), residual.made(), y.made()};
+  Depthwise prepared;
+  if (prepare(arrays, o, &prepared)) return kRefused;
+  const Convolve form = any_form(depthwises());
+  const int64_t threads = between(1, 4);
+  run_twice(arrays.y, [&] { run(prepared, threads, form); });
+  const auto activation = static_cast<Activation>(o.activation);
+  const bool exact = activation == Activation::kNone || activation == Activation::kRelu6;
+  if (exact && y.count()) check_depthwise(arrays, o);
+  return y.count() ? kComputed : kEmpty;
+}
+
 void check_pooled(const Array& x, const Array& y, const Pooling& p, const Windows& w) {
   const int64_t *out = y.sizes;
   int64_t at = 0;
@@ -410,6 +470,7 @@ int main(int argc, char** argv) {
     Outcome (*one)();
     long long checked, accepted, computed;
   } kinds[] = {{"convolution", convolve, 0, 0, 0},
+               {"depthwise", convolve_each, 0, 0, 0},
                {"pooling", pool, 0, 0, 0},
                {"rounding", round_some, 0, 0, 0},
                {"attention", attend, 0, 0, 0}};
@@ -417,7 +478,7 @@ int main(int argc, char** argv) {
   for (number = first; number < first + calls; ++number) {
     if (number % 1024 == 0) alarm(100);
     fuzz::generator.state = static_cast<uint64_t>(number) * 0x2545f4914f6cdd1d;
-    auto& kind = kinds[number % 4];
+    auto& kind = kinds[number % 5];
     const Outcome outcome = kind.one();
     ++kind.checked, kind.accepted += outcome != kRefused, kind.computed += outcome == kComputed;
   }

@@ -80,6 +80,8 @@ double activated(Activation activation, double x) {
     case Activation::kGelu: return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
     case Activation::kGeluTanh: return x * 0.5 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
     case Activation::kSilu: return x / (1 + std::exp(-x));
+    case Activation::kRelu6: return std::clamp(x, 0.0, 6.0);
+    case Activation::kHardSwish: return x * std::clamp(x + 3, 0.0, 6.0) / 6;
     default: return x;
   }
 }

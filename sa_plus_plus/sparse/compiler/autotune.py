@@ -11,6 +11,7 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.compiler.attention import Attention
 from sa_plus_plus.sparse.compiler.conv_geometry import window_of
+from sa_plus_plus.sparse.compiler.depthwise import DepthwiseKernel, depthwise_of, lower_depthwise, pack_depthwise
 from sa_plus_plus.sparse.compiler.executor import run_by_blocks
 from sa_plus_plus.sparse.compiler.infer_blocks import pruned_in
 from sa_plus_plus.sparse.compiler.ir import Layer, Step, Variable
@@ -62,8 +63,10 @@ class Autotuner:
         block, density = pruned_in(kernel, self.candidates(spec.kernel))
         about = (spec.description, kernel.shape, spec.rows, block, density)
         choice = Choice(*about, precision=np.dtype(spec.kernel.dtype).name)
-        packed: PackedKernel | BlockSparse | None = None
-        if isinstance(window, str):
+        packed: PackedKernel | DepthwiseKernel | BlockSparse | None = None
+        if (depthwise := depthwise_of(spec)) is not None and dtype is not None:
+            packed = pack_depthwise(layer, depthwise)
+        elif isinstance(window, str):
             choice = choice._replace(note=window)
         elif dtype is not None:
             packed = pack_kernel(layer, window, dtype, block)
@@ -71,13 +74,14 @@ class Autotuner:
                 dtype, choice = packed.dtype, choice._replace(note="in int8 its sums could be beyond 32 bits")
         elif len(types := {np.dtype(a.dtype).name for a in (spec.x, spec.kernel, spec.output)}) > 1:
             choice = choice._replace(note=f"of more than one type: {', '.join(sorted(types))}")
-        elif kernel.ndim == 3:
-            choice = choice._replace(note="a convolution over one axis, for which there is only the compiled kernel")
+        elif kernel.ndim == 3 or (spec.conv and spec.conv["feature_group_count"] > 1):
+            what = "over one axis" if kernel.ndim == 3 else "with groups"
+            choice = choice._replace(note=f"a convolution {what}, for which there is only the compiled kernel")
         elif block is not None:
             packed = BlockSparse.fromdense(kernel, block)
         if self.mode == "never" or packed is None:
             return PlannedStep(layer, choices=(choice,))
-        runs = "dense" if block is None else "sparse"
+        runs = "dense" if block is None or depthwise else "sparse"
         fast = choice._replace(runs=runs, precision=choice.precision if dtype is None else _NAMES[dtype])
         if self.mode == "autotune":
             shapes = spec.x.shape, spec.activation, spec.residual is None, fast.precision
@@ -87,7 +91,9 @@ class Autotuner:
                 return PlannedStep(layer, choices=(choice,))
         return PlannedStep(layer, packed, (fast,))
 
-    def _contenders(self, layer: Layer, packed: PackedKernel | BlockSparse) -> list[Callable[[], Any]]:
+    def _contenders(
+        self, layer: Layer, packed: PackedKernel | DepthwiseKernel | BlockSparse
+    ) -> list[Callable[[], Any]]:
         """Calls of a layer as traced and with its packed kernel."""
         spec = layer.spec
         x: Any = _noise(spec.x)
@@ -96,6 +102,9 @@ class Autotuner:
         if isinstance(packed, PackedKernel):
             encoded, compiled, weights = lower_alone(layer, packed, x, residual)
             return [traced, functools.partial(jax.jit(compiled.run), *encoded, *weights)]
+        if isinstance(packed, DepthwiseKernel):
+            depthwise, arrays = lower_depthwise(layer, packed)
+            return [traced, functools.partial(jax.jit(depthwise.run), x, residual, *arrays)]
         by_blocks = jax.jit(functools.partial(run_by_blocks, spec, implementation=self.implementation))
         return [traced, functools.partial(by_blocks, x, packed, layer.bias, residual)]
 
@@ -128,12 +137,15 @@ class Autotuner:
 def input_types(layers: Sequence[Layer], precision: Precision | None) -> dict[Variable, np.dtype]:
     """By result: the type in which a layer that can run in the compiled kernel takes its input."""
     outer = fallback_type() if precision == "int8" else FLOAT32  # where rounding costs the most
-    types = {}
+    types: dict[Variable, np.dtype] = {}
     for i, spec in enumerate(layer.spec for layer in layers):
         dtype = np.dtype(spec.kernel.dtype)
-        if isinstance(window_of(spec), str) or not dtype == spec.x.dtype == spec.output.dtype:
+        depthwise = depthwise_of(spec) is not None
+        if (isinstance(window_of(spec), str) and not depthwise) or not dtype == spec.x.dtype == spec.output.dtype:
             continue
-        if dtype == BFLOAT16:
+        if depthwise:
+            types |= {spec.output: FLOAT32} if dtype == FLOAT32 else {}
+        elif dtype == BFLOAT16:
             types[spec.output] = BFLOAT16
         elif dtype == FLOAT32 and precision == "int8" and i in (0, len(layers) - 1):
             types[spec.output] = outer

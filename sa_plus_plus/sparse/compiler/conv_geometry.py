@@ -1,11 +1,13 @@
 """Layers as convolutions of images."""
 
+import math
 from typing import Any, NamedTuple
 
 from sa_plus_plus.sparse.compiler.ir import LayerSpec
 
 Border = tuple[tuple[int, int], tuple[int, int]]
 NO_BORDER: Border = ((0, 0), (0, 0))
+MOST_GROUPED = 2**25  # weights of a convolution with groups, zeros included
 
 
 class Window(NamedTuple):
@@ -13,7 +15,7 @@ class Window(NamedTuple):
 
     Attributes:
       image: the shape of `x`.
-      kernel: `(k_h, k_w, channels, outputs)`.
+      kernel: `(k_h, k_w, channels, outputs)`; one with groups has zeros between them.
       strides: down and across.
       padding: of `x`.
     """
@@ -34,8 +36,8 @@ def window_of(layer: LayerSpec) -> Window | str:
     conv, n = layer.conv, len(layer.kernel.shape) - 2
     if n not in (1, 2):
         return f"a convolution over {n} axes"
-    if conv["feature_group_count"] != 1:
-        return "a grouped convolution"
+    if layer.depthwise:
+        return "a depthwise convolution that the compiled kernel has not: it is for float32, without transposition"
     if any(d != 1 for d in conv["lhs_dilation"]):
         return "a transposed convolution"
     if any(d != 1 for d in conv["rhs_dilation"]):
@@ -53,4 +55,8 @@ def window_of(layer: LayerSpec) -> Window | str:
     shape, kernel_shape = layer.x.shape, layer.kernel.shape
     if n == 1:
         shape, kernel_shape = (shape[0], 1, *shape[1:]), (1, *kernel_shape)
+    if (groups := conv["feature_group_count"]) > 1:
+        kernel_shape = (*kernel_shape[:2], groups * kernel_shape[2], kernel_shape[3])
+        if math.prod(kernel_shape) > MOST_GROUPED:
+            return f"{groups} groups, too many for a kernel with zeros between them"
     return Window(shape, kernel_shape, strides, padding)  # type: ignore[arg-type]

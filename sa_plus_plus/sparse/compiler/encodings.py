@@ -7,7 +7,7 @@ import numpy as np
 
 from sa_plus_plus.sparse.compiler.conv_geometry import NO_BORDER, Border, window_of
 from sa_plus_plus.sparse.compiler.ir import Layer, Step, Value, Variable, users_of, variables
-from sa_plus_plus.sparse.compiler.planned import PlannedStep
+from sa_plus_plus.sparse.compiler.planned import PackedKernel, PlannedStep
 from sa_plus_plus.sparse.compiler.quantization import BFLOAT16, UINT8, Encoding, quantized
 
 _ANY_TYPE = ("reshape", "squeeze", "transpose", "slice", "reduce_window_max", "max_pool")
@@ -39,7 +39,7 @@ def assign_encodings(
             (value,), (output,) = variables(p.step), p.step.outputs
             if narrow[output] is not None and value in found and found[value].dtype == narrow[output]:
                 found[output] = found[value]
-        if p.x_type is None:
+        if not isinstance(p.kernel, PackedKernel):
             continue
         (output,) = p.step.outputs
         dtype = narrow[output]

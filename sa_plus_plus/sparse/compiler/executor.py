@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus.sparse.array import BlockSparse
+from sa_plus_plus.sparse.compiler.depthwise import CompiledDepthwise, DepthwiseKernel, lower_depthwise
 from sa_plus_plus.sparse.compiler.encodings import assign_encodings, keeps_type
 from sa_plus_plus.sparse.compiler.ir import Constant, Layer, LayerSpec, Step, Traced, Value, Variable, users_of
 from sa_plus_plus.sparse.compiler.lowering import CompiledLayer, Ranges, lower_in_network
@@ -35,7 +36,7 @@ class Program(NamedTuple):
     """
 
     inputs: Sequence[Variable]
-    steps: Sequence[Step | LayerSpec | CompiledLayer]
+    steps: Sequence[Step | LayerSpec | CompiledLayer | CompiledDepthwise]
     outputs: Sequence[Value]
     input_tree: Any
     output_tree: Any
@@ -70,6 +71,9 @@ def assemble(
             residual = step.spec.residual
             last_use = residual is not None and residual not in traced.inputs and max(users[residual]) == number
             steps.append(compiled._replace(in_place=last_use and residual != step.spec.x))
+        elif isinstance(kernel, DepthwiseKernel):
+            depthwise, arrays = lower_depthwise(step, kernel)
+            steps.append(depthwise)
         elif isinstance(step, Layer):
             steps.append(step.spec)
             arrays = (step.kernel if kernel is None else kernel, step.bias)
@@ -135,7 +139,7 @@ def evaluate(program: Program, weights: Sequence[Any], inputs: Any) -> Values:
     for variable, leaf in zip(program.inputs, jax.tree.leaves(inputs), strict=True):
         values.put(variable, leaf)
     for step, arrays in zip(program.steps, weights, strict=True):
-        if isinstance(step, CompiledLayer):
+        if isinstance(step, CompiledLayer | CompiledDepthwise):
             residual = None if step.residual is None else values.get(step.spec.residual, step.residual)  # type: ignore[arg-type]
             values.put(step.spec.output, step.run(values.get(step.spec.x, step.x), residual, *arrays))
         elif isinstance(step, LayerSpec):

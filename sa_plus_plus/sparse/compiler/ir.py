@@ -107,13 +107,19 @@ class LayerSpec(NamedTuple):
         return int(np.prod(self.output.shape)) // self.kernel.shape[-1]
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each of several channels is convolved alone."""
+        return self.conv is not None and 1 < self.conv["feature_group_count"] == self.x.shape[-1]
+
+    @property
     def description(self) -> str:
         """What it is, for people: `convolution 3×3, strides 2×2`."""
         if self.conv is None:
             return "dense"
         window = "×".join(str(n) for n in self.kernel.shape[:-2])
         strides = "×".join(map(str, self.conv["window_strides"]))
-        return f"convolution {window}" + (f", strides {strides}" if set(self.conv["window_strides"]) != {1} else "")
+        kind = "depthwise convolution" if self.depthwise else "convolution"
+        return f"{kind} {window}" + (f", strides {strides}" if set(self.conv["window_strides"]) != {1} else "")
 
     @property
     def name(self) -> str:

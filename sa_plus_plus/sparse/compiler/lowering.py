@@ -88,7 +88,13 @@ def pack_kernel(layer: Layer, window: Window, dtype: np.dtype, block: blk.Block 
       dtype: of `x`, as requested.
       block: in which the kernel is pruned, or None.
     """
-    kernel = np.asarray(layer.kernel).astype(np.float32).reshape(window.kernel)
+    kernel = np.asarray(layer.kernel).astype(np.float32)
+    if (inputs := kernel.shape[-2]) != window.kernel[2]:
+        groups = window.kernel[2] // inputs
+        kernel = ungrouped(kernel, groups)
+        sides = block or (inputs, kernel.shape[-1] // groups)
+        block = (math.gcd(inputs, sides[0]), math.gcd(kernel.shape[-1] // groups, sides[1]))
+    kernel = kernel.reshape(window.kernel)
     if dtype == FLOAT32:
         return PackedKernel(window, dtype, pack_float32(kernel, block), None)
     group, scales = (2 if dtype == BFLOAT16 else 4), None
@@ -100,6 +106,24 @@ def pack_kernel(layer: Layer, window: Window, dtype: np.dtype, block: blk.Block 
     else:
         kernel = kernel.astype(dtype)
     return PackedKernel(window, dtype, pack_interleaved(kernel, kernel.dtype), scales)
+
+
+def ungrouped(kernel: np.ndarray, groups: int) -> np.ndarray:
+    """The kernel of a convolution with groups as one without, with zeros between them.
+
+    Args:
+      kernel: `(..., channels of a group, outputs)`, those of a group together.
+      groups: how many.
+
+    Returns:
+      `(..., groups * channels of a group, outputs)`.
+    """
+    *window, inputs, outputs = kernel.shape
+    split = kernel.reshape(-1, inputs, groups, outputs // groups)
+    whole = np.zeros((len(split), groups, *split.shape[1:]), kernel.dtype)
+    for group in range(groups):
+        whole[:, group, :, group] = split[:, :, group]
+    return whole.reshape(*window, groups * inputs, outputs)
 
 
 def pack_float32(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:

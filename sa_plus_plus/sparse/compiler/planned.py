@@ -7,6 +7,7 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.compiler.conv_geometry import Window
+from sa_plus_plus.sparse.compiler.depthwise import DepthwiseKernel
 from sa_plus_plus.sparse.compiler.ir import Step
 
 
@@ -74,10 +75,10 @@ class PlannedStep(NamedTuple):
     """
 
     step: Step
-    kernel: PackedKernel | BlockSparse | None = None
+    kernel: PackedKernel | DepthwiseKernel | BlockSparse | None = None
     choices: tuple[Choice, ...] = ()
 
     @property
     def x_type(self) -> np.dtype | None:
         """The type in which a layer in the compiled kernel takes its input; None for any other step."""
-        return self.kernel.dtype if isinstance(self.kernel, PackedKernel) else None
+        return self.kernel.dtype if isinstance(self.kernel, PackedKernel | DepthwiseKernel) else None

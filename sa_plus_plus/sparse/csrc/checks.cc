@@ -15,6 +15,8 @@ int64_t Array::count() const {
 
 namespace {
 
+constexpr int64_t kFar = int64_t{1} << 60;  // positions this far apart can still be added
+
 // Positions of windows along an axis; the last of them, if there are any, ends within `size`.
 bool fit(int64_t positions, int64_t stride, int64_t window, int64_t size) {
   return !positions || plus(times(positions - 1, stride), window) <= size;
@@ -101,7 +103,6 @@ const char* complaint(const Product& p) {
 }
 
 const char* prepare(const Array& x, const Array& y, const Windows& o, bool sums, Pooling* pooling) {
-  constexpr int64_t far = int64_t{1} << 60;  // positions this far apart can still be added
   if (x.rank != 4 || y.rank != 4) return "x and y need four dimensions";
   const int64_t *in = x.sizes, *out = y.sizes;
   if (in[0] != out[0] || in[3] != out[3] || x.type != y.type || (sums && x.type != Type::kFloat)) return "x and y have incompatible shapes or types";
@@ -111,8 +112,8 @@ const char* prepare(const Array& x, const Array& y, const Windows& o, bool sums,
   Pooling& p = *pooling = {};
   p.type = x.type, p.sums = sums, p.x = x.data, p.y = y.data;
   if (!y.count()) return nullptr;
-  if (!fit(out[1], o.stride_down, o.window_rows, far) || !fit(out[2], o.stride_across, o.window_columns, far) ||
-      std::max(o.top, o.left) > far) {
+  if (!fit(out[1], o.stride_down, o.window_rows, kFar) || !fit(out[2], o.stride_across, o.window_columns, kFar) ||
+      std::max(o.top, o.left) > kFar) {
     return "a window, stride or padding is out of range";
   }
   const bool empty = !x.count();  // then all windows are
@@ -120,6 +121,37 @@ const char* prepare(const Array& x, const Array& y, const Windows& o, bool sums,
   p.lines = out[0] * out[1], p.y_rows = out[1], p.y_columns = out[2];
   p.window_rows = o.window_rows, p.window_columns = o.window_columns, p.top = o.top, p.left = o.left;
   p.stride_down = out[1] > 1 ? o.stride_down : 1, p.stride_across = out[2] > 1 ? o.stride_across : 1;
+  return nullptr;
+}
+
+const char* prepare(const DepthwiseArrays& arrays, const DepthwiseOptions& o, Depthwise* depthwise) {
+  const Array &x = arrays.x, &y = arrays.y, &kernel = arrays.kernel;
+  if (x.rank != 4 || y.rank != 4 || kernel.rank != 3) return "x and y need four dimensions, the kernel three";
+  if (x.type != Type::kFloat || kernel.type != Type::kFloat || y.type != Type::kFloat) return "x, the kernel and y need to be float32";
+  if (o.activation < 0 || o.activation >= static_cast<int64_t>(Activation::kCount)) return "an unknown activation";
+  const int64_t *in = x.sizes, *out = y.sizes, *window = kernel.sizes;
+  if (in[0] != out[0] || window[2] != out[3]) return "x, the kernel and y have incompatible shapes";
+  Depthwise& d = *depthwise = {};
+  if (!y.count()) return nullptr;
+  const char* const misfit = "a window, stride, dilation or padding is out of range";
+  if (std::min({window[0], window[1], o.stride_down, o.stride_across, o.dilation_down, o.dilation_across}) < 1) return misfit;
+  if (std::min(o.top, o.left) < 0 || std::max(o.top, o.left) > kFar) return misfit;
+  const int64_t reach_down = times(window[0] - 1, o.dilation_down), reach_across = times(window[1] - 1, o.dilation_across);
+  if (!fit(out[1], o.stride_down, plus(reach_down, 1), kFar) || !fit(out[2], o.stride_across, plus(reach_across, 1), kFar)) return misfit;
+  if (!in[3] || out[3] % in[3]) return "the outputs are not a multiple of the channels";
+  const bool empty = !x.count();  // then all sums are
+  d.rows = empty ? 0 : in[1], d.columns = empty ? 0 : in[2], d.channels = in[3], d.multiplier = out[3] / in[3];
+  d.lines = out[0] * out[1], d.y_rows = out[1], d.y_columns = out[2], d.window_rows = window[0], d.window_columns = window[1];
+  d.stride_down = out[1] > 1 ? o.stride_down : 1, d.stride_across = out[2] > 1 ? o.stride_across : 1;
+  d.dilation_down = window[0] > 1 ? o.dilation_down : 1, d.dilation_across = window[1] > 1 ? o.dilation_across : 1;
+  d.top = o.top, d.left = o.left, d.activation = static_cast<Activation>(o.activation);
+  d.x = static_cast<const float*>(x.data), d.kernel = static_cast<const float*>(kernel.data), d.y = static_cast<float*>(y.data);
+  if (arrays.bias.count && arrays.bias.count != out[3]) return "the bias needs one number for each channel of y";
+  d.bias = arrays.bias.count ? arrays.bias.data : nullptr;
+  if (const int64_t n = arrays.residual.count()) {
+    if (n != y.count() || arrays.residual.type != Type::kFloat) return "the residual does not have the size and type of y";
+    d.residual = static_cast<const float*>(arrays.residual.data);
+  }
   return nullptr;
 }
 

@@ -88,6 +88,20 @@ struct Images {
 
 const char* prepare(const Array& x, const Array& y, const Rounding& rounding, Images* images);
 
+struct DepthwiseOptions {
+  int64_t stride_down, stride_across, dilation_down, dilation_across, top, left;
+  int64_t activation;
+};
+
+struct DepthwiseArrays {
+  Array x, kernel;   // (window rows, window columns, outputs)
+  List<float> bias;  // empty for none
+  Array residual;    // empty for none
+  Array y;
+};
+
+const char* prepare(const DepthwiseArrays& arrays, const DepthwiseOptions& options, Depthwise* depthwise);
+
 // `sizes`: three of heads, queries, keys, depth, width, `seen`; `strides`: four each of q, k, v, bias and y.
 struct AttentionArrays {
   Array q, k, v, bias, y;  // bias may be empty, for none

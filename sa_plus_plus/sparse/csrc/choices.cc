@@ -106,6 +106,11 @@ const Attend* attends() {
   return runnable(forms);
 }
 
+const Convolve* depthwises() {
+  static const Convolve forms[] = FORMS(depthwise);
+  return runnable(forms);
+}
+
 const Choice* kernels(Type x_type) {
   static const Choices choices;
   return choices.of[static_cast<int>(x_type)];

@@ -53,6 +53,21 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer bl
   return ffi::Error::Success();
 }
 
+ffi::Error depthwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::BufferR1<ffi::F32> bias,
+                     ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y, const DepthwiseOptions& options) {
+  constexpr char what[] = "depthwise convolution";
+  DepthwiseArrays arrays{};
+  if (!describe(x, &arrays.x) || !describe(kernel, &arrays.kernel) || !describe(residual, &arrays.residual) ||
+      !describe(*y, &arrays.y)) {
+    return refused(what, kUnknown);
+  }
+  arrays.bias = list(bias);
+  Depthwise prepared;
+  if (const char* why = prepare(arrays, options, &prepared)) return refused(what, why);
+  run(prepared, threads_of(pool), *depthwises());
+  return ffi::Error::Success();
+}
+
 // The largest number, or the sum, of each window of images; positions outside the images are ignored.
 ffi::Error pool_images(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y, const Windows& windows, bool sums) {
   Array from{}, to{};
@@ -163,6 +178,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_block_sparse_conv, sa_plus_plus::conv
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attrs<sa_plus_plus::ConvolutionOptions>());
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    sa_plus_plus::DepthwiseOptions, ffi::StructMember<int64_t>("stride_down"),
+    ffi::StructMember<int64_t>("stride_across"), ffi::StructMember<int64_t>("dilation_down"),
+    ffi::StructMember<int64_t>("dilation_across"), ffi::StructMember<int64_t>("top"),
+    ffi::StructMember<int64_t>("left"), ffi::StructMember<int64_t>("activation"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_depthwise_conv, sa_plus_plus::depthwise,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR1<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attrs<sa_plus_plus::DepthwiseOptions>());
 
 // Of XLA's interface, as of the headers that this was compiled with.
 extern "C" int sa_plus_plus_ffi_version() { return 1000 * XLA_FFI_API_MAJOR + XLA_FFI_API_MINOR; }

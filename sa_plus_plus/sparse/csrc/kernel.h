@@ -9,8 +9,9 @@ enum class Type { kFloat, kHalf, kByte };  // float32, bfloat16, and 8 bits: uns
 
 inline int64_t size_of(Type type) { return type == Type::kFloat ? 4 : type == Type::kHalf ? 2 : 1; }
 
-// max(x, 0); x * Phi(x) with the normal distribution function; its approximation by a hyperbolic tangent; x / (1 + exp(-x)).
-enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu, kCount };
+// max(x, 0); x * Phi(x) with the normal distribution function; its approximation by a hyperbolic tangent; x / (1 + exp(-x));
+// min(max(x, 0), 6); x * min(max(x + 3, 0), 6) / 6. Programs in files have these numbers: new ones come last.
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu, kRelu6, kHardSwish, kCount };
 
 // y = x @ w * scale + bias + (residual - residual_zero) * residual_scale, then the activation, then rounded to the type
 // of y; to bytes as round(.) + y_zero, clamped to 0 to 255. All of this is in units of `y_unit`, so that the activation is
@@ -94,6 +95,27 @@ void pool_baseline(const Pooling& pooling, int64_t line);
 void pool_avx2(const Pooling& pooling, int64_t line);
 void pool_avx512(const Pooling& pooling, int64_t line);
 const Pool* pools();  // those that this processor can run, the best first, and null at the end
+
+// Depthwise convolution of images (images, rows, columns, channels): each channel of x meets `multiplier` windows of its
+// own, and y = activation(sums + bias + residual). What is beyond an image's edges is zero.
+struct Depthwise {
+  const float *x, *kernel;        // (window_rows, window_columns, width()), outputs of a channel together
+  const float *bias, *residual;   // (width()), and like y; or null
+  float* y;
+  int64_t lines, rows, columns, channels, multiplier, y_rows, y_columns;  // `lines` of y in all images
+  int64_t window_rows, window_columns, stride_down, stride_across, dilation_down, dilation_across;
+  int64_t top, left;  // the padding
+  Activation activation;
+
+  int64_t width() const { return channels * multiplier; }
+};
+
+// Columns `first` to `last` of line `line` of y, counted through all images.
+using Convolve = void (*)(const Depthwise&, int64_t line, int64_t first, int64_t last);
+void depthwise_baseline(const Depthwise&, int64_t, int64_t, int64_t);
+void depthwise_avx2(const Depthwise&, int64_t, int64_t, int64_t);
+void depthwise_avx512(const Depthwise&, int64_t, int64_t, int64_t);
+const Convolve* depthwises();  // as `pools`
 
 // Runs of numbers, each followed by zeros until there are `wide` of them: as they are, in bfloat16, or in bytes as
 // round(x * scale) + zero, clamped to 0 to 255.

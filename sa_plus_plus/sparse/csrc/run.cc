@@ -1,4 +1,4 @@
-// The parts into which products, attention, pooling and rounding are cut for threads.
+// The parts into which products, depthwise convolutions, attention, pooling and rounding are cut for threads.
 #include "run.h"
 
 #include <algorithm>
@@ -99,6 +99,25 @@ void run(const Convolution& convolution, int64_t threads, Kernel kernel) {
     fill_borders(work.product, work.parts[i]);
   };
   parallel(work.parts.size(), threads, task, &work);
+}
+
+void run(const Depthwise& depthwise, int64_t threads, Convolve convolve) {
+  if (!depthwise.lines) return;
+  struct Work {
+    const Depthwise& d;
+    const Convolve convolve;
+    const int64_t pieces;  // of each line
+  };
+  const Depthwise& d = depthwise;
+  const int64_t work = times(d.lines * d.y_columns * d.width(), plus(times(d.window_rows, d.window_columns), 4));
+  const int64_t wanted = threads < 2 ? 1 : std::clamp<int64_t>(work / kWorthAThread, 1, 4 * threads);
+  const Work all{d, convolve, std::min((wanted + d.lines - 1) / d.lines, d.y_columns)};
+  auto task = [](const void* context, int64_t i) {
+    const Work& w = *static_cast<const Work*>(context);
+    const int64_t piece = i % w.pieces, columns = w.d.y_columns;
+    w.convolve(w.d, i / w.pieces, piece * columns / w.pieces, (piece + 1) * columns / w.pieces);
+  };
+  parallel(d.lines * all.pieces, std::min(threads, wanted), task, &all);
 }
 
 void run(const Pooling& pooling, int64_t threads, Pool pool) {

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax
 
-Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
+Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hard_swish"]
 
 
 def activate(activation: Activation, y: Any) -> Any:
@@ -16,5 +16,7 @@ def activate(activation: Activation, y: Any) -> Any:
         "gelu": functools.partial(jax.nn.gelu, approximate=False),
         "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
         "silu": jax.nn.silu,
+        "relu6": jax.nn.relu6,
+        "hard_swish": jax.nn.hard_swish,
     }
     return y if activation == "none" else functions[activation](y)

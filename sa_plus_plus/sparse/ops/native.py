@@ -16,8 +16,9 @@ from sa_plus_plus.sparse.array import Layout
 from sa_plus_plus.sparse.ops.activation import Activation
 from sa_plus_plus.sparse.ops.inference import inference
 
-CONV, ATTENTION, MAX_POOL, SUM_POOL, ROUND = TARGETS = (
+CONV, DEPTHWISE, ATTENTION, MAX_POOL, SUM_POOL, ROUND = TARGETS = (
     "sa_plus_plus_block_sparse_conv",
+    "sa_plus_plus_depthwise_conv",
     "sa_plus_plus_attention",
     "sa_plus_plus_max_pool",
     "sa_plus_plus_sum_pool",
@@ -41,13 +42,14 @@ def unavailable_reason() -> str | None:
     try:
         library = ctypes.CDLL(str(built[-1]))
         made_for, here = library.sa_plus_plus_ffi_version(), _ffi_version()
+        handlers = {target: getattr(library, target) for target in TARGETS}
     except (OSError, AttributeError, TypeError) as error:
         return f"{built[-1].name} cannot be loaded: {error}"
     # With a kernel built for another interface, XLA's whole CPU backend would fail to start.
     if made_for > here or made_for // 1000 != here // 1000:
         return f"{built[-1].name} was compiled for version {made_for} of XLA's interface, this jaxlib has {here}"
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     library.sa_plus_plus_kernel.restype = ctypes.c_char_p
     for code, dtype in enumerate((np.float32, jnp.bfloat16, np.uint8)):
         _ISA[np.dtype(dtype).name] = library.sa_plus_plus_kernel(code).decode()
@@ -100,7 +102,7 @@ class Epilogue(NamedTuple):
 
     Attributes:
       dtype: of the result: float32, bfloat16, or uint8, which holds `round(.) + zero`, clamped to 0 to 255.
-      activation: applied last: "none", "relu", "gelu", "gelu_tanh" or "silu".
+      activation: applied last.
       unit: the value of 1 in a uint8 result, before and after the activation; the above formula is in this unit.
       zero: the zero point in a uint8 result and its borders.
       residual_factor: factor of the residual.
@@ -186,6 +188,43 @@ def conv(
         aliases={6: 0} if in_place else None,
     )
     return _varying(y, x, blocks, scale, bias, residual)
+
+
+def depthwise_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    activation: Activation = "none",
+) -> jax.Array:
+    """Each channel of images convolved with windows of its own: `activation(sums + bias + residual)`, in float32.
+
+    Args:
+      x: `(batch, height, width, channels)`.
+      kernel: `(k_h, k_w, outputs)`, a multiple of the channels; the outputs of a channel are together.
+      strides: down and across.
+      dilation: from one row and column of the window to the next.
+      padding: `((top, bottom), (left, right))`, zeros, which are not copied around the images.
+      bias: `(outputs,)`.
+      residual: like the result.
+      activation: applied last.
+
+    Returns:
+      `(batch, rows, columns, outputs)`.
+    """
+    axes = zip(x.shape[1:3], padding, kernel.shape, dilation, strides, strict=False)
+    sizes = [max((n + sum(pads) - (k - 1) * d - 1) // s + 1, 0) for n, pads, k, d, s in axes]
+    out = jax.ShapeDtypeStruct((x.shape[0], *sizes, kernel.shape[2]), jnp.float32)
+    bias, residual = (jnp.zeros(0, jnp.float32) if a is None else a for a in (bias, residual))
+    options = {"stride_down": strides[0], "stride_across": strides[1], "dilation_down": dilation[0]}
+    options |= {"dilation_across": dilation[1], "top": padding[0][0], "left": padding[1][0]}
+    options |= {"activation": ACTIVATIONS.index(activation)}
+    y = _called(DEPTHWISE, out, (x, kernel, bias, residual), _in_64_bits(options))
+    return _varying(y, x, kernel, bias, residual)
 
 
 def _called(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.engines import runtimes
-from experiments.models import ClickNet, ConvNet, LeNet300, ResNet
+from experiments.models import ClickNet, ConvNet, LeNet300, MobileNetV2, ResNet
 from experiments.utils.timing import difference
 from sa_plus_plus.contrib.transformers.encoder import Encoder
 
@@ -14,6 +14,7 @@ SMALL = {"classes": 5, "stages": (1, 1), "width": 8}
 CASES = {  # and an input
     "bottlenecks": (ResNet(**SMALL), (2, 40, 33, 3)),
     "basic": (ResNet(**SMALL, bottleneck=False, small_images=True), (2, 16, 15, 3)),
+    "inverted residuals": (MobileNetV2(5, stages=((1, 8, 1, 1), (2, 16, 2, 2))), (2, 40, 32, 3)),
     "encoder": (Encoder(layers=1, width=32, hidden=64, heads=4), (2, 8, 32)),
     "perceptron": (LeNet300(), (3, 8, 8, 1)),
     "click": (ClickNet(vocabulary=(5, 700, 9), table_scale=1.0, widths=(40, 30)), (64, 3)),
@@ -52,7 +53,7 @@ def test_every_engine_and_precision_gives_the_results_of_the_model(name):
     engines = runtimes.contenders(model, variables, x)
     assert set(engines.missing.values()) <= {"not on CPUs", "not on this processor", "slow for convolutions"}
     assert {"onnxruntime float32", "onnxruntime int8", "openvino float32", "openvino int8"} <= set(engines.calls)
-    assert ("onnxruntime int8 dynamic" in engines.calls) == (not isinstance(model, ResNet))
+    assert ("onnxruntime int8 dynamic" in engines.calls) == (not isinstance(model, ResNet | MobileNetV2))
     for contender, call in engines.calls.items():
         assert call().shape == want.shape
         assert difference(call(), want) < TOLERANCE[runtimes.precision(contender)], contender

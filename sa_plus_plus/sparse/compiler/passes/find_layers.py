@@ -24,6 +24,7 @@ class _Rule:
     def __init__(self, builder: Builder):
         self.builder = builder
         self.strided: dict[Variable, tuple[Variable, tuple[int, int]]] = {}
+        self.padded: dict[Variable, tuple[Variable, Sequence[tuple[int, int, int]]]] = {}
 
     def __call__(self, step: Step, inputs: tuple[Value, ...]) -> Sequence[Value] | None:
         empty = any(isinstance(value, Constant) and 0 in value.shape for value in inputs)
@@ -31,6 +32,8 @@ class _Rule:
             return None
         if step.name == "slice":
             self.slice(step, inputs)
+        elif step.name == "pad":
+            self.pad(step, inputs)
         elif step.name == "dot_general":
             return self.product(step, inputs)
         elif step.name == "conv_general_dilated":
@@ -46,6 +49,14 @@ class _Rule:
         if images and whole and not any(call.params["start_indices"]):
             assert isinstance(x, Variable)  # since constant expressions are computed
             self.strided[output] = x, (strides[1], strides[2])
+
+    def pad(self, call: Call, inputs: tuple[Value, ...]) -> None:
+        """Remember a padding with zeros: a convolution can have it as its own."""
+        (x, zero), config = inputs, call.params["padding_config"]
+        if not isinstance(x, Variable) or not isinstance(zero, Constant) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return
+        if not np.any(zero.value) and all(min(low, high) >= 0 == gap for low, high, gap in config):
+            self.padded[call.outputs[0]] = x, config
 
     def product(self, call: Call, inputs: tuple[Value, ...]) -> Sequence[Value] | None:
         """A product with a constant as a layer; a batched product, such as of experts, as one layer each."""
@@ -120,6 +131,14 @@ class _Rule:
         build, last = self.builder, len(x.shape) - 1
         images, kernels, results = params["dimension_numbers"]
         images, results = ((spec[0], *spec[2:], spec[1]) for spec in (images, results))
+        before, config = self.padded.get(x, (x, ()))
+        if config and config[images[0]] == config[images[-1]] == (0, 0, 0) and set(params["lhs_dilation"]) == {1}:
+            pads = [
+                (low + config[i][0], high + config[i][1])
+                for i, (low, high) in zip(images[1:-1], params["padding"], strict=True)
+            ]
+            if all(min(pair) >= 0 for pair in params["padding"]):
+                x, params = before, params | {"padding": tuple(pads)}
         kernel = arranged(kernel, (*kernels[2:], kernels[1], kernels[0]))
         spec = (0, last, *range(1, last))
         numbers = lax.ConvDimensionNumbers(spec, (last, last - 1, *range(last - 1)), spec)

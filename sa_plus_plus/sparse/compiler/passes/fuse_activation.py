@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_plus_plus.sparse.compiler.ir import Call, Constant, Layer, Step, Traced, Value, Variable, users_of
+from sa_plus_plus.sparse.compiler.ir import Call, Constant, Layer, LayerSpec, Step, Traced, Value, Variable, users_of
 from sa_plus_plus.sparse.ops.activation import Activation, activate
 
 _ELEMENTWISE = (
     *("add", "sub", "mul", "div", "neg", "max", "min", "exp", "square", "integer_pow", "abs", "sign", "tanh"),
-    *("logistic", "erf", "erfc", "expm1", "log1p", "select_n", "gt", "ge", "lt", "le"),
+    *("logistic", "erf", "erfc", "expm1", "log1p", "select_n", "gt", "ge", "lt", "le", "clamp"),
 )
 _MOST_CALLS = 32  # of an activation function, at most
 _POINTS = np.concatenate([np.linspace(-12, 12, 4801), np.linspace(-0.1, 0.1, 201)]).astype(np.float32)
@@ -30,11 +30,13 @@ def fuse_activations(traced: Traced) -> Traced:
     steps, users = traced.steps, users_of(traced.steps, traced.outputs)
     kept: list[Step | None] = list(steps)
     for i, step in enumerate(steps):
-        if not isinstance(step, Layer) or step.spec.activation != "none" or step.spec.output.dtype != np.float32:
+        if not isinstance(step, Layer) or step.spec.output.dtype != np.float32:
+            continue
+        if step.spec.activation not in ("none", "relu"):  # one that begins with a maximum of 0 may go on
             continue
         for inside in _regions(steps, i, users):
             output = steps[inside[-1]].outputs[0]
-            if activation := _recognised([steps[j] for j in inside], step.spec.output, output):
+            if activation := _recognised([steps[j] for j in inside], step.spec, output):
                 kept[i] = step._replace(spec=step.spec._replace(activation=activation, output=output))
                 for j in inside:
                     kept[j] = None
@@ -75,12 +77,12 @@ def _pointwise(call: Call, shape: tuple[int, ...], values: set[Variable]) -> boo
     return alike and all(np.size(v.value) == 1 if isinstance(v, Constant) else v in values for v in call.inputs)
 
 
-def _recognised(calls: Sequence[Call], start: Variable, end: Variable) -> Activation | None:
-    """The activation function that these operations compute, or None."""
+def _recognised(calls: Sequence[Call], layer: LayerSpec, end: Variable) -> Activation | None:
+    """The activation function that these operations compute from a layer's result, with its own; or None."""
     if end.dtype != np.float32:
         return None
     with jax.ensure_compile_time_eval():
-        known: dict[Value, Any] = {start: jnp.asarray(_POINTS)}
+        known: dict[Value, Any] = {layer.output: activate(layer.activation, jnp.asarray(_POINTS))}
         for call in calls:
             arguments = [
                 known[v] if isinstance(v, Variable) else jnp.broadcast_to(np.reshape(v.value, ()), _POINTS.shape)
