@@ -27,6 +27,8 @@ LIBRARY = (
     "registry",
     "algorithms",
     "baselines",
+    "recommended",
+    "resets",
     "transforms",
     "metrics",
     "checks",
