@@ -77,65 +77,64 @@ _UNSUPPORTED = {
 _INSTEAD = "write sapp.reset_on(...) around the part of the optimizer that restarts as a whole"
 
 
-def restarting(state: optax.OptState, tx: optax.GradientTransformation | None = None) -> Any:
-    """Which leaves of an optimizer's state start afresh with a phase: a tree of booleans like `state`.
+def restart(
+    begins: Any, state: optax.OptState, fresh: optax.OptState, tx: optax.GradientTransformation | None = None
+) -> optax.OptState:
+    """`state`, with moments and what counts them from `fresh` if a phase begins.
+
+    Where a moment is None in either tree, the state stays: parameters may come and go.
 
     Args:
-      state: the state; its structure and types alone matter.
-      tx: the optimizer. If given, what cannot be told is refused; otherwise it starts afresh.
+      begins: boolean scalar, may be traced.
+      state: of the optimizer.
+      fresh: `tx.init` of the current parameters.
+      tx: the optimizer. If given, a state that cannot be told is refused; otherwise it starts afresh as a whole.
 
     Raises:
       ValueError: naming the type of a state whose moments and schedules cannot be told apart.
     """
-    found: list[bool] = []
     like_params = functools.cache(lambda: _like_params(tx, state))
+    before = 0  # leaves of `state` before the node
 
-    def visit(node: Any) -> None:
-        name, rule = _optax_name(node), _RULES.get(_optax_name(node))
+    def from_fresh(old: Any, new: Any) -> Any:
+        return jax.tree.map(
+            lambda x, y: x if x is None or y is None else jnp.where(begins, y, x), old, new, is_leaf=trees.is_none
+        )
+
+    def visit(old: Any, new: Any) -> Any:
+        nonlocal before
+        name, rule = _optax_name(old), _RULES.get(_optax_name(old))
         if rule is not None:
-            for field, value in zip(node._fields, node, strict=True):
+            fields = {}
+            for field, of_old, of_new in zip(old._fields, old, new, strict=True):
                 if field in rule.inner:
-                    visit(value)
-                else:
-                    found.extend([rule.restarts != (field in rule.but)] * _size(value))
-        elif _holds_states(node):
-            for child in _children(node):
-                visit(child)
-        elif tx is None or not _size(node):
-            found.extend([True] * _size(node))
-        elif name in _SHARED_COUNTERS:
+                    fields[field] = visit(of_old, of_new)
+                    continue
+                before += _size(of_old)
+                fields[field] = from_fresh(of_old, of_new) if rule.restarts != (field in rule.but) else of_old
+            return old._replace(**fields)
+        if _holds_states(old):
+            return jax.tree.map(visit, old, new, is_leaf=lambda x: x is not old)
+        before += (size := _size(old))
+        if tx is None:
+            return from_fresh(old, new)
+        if name in _SHARED_COUNTERS:
             raise ValueError(
                 f"{name} counts the steps of its moments and of a schedule of the {_SHARED_COUNTERS[name]} with one "
                 f"counter, and only the former should restart with each phase: {_INSTEAD}, which is right if the "
                 f"{_SHARED_COUNTERS[name]} is constant, or pass reset=False"
             )
-        else:
-            found.extend([_unknown(node, like_params()[len(found) :][: _size(node)])] * _size(node))
+        restarts = size > 0 and _unknown_restarts(old, like_params()[before - size : before])
+        return from_fresh(old, new) if restarts else old
 
-    visit(state)
-    return jax.tree.unflatten(jax.tree.structure(state), found)
-
-
-def restart(begins: Any, which: Any, state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
-    """`state`, with the leaves marked by `which` from `fresh` if a phase begins.
-
-    Where either tree has None, the state stays: parameters may come and go.
-
-    Args:
-      begins: boolean scalar, may be traced.
-      which: from `restarting`.
-      state: of the optimizer.
-      fresh: `tx.init` of the current parameters.
-    """
-
-    def one(old: Any, restarts: Any, new: Any) -> Any:
-        return jnp.where(begins, new, old) if restarts and new is not None else old
-
-    return jax.tree.map(one, state, which, fresh, is_leaf=trees.is_none)
+    return visit(state, fresh)
 
 
 def check_supported(state: optax.OptState) -> None:
     """Refuse optimizers that cannot train the weights behind a pruned network.
+
+    Args:
+      state: of the optimizer.
 
     Raises:
       ValueError: naming the type of the state.
@@ -156,14 +155,16 @@ def _children(node: Any) -> list[Any]:
 
 def _holds_states(node: Any) -> bool:
     """Whether it is a container such as that of `optax.chain`: not itself a state, and no array is directly in it."""
-    return type(node) in (tuple, list, dict) and not any(jax.tree_util.all_leaves([x]) for x in _children(node))
+    if not isinstance(node, tuple | list | dict) or hasattr(node, "_fields"):
+        return False
+    return not any(jax.tree_util.all_leaves([child]) for child in _children(node))
 
 
 def _size(node: Any) -> int:
     return len(jax.tree.leaves(node))
 
 
-def _unknown(node: Any, like_params: list[bool]) -> bool:
+def _unknown_restarts(node: Any, like_params: list[bool]) -> bool:
     """Whether a state of unknown type starts afresh."""
     if all(like_params):
         return True

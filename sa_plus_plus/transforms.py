@@ -63,7 +63,7 @@ def reset_on(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         if params is None:
             raise ValueError(_NEEDS_PARAMS.format("reset_on"))
         fresh = inner.init(trees.arrays(params))
-        before = resets.restart(phase != state.phase, resets.restarting(state.inner), state.inner, fresh)
+        before = resets.restart(phase != state.phase, state.inner, fresh)
         result, after = inner.update(updates, before, params, phase=phase, **extra)
         return trees.unalias((result, ResetState(jnp.array(phase, jnp.int32), after)), updates, state, params)
 
@@ -177,7 +177,7 @@ def sparsify(
         inner = _initialised(tx, trees.inexact(trainable))
         resets.check_supported(inner)
         if resets_itself(inner):
-            resets.restarting(inner, tx)  # refuses what it cannot tell
+            jax.eval_shape(lambda state: resets.restart(False, state, state, tx), inner)  # refuses what it cannot tell
         state = SparsifyState(trainable, prune, inner)
         return trees.unalias(state)
 
@@ -199,7 +199,7 @@ def sparsify(
         inner = state.inner
         if resets_itself(inner):
             begins, fresh = sp.phases.is_boundary(state.prune.step), tx.init(differentiable)
-            inner = resets.restart(begins, resets.restarting(inner, tx), inner, fresh)
+            inner = resets.restart(begins, inner, fresh, tx)
         updates, inner = tx.update(trained_grads, inner, differentiable, phase=state.prune.phase, **extra)
         trainable, prune = sp.update(trainable, state.prune, updates, trained_grads)
         layers = sp.plan(trainable.params).pruned
