@@ -1,6 +1,5 @@
-"""What restarts with a phase, over every optimizer of optax: as a fresh one would go on whose schedules are further on."""
+"""What restarts with a phase, in every optimizer of optax: it goes on as a fresh one with its schedules further on."""
 
-import functools
 import inspect
 import types
 from typing import NamedTuple
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import sa_plus_plus as sapp
@@ -22,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*lookahead"),
 ]
 
+
 @pytest.fixture(autouse=True)
 def without_compilation():
     """Hundreds of small programs would each run a few times."""
@@ -30,7 +29,7 @@ def without_compilation():
 
 
 BEFORE, AFTER = 3, 2  # steps of the two phases
-PARAMS = {"b": jnp.asarray([-0.5, 1, 2]), "w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)}
+PARAMS = {"b": jnp.asarray([[-0.5, 1, 2]]), "w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)}
 
 
 def rate(shift):
@@ -43,12 +42,6 @@ def adam(shift):
 
 def everywhere(value):
     return lambda tree: jax.tree.map(lambda _: value, tree)
-
-
-def matrices(tree):
-    """Each leaf as a matrix; for biases, one of one row."""
-    numbers = {1: optax.contrib.MuonDimensionNumbers((), 0), 2: optax.contrib.MuonDimensionNumbers(0, 1)}
-    return jax.tree.map(lambda x: numbers[x.ndim], tree)
 
 
 # How to make those that need more than a learning rate; `s` is how far schedules are on.
@@ -91,7 +84,7 @@ MAKE = {
     "scale_by_ademamix": lambda f, s: f(alpha=lambda count: 0.3 * (count + s)),
     "scale_by_backtracking_linesearch": lambda f, s: f(5),
     "scale_by_lbfgs": lambda f, s: f(memory_size=2),
-    "scale_by_muon": lambda f, s: f(weight_dimension_numbers=matrices),
+    "scale_by_muon": lambda f, s: f(weight_dimension_numbers=everywhere(optax.contrib.MuonDimensionNumbers())),
     "scale_by_rprop": lambda f, s: f(0.1),
     "scale_by_schedule": lambda f, s: f(rate(s)),
     "scale_by_zoom_linesearch": lambda f, s: f(5),
@@ -106,10 +99,15 @@ MAKE = {
     "trace": lambda f, s: f(0.9),
     "with_extra_args_support": lambda f, s: f(adam(s)),
 }
-NOT_OPTIMIZERS = set(  # which say nothing of what they return either
-    "bias_correction matrix_inverse_pth_root schedule_free_eval_params sigmoid_binary_cross_entropy "
-    "update_infinity_moment update_moment update_moment_per_elem_norm".split()
-)
+NOT_OPTIMIZERS = {  # which say nothing of what they return either
+    "bias_correction",
+    "matrix_inverse_pth_root",
+    "schedule_free_eval_params",
+    "sigmoid_binary_cross_entropy",
+    "update_infinity_moment",
+    "update_moment",
+    "update_moment_per_elem_norm",
+}
 UNSUPPORTED = {
     "differentially_private_aggregate": "DifferentiallyPrivateAggregateState: it needs a gradient for each example",
     "dpsgd": "DifferentiallyPrivateAggregateState: it needs a gradient for each example",
@@ -166,7 +164,7 @@ def steps(tx, params, state, start, stop, **extra):
     taken = []
     for i in range(start, stop):
         noise = np.random.default_rng(i).normal(size=15).astype(np.float32)
-        grads = {"b": 0.5 * params["b"] + noise[:3], "w": 0.5 * params["w"] + noise[3:].reshape(4, 3)}
+        grads = {"b": 0.5 * params["b"] + noise[:3].reshape(1, 3), "w": 0.5 * params["w"] + noise[3:].reshape(4, 3)}
         updates, state = tx.update(grads, state, params, value=jnp.float32(2), **extra)
         params = optax.apply_updates(params, updates)
         taken.append(updates)
@@ -194,7 +192,9 @@ def test_moments_restart_and_schedules_go_on(name):
     new = make(name, 0 if ONE_COUNTER.get(name) in SCHEDULE_INSIDE else BEFORE)
     fresh, *_ = steps(new, params, new.init(params), BEFORE, BEFORE + AFTER)
     assert close(reset, gone_on if name in GO_ON else fresh)
-    has_moments = any(jnp.ndim(leaf) > 0 and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(state))
+    has_moments = any(
+        jnp.ndim(leaf) > 0 and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(state)
+    )
     assert name in {"snapshot", "monitor"} or close(fresh, gone_on) == (not has_moments and name not in GO_ON)
 
 
@@ -217,3 +217,71 @@ def test_sparsify_takes_every_optimizer_or_names_what_it_cannot(name):
     later = jax.tree.map(lambda leaf: jnp.full_like(leaf, 7), state)
     sure, unsure = (resets.restart(True, later, state, *optimizer) for optimizer in ((tx,), ()))
     chex.assert_trees_all_equal(sure, unsure)
+
+
+def test_gradients_that_are_being_summed_are_not_lost():
+    """A phase begins between the two halves of a step: moments restart, and the first half counts."""
+    tx = sapp.reset_on(optax.MultiSteps(adam(0), 2))
+    _, params, state = steps(tx, PARAMS, tx.init(PARAMS), 0, 3, phase=0)
+    assert (state.inner.mini_step, state.inner.gradient_step) == (1, 1)
+    (reset,), *_, state = steps(tx, params, state, 3, 4, phase=1)
+    new = optax.MultiSteps(adam(1), 2).gradient_transformation()
+    (_, fresh), *_ = steps(new, params, new.init(params), 2, 4)
+    chex.assert_trees_all_close(reset, fresh, rtol=1e-5)
+    assert (state.inner.mini_step, state.inner.gradient_step) == (0, 2)
+    assert state.inner.inner_opt_state[0].count == 1
+
+
+def test_hyperparameters_and_their_schedules_go_on():
+    tx = sapp.reset_on(optax.inject_hyperparams(optax.adam)(rate(0), b1=0.9))
+    _, params, state = steps(tx, PARAMS, tx.init(PARAMS), 0, 3, phase=0)
+    state.inner.hyperparams["b1"] = jnp.asarray(0.5)
+    _, _, state = steps(tx, params, state, 3, 4, phase=1)
+    assert state.inner.hyperparams["b1"] == 0.5
+    assert state.inner.hyperparams["learning_rate"] == pytest.approx(0.1 * 0.7**3)
+    assert state.inner.count == 4
+
+
+class Mine(NamedTuple):
+    count: jax.Array
+    mu: dict
+
+
+class Counter(NamedTuple):
+    count: jax.Array
+
+
+def of_state(init):
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+
+
+@pytest.mark.parametrize(
+    ("init", "restarts"),
+    [
+        (lambda params: jax.tree.map(jnp.zeros_like, params), [True, True]),
+        (lambda params: Counter(jnp.zeros((), jnp.int32)), [False]),
+        (lambda params: {"count": jnp.zeros((), jnp.int32), "key": jax.random.key(0)}, [False, False]),
+        (lambda params: Mine(jnp.zeros((), jnp.int32), params), None),
+        (lambda params: (jnp.zeros((), jnp.int32), params), None),
+        (lambda params: Counter(jnp.zeros(())), None),
+        (lambda params: Counter(jnp.zeros(optax.tree.size(params))), None),
+    ],
+)
+def test_states_of_others_restart_where_they_are_like_the_parameters(init, restarts):
+    tx = optax.chain(of_state(init), adam(0))
+    wrapped = sapp.sparsify(tx, block=1, sparsity=0.5, steps=10, min_blocks=1)
+    if restarts is None:
+        with pytest.raises(ValueError, match=r"of type (Mine \(count, mu\)|tuple|Counter \(count\)) should restart"):
+            wrapped.init(PARAMS)
+        sapp.sparsify(tx, block=1, sparsity=0.5, steps=10, min_blocks=1, reset=False).init(PARAMS)
+        tx = optax.chain(of_state(init), sapp.reset_on(adam(0)))
+        sapp.sparsify(tx, block=1, sparsity=0.5, steps=10, min_blocks=1).init(PARAMS)
+        return
+    wrapped.init(PARAMS)
+    state, mark = tx.init(PARAMS), 7
+
+    def marked(leaf):
+        return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.full_like(leaf, mark)
+
+    own, _ = resets.restart(True, state, jax.tree.map(marked, state), tx)
+    assert [jnp.ndim(leaf) > 0 and bool(jnp.all(leaf == mark)) for leaf in jax.tree.leaves(own)] == restarts
