@@ -584,7 +584,7 @@ def test_a_reset_on_inside_decides_alone():
         ((0.9,), {}, TypeError, "a Sparsifier, second; got float. Or write sparsify"),
         ((), {"block": 4, "sparsity": 0.9, "steps": 1}, ValueError, "steps=1 is too short"),
         ((), {"block": 4, "sparsity": 0.9, "steps": 9.5}, ValueError, "whole number of steps, an integer, got 9.5"),
-        ((), {"block": 4, "sparsity": 90, "steps": 9}, ValueError, r"must be in \[0, 1\\), got 90"),
+        ((), {"block": 4, "sparsity": 90, "steps": 9}, ValueError, r"must be in \[0, 1\), got 90"),
         ((), {"block": 4, "sparsity": 0.9, "steps": 9, "sparsty": 1}, TypeError, "'sparsty'; did you mean 'sparsity'"),
         ((), {"block": 4, "sparsity": 0.9, "steps": 9, "phases": 1}, TypeError, "'phases'.* give the algorithm"),
     ],
