@@ -30,6 +30,7 @@ from sa_plus_plus.oneshot import (
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
 from sa_plus_plus.pruning import prune
+from sa_plus_plus.recommended import recommended
 from sa_plus_plus.registry import ALGORITHMS, Algorithm, algorithm
 from sa_plus_plus.shrinking import Shrunk, shrink
 from sa_plus_plus.sparse import (
@@ -45,7 +46,7 @@ from sa_plus_plus.sparse import (
 )
 from sa_plus_plus.sparse.files import serve
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
-from sa_plus_plus.transforms import ResetState, SparsifyState, reset_on, sparsify
+from sa_plus_plus.transforms import ResetState, Sparsify, SparsifyState, reset_on, sparsify
 from sa_plus_plus.views import View
 
 __version__ = _version.version()
@@ -70,6 +71,7 @@ __all__ = [
     "Sensitivity",
     "Shrunk",
     "Sparsifier",
+    "Sparsify",
     "SparsifyState",
     "Trainable",
     "View",
@@ -101,6 +103,7 @@ __all__ = [
     "powerpropagation",
     "prune",
     "random",
+    "recommended",
     "refit",
     "reset_on",
     "rigl",

@@ -1,15 +1,18 @@
 """Optax transformations: reset the optimizer at phase boundaries, and prune with one line."""
 
-import warnings
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sa_plus_plus import trees
+from sa_plus_plus import resets, trees
 from sa_plus_plus.blocks import at_least_float32
+from sa_plus_plus.compose import PruningOptions
 from sa_plus_plus.masking import zero_masked
+from sa_plus_plus.planning import Plan
+from sa_plus_plus.recommended import recommended
 from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 
 _NEEDS_PARAMS = "{} needs the current parameters: call `tx.update(grads, state, params)`"
@@ -28,18 +31,21 @@ class ResetState(NamedTuple):
 
 
 def reset_on(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Reset the state of `inner`, and of nothing else, at the start of each phase (C.1: this is crucial).
+    """Reset the moments of `inner`, and of nothing else, at the start of each phase (C.1: this is crucial).
 
     Its `update` takes one more keyword, `phase`: an integer scalar, `prune.phase` of a `Sparsifier`. If it differs from
-    that of the last update, the state becomes `inner.init(params)` before the update is computed. Keep outside what
-    must not be reset, above all the learning-rate schedule:
+    that of the last update, the state becomes that of `inner.init(params)` before the update is computed, apart from
+    the counters of schedules, sums of gradients (`optax.MultiSteps`), random keys and hyperparameters, which go on:
 
-        tx = optax.chain(sapp.reset_on(optax.trace(0.9)), optax.scale_by_learning_rate(schedule))
+        tx = sapp.reset_on(optax.adamw(schedule))
         updates, opt_state = tx.update(grads, opt_state, trainable, phase=prune.phase)
 
-    Hyperparameters of an `optax.inject_hyperparams` inside, which may have been set by hand, are kept. If another
-    transformation discards or postpones an update (`optax.apply_if_finite`, `optax.MultiSteps`), the reset is not lost:
-    it happens at the next update.
+    A state of a type that is not optax's starts afresh as a whole, and so does one whose only counter serves moments
+    and a schedule alike (`optax.contrib.prodigy`). `sparsify` needs no `reset_on`; with one inside, it resets nothing
+    else.
+
+    If another transformation discards or postpones an update (`optax.apply_if_finite`, `optax.MultiSteps`), the reset
+    is not lost: it happens at the next update.
 
     Args:
       inner: momentum, Adam's moments, or any transformation.
@@ -56,28 +62,12 @@ def reset_on(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     def update(updates: Any, state: ResetState, params: Any = None, *, phase: Any, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(_NEEDS_PARAMS.format("reset_on"))
-        before = _reset_where(phase != state.phase, state.inner, inner.init(trees.arrays(params)))
+        fresh = inner.init(trees.arrays(params))
+        before = resets.restart(phase != state.phase, state.inner, fresh)
         result, after = inner.update(updates, before, params, phase=phase, **extra)
         return trees.unalias((result, ResetState(jnp.array(phase, jnp.int32), after)), updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _reset_where(begins: Any, state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
-    """`fresh` where a phase begins, else `state`, which also stays where either is None: parameters may come and go."""
-
-    def one(old: Any, new: Any) -> Any:
-        if old is None or new is None:
-            return old
-        if not isinstance(old, optax.InjectStatefulHyperparamsState):
-            return jnp.where(begins, new, old)
-        inner = _reset_where(begins, old.inner_state, new.inner_state)
-        return new._replace(hyperparams=old.hyperparams)._replace(inner_state=inner)
-
-    def is_leaf(x: Any) -> bool:
-        return x is None or isinstance(x, optax.InjectStatefulHyperparamsState)
-
-    return jax.tree.map(one, state, fresh, is_leaf=is_leaf)
 
 
 class SparsifyState(NamedTuple):
@@ -94,20 +84,48 @@ class SparsifyState(NamedTuple):
     inner: optax.OptState
 
 
+class Sparsify(optax.GradientTransformationExtraArgs):
+    """What `sparsify` returns: an optax transformation that also knows its algorithm.
+
+    Attributes:
+      sparsifier: the algorithm.
+    """
+
+    sparsifier: Sparsifier
+
+    def plan(self, params: Any) -> Plan:
+        """Which layers are pruned and how.
+
+        Args:
+          params: the parameters, or their shapes.
+        """
+        return self.sparsifier.plan(params)
+
+
 def sparsify(
     tx: optax.GradientTransformation,
-    sp: Sparsifier,
+    sp: Sparsifier | None = None,
     logits_tx: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    *,
+    block: int | Sequence[int | None] | None = None,
+    sparsity: float | None = None,
+    steps: int | None = None,
+    reset: bool = True,
+    **options: Unpack[PruningOptions],
+) -> Sparsify:
     """Prune in an existing optax loop: wrap the whole optimizer and change nothing else.
 
-        tx = sapp.sparsify(tx, sp)
+        tx = sapp.sparsify(optax.adamw(schedule), block=16, sparsity=0.9, steps=1000)
 
     The loop's `params` always hold the *effective* weights, masked blocks exactly zero, so that the loss, evaluation
-    and checkpoints stay as they are, and after the last step they are the pruned network. The trained weights are
-    part of the optimizer's state. Gradients with respect to the effective weights are pulled back to them by `jax.vjp`
-    of `sp.apply`; `tx` gets `phase=` with each update, for `reset_on`. Without a `reset_on` inside, momentum and
-    moments carry over from phase to phase, which costs accuracy: `init` warns about this.
+    and checkpoints stay as they are, and after `steps` updates they are the pruned network. The trained weights are
+    part of the optimizer's state. `tx.plan(params)` says which layers are pruned. Blocks are chosen as `recommended`
+    does, or by an algorithm of your choice: `sapp.sparsify(tx, sapp.acdc(...))`.
+
+    Gradients with respect to the effective weights are pulled back by `jax.vjp` of `sp.apply`; `tx` gets `phase=` with
+    each update. At the start of each phase, moments and what counts them restart, for the paper found this crucial;
+    schedules, gradients that `optax.MultiSteps` accumulates, random keys and hyperparameters go on. A `reset_on` inside
+    `tx` says that only what it wraps restarts.
 
     Changes that the loop makes to `params` between updates (loading trained weights after `tx.init`, clipping, decay)
     take effect as described at `sp.sync_from_params`, however small they are. As with optax, a gradient may be None,
@@ -116,44 +134,50 @@ def sparsify(
     clipping and weight decay would see gradients and weights of the effective network, masked blocks included; after
     it, anything that alters the updates would make the network deviate from the plan. So wrap the whole chain:
 
-        tx = sapp.sparsify(optax.chain(optax.clip_by_global_norm(1.0), sapp.reset_on(optax.adam(1e-3))), sp)
+        tx = sapp.sparsify(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)), sp)
 
     An average of the loop's `params` is `ema`'s, which has their zeros; that of `optax.contrib.schedule_free_adamw`
-    belongs inside, in `reset_on`. Line searches (`optax.lbfgs`) and `optax.lookahead` cannot be wrapped.
-    After the loop, `check_pruned` raises an error if the network is not as planned.
+    belongs inside. Optimizers that evaluate the loss themselves (`optax.lbfgs`, `optax.contrib.sam`) and
+    `optax.lookahead` cannot be wrapped. After the loop, `check_pruned` raises an error if the network is not as planned.
 
-    To accumulate gradients, wrap it: `optax.MultiSteps(sapp.sparsify(tx, sp), n)`; the schedule then counts the
-    updates. The network is pruned when `total_steps` updates are done. Updates of parameters narrower than float32
-    are float32. If the schedule begins sparse, start from `params = sp.finalize(state.trainable, state.prune)`, with
-    the state that `tx.init` gave.
+    To accumulate gradients, wrap it: `optax.MultiSteps(sapp.sparsify(tx, sp), n)`; phases then count the updates, and
+    inside they count calls. The network is pruned when all steps are done. Updates of parameters narrower than
+    float32 are float32. If the schedule begins sparse, start from `params = sp.finalize(state.trainable, state.prune)`,
+    with the state that `tx.init` gave.
 
     Args:
       tx: the optimizer. It trains the `Trainable(params, logits)` tree, so masks inside it must be functions of the
         tree rather than trees; if `logits_tx` is given, it trains the params alone.
-      sp: the algorithm.
+      sp: the algorithm; by default `recommended(block=block, sparsity=sparsity, steps=steps, **options)`.
       logits_tx: another optimizer for the logits.
+      block: `(b_r, b_c)`, or one integer for a square; without `sp`.
+      sparsity: share of the blocks removed, in [0, 1); without `sp`.
+      steps: number of updates in the run; without `sp`.
+      reset: whether moments restart at the start of each phase. A `reset_on` inside `tx` works in either case.
+      **options: see `PruningOptions`; without `sp`.
 
     Raises:
-      TypeError: if `tx` is not a transformation or `sp` not a `Sparsifier`, for example if the two are swapped; by
-        `init`, if a leaf is not an array.
-      ValueError: by `init`, if `tx` cannot be initialised on a `Trainable`; by `update`, if the parameters are missing,
-        or not the tree that `init` was given.
+      TypeError: if `tx` is not a transformation or `sp` not a `Sparsifier`, for example if the two are swapped; if both
+        `sp` and options are given, or `block`, `sparsity` or `steps` is missing; by `init`, if a leaf is not an array.
+      ValueError: for options out of range; by `init`, if `tx` cannot be initialised on a `Trainable`, cannot train the
+        weights behind a pruned network, or has a state whose moments and schedules cannot be told apart; by `update`,
+        if the parameters are missing, or not the tree that `init` was given.
     """
-    if not isinstance(sp, Sparsifier):
-        raise TypeError(f"sparsify(tx, sp) takes the optimizer first and a Sparsifier second, got {type(sp).__name__}")
+    sp = _algorithm(sp, {"block": block, "sparsity": sparsity, "steps": steps}, options)
     tx = _transformation(tx, "sparsify")
     if logits_tx is not None:
         tx = _side_by_side(tx, _transformation(logits_tx, "sparsify"))
 
+    def resets_itself(inner: optax.OptState) -> bool:
+        return reset and len(sp.phases.phases) > 1 and not _has_reset_on(inner)
+
     def init(params: Any) -> SparsifyState:
         trainable, prune = sp.init(params)
-        state = SparsifyState(trainable, prune, _initialised(tx, trees.inexact(trainable)))
-        if len(sp.phases.phases) > 1 and _never_resets(state.inner):
-            warnings.warn(
-                "this optimizer's moments go on from phase to phase, where the paper found it crucial that they start "
-                "afresh: write sapp.reset_on(optax.adam(...)) instead of optax.adam(...)",
-                stacklevel=2,
-            )
+        inner = _initialised(tx, trees.inexact(trainable))
+        resets.check_supported(inner)
+        if resets_itself(inner):
+            jax.eval_shape(lambda state: resets.restart(False, state, state, tx), inner)  # refuses what it cannot tell
+        state = SparsifyState(trainable, prune, inner)
         return trees.unalias(state)
 
     def update(grads: Any, state: SparsifyState, params: Any = None, **extra: Any) -> tuple[Any, SparsifyState]:
@@ -171,14 +195,42 @@ def sparsify(
         effective, pull_back = jax.vjp(apply, differentiable)
         matched = trees.match_state(grads, weights, "gradients")
         (trained_grads,) = pull_back(jax.tree.map(_cotangent, effective, matched, is_leaf=trees.is_none))
-        updates, inner = tx.update(trained_grads, state.inner, differentiable, phase=state.prune.phase, **extra)
+        inner = state.inner
+        if resets_itself(inner):
+            begins, fresh = sp.phases.is_boundary(state.prune.step), tx.init(differentiable)
+            inner = resets.restart(begins, inner, fresh, tx)
+        updates, inner = tx.update(trained_grads, inner, differentiable, phase=state.prune.phase, **extra)
         trainable, prune = sp.update(trainable, state.prune, updates, trained_grads)
         layers = sp.plan(trainable.params).pruned
         effective = zero_masked(layers, sp.apply(trainable, prune), prune.masks)
         steps = jax.tree.map(_step_to, effective, current, is_leaf=trees.is_none)
         return trees.unalias((steps, SparsifyState(trainable, prune, inner)), grads, state, params)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    transformation = Sparsify(init, update)
+    transformation.sparsifier = sp
+    return transformation
+
+
+def _algorithm(sp: Any, needed: dict[str, Any], options: PruningOptions) -> Sparsifier:
+    """The algorithm that was given, or the recommended one."""
+    given = [f"{name}={value!r:.40}" for name, value in {**needed, **options}.items() if value is not None]
+    if isinstance(sp, Sparsifier):
+        if given:
+            raise TypeError(
+                f"sparsify got both an algorithm and {', '.join(given)}: give these to the algorithm, or leave it out"
+            )
+        return sp
+    if sp is not None:
+        raise TypeError(
+            "sparsify(tx, sp) takes the optimizer first and an algorithm, a Sparsifier, second; got "
+            f"{type(sp).__name__}. Or write sparsify(tx, block=16, sparsity=0.9, steps=1000)"
+        )
+    if missing := [name for name, value in needed.items() if value is None]:
+        raise TypeError(
+            f"sparsify needs {', '.join(missing)}: write sparsify(tx, block=16, sparsity=0.9, steps=1000), where steps "
+            "is the number of updates in the run, or give an algorithm"
+        )
+    return recommended(**needed, **options)
 
 
 def _transformation(tx: Any, caller: str) -> optax.GradientTransformationExtraArgs:
@@ -202,11 +254,9 @@ def _initialised(tx: optax.GradientTransformation, trainable: Trainable) -> opta
         ) from error
 
 
-def _never_resets(state: optax.OptState) -> bool:
-    """Whether an optimizer's state holds arrays, such as moments, and nothing ever resets them."""
+def _has_reset_on(state: optax.OptState) -> bool:
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ResetState))
-    resets = any(isinstance(leaf, ResetState) for leaf in leaves)
-    return not resets and any(jnp.ndim(leaf) > 0 for leaf in leaves)
+    return any(isinstance(leaf, ResetState) for leaf in leaves)
 
 
 def _cotangent(output: Any, gradient: Any) -> Any:

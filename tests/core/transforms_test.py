@@ -505,7 +505,7 @@ def test_global_scope_keeps_the_sum_of_the_layers():
 
 def test_swapped_arguments_are_refused():
     sp, _ = problems.algorithm("acdc")
-    with pytest.raises(TypeError, match="optimizer first and a Sparsifier second"):
+    with pytest.raises(TypeError, match="optimizer first and an algorithm, a Sparsifier, second"):
         sapp.sparsify(sp, optax.sgd(0.1))
 
 
@@ -520,15 +520,79 @@ def test_what_is_no_optimizer_is_refused():
         masked.init(problems.network())
 
 
-def test_an_optimizer_that_never_starts_afresh_is_warned_of():
-    params, sp = problems.network(), problems.sparsifier("acdc")
-    with pytest.warns(UserWarning, match=r"write sapp.reset_on\(optax.adam"):
-        sapp.sparsify(optax.adam(0.1), sp).init(params)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sapp.sparsify(optax.sgd(0.1), sp).init(params)  # has nothing to reset
-        sapp.sparsify(optax.adam(0.1), problems.sparsifier("random")).init(params)  # has one phase
-        sapp.sparsify(optax.chain(sapp.reset_on(optax.trace(0.9)), optax.scale(-0.1)), sp).init(params)
+def whole_run(name, tx):
+    tx, step = one_line_step(name, tx)
+    params, state = problems.network(), tx.init(problems.network())
+    for i in range(problems.STEPS):
+        params, state = step(params, state, problems.batch(i))
+    return params, state
+
+
+@pytest.mark.parametrize("name", ["sequential_attention", "acdc"])
+def test_a_bare_optimizer_is_that_whose_momentum_is_reset_by_hand(name):
+    """The explicit loop of `problems` wraps its momentum, and nothing else, in `reset_on`."""
+    sp, step = problems.algorithm(name)
+    rate = optax.cosine_decay_schedule(0.1, problems.STEPS, alpha=0.2)
+    bare = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(rate, momentum=0.9))
+    params, state = whole_run(f"bare {name}", sapp.sparsify(bare, sp))
+    run = problems.start(sp, problems.network())
+    for i in range(problems.STEPS):
+        run = step(run, problems.batch(i))
+    chex.assert_trees_all_close(params, sp.apply(*run[:2]), atol=1e-5)
+    chex.assert_trees_all_equal(state.prune, run.prune)
+    if name == "acdc":
+        never, _ = whole_run("never", sapp.sparsify(bare, sp, reset=False))
+        assert not np.allclose(never["wide"]["bias"], params["wide"]["bias"], atol=1e-3)
+
+
+def test_the_one_line_is_what_the_documentation_recommends():
+    options = {"block": 2, "sparsity": 0.8, "where": lambda path: path == "wide/kernel"}
+    tx = sapp.sparsify(optax.adamw(0.01), steps=problems.STEPS, **options)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    params, _ = whole_run("recommended", tx)
+    phases = sapp.phases.finetune(problems.STEPS)
+    sp = sapp.sequential_attention(score="effective", phases=phases, **options)
+    by_hand, _ = whole_run("by hand", sapp.sparsify(sapp.reset_on(optax.adamw(0.01)), sp))
+    chex.assert_trees_all_equal(params, by_hand)
+    assert tx.plan(params) == sp.plan(params)
+    assert tx.sparsifier.phases == phases
+    sapp.check_pruned(params, tx.plan(params))
+    assert list(tx.plan(params).pruned) == ["wide/kernel"]
+
+
+def test_a_reset_on_inside_decides_alone():
+    """Momentum outside it goes on."""
+    tx = optax.chain(optax.trace(0.9), sapp.reset_on(optax.scale_by_adam()), optax.scale(-0.1))
+    tx = sapp.sparsify(tx, problems.sparsifier("magnitude", 10))
+    params, update = problems.network(), jax.jit(tx.update)
+    state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    traces = []
+    for i in range(10):
+        _, state = update(jax.tree.map(jnp.ones_like, params) if i == 0 else zeros, state, params)
+        traces.append(float(state.inner[0].trace.params["head"]["bias"][0]))
+    np.testing.assert_allclose(traces, 0.9 ** np.arange(10), rtol=1e-5)
+    assert state.inner[1].inner.count == 2  # its last phase has two steps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((), {}, TypeError, "sparsify needs block, sparsity, steps: write sparsify"),
+        ((), {"block": 4, "sparsity": 0.9}, TypeError, "sparsify needs steps: .* number of updates"),
+        (("sp",), {"block": 16}, TypeError, "both an algorithm and block=16: give"),
+        (("sp",), {"steps": 9, "min_blocks": 1}, TypeError, "both an algorithm and steps=9, min_blocks=1"),
+        ((0.9,), {}, TypeError, "a Sparsifier, second; got float. Or write sparsify"),
+        ((), {"block": 4, "sparsity": 0.9, "steps": 1}, ValueError, "steps=1 is too short"),
+        ((), {"block": 4, "sparsity": 0.9, "steps": 9.5}, ValueError, "whole number of steps, an integer, got 9.5"),
+        ((), {"block": 4, "sparsity": 90, "steps": 9}, ValueError, r"must be in \[0, 1\), got 90"),
+        ((), {"block": 4, "sparsity": 0.9, "steps": 9, "sparsty": 1}, TypeError, "'sparsty'; did you mean 'sparsity'"),
+        ((), {"block": 4, "sparsity": 0.9, "steps": 9, "phases": 1}, TypeError, "'phases'.* give the algorithm"),
+    ],
+)
+def test_the_one_line_says_what_is_missing_or_contradicts(arguments, options, error, message):
+    sp, _ = problems.algorithm("acdc")
+    with pytest.raises(error, match=message):
+        sapp.sparsify(optax.adam(0.1), *(sp if each == "sp" else each for each in arguments), **options)
 
 
 def test_multi_steps_may_stand_inside_or_outside():

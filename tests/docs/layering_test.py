@@ -30,6 +30,8 @@ LIBRARY = (
     "registry",
     "algorithms",
     "baselines",
+    "recommended",
+    "resets",
     "transforms",
     "averages",
     "metrics",
