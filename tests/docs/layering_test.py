@@ -9,6 +9,7 @@ from commands import ROOT
 LIBRARY = (
     "text",
     "timing",
+    "progress",
     "files",
     "views",
     "names",
@@ -65,6 +66,7 @@ LIBRARY = (
     "sparse.compiler.lowering",
     "sparse.compiler.executor",
     "sparse.compiler.calibration",
+    "sparse.compiler.measure",
     "sparse.compiler.autotune",
     "sparse.files",
     "sparse.files.container",
@@ -73,6 +75,7 @@ LIBRARY = (
     "sparse.files.export",
     "sparse.files.programs",
     "sparse.files.serve",
+    "sparse.comparison",
     "sparse.network",
     "sparse.specialize",
     "sparse",
