@@ -138,7 +138,8 @@ def sparsify(
 
     An average of the loop's `params` is `ema`'s, which has their zeros; that of `optax.contrib.schedule_free_adamw`
     belongs inside. Optimizers that evaluate the loss themselves (`optax.lbfgs`, `optax.contrib.sam`) and
-    `optax.lookahead` cannot be wrapped. After the loop, `check_pruned` raises an error if the network is not as planned.
+    `optax.lookahead` cannot be wrapped. After the loop, `check_pruned` raises an error if the network is not as
+    planned.
 
     To accumulate gradients, wrap it: `optax.MultiSteps(sapp.sparsify(tx, sp), n)`; phases then count the updates, and
     inside they count calls. The network is pruned when all steps are done. Updates of parameters narrower than

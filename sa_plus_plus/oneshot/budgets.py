@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import select
+from sa_plus_plus import progress, select
 from sa_plus_plus.masking import apply_mask
 from sa_plus_plus.oneshot.sensitivities import Costs, Sensitivity
 from sa_plus_plus.oneshot.uses import uses_of
@@ -15,7 +15,7 @@ from sa_plus_plus.planning import LeafPlan, Plan, map_layers
 from sa_plus_plus.sparse.compiler.frontend import layer_tracer
 from sa_plus_plus.sparse.compiler.ir import Layer
 from sa_plus_plus.sparse.compiler.planned import Choice
-from sa_plus_plus.sparse.specialize import specialize
+from sa_plus_plus.sparse.specialize import specialized
 from sa_plus_plus.text import table
 
 
@@ -118,7 +118,9 @@ def budget(
             f"the limit of {limit:.4g} is below {least:.4g}, the least that the layers cost at the sparsities measured "
             f"(without pruning {dense:.4g}): raise it, or measure the sensitivity at higher sparsities"
         )
-    chosen = _solved(list(losses.values()), [table[path] for path in losses], limit)
+    with progress.doing("budget"):
+        progress.say("solving the integer program")
+        chosen = _solved(list(losses.values()), [table[path] for path in losses], limit)
     picks = dict(zip(losses, chosen, strict=True))
     base = sensitivity.loss
 
@@ -205,13 +207,15 @@ def milliseconds(
     linear = [i for i, step in enumerate(traced.steps) if isinstance(step, Layer)]
     costs = {path: np.zeros(len(sensitivity.sparsities)) for path in sensitivity.losses}
     defaults = {"plan": sensitivity.plan, **options}
-    for column, sparsity in enumerate(sensitivity.sparsities):
-        pruned = _largest_kept(params, sensitivity.plan, sparsity)
-        network = specialize(lambda *x, pruned=pruned: fn(pruned, *x), *examples, **defaults)
-        choices = [choice for choice in network.choices if choice.rows]
-        for step, choice in zip(linear, choices, strict=True):
-            if step in where:
-                costs[where[step]][column] += _milliseconds_of(choice, where[step])
+    with progress.doing("milliseconds"):
+        for column, sparsity in enumerate(progress.each(sensitivity.sparsities, "sparsity")):
+            pruned = _largest_kept(params, sensitivity.plan, sparsity)
+            with progress.doing("specialize"):
+                network = specialized(lambda *x, pruned=pruned: fn(pruned, *x), examples, **defaults)
+            choices = [choice for choice in network.choices if choice.rows]
+            for step, choice in zip(linear, choices, strict=True):
+                if step in where:
+                    costs[where[step]][column] += _milliseconds_of(choice, where[step])
     return costs
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus import progress
 from sa_plus_plus.oneshot.uses import Use, other_uses_of, uses_of
 from sa_plus_plus.planning import LeafPlan, map_layers, path_string
 from sa_plus_plus.sparse.arguments import batches_of, listed
@@ -61,6 +62,7 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Any, layers: 
     if not batches:
         raise ValueError("calibration has no batches: give some of typical inputs")
     matrices = matrices_of(params, layers)
+    progress.say("tracing")
     trace = layer_tracer(fn, params, layers, *batches[0])
     traced = trace(params)
     batch_values = [dict(zip(traced.inputs, jax.tree.leaves(b), strict=True)) for b in batches_of(traced, batches)]
@@ -69,7 +71,7 @@ def visit_layers(fn: Callable[..., Any], params: Any, calibration: Any, layers: 
     position, replaced, unreached = 0, set[str](), list[Use]()
     all_uses, others = uses_of(traced, layers), other_uses_of(traced)
     first = {key: min(uses[0].step, others.get(key[0], uses[0].step)) for key, uses in all_uses.items()}
-    for (path, number), start in sorted(first.items(), key=lambda item: item[1]):
+    for (path, number), start in progress.each(sorted(first.items(), key=lambda item: item[1]), "layer"):
         uses = all_uses[path, number]
         if replaced & frozenset[str]().union(*map(leaves_of, traced.steps[position:start])):
             traced = trace(_replaced(params, layers, matrices))  # recompute values that depend on replaced leaves

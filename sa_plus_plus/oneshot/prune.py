@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sa_plus_plus.oneshot.layers as layers
-from sa_plus_plus import planning
+from sa_plus_plus import planning, progress
 from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.alps import alps
 from sa_plus_plus.oneshot.capture import Visited, matrices_of, visit_layers
@@ -124,7 +124,8 @@ def one_shot(
     """
     solve = solver(method, refit)
     plan = planning.plan(params, block=block, sparsity=sparsity, **options)
-    return _walked(fn, params, calibration, plan, lambda problem, use: solve(problem)(use.layer.kept_each), damping)
+    with progress.doing("one_shot"):
+        return _walked(fn, params, calibration, plan, lambda problem, use: solve(problem)(use.layer.kept_each), damping)
 
 
 def solver(method: str, refit: bool) -> Callable[[Problem], Choose]:
@@ -218,7 +219,8 @@ def refit(
         mask = use.oriented(by_matrix[use.layer.path][use.stack])
         return mask, layers.refitted(problem, mask)
 
-    return _walked(fn, params, calibration, plan, solve, damping)
+    with progress.doing("refit"):
+        return _walked(fn, params, calibration, plan, solve, damping)
 
 
 def _walked(
@@ -269,11 +271,12 @@ def changes_in(
         squares[path] += changes(gram, matrix, use.oriented(matrices[path][use.stack]).astype(np.float64))
         return matrix
 
-    visit_layers(fn, pruned, batches, layers, visit)
+    with progress.doing("errors of leaves used in several places"):
+        visit_layers(fn, pruned, batches, layers, visit)
     return squares
 
 
-def warn_of_unreached(visited: Visited, plan: Plan, stacklevel: int = 4) -> None:
+def warn_of_unreached(visited: Visited, plan: Plan) -> None:
     """Warn of matrices that no calibration input reaches; an error if there is no other."""
     if not visited.unreached:
         return
@@ -285,5 +288,5 @@ def warn_of_unreached(visited: Visited, plan: Plan, stacklevel: int = 4) -> None
         f"no calibration input reaches {several}: its inputs are all zero. Blocks are chosen there "
         "by magnitude, and weights that stay are not adjusted. Give examples that reach it, or leave it out by `where`",
         UserWarning,
-        stacklevel=stacklevel,
+        stacklevel=4,
     )

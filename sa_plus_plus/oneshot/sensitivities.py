@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import planning, select
+from sa_plus_plus import planning, progress, select
 from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.capture import visit_layers
 from sa_plus_plus.oneshot.prune import (
@@ -91,6 +91,7 @@ class Sensitivity(NamedTuple):
         return table(head, rows)
 
 
+@progress.doing("sensitivity")
 def sensitivity(
     fn: Callable[..., Any],
     params: Any,
@@ -167,7 +168,7 @@ def sensitivity(
 
     inputs = [x for x, _ in batches] if calibration is None else listed(calibration)
     visited = visit_layers(fn, params, inputs, plan.pruned, visit)
-    warn_of_unreached(visited, plan, stacklevel=3)
+    warn_of_unreached(visited, plan)
     for path in visited.ahead:
         for i, flat in enumerate(pruned[path]):
             if i and not np.isnan(flat[0]):
@@ -176,10 +177,10 @@ def sensitivity(
     for path, layer in plan.pruned.items():
         if sum(use.layer.path == path for use in visited.unreached) == math.prod(layer.stack):
             squares[path][:] = np.nan
-    losses = {
-        path: np.array([base, *(measured(_with(params, plan, path, flat)) for flat in pruned[path][1:])])
-        for path in pruned
-    }
+    losses = {path: np.full(len(steps), base) for path in pruned}
+    pairs = [(path, i) for path in pruned for i in range(1, len(steps))]
+    for path, i in progress.each(pairs, "loss"):
+        losses[path][i] = measured(_with(params, plan, path, pruned[path][i]))
     errors = {path: np.array([relative(pair) for pair in squares[path]]) for path in squares}
     return Sensitivity(plan, steps, base, losses, errors, rows)
 

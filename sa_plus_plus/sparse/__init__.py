@@ -1,6 +1,7 @@
 """Storage of pruned kernels, and computation with them, by their kept blocks only."""
 
 from sa_plus_plus.sparse.array import BlockSparse, Layout
+from sa_plus_plus.sparse.comparison import Comparison
 from sa_plus_plus.sparse.compiler.planned import Choice
 from sa_plus_plus.sparse.files.export import to_bsr, to_onnx
 from sa_plus_plus.sparse.files.serialization import Saved, export, load, save, todense
@@ -14,6 +15,7 @@ from sa_plus_plus.sparse.summaries import LeafSummary, Summary, summary
 __all__ = [
     "BlockSparse",
     "Choice",
+    "Comparison",
     "Layout",
     "LeafSummary",
     "Network",

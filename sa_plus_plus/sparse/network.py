@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from sa_plus_plus.sparse.arguments import batch_of, instead, shape_and_type, shapes
+from sa_plus_plus.sparse.comparison import Comparison, notes
 from sa_plus_plus.sparse.compiler.executor import Program, run
 from sa_plus_plus.sparse.compiler.planned import Choice
 from sa_plus_plus.sparse.files import serve
@@ -22,11 +23,15 @@ class Network:
       choices: one for each dense layer, convolution, other operation with a constant kernel, and attention, in order.
       weights: the first argument of `fn`.
       fn: `fn(weights, *inputs)`, pure: can be jitted with other functions, or exported.
+      whole: the network beside the function that it was made from; None if it was not measured.
     """
 
-    def __init__(self, program: Program, weights: Sequence[Any], choices: Sequence[Choice]):
+    def __init__(
+        self, program: Program, weights: Sequence[Any], choices: Sequence[Choice], whole: Comparison | None = None
+    ):
         self._program = program
         self.choices = tuple(choices)
+        self.whole = whole
         self.weights = weights
         self.fn = functools.partial(run, program)
         self._wanted = [(batch_of(v.shape, program.pieces), v.dtype) for v in program.inputs]
@@ -43,6 +48,10 @@ class Network:
         if got != want:
             raise ValueError(f"this network was made for {shapes(want)}, got {shapes(got)}: {instead(want, got)}")
         return self._jitted(self._arrays, *inputs)
+
+    def lower(self) -> Any:
+        """The program of a call, not compiled yet; once it is, calls need no compiling."""
+        return self._jitted.lower(self._arrays, *self.examples)
 
     @property
     def examples(self) -> tuple[Any, ...]:
@@ -76,7 +85,7 @@ class Network:
         return serve.reduced(self)
 
     def __deepcopy__(self, memo: Any) -> "Network":
-        return Network(self._program, jax.tree.map(lambda a: a, self.weights), self.choices)
+        return Network(self._program, jax.tree.map(lambda a: a, self.weights), self.choices, self.whole)
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -87,10 +96,16 @@ class Network:
     def __str__(self) -> str:
         rows = [_cells(choice) for choice in self.choices]
         unused = [name for i, name in enumerate(_HEAD) if i >= 5 and not {row[i] for row in rows} - {"", "-"}]
-        return table(_HEAD, rows, omit=unused)
+        if self.whole is None:
+            return table(_HEAD, rows, omit=unused)
+        times = [f"{1e6 * seconds:,.0f}" for seconds in (self.whole.jitted_seconds, self.whole.fast_seconds)]
+        last = ["whole network", "", "", "", "", *times, *[""] * (len(_HEAD) - 7)]
+        lines = table(_HEAD, [*rows, last], omit=[name for name in unused if name not in _TIMES])
+        return "\n".join([lines, *notes(self.whole, self.choices)])
 
 
-_HEAD = ("layer", "kernel", "rows", "block", "kept", "traced µs", "compiled µs", "runs", "precision", "error", "note")
+_TIMES = ("traced µs", "compiled µs")
+_HEAD = ("layer", "kernel", "rows", "block", "kept", *_TIMES, "runs", "precision", "error", "note")
 
 
 def _cells(choice: Choice) -> tuple[str, ...]:

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus import progress
 from sa_plus_plus.planning import Plan
 from sa_plus_plus.sparse.arguments import batches_of, shape_and_type, shapes
+from sa_plus_plus.sparse.comparison import compared
 from sa_plus_plus.sparse.compiler.attention import Attention
 from sa_plus_plus.sparse.compiler.autotune import Autotuner, Mode, Precision, input_types
 from sa_plus_plus.sparse.compiler.calibration import errors_of, ranges_of
@@ -47,8 +49,8 @@ def specialize(
     addition of another value of the same shape, and an activation function. On CPUs layers run in the package's
     compiled kernel where that is faster than as traced: pruned ones by their nonzero blocks, the rest in full. On other
     platforms pruned layers are multiplied by their blocks where that is faster. `print(fast)` shows the choice for each
-    layer. Results equal the network's up to rounding, for finite inputs. It is for inference: custom derivatives are
-    lost.
+    layer, and at last whether it was worth it. Results equal the network's up to rounding, for finite inputs. It is for
+    inference: custom derivatives are lost.
 
     Layers are products of a value and a constant, with any contracted axes, and convolutions over one or two axes, in
     any order of axes, in the function or in functions that it calls. A batched product with up to 64 constant kernels,
@@ -76,9 +78,9 @@ def specialize(
       plan: `sp.plan(params)`, to take blocks from instead. A traced kernel has no path, so it is matched by the size of
         its matrix, or of its transpose if it is 2-D; among several matches, the block size with the fewest nonzero
         blocks is taken. Kernels without a match are treated as without a plan.
-      mode: `"autotune"`: each layer is timed on this machine both as traced and otherwise, some seconds for a large
-        network. `"always"`: every layer in the compiled kernel, or every pruned layer by its blocks, without timing.
-        `"never"`: only folding.
+      mode: `"autotune"`: each layer is timed on this machine both as traced and otherwise, and then the whole network
+        beside `jax.jit(fn)`, some seconds for a large network. `"always"`: every layer in the compiled kernel, or every
+        pruned layer by its blocks, without timing. `"never"`: only folding.
       implementation: as in `block_sparse_matmul`. Functions that are exported for platforms other than the CPU need
         `"xla"`.
       precision: of layers that are float32 in the network: `"float32"`, `"bfloat16"` or `"int8"`; the
@@ -99,6 +101,33 @@ def specialize(
     Warns:
       UserWarning: if there are no layers, because the weights are among the arguments or because there are no kernels.
     """
+    options: dict[str, Any] = {
+        "block": block,
+        "plan": plan,
+        "mode": mode,
+        "implementation": implementation,
+        "precision": precision,
+    }
+    with progress.doing("specialize"):
+        network = specialized(fn, examples, calibration=calibration, microbatch=microbatch, **options)
+        if mode == "autotune":
+            network.whole = compared(fn, network, examples)
+    return network
+
+
+def specialized(
+    fn: Callable[..., Any],
+    examples: tuple[Any, ...],
+    *,
+    block: int | Sequence[int] | None = None,
+    plan: Plan | None = None,
+    mode: Mode = "autotune",
+    implementation: Implementation | None = None,
+    precision: Precision | None = None,
+    calibration: Iterable[Any] | None = None,
+    microbatch: int | None = None,
+) -> Network:
+    """`specialize` without measuring the whole network."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     compiled = implementation in (None, "native") and jax.default_backend() == "cpu"
@@ -109,6 +138,7 @@ def specialize(
         raise ValueError(f"give block or plan, not both: got block={block!r}")
     sides = [] if block is None else [blk.as_block(block)]
     pieces, examples = _pieces(examples, microbatch)
+    progress.say("tracing")
     traced = layers_fused(fn, *examples)
     if pieces > 1 and (odd := [v.shape for v in traced.outputs if v.shape[:1] != (microbatch,)]):
         raise ValueError(f"with microbatch={microbatch} every output needs the batch as its first axis, got {odd[0]}")
@@ -122,7 +152,7 @@ def specialize(
         input_types(traced.layers, precision) if compiled else {},
         lambda kernel: planned_blocks(plan, kernel.shape) if plan is not None else sides,
     )
-    planned = [p for step in traced.steps for p in tuner.plan(step)]
+    planned = tuner.plan(traced.steps)
     if any(p.x_type is not None or isinstance(p.step, Attention) for p in planned):  # it needs the compiled kernel
         planned = [p._replace(step=fuse_pooling(p.step)) for p in planned]
     if not traced.layers:
@@ -182,7 +212,7 @@ def _warn(traced: Traced, listed: bool) -> None:
         text = "specialize found no products with constant kernels: the network runs as it was traced"
     else:
         return
-    warnings.warn(text, UserWarning, stacklevel=3)
+    warnings.warn(text, UserWarning, stacklevel=4)
 
 
 def _check_precision(precision: Any, calibration: Any, implementation: Any, compiled: bool) -> None:

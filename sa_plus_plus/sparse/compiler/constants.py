@@ -1,8 +1,9 @@
 """Operations on constants: computed while a network is traced, along with the origin of their entries."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +14,10 @@ _ELEMENTWISE = (
     *("add", "sub", "mul", "div", "neg", "max", "min", "sqrt", "rsqrt", "exp", "log", "square", "integer_pow", "pow"),
     *_CASTS,
 )
+_IN_NUMPY: dict[str, Callable[..., Any]] = {  # JAX would compile a program for each shape
+    **{"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "neg": np.negative},
+    **{"sqrt": np.sqrt, "rsqrt": lambda x: np.reciprocal(np.sqrt(x)), "square": np.square},
+}
 _MOVES = (  # operations that keep each entry of their first operand, up to rounding
     *("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "slice", "dynamic_slice", "rev"),
     *_CASTS,
@@ -49,13 +54,25 @@ def _computed(call: Call, inputs: Sequence[Constant], shapes: Sequence[tuple[int
         narrow = [1] * len(shape)
         for axis, length in zip(axes, np.shape(inputs[0].value), strict=True):
             narrow[axis] = length
-        return [Constant(jnp.reshape(inputs[0].value, narrow), tuple(shape))]
+        return [Constant(_reshaped(inputs[0].value, narrow), tuple(shape))]
+    full = bool(inputs) and np.shape(inputs[0].value) == inputs[0].shape
+    if call.name == "reshape" and full and call.params.get("dimensions") is None:
+        return [Constant(_reshaped(inputs[0].value, shapes[0]), tuple(shapes[0]))]
+    if call.name in _IN_NUMPY and all(c.dtype in (np.float32, np.float64) for c in inputs):
+        with np.errstate(all="ignore"):
+            value = _IN_NUMPY[call.name](*(np.asarray(c.value) for c in inputs))
+        return [Constant(np.asarray(value), tuple(shapes[0]))]
     if call.name in _ELEMENTWISE:
         narrow_shape = np.broadcast_shapes(*(np.shape(c.value) for c in inputs))
         results = call.run(*(jnp.broadcast_to(c.value, narrow_shape) for c in inputs))
     else:
         results = call.run(*(c.full for c in inputs))
     return [Constant(value, tuple(shape)) for value, shape in zip(results, shapes, strict=True)]
+
+
+def _reshaped(value: Any, shape: Sequence[int]) -> Any:
+    keys = jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended)  # of random numbers, which NumPy does not have
+    return value.reshape(shape) if keys else np.asarray(value).reshape(shape)
 
 
 def arranged(kernel: Constant, order: Sequence[int], shape: Sequence[int] | None = None) -> Constant:

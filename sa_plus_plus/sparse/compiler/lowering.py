@@ -1,7 +1,7 @@
 """Layers in the compiled kernel: kernels packed in float32, bfloat16 or int8, and the call with its epilogue."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -216,14 +216,19 @@ def _input_encoding(spec: LayerSpec, packed: PackedKernel, encodings: Encodings,
     return x._replace(border=border, channels=channels)
 
 
-def lower_alone(
-    layer: Layer, packed: PackedKernel, x: Any, residual: Any
-) -> tuple[tuple[Any, Any], CompiledLayer, tuple[Any, ...]]:
-    """A single layer, for timing, with its input and residual encoded as its neighbours would leave them."""
+def lower_alone(layer: Layer, packed: PackedKernel) -> tuple[CompiledLayer, tuple[Any, ...], Callable[[Any, Any], Any]]:
+    """A single layer, for timing.
+
+    Returns:
+      What to run; its weights; and `encoded(x, residual)`, both encoded as the layer's neighbours would leave them.
+    """
     spec, dtype = layer.spec, packed.dtype
     narrow = quantized(-4.0, 4.0) if dtype == UINT8 else Encoding(dtype)
     encoding = _input_encoding(spec, packed, {spec.x: narrow}, {})
-    compiled, weights = lower(layer, packed, encoding, narrow, None if residual is None else narrow)
+    compiled, weights = lower(layer, packed, encoding, narrow, None if spec.residual is None else narrow)
     plain = Encoding(np.dtype(spec.x.dtype))
-    added = None if residual is None else convert(residual, plain, narrow)
-    return (convert(x, plain, encoding), added), compiled, weights
+
+    def encoded(x: Any, residual: Any) -> tuple[Any, Any]:
+        return convert(x, plain, encoding), None if residual is None else convert(residual, plain, narrow)
+
+    return compiled, weights, encoded

@@ -21,8 +21,9 @@ class Choice(NamedTuple):
       rows: number of rows of its input matrix; 0 if it is not a layer.
       block: the blocks in which it is pruned; None if it is not.
       density: share of those blocks that are not zero; NaN for a kernel that was not examined.
-      traced_seconds: time as traced, NaN if it was not measured.
-      compiled_seconds: time in the compiled kernel, or by its blocks in another implementation.
+      traced_seconds: time as traced, with its bias, residual and activation, that it adds to a network: many runs are
+        one program, so the call of a program is not in it. NaN if it was not measured.
+      compiled_seconds: likewise, time in the compiled kernel, or by its blocks in another implementation.
       runs: how the network runs it: `"sparse"`, by its blocks; `"dense"`, in full in the compiled kernel; `"fused"`,
         attention in the compiled kernel; `"traced"`.
       precision: in which it computes.
