@@ -74,6 +74,38 @@ class Order(NamedTuple):
             permutations[group.name] = np.argsort(table, axis=-1)
         return self._replace(permutations=permutations)
 
+    def then(self, factor: int, table: np.ndarray) -> "Order":
+        """This order followed by another of one group, whose rows are numbered as they lie in this order.
+
+        Args:
+          factor: the group's.
+          table: `(*within, size)`.
+        """
+        group = self.axes.groups[factor]
+        for other, within in self.axes.groups.items():
+            if other in group.within:
+                undo = self.permutations | {within.name: np.argsort(self.permutations[within.name], axis=-1)}
+                table = self._replace(permutations=undo)._take(table, other, [*group.within, factor])
+        composed = np.take_along_axis(self.permutations[group.name], table, axis=-1)
+        return self._replace(permutations=self.permutations | {group.name: composed})
+
+    def leaf(self, axes: tuple[tuple[int, ...], ...], leaf: Any) -> Any:
+        """An array in this order.
+
+        Args:
+          axes: for each of its axes, its factors.
+          leaf: the array.
+        """
+        factors = [factor for axis in axes for factor in axis]
+        moved = [factor for factor in self.axes.groups if factor in factors and not self._is_identity(factor)]
+        if not moved:
+            return leaf
+        shape, wide = np.shape(leaf), leaf.reshape([self.axes.sizes[factor] for factor in factors])
+        # What depends on the number of another goes first, while that has its old number.
+        for factor in reversed(moved):
+            wide = self._take(wide, factor, factors)
+        return wide.reshape(shape)
+
     def _fits(self, tree: Any) -> bool:
         return _shapes(tree) == self.axes.shapes
 
@@ -86,20 +118,9 @@ class Order(NamedTuple):
                 )
 
         def one(keys: Any, leaf: Any) -> Any:
-            return self._leaf(self.axes.leaves[path_string(keys)], leaf)
+            return self.leaf(self.axes.leaves[path_string(keys)], leaf)
 
         return jax.tree_util.tree_map_with_path(one, tree)
-
-    def _leaf(self, axes: tuple[tuple[int, ...], ...], leaf: Any) -> Any:
-        factors = [factor for axis in axes for factor in axis]
-        moved = [factor for factor in self.axes.groups if factor in factors and not self._is_identity(factor)]
-        if not moved:
-            return leaf
-        shape, wide = np.shape(leaf), leaf.reshape([self.axes.sizes[factor] for factor in factors])
-        # What depends on the number of another goes first, while that has its old number.
-        for factor in reversed(moved):
-            wide = self._take(wide, factor, factors)
-        return wide.reshape(shape)
 
     def _take(self, array: Any, factor: int, factors: list[int]) -> Any:
         """An array with one axis for each factor, one of which is permuted wherever it occurs."""

@@ -1,0 +1,120 @@
+"""One group's order: elements are exchanged between places so that the best blocks hold more.
+
+An element has a profile in each kernel: its scores in each block that it may be part of. Given which blocks are kept, a
+place is worth to an element the part of its profile that is kept there. Elements change places in pairs, in many pairs
+at a time, while that gains something; then the blocks are chosen anew. Each round raises the sum.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+ROUNDS = 80  # limit on choices of the blocks
+EXCHANGES = 6  # between two choices
+ENOUGH = 1e-4  # relative gain of a round below which it ends
+
+
+class Kernel(NamedTuple):
+    """A kernel as a group sees it.
+
+    Attributes:
+      profile: `(*copies, size, ..., blocks across)`: the scores of each of the group's elements, summed over blocks on
+        the kernel's other side. Each of the copies has an order of its own.
+      copies: number of axes that number copies.
+      side: number of the group's elements in a block.
+      kept: number of blocks that stay in each matrix.
+      scale: of the scores.
+      stack: axes that number matrices.
+    """
+
+    profile: np.ndarray
+    copies: int
+    side: int
+    kept: int
+    scale: float
+    stack: tuple[int, ...]
+
+    def chosen(self, sums: np.ndarray) -> np.ndarray:
+        """Mask of the best blocks, of the shape of their sums, whose axes are those of the profile."""
+        front = (*self.stack, *(axis for axis in range(sums.ndim) if axis not in self.stack))
+        moved = sums.transpose(front)
+        mask = largest(moved.reshape(math.prod(moved.shape[: len(self.stack)]), -1), self.kept)
+        return mask.reshape(moved.shape).transpose(np.argsort(front))
+
+
+def largest(rows: np.ndarray, kept: int) -> np.ndarray:
+    """Mask of the `kept` largest entries of each row."""
+    mask = np.zeros(rows.shape, bool)
+    if kept:
+        np.put_along_axis(mask, np.argpartition(-rows, kept - 1, axis=1)[:, :kept], True, axis=1)
+    return mask
+
+
+def arranged(kernels: Sequence[Kernel], start: np.ndarray | None = None) -> np.ndarray:
+    """An order `(copies, size)` of a group: the element at each place.
+
+    Args:
+      kernels: those that have the group.
+      start: the order to improve.
+    """
+    first = kernels[0]
+    size = first.profile.shape[first.copies]
+    shape = (math.prod(first.profile.shape[: first.copies]), size)
+    side = functools.reduce(math.gcd, (kernel.side for kernel in kernels))
+    order = np.tile(np.arange(size), (shape[0], 1)) if start is None else start
+    last = -np.inf
+    for _ in range(ROUNDS):
+        value, worth = _worth(kernels, order, side)
+        if value - last < ENOUGH * abs(value):
+            break
+        last = value
+        order = _exchanged(worth, order, side)
+    return order
+
+
+def _worth(kernels: Sequence[Kernel], order: np.ndarray, side: int) -> tuple[float, np.ndarray]:
+    """The sum of the best blocks, and what each place is worth to each element, `(copies, size, places)`."""
+    copies, size = order.shape
+    places = -(-size // side)
+    value, worth = 0.0, np.zeros((copies, size, places), np.float32)
+    for kernel in kernels:
+        profile = kernel.profile.reshape(copies, size, -1)
+        placed = np.take_along_axis(profile, order[:, :, None], axis=1) 
+        sums = np.add.reduceat(placed, np.arange(0, size, kernel.side), axis=1)
+        shape = list(kernel.profile.shape)
+        shape[kernel.copies] = sums.shape[1]
+        mask = kernel.chosen(sums.reshape(shape)).reshape(sums.shape)
+        value += kernel.scale * float(np.sum(sums, where=mask, dtype=np.float64))
+        each = mask.astype(np.float32) * np.float32(kernel.scale)
+        found = profile @ each.swapaxes(1, 2)
+        worth += found.repeat(kernel.side // side, axis=2)[:, :, :places]
+    return value, worth
+
+
+def _exchanged(worth: np.ndarray, order: np.ndarray, side: int) -> np.ndarray:
+    """The order after exchanges of elements between places, each of which gains."""
+    copies, size, places = worth.shape
+    order = np.pad(order, ((0, 0), (0, places * side - size)), constant_values=-1)
+    numbers, rows = np.arange(places), np.arange(copies)[:, None]
+    tolerance = 1e-6 * float(worth.max())
+    for _ in range(EXCHANGES * 8):
+        gain = worth[rows, order].reshape(copies, places, side, places)
+        gain = gain - gain[:, numbers, :, numbers].transpose(1, 0, 2)[..., None]
+        gain[(order < 0).reshape(copies, places, side)] = -np.inf
+        best = gain.argmax(2)  # the element of a place (second axis) that gains most by moving to another (third)
+        gain = np.take_along_axis(gain, best[:, :, None], 2)[:, :, 0]
+        both = gain + gain.swapaxes(1, 2)
+        both[:, numbers, numbers] = -np.inf
+        partner = both.argmax(2)
+        mutual = np.take_along_axis(partner, partner, 1) == numbers
+        mutual &= (np.take_along_axis(both, partner[..., None], 2)[..., 0] > tolerance) & (partner > numbers)
+        copy, one = np.nonzero(mutual)
+        if not len(copy):
+            break
+        other = partner[copy, one]
+        left, right = one * side + best[copy, one, other], other * side + best[copy, other, one]
+        order[copy, left], order[copy, right] = order[copy, right], order[copy, left]
+    return order[:, :size]
