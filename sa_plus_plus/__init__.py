@@ -19,16 +19,19 @@ from sa_plus_plus.oneshot import (
     SPARSITIES,
     Budget,
     OneShot,
+    Reordered,
     Sensitivity,
     budget,
     milliseconds,
     one_shot,
     refit,
+    reorder,
     sensitivity,
 )
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
 from sa_plus_plus.registry import ALGORITHMS, Algorithm, algorithm
+from sa_plus_plus.reordering.orders import Order
 from sa_plus_plus.shrinking import Shrunk, shrink
 from sa_plus_plus.sparse import (
     BlockSparse,
@@ -56,11 +59,13 @@ __all__ = [
     "Budget",
     "LeafPlan",
     "OneShot",
+    "Order",
     "Parametrisation",
     "Phases",
     "Plan",
     "PruneState",
     "PruningOptions",
+    "Reordered",
     "ResetState",
     "Sensitivity",
     "Shrunk",
@@ -95,6 +100,7 @@ __all__ = [
     "powerpropagation",
     "random",
     "refit",
+    "reorder",
     "reset_on",
     "rigl",
     "save",

@@ -82,7 +82,7 @@ def _worth(kernels: Sequence[Kernel], order: np.ndarray, side: int) -> tuple[flo
     value, worth = 0.0, np.zeros((copies, size, places), np.float32)
     for kernel in kernels:
         profile = kernel.profile.reshape(copies, size, -1)
-        placed = np.take_along_axis(profile, order[:, :, None], axis=1) 
+        placed = np.take_along_axis(profile, order[:, :, None], axis=1)
         sums = np.add.reduceat(placed, np.arange(0, size, kernel.side), axis=1)
         shape = list(kernel.profile.shape)
         shape[kernel.copies] = sums.shape[1]

@@ -88,7 +88,8 @@ class Factors:
           sizes: of the parts.
           what: does this, for the reason.
         """
-        rest, found = self.resolve(axis), []
+        rest = self.resolve(axis)
+        found: list[Axis] = []
         for number, size in enumerate(sizes):
             taken: list[int] = []
             while size > 1:

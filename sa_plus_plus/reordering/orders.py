@@ -153,7 +153,9 @@ class Order(NamedTuple):
         reasons: dict[str, list[str]] = {}
         for place, size, reason in self.fixed:
             reasons.setdefault(reason, []).append(f"{place} ({size})")
-        left = [(reason, ", ".join(p[:3]) + (f" and {len(p) - 3} more" if p[3:] else "")) for reason, p in reasons.items()]
+        left = [
+            (reason, ", ".join(p[:3]) + (f" and {len(p) - 3} more" if p[3:] else "")) for reason, p in reasons.items()
+        ]
         return found + ("\n\n" + table(("left as they are, since", "axes"), left) if left else "")
 
 

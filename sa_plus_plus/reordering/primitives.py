@@ -10,17 +10,17 @@ from typing import Any
 from sa_plus_plus.reordering.factors import Array, Axis, Factors
 
 Rule = Callable[[Factors, Any, list[Array]], list[Array]]
-ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp conj
+_ELEMENTWISE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp conj
     convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
-    imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
-    shift_left shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt square
-    stop_gradient sub tan tanh xor zeta""".split()
-)
-REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split())
-ALONG_AN_AXIS = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
-WINDOWS = frozenset("reduce_window reduce_window_max reduce_window_min reduce_window_sum".split())
-SEPARATELY = frozenset(["optimization_barrier"])  # each result is of one argument
+    imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or polygamma
+    population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh
+    xor zeta
+"""
+_REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor"
+_ALONG_AN_AXIS = "cumsum cumprod cummax cummin cumlogsumexp"
+_WINDOWS = "reduce_window reduce_window_max reduce_window_min reduce_window_sum"
 
 
 def results(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
@@ -34,17 +34,6 @@ def results(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
     name = eqn.primitive.name
     if any(0 in v.aval.shape for v in (*eqn.invars, *eqn.outvars)):
         return _pinned(factors, eqn, arguments, f"{name} of an empty array")
-    if name in SEPARATELY:
-        return arguments
-    if name in ELEMENTWISE:
-        return _elementwise(factors, eqn, arguments)
-    if name in REDUCTIONS:
-        return [_without(arguments[0], eqn.params["axes"])]
-    if name in ALONG_AN_AXIS:
-        factors.pin(arguments[0][eqn.params["axis"]], f"{name} along it")
-        return [arguments[0]]
-    if name in WINDOWS:
-        return _windows(factors, eqn, arguments)
     rule = _RULES.get(name)
     return rule(factors, eqn, arguments) if rule else _pinned(factors, eqn, arguments, f"{name} has no rule")
 
@@ -89,6 +78,19 @@ def _elementwise(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Arr
             factors.unite(present[0], other)
         found.append(present[0] if present else ())
     return [tuple(found) for _ in eqn.outvars]
+
+
+def _separately(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
+    return arguments
+
+
+def _reduction(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
+    return [_without(arguments[0], eqn.params["axes"])]
+
+
+def _along_an_axis(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
+    factors.pin(arguments[0][eqn.params["axis"]], f"{eqn.primitive.name} along it")
+    return [arguments[0]]
 
 
 def _transpose(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
@@ -297,6 +299,10 @@ def _top_k(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
 
 
 _RULES: dict[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
+    **dict.fromkeys(_REDUCTIONS.split(), _reduction),
+    **dict.fromkeys(_ALONG_AN_AXIS.split(), _along_an_axis),
+    **dict.fromkeys(_WINDOWS.split(), _windows),
     "argmax": _arg,
     "argmin": _arg,
     "broadcast_in_dim": _broadcast,
@@ -307,6 +313,7 @@ _RULES: dict[str, Rule] = {
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     "iota": _iota,
+    "optimization_barrier": _separately,
     "pad": _pad,
     "reshape": _reshape,
     "rev": _reverse,

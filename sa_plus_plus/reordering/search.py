@@ -7,7 +7,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -69,9 +68,9 @@ def _kernels(axes: Axes, factor: int, layer: LeafPlan, scores: np.ndarray) -> li
     batch, rows, cols = ([f for axis in part for f in leaf[axis]] for part in view)
     total = float(scores.sum(dtype=np.float64))
     found = []
-    for along, across, b_along, b_across, transposed in (
-        (rows, cols, *layer.block, False),
-        (cols, rows, *layer.block[::-1], True),
+    for along, b_along, b_across, transposed in (
+        (rows, *layer.block, False),
+        (cols, *layer.block[::-1], True),
     ):
         if along.count(factor) != 1 or not total:
             continue

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.extend import core
 
 from sa_plus_plus.reordering import primitives
 from sa_plus_plus.reordering.factors import Array, Axis, Factors
 
-_CALLS = frozenset(
-    """pjit jit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
-    custom_lin""".split()
-)
+_CALLS = """
+    pjit jit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
+"""
 
 
 class Step(NamedTuple):
@@ -49,7 +49,7 @@ class Walk:
         known |= {variable: self._constant(value) for variable, value in zip(program.constvars, consts, strict=True)}
 
         def read(atom: Any) -> Array:
-            return self._constant(atom.val) if isinstance(atom, jax.extend.core.Literal) else known[atom]
+            return self._constant(atom.val) if isinstance(atom, core.Literal) else known[atom]
 
         for eqn in program.eqns:
             values = [read(atom) for atom in eqn.invars]
@@ -60,7 +60,7 @@ class Walk:
 
     def _equation(self, eqn: Any, values: list[Array], loops: Axis) -> list[Array]:
         name, params = eqn.primitive.name, eqn.params
-        if name in _CALLS:
+        if name in _CALLS.split():
             inner = next(params[key] for key in ("call_jaxpr", "fun_jaxpr", "jaxpr") if key in params)
             return self.run(inner, values, loops)
         if name == "scan":
