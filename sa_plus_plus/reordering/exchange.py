@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 ROUNDS = 80  # limit on choices of the blocks
-EXCHANGES = 6  # between two choices
+EXCHANGES = 50  # limit on steps of exchanges between two choices
+CLUSTERINGS = 12  # limit on rounds of k-means
 ENOUGH = 1e-4  # relative gain of a round below which it ends
 
 
@@ -53,25 +54,43 @@ def largest(rows: np.ndarray, kept: int) -> np.ndarray:
     return mask
 
 
-def arranged(kernels: Sequence[Kernel], start: np.ndarray | None = None) -> np.ndarray:
+def arranged(kernels: Sequence[Kernel], cluster: bool = True) -> np.ndarray:
     """An order `(copies, size)` of a group: the element at each place.
 
     Args:
       kernels: those that have the group.
-      start: the order to improve.
+      cluster: whether to start from elements of similar profiles beside each other too, and take the better result.
     """
     first = kernels[0]
     size = first.profile.shape[first.copies]
-    shape = (math.prod(first.profile.shape[: first.copies]), size)
     side = functools.reduce(math.gcd, (kernel.side for kernel in kernels))
-    order = np.tile(np.arange(size), (shape[0], 1)) if start is None else start
-    last = -np.inf
+    as_it_is = np.tile(np.arange(size), (math.prod(first.profile.shape[: first.copies]), 1))
+    starts = [as_it_is, _clustered(kernels, as_it_is, side)] if cluster else [as_it_is]
+    return max((_improved(kernels, start, side) for start in starts), key=lambda found: found[0])[1]
+
+
+def _improved(kernels: Sequence[Kernel], order: np.ndarray, side: int) -> tuple[float, np.ndarray]:
+    """The sum of the best blocks and an order in which it is larger, if there is one near."""
+    value, worth = _worth(kernels, order, side)
     for _ in range(ROUNDS):
-        value, worth = _worth(kernels, order, side)
+        order = _exchanged(worth, order, side)
+        last, (value, worth) = value, _worth(kernels, order, side)
         if value - last < ENOUGH * abs(value):
             break
-        last = value
-        order = _exchanged(worth, order, side)
+    return value, order
+
+
+def _clustered(kernels: Sequence[Kernel], order: np.ndarray, side: int) -> np.ndarray:
+    """Clusters of equal size of elements whose profiles have similar directions, by k-means."""
+    copies, size = order.shape
+    profile = np.concatenate([k.scale * k.profile.reshape(copies, size, -1) for k in kernels], axis=2)
+    profile /= np.maximum(np.linalg.norm(profile, axis=2, keepdims=True), np.finfo(np.float32).tiny)
+    for _ in range(CLUSTERINGS):
+        placed = np.take_along_axis(profile, order[:, :, None], axis=1)
+        centres = np.add.reduceat(placed, np.arange(0, size, side), axis=1)
+        before, order = order, _exchanged(profile @ centres.swapaxes(1, 2), order, side)
+        if (before == order).all():
+            break
     return order
 
 
@@ -100,7 +119,7 @@ def _exchanged(worth: np.ndarray, order: np.ndarray, side: int) -> np.ndarray:
     order = np.pad(order, ((0, 0), (0, places * side - size)), constant_values=-1)
     numbers, rows = np.arange(places), np.arange(copies)[:, None]
     tolerance = 1e-6 * float(worth.max())
-    for _ in range(EXCHANGES * 8):
+    for _ in range(EXCHANGES):
         gain = worth[rows, order].reshape(copies, places, side, places)
         gain = gain - gain[:, numbers, :, numbers].transpose(1, 0, 2)[..., None]
         gain[(order < 0).reshape(copies, places, side)] = -np.inf

@@ -27,7 +27,7 @@ class Factors:
         """An axis of one new factor, pinned if there is a reason; of none if its size is 0 or 1."""
         if size < 2:
             return ()
-        self.sizes.append(size)
+        self.sizes.append(int(size))
         self._parents.append(len(self._parents))
         if reason:
             self._reasons[len(self._parents) - 1] = reason

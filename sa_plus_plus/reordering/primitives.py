@@ -11,12 +11,12 @@ from sa_plus_plus.reordering.factors import Array, Axis, Factors
 
 Rule = Callable[[Factors, Any, list[Array]], list[Array]]
 _ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp conj
-    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
-    imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or polygamma
-    population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
-    shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh
-    xor zeta
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex
+    conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
+    igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul mulhi name ne neg nextafter not
+    or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
+    shift_left shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor zeta
 """
 _REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor"
 _ALONG_AN_AXIS = "cumsum cumprod cummax cummin cumlogsumexp"
@@ -221,6 +221,26 @@ def _concatenate(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Arr
     return [tuple(found)]
 
 
+def _stack(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
+    for other in arguments[1:]:
+        _unite(factors, arguments[0], other)
+    along = eqn.params["axis"]
+    stacked = factors.new(len(arguments), "arrays are stacked along it")
+    return [(*arguments[0][:along], stacked, *arguments[0][along:])]
+
+
+def _unstack(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
+    factors.pin(arguments[0][eqn.params["axis"]], "its parts are sliced")
+    return [_without(arguments[0], (eqn.params["axis"],))] * len(eqn.outvars)
+
+
+def _tile(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
+    repeats = eqn.params["reps"]
+    if len(repeats) != len(arguments[0]):
+        return _pinned(factors, eqn, arguments, "tile to more axes")
+    return [tuple(factors.new(n) + axis for n, axis in zip(repeats, arguments[0], strict=True))]
+
+
 def _pad(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
     found = []
     for axis, padding in enumerate(eqn.params["padding_config"]):
@@ -264,17 +284,21 @@ def _dynamic_update_slice(factors: Factors, eqn: Any, arguments: list[Array]) ->
 
 def _gather(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    operand, shape = arguments[0], eqn.invars[0].aval.shape
-    absent = (*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ()))
-    factors.pin_all(arguments[1:], "places to look up")
-    found = list(factors.array(_shape(eqn), "places to look up"))
+    (operand, places), shape = arguments, eqn.invars[0].aval.shape
+    absent = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     windows = [axis for axis in range(len(shape)) if axis not in absent]
     whole = {axis for axis in windows if sizes[axis] == shape[axis]}
     for axis in set(range(len(shape))) - whole:
         factors.pin(operand[axis], "looked up by number")
+    for axis in (*numbers.start_indices_batching_dims, len(places) - 1):
+        factors.pin(places[axis], "places to look up")
+    found = list(factors.array(_shape(eqn), "looked up by number"))
     for axis, here in zip(windows, numbers.offset_dims, strict=True):
         if axis in whole:
             found[here] = operand[axis]
+    others = (here for here in range(len(found)) if here not in numbers.offset_dims)
+    for axis, here in zip(places[:-1], others, strict=True):  # a table of places is permuted with what it looks up
+        found[here] = axis
     return [tuple(found)]
 
 
@@ -321,6 +345,9 @@ _RULES: dict[str, Rule] = {
     "sort": _sort,
     "split": _split,
     "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
     "top_k": _top_k,
     "transpose": _transpose,
+    "unstack": _unstack,
 }

@@ -31,7 +31,7 @@ def search(axes: Axes, scores: Mapping[str, np.ndarray], layers: Mapping[str, Le
     """
     order, current = order_of(axes, {}), {path: np.asarray(scores[path], np.float32) for path in layers}
     share = shares(current, layers)
-    for _ in range(SWEEPS):
+    for sweep in range(SWEEPS):
         before = share
         for factor, group in axes.groups.items():
             touched = [path for path in layers if any(place.path == path for place in group.places)]
@@ -39,7 +39,7 @@ def search(axes: Axes, scores: Mapping[str, np.ndarray], layers: Mapping[str, Le
             if not kernels:
                 continue
             sides = tuple(axes.sizes[other] for other in group.within)
-            step = order_of(axes, {group.name: arranged(kernels).reshape(*sides, group.size)})
+            step = order_of(axes, {group.name: arranged(kernels, cluster=sweep == 0).reshape(*sides, group.size)})
             moved = {path: step.leaf(axes.leaves[path], current[path]) for path in touched}
             after = share | shares(moved, {path: layers[path] for path in touched})
             if sum(after.values()) > sum(share.values()):

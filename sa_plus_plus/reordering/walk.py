@@ -11,7 +11,8 @@ from sa_plus_plus.reordering import primitives
 from sa_plus_plus.reordering.factors import Array, Axis, Factors
 
 _CALLS = """
-    pjit jit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
+    pjit jit closed_call core_call composite remat remat2 checkpoint
+    custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
 """
 
 
