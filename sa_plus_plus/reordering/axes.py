@@ -6,6 +6,7 @@ of a residual stream, hidden units, channels, heads. A factor may be permuted di
 such as the dimensions within each head, if every value that has it has the other too.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ import numpy as np
 from sa_plus_plus.planning import path_string
 from sa_plus_plus.reordering.factors import Array, Factors
 from sa_plus_plus.reordering.walk import Step, Walk
+
+LARGEST = 1 << 22  # entries of a permutation; above, it is one for all
 
 
 class Place(NamedTuple):
@@ -165,7 +168,9 @@ def _within(
                 possible[factor] &= paired | loops
     found: dict[int, tuple[int, ...]] = {}
     for factor in sorted(free, reverse=True):  # parts of an axis are numbered from the slowest
-        found[factor] = tuple(sorted(p for p in possible[factor] if not _depends(p, factor, found)))
+        others = tuple(sorted(p for p in possible[factor] if not _depends(p, factor, found)))
+        entries = factors.sizes[factor] * math.prod(factors.sizes[other] for other in others)
+        found[factor] = others if entries <= LARGEST else ()
     return found
 
 

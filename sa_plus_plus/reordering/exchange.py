@@ -54,18 +54,19 @@ def largest(rows: np.ndarray, kept: int) -> np.ndarray:
     return mask
 
 
-def arranged(kernels: Sequence[Kernel], cluster: bool = True) -> np.ndarray:
+def arranged(kernels: Sequence[Kernel]) -> np.ndarray:
     """An order `(copies, size)` of a group: the element at each place.
+
+    The better of two: from the order as it is, and from one with elements of similar profiles beside each other.
 
     Args:
       kernels: those that have the group.
-      cluster: whether to start from elements of similar profiles beside each other too, and take the better result.
     """
     first = kernels[0]
     size = first.profile.shape[first.copies]
     side = functools.reduce(math.gcd, (kernel.side for kernel in kernels))
     as_it_is = np.tile(np.arange(size), (math.prod(first.profile.shape[: first.copies]), 1))
-    starts = [as_it_is, _clustered(kernels, as_it_is, side)] if cluster else [as_it_is]
+    starts = [as_it_is, _clustered(kernels, as_it_is, side)]
     return max((_improved(kernels, start, side) for start in starts), key=lambda found: found[0])[1]
 
 

@@ -297,8 +297,8 @@ def _gather(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
         if axis in whole:
             found[here] = operand[axis]
     others = (here for here in range(len(found)) if here not in numbers.offset_dims)
-    for axis, here in zip(places[:-1], others, strict=True):  # a table of places is permuted with what it looks up
-        found[here] = axis
+    for place, here in zip(places[:-1], others, strict=True):  # a table of places is permuted with what it looks up
+        found[here] = place
     return [tuple(found)]
 
 

@@ -31,7 +31,7 @@ def search(axes: Axes, scores: Mapping[str, np.ndarray], layers: Mapping[str, Le
     """
     order, current = order_of(axes, {}), {path: np.asarray(scores[path], np.float32) for path in layers}
     share = shares(current, layers)
-    for sweep in range(SWEEPS):
+    for _ in range(SWEEPS):
         before = share
         for factor, group in axes.groups.items():
             touched = [path for path in layers if any(place.path == path for place in group.places)]
@@ -39,7 +39,7 @@ def search(axes: Axes, scores: Mapping[str, np.ndarray], layers: Mapping[str, Le
             if not kernels:
                 continue
             sides = tuple(axes.sizes[other] for other in group.within)
-            step = order_of(axes, {group.name: arranged(kernels, cluster=sweep == 0).reshape(*sides, group.size)})
+            step = order_of(axes, {group.name: arranged(kernels).reshape(*sides, group.size)})
             moved = {path: step.leaf(axes.leaves[path], current[path]) for path in touched}
             after = share | shares(moved, {path: layers[path] for path in touched})
             if sum(after.values()) > sum(share.values()):
@@ -79,7 +79,8 @@ def _kernels(axes: Axes, factor: int, layer: LeafPlan, scores: np.ndarray) -> li
         inner, outer = (math.prod(axes.sizes[f] for f in part) for part in (after, before))
         side = b_along // inner
         aligned = b_along % inner == 0 and (outer == 1 or group.size % side == 0)
-        if not aligned or side in (0, group.size) or (side > group.size) or not set(group.within) <= {*batch, *before}:
+        known = set(group.within) <= {*batch, *before}
+        if not (aligned and known and 1 < side < group.size):  # one element to a block, or all, are at home anywhere
             continue
         matrices = blk.matrices(scores, layer.view)
         matrices = np.swapaxes(matrices, -1, -2) if transposed else matrices
