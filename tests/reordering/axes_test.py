@@ -203,7 +203,7 @@ FUNCTIONS = {  # and the sizes of the groups left
     "a constant": (lambda h, p: h * np.linspace(0, 1, 12, dtype=np.float32), []),
     "a uniform constant": (lambda h, p: h * np.full(12, 2, np.float32), [(12, 1)]),
     "looked up": (lambda h, p: h + p["b"][jnp.arange(len(h))], [(12, 1)]),
-    "looked up by a table": (lambda h, p: h[:, (100 * p["b"].max(0)).astype(int) % 12], [(12, 1), (12, 1)]),
+    "looked up by a table": (lambda h, p: h[:, (100 * p["b"].max(0)).astype(int) % 12], [(12, 1), (12, 12)]),
     "taken along an axis": (lambda h, p: jnp.take_along_axis(h, (9 * jnp.abs(h)).astype(int) % 12, 1), []),
     "a computed place": (lambda h, p: h * lax.dynamic_index_in_dim(h, h.argmax() % 12, 1), []),
     "a row replaced": (lambda h, p: h.at[1].set(p["b"][0]), []),
@@ -247,6 +247,18 @@ def test_a_group_permuted_in_part_changes_the_function():
     order = scrambled(axes.find(fn, params, x))
     moved = order.apply(params)
     assert not np.allclose(fn(params | {"a": moved["a"]}, x), fn(params, x), rtol=1e-2)
+
+
+def test_an_order_after_another():
+    """Of groups within permuted groups, too: the size of a head, in each head, in each layer."""
+    model, x, _ = MODELS["GPT in a loop"]
+    params = values(jax.eval_shape(model.init, jax.random.key(0), x))
+    found = axes.find(model.apply, params, x)
+    order, other = scrambled(found), scrambled(found)
+    for factor, group in found.groups.items():
+        step = order_of(found, {group.name: other.permutations[group.name]})
+        both = order.then(factor, other.permutations[group.name])
+        jax.tree.map(np.testing.assert_array_equal, both.apply(params), step.apply(order.apply(params)))
 
 
 def test_optimizer_state_moves_along():
