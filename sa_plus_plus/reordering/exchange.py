@@ -118,23 +118,26 @@ def _exchanged(worth: np.ndarray, order: np.ndarray, side: int) -> np.ndarray:
     """The order after exchanges of elements between places, each of which gains."""
     copies, size, places = worth.shape
     order = np.pad(order, ((0, 0), (0, places * side - size)), constant_values=-1)
-    numbers, rows = np.arange(places), np.arange(copies)[:, None]
-    tolerance = 1e-6 * float(worth.max())
+    numbers, tolerance = np.arange(places), 1e-6 * float(worth.max())
+    # For each place and each other one: which of its elements gains most by moving there, and how much.
+    best, gain = np.empty((copies, places, places), int), np.empty((copies, places, places), np.float32)
+    copy, place = np.divmod(np.arange(copies * places), places)
     for _ in range(EXCHANGES):
-        gain = worth[rows, order].reshape(copies, places, side, places)
-        gain = gain - gain[:, numbers, :, numbers].transpose(1, 0, 2)[..., None]
-        gain[(order < 0).reshape(copies, places, side)] = -np.inf
-        best = gain.argmax(2)  # the element of a place (second axis) that gains most by moving to another (third)
-        gain = np.take_along_axis(gain, best[:, :, None], 2)[:, :, 0]
+        elements = order.reshape(copies, places, side)[copy, place]
+        moves = worth[copy[:, None], elements]
+        moves -= np.take_along_axis(moves, np.broadcast_to(place[:, None, None], (*elements.shape, 1)), 2)
+        moves[elements < 0] = -np.inf
+        best[copy, place] = moves.argmax(1)
+        gain[copy, place] = moves.max(1)
         both = gain + gain.swapaxes(1, 2)
         both[:, numbers, numbers] = -np.inf
         partner = both.argmax(2)
-        mutual = np.take_along_axis(partner, partner, 1) == numbers
-        mutual &= (np.take_along_axis(both, partner[..., None], 2)[..., 0] > tolerance) & (partner > numbers)
-        copy, one = np.nonzero(mutual)
+        mutual = (np.take_along_axis(partner, partner, 1) == numbers) & (partner > numbers)
+        copy, one = np.nonzero(mutual & (np.take_along_axis(both, partner[..., None], 2)[..., 0] > tolerance))
         if not len(copy):
             break
         other = partner[copy, one]
         left, right = one * side + best[copy, one, other], other * side + best[copy, other, one]
         order[copy, left], order[copy, right] = order[copy, right], order[copy, left]
+        copy, place = np.concatenate([copy, copy]), np.concatenate([one, other])  # what has changed
     return order[:, :size]
