@@ -38,7 +38,8 @@ Row = dict[str, Any]
 
 def lenet(seed: int, data: Any) -> Iterator[Row]:
     """Train one, prune it in all ways."""
-    model, x, y = LeNet300(), *data("train")
+    model = LeNet300()
+    x, y = data("train")
     params = jax.jit(model.init)(jax.random.key(seed), x[:1])
     steps = EPOCHS * (len(x) // BATCH)
     tx = optax.adamw(optax.cosine_decay_schedule(1e-3, steps), weight_decay=1e-2)
