@@ -20,11 +20,13 @@ from sa_plus_plus.oneshot import (
     SPARSITIES,
     Budget,
     OneShot,
+    Reordered,
     Sensitivity,
     budget,
     milliseconds,
     one_shot,
     refit,
+    reorder,
     sensitivity,
 )
 from sa_plus_plus.phases import Phases
@@ -32,6 +34,7 @@ from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
 from sa_plus_plus.pruning import prune
 from sa_plus_plus.recommended import recommended
 from sa_plus_plus.registry import ALGORITHMS, Algorithm, algorithm
+from sa_plus_plus.reordering.orders import Order
 from sa_plus_plus.shrinking import Shrunk, shrink
 from sa_plus_plus.sparse import (
     BlockSparse,
@@ -62,11 +65,13 @@ __all__ = [
     "EmaState",
     "LeafPlan",
     "OneShot",
+    "Order",
     "Parametrisation",
     "Phases",
     "Plan",
     "PruneState",
     "PruningOptions",
+    "Reordered",
     "ResetState",
     "Sensitivity",
     "Shrunk",
@@ -105,6 +110,7 @@ __all__ = [
     "random",
     "recommended",
     "refit",
+    "reorder",
     "reset_on",
     "rigl",
     "save",

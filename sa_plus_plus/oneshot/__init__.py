@@ -2,16 +2,19 @@
 
 from sa_plus_plus.oneshot.budgets import Budget, budget, milliseconds
 from sa_plus_plus.oneshot.prune import OneShot, one_shot, refit
+from sa_plus_plus.oneshot.reorder import Reordered, reorder
 from sa_plus_plus.oneshot.sensitivities import SPARSITIES, Sensitivity, sensitivity
 
 __all__ = [
     "SPARSITIES",
     "Budget",
     "OneShot",
+    "Reordered",
     "Sensitivity",
     "budget",
     "milliseconds",
     "one_shot",
     "refit",
+    "reorder",
     "sensitivity",
 ]

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus.oneshot.uses import Use
+
+DAMPING = 0.01
 
 
 class Problem(NamedTuple):
@@ -79,6 +82,27 @@ def padded(gram: np.ndarray, weights: np.ndarray, block: blk.Block, damping: flo
         larger[:rows, :rows] = gram
         gram = larger
     return Problem(gram, np.pad(weights, ((0, below), (0, -cols % b_c))), block, damping * mean)
+
+
+def problem_of(use: Use, gram: np.ndarray, matrix: np.ndarray, damping: float) -> Problem:
+    """The problem of one matrix, which `solver` solves.
+
+    Args:
+      use: from `visit_layers`, like the next two arguments.
+      gram: `X^T X`, float64.
+      matrix: inputs as rows, float64.
+      damping: as `one_shot` takes it.
+
+    Raises:
+      ValueError: for a bad damping, or if the damped `X^T X` has no inverse; for one of all zeros the identity is
+        taken instead.
+    """
+    if not 0 <= damping < np.inf:
+        raise ValueError(f"damping is a multiple of the mean of the diagonal of X^T X, at least 0; got {damping}")
+    block = use.layer.block[::-1] if use.transposed else use.layer.block
+    # Unknown inputs count as equally large: every method then keeps the largest blocks.
+    known = gram.copy() if np.diag(gram).any() else np.eye(len(gram))
+    return padded(known, matrix, block, damping, use.name)
 
 
 def _check_invertible(hessian: np.ndarray, path: str, damping: float) -> None:

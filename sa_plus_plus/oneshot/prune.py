@@ -15,14 +15,15 @@ from sa_plus_plus import planning, progress
 from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.alps import alps
 from sa_plus_plus.oneshot.capture import Visited, matrices_of, visit_layers
-from sa_plus_plus.oneshot.layers import Choose, Problem, Solved
+from sa_plus_plus.oneshot.layers import DAMPING, Choose, Problem, Solved, problem_of
 from sa_plus_plus.oneshot.obs import obs
+from sa_plus_plus.oneshot.reorder import SCORES
+from sa_plus_plus.oneshot.reorder import reorder as reordered
 from sa_plus_plus.oneshot.uses import Use
 from sa_plus_plus.planning import LeafPlan, Plan
+from sa_plus_plus.reordering.orders import Order
 from sa_plus_plus.sparse.arguments import listed
 from sa_plus_plus.text import table
-
-DAMPING = 0.01
 
 
 class LayerReport(NamedTuple):
@@ -52,12 +53,14 @@ class OneShot(NamedTuple):
       masks: boolean `(*stack, grid_r, grid_c)` by path, true where a block stays.
       plan: the plan, for `export` and `check_pruned`.
       layers: the outcome for each leaf.
+      order: with `reorder=True`, the order that the parameters are in; `order.inverse.apply` undoes it.
     """
 
     params: Any
     masks: dict[str, jax.Array]
     plan: Plan
     layers: tuple[LayerReport, ...]
+    order: Order | None = None
 
     def __str__(self) -> str:
         return table(("path", "shape", "block", "kept", "error", "rows"), [*map(_cells, self.layers)])
@@ -81,6 +84,7 @@ def one_shot(
     method: str = "obs",
     refit: bool = False,
     damping: float = DAMPING,
+    reorder: bool = False,
     **options: Unpack[PlanOptions],
 ) -> OneShot:
     """Prune a trained network by blocks without training, changing each layer's outputs on calibration data least.
@@ -107,6 +111,8 @@ def one_shot(
         adjust the remaining weights.
       refit: for `"magnitude"` and `"wanda"`: adjust the remaining weights as `refit` does.
       damping: added to the diagonal of `X^T X`, as a multiple of its mean.
+      reorder: whether `sapp.reorder` first permutes the axes that can be, by the scores of the method. The parameters
+        returned are in this order.
       **options: as `plan` takes them: `min_blocks`, `where`, `overrides`, `views`.
 
     Returns:
@@ -124,8 +130,17 @@ def one_shot(
     """
     solve = solver(method, refit)
     plan = planning.plan(params, block=block, sparsity=sparsity, **options)
+    order = None
     with progress.doing("one_shot"):
-        return _walked(fn, params, calibration, plan, lambda problem, use: solve(problem)(use.layer.kept_each), damping)
+        if reorder:
+            calibration, scores = listed(calibration), method if method in SCORES else "obs"
+            params, order, *_ = reordered(
+                fn, params, calibration, block=block, sparsity=sparsity, scores=scores, damping=damping, **options
+            )
+        pruned = _walked(
+            fn, params, calibration, plan, lambda problem, use: solve(problem)(use.layer.kept_each), damping
+        )
+    return pruned._replace(order=order)
 
 
 def solver(method: str, refit: bool) -> Callable[[Problem], Choose]:
@@ -151,27 +166,6 @@ def solver(method: str, refit: bool) -> Callable[[Problem], Choose]:
         return choose
 
     return by_score
-
-
-def problem_of(use: Use, gram: np.ndarray, matrix: np.ndarray, damping: float) -> Problem:
-    """The problem of one matrix, which `solver` solves.
-
-    Args:
-      use: from `visit_layers`, like the next two arguments.
-      gram: `X^T X`, float64.
-      matrix: inputs as rows, float64.
-      damping: as `one_shot` takes it.
-
-    Raises:
-      ValueError: for a bad damping, or if the damped `X^T X` has no inverse; for one of all zeros the identity is
-        taken instead.
-    """
-    if not 0 <= damping < np.inf:
-        raise ValueError(f"damping is a multiple of the mean of the diagonal of X^T X, at least 0; got {damping}")
-    block = use.layer.block[::-1] if use.transposed else use.layer.block
-    # Unknown inputs count as equally large: every method then keeps the largest blocks.
-    known = gram.copy() if np.diag(gram).any() else np.eye(len(gram))
-    return layers.padded(known, matrix, block, damping, use.name)
 
 
 def changes(gram: np.ndarray, weights: np.ndarray, trained: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def listed(calibration: Any, tree: Any = None) -> list[Any]:
+def listed(calibration: Any, tree: Any = None, name: str = "calibration") -> list[Any]:
     """Calibration data as a list of batches.
 
     An array, a mapping or another pytree that is not a sequence is one batch. A tuple is one if it has the structure of
@@ -17,6 +17,7 @@ def listed(calibration: Any, tree: Any = None) -> list[Any]:
     Args:
       calibration: the data.
       tree: the structure of the network's arguments, if it is known.
+      name: of the data, for errors.
 
     Raises:
       ValueError: for a tuple if the structure is not known, and for anything but a batch or several.
@@ -24,7 +25,7 @@ def listed(calibration: Any, tree: Any = None) -> list[Any]:
     if isinstance(calibration, tuple):
         if tree is None:
             raise ValueError(
-                "calibration is a tuple, which may be several batches or one of several arguments: give a list, "
+                f"{name} is a tuple, which may be several batches or one of several arguments: give a list, "
                 "[batch, ...], in which a tuple is one batch of several arguments"
             )
         return [calibration] if jax.tree.structure(calibration) == tree else list(calibration)
@@ -34,7 +35,7 @@ def listed(calibration: Any, tree: Any = None) -> list[Any]:
     if isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes):
         return list(calibration)
     if calibration is None or jax.tree_util.all_leaves([calibration]):
-        raise ValueError(f"calibration must be a batch of inputs or a list of batches, got {calibration!r}")
+        raise ValueError(f"{name} must be a batch of inputs or a list of batches, got {calibration!r}")
     return [calibration]
 
 
