@@ -52,7 +52,7 @@ from sa_plus_plus.sparsifier import PruneState, Sparsifier, Trainable
 from sa_plus_plus.transforms import ResetState, Sparsify, SparsifyState, reset_on, sparsify
 from sa_plus_plus.views import View
 
-__version__ = _version.version()
+__version__: str
 
 __all__ = [
     "ALGORITHMS",
@@ -127,3 +127,9 @@ __all__ = [
     "todense",
     "views",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # asks git in a clone, so not at import
+        return _version.version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

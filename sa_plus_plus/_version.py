@@ -5,6 +5,7 @@ the order of versions and has the commit's time and hash: `0.1.0.dev202611282142
 end if files were changed. Nothing is needed for this but git: no tags, no history, no package.
 """
 
+import functools
 import pathlib
 import subprocess
 import time
@@ -14,6 +15,7 @@ _BUILT = ""  # in a wheel or an sdist, the whole version: `setup.py` writes it h
 _ARCHIVED = "$Format:%ct %h %D$"  # in an archive that git or GitHub made of a commit, its time, hash and tags
 
 
+@functools.cache
 def version(root: pathlib.Path | None = None) -> str:
     """The version of this package.
 

@@ -294,7 +294,7 @@ def test_a_kernel_for_a_newer_interface_is_not_registered(monkeypatch):
         ({"window_rows": 2}, "does not fit the images"),
         ({"stride_down": 0}, "does not fit the images"),
         ({"top": -1}, "does not fit the images"),
-        ({"activation": 5}, "an unknown activation"),
+        ({"activation": len(native.ACTIVATIONS)}, "an unknown activation"),
         ({"activation": -1}, "an unknown activation"),
     ],
 )
