@@ -116,7 +116,9 @@ class Observer:
 
     def _on_step(self, done: int) -> bool:
         if self._profile and self._writes and done - self._first == _PROFILED.start:
-            jax.profiler.start_trace(str(self._path / "profile"))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # tracing Python's calls has crashed the interpreter
+            jax.profiler.start_trace(str(self._path / "profile"), profiler_options=options)
         if self._profile and self._writes and done - self._first == _PROFILED.stop:
             jax.profiler.stop_trace()
         if jax.process_count() > 1:  # the hosts must agree on the step at which they stop

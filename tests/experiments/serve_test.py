@@ -26,6 +26,7 @@ def assert_sane(row):
         assert 0 < ratio["q25"] <= ratio["median"] <= ratio["q75"]
 
 
+@pytest.mark.long
 def test_every_block_size_and_sparsity_without_data(tmp_path):
     done = serve("--blocks=4,8", "--sparsities=0.9,0.95", "--batches=2", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr

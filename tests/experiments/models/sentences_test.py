@@ -284,6 +284,7 @@ def test_pairs_are_the_last_two_columns(tmp_path):
             text.pairs_of(tmp_path / "bad.tsv")
 
 
+@pytest.mark.long
 def test_quality_of_runs_by_command(folder, tmp_path, capsys):
     config = _config(folder, steps=1)
     setup, path = prepare(config), tmp_path / "run"
