@@ -1,5 +1,6 @@
 """What restarts with a phase, in every optimizer of optax: it goes on as a fresh one with its schedules further on."""
 
+import importlib.metadata
 import inspect
 import types
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from packaging.version import Version
 
 import sa_plus_plus as sapp
 from sa_plus_plus import resets
@@ -30,6 +32,7 @@ def without_compilation():
 
 BEFORE, AFTER = 3, 2  # steps of the two phases
 PARAMS = {"b": jnp.asarray([[-0.5, 1, 2]]), "w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)}
+OLD_OPTAX = Version(importlib.metadata.version("optax")) < Version("0.2.8")
 
 
 def rate(shift):
@@ -177,6 +180,7 @@ def close(one, other):
     return all(np.allclose(x, y, rtol=1e-3, atol=1e-3 * np.abs(y).max()) for x, y in pairs)
 
 
+@pytest.mark.skipif(OLD_OPTAX, reason="some are not in it")
 def test_every_optimizer_of_optax_is_found():
     assert {"adamw", "sgd", "lbfgs", "muon", "dog", "scale_by_factored_rms"} <= set(FACTORIES)
     assert len(FACTORIES) > 110
@@ -185,6 +189,8 @@ def test_every_optimizer_of_optax_is_found():
 
 @pytest.mark.parametrize("name", sorted(set(FACTORIES) - set(UNSUPPORTED)))
 def test_moments_restart_and_schedules_go_on(name):
+    if OLD_OPTAX and name in {"add_decayed_weights", "fromage", "scale_by_distance_over_gradients"}:
+        pytest.skip("in optax before 0.2.8 its schedule of weight decay stands still, or its first step is NaN")
     tx = sapp.reset_on(make(name, 0))
     _, params, state = steps(tx, PARAMS, tx.init(PARAMS), 0, BEFORE, phase=0)
     reset, *_ = steps(tx, params, state, BEFORE, BEFORE + AFTER, phase=1)
