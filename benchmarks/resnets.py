@@ -1,9 +1,10 @@
-"""ResNet-50 pruned, beside the smaller dense ResNets of the same accuracy: the table and picture of `docs/worth_it.md`.
+"""ResNet-50 pruned, beside smaller dense networks: the table and picture of `docs/worth_it.md`.
 
     python -m benchmarks.serve_engines --network=resnet50 --batches=1,32 --blocks=16 --sparsities=0,0.8,0.9
     python -m benchmarks.serve_engines --network=resnet34 --batches=1,32 --sparsities=0
     python -m benchmarks.serve_engines --network=resnet18 --batches=1,32 --sparsities=0
-    python -m benchmarks.resnets     # fills in the page from the results of the three
+    python -m benchmarks.serve_engines --network=mobilenetv2 --batches=1 --sparsities=0 --precisions=float32
+    python -m benchmarks.resnets     # fills in the page from the results of these
 
 Accuracies are published ones; weights and multiply-adds are counted on our models; milliseconds are measured, of pruned
 networks with as many blocks zeroed at random, since the time does not depend on which.
@@ -31,7 +32,7 @@ from experiments.utils import files
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "worth_it.md"
 # https://docs.pytorch.org/vision/stable/models.html, weights IMAGENET1K_V1: top-1 accuracy on ImageNet, %.
-TORCHVISION = {"ResNet18": 69.758, "ResNet34": 73.314, "ResNet50": 76.130}
+TORCHVISION = {"ResNet18": 69.758, "ResNet34": 73.314, "ResNet50": 76.130, "MobileNetV2": 71.878}
 BLOCK = 16
 PRECISIONS, BATCHES = ("float32", "int8"), (1, 32)
 
@@ -53,7 +54,7 @@ class Network(NamedTuple):
 
 
 def networks() -> list[Network]:
-    """Torchvision's dense ResNets and the paper's pruned ResNet-50, the best first."""
+    """Torchvision's dense networks and the paper's pruned ResNet-50, the best first."""
     found = [Network(f"dense {name.replace('ResNet', 'ResNet-')}", x, name) for name, x in TORCHVISION.items()]
     table = PAPER["table1"]
     for sparsity, top1 in zip(table["sparsities"], table["values"]["SA++"][str(BLOCK)], strict=True):
@@ -62,7 +63,7 @@ def networks() -> list[Network]:
 
 
 def milliseconds(network: Network, batch: int, precision: str) -> float | None:
-    """Median for a batch: of a dense network in the fastest engine, ours included; None if it was not measured."""
+    """The median for a batch, in the fastest engine (ours included) if the network is dense; None if not measured."""
     file = timing.RESULTS / f"serve_engines_{network.architecture.lower()}.json"
     if not file.exists():
         return None
@@ -107,12 +108,21 @@ def rows(every: Sequence[Network]) -> list[dict[str, str]]:
     return lines
 
 
+def _kind(network: Network) -> bool | None:
+    """Whether a ResNet is pruned; None for other networks."""
+    return bool(network.sparsity) if network.architecture.startswith("ResNet") else None
+
+
 def plot(every: Sequence[Network]) -> Any:
     """Accuracy against milliseconds, a panel for each precision, one image."""
     fig, axes = plt.subplots(1, len(PRECISIONS), figsize=(9, 3.8), layout="constrained", sharey=True)
     for axis, precision in zip(axes, PRECISIONS, strict=True):
-        for label, pruned, style in (("dense, in the fastest engine", False, "o-"), ("ResNet-50, pruned", True, "s--")):
-            points = [(milliseconds(n, 1, precision), n) for n in every if bool(n.sparsity) == pruned]
+        for label, pruned, style in (
+            ("dense ResNets, in the fastest engine", False, "o-"),
+            ("another dense network, likewise", None, "^"),
+            ("ResNet-50, pruned; timed with zeros at random", True, "s--"),
+        ):
+            points = [(milliseconds(n, 1, precision), n) for n in every if _kind(n) == pruned]
             measured = [(ms, n) for ms, n in points if ms is not None]
             axis.plot([ms for ms, _ in measured], [n.top1 for _, n in measured], style, label=label)
             for ms, n in measured:
@@ -120,9 +130,12 @@ def plot(every: Sequence[Network]) -> Any:
                 axis.annotate(text, (ms, n.top1), (5, -11 if not pruned else 5), textcoords="offset points", fontsize=8)
         axis.set(title=precision, xlabel="ms for one image, 224 × 224", xlim=(0, 1.25 * axis.dataLim.xmax))
         axis.grid(alpha=0.3)
+        axis.margins(y=0.1)
     axes[0].set_ylabel("published top-1 in float32, %")
-    axes[0].legend(fontsize="small")
-    fig.suptitle(f"ResNet-50 in blocks of {BLOCK} × {BLOCK} beside smaller dense ResNets, two cores of an EPYC (Zen 5)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    fig.suptitle(
+        f"ResNet-50 in blocks of {BLOCK} × {BLOCK} beside smaller dense networks, two cores of an EPYC (Zen 5)"
+    )
     return fig
 
 

@@ -19,7 +19,7 @@ class _Line:
     def __init__(self, name: str, outer: "_Line | None"):
         self.name, self.outer, self.text = name, outer, ""
         self.due = 0.0  # when the next item may be shown
-        self.width = 0  # of what it left on the terminal
+        self.width = 0  # columns of the terminal that it has written
 
     def __str__(self) -> str:
         mine = f"{self.name}: {self.text}" if self.text else self.name

@@ -53,7 +53,9 @@ _RULES = {
     "SplitRealAndImaginaryState": _Rule(restarts=False, inner=("inner_state",)),
     "GaLoreState": _Rule(restarts=True, inner=("base_optimizer_state",)),
     "MechanicState": _Rule(restarts=True, inner=("base_optimizer_state",)),
-    "ScaleByAdemamixState": _Rule(restarts=True, but=("count_m2",)),  # of the schedules of b3 and alpha
+    "ScaleByAdemamixState": _Rule(
+        restarts=True, but=("count_m2",)
+    ),  # counts the steps of the schedules of b3 and alpha
     "ScheduleFreeState": _Rule(restarts=True, inner=("base_optimizer_state",), but=("step_count",)),
 }
 _SHARED_COUNTERS = {  # what the one counter serves besides the moments

@@ -12,7 +12,7 @@ from experiments.outputs import report  # noqa: F401 - chooses how figures are d
 
 METRIC = "mrr"
 OURS = "ours"
-LOST = 0.01  # of the metric, at most, by lower precision
+LOST = 0.01  # lower precision may cost so much of the metric
 Rows = Sequence[Mapping[str, Any]]
 
 

@@ -126,7 +126,7 @@ def _optimizer_class() -> Any:
             return None
 
         def _states(self) -> tuple[Any, Any]:
-            """Of the transformation, and of the average or None."""
+            """The state of the transformation, and that of the average or None."""
             slots = self.variables[self._others :]
             values = {place: variable.value for place, variable in zip(self._order, slots, strict=True)}
             state = jax.tree.unflatten(self._structure, [values[place] for place in range(len(values))])

@@ -134,7 +134,7 @@ def _pin_unused(factors: Factors, closed: Any, leaves: dict[str, Array]) -> None
 
 
 def _name(places: Sequence[Place], shapes: dict[str, tuple[int, ...]]) -> str:
-    """Of the first kernel that has the group, rather than of a bias."""
+    """The place in the first kernel that has the group, rather than in a bias."""
     return str(next((place for place in places if len(shapes[place.path]) > 1), places[0]))
 
 

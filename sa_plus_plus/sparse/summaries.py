@@ -15,7 +15,7 @@ from sa_plus_plus.sparse.compiler.infer_blocks import pruned_in
 from sa_plus_plus.sparse.files.serialization import todense
 from sa_plus_plus.text import table
 
-_INDEX_BYTES = 4  # of a block's place in a file
+_INDEX_BYTES = 4  # a block's place takes so many in a file
 
 
 class LeafSummary(NamedTuple):
@@ -69,12 +69,12 @@ class Summary(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of all leaves in full."""
+        """The size of all leaves in full."""
         return sum(leaf.bytes for leaf in self.leaves)
 
     @property
     def stored_bytes(self) -> int:
-        """Of all leaves, kernels by their kept blocks."""
+        """The size of all leaves, kernels stored by their kept blocks."""
         return sum(leaf.stored_bytes for leaf in self.leaves)
 
     def table(self, *, all: bool = False) -> str:

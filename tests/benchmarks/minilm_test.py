@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.mark.long
 def test_all_stages_by_command(tmp_path):
-    """Of some of the networks; called again, nothing is trained or measured twice."""
+    """Only some of the networks are trained. A second call trains and measures nothing again."""
     only = "one_shot"
     model = tiny_encoder.write(tmp_path)
     (tmp_path / "lines.txt").write_text("\n".join(tiny_encoder.LINES))

@@ -10,7 +10,7 @@ import numpy as np
 from sa_plus_plus import timing
 from sa_plus_plus.contrib.commands.functions import Network
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
-from sa_plus_plus.sparse.specialize import specialize
+from sa_plus_plus.sparse.specialize import specialized
 
 ROUNDS = 7
 JAX, DENSE, PRUNED = "dense, run by JAX", "dense, specialised", "pruned, specialised"
@@ -61,10 +61,10 @@ def compare(network: Network, params: Any, dense: Any, plan: Plan | None) -> Com
     batch = network.batches[0]
     full = dense if dense is not None else map_layers(_filled, params, plan.pruned if plan else {})
     jitted = jax.jit(network.fn)
-    fast = specialize(functools.partial(network.fn, params), *batch, plan=plan)
+    fast = specialized(functools.partial(network.fn, params), batch, plan=plan)  # the networks are compared here
     calls = {
         JAX: functools.partial(jitted, full, *batch),
-        DENSE: functools.partial(specialize(functools.partial(network.fn, full), *batch), *batch),
+        DENSE: functools.partial(specialized(functools.partial(network.fn, full), batch), *batch),
         PRUNED: functools.partial(fast, *batch),
     }
     seconds = timing.alternate({name: functools.partial(_finish, call) for name, call in calls.items()}, ROUNDS)

@@ -1,14 +1,12 @@
 """What is left of each pruned kernel: its blocks, norms and bytes, against the plan and the dense network."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.checks import occupied, planned_kernels
-from sa_plus_plus.planning import LeafPlan, Plan, path_string
+from sa_plus_plus.planning import LeafPlan, Plan
 from sa_plus_plus.sparse.summaries import Summary, stored_bytes
 
 
@@ -56,32 +54,31 @@ def measure(params: Any, found: Summary, plan: Plan | None, dense: Any) -> list[
     layers = plan.pruned if plan else {leaf.path: leaf.layer for leaf in found.kernels if leaf.has_blocks}
     shapes = Plan(tuple(layer._replace(skip_reason="") for layer in layers.values()))
     kernels = planned_kernels(params, shapes)
-    originals = _originals(dense, layers)
+    originals = _originals(dense, shapes)
     return [
-        _measured(layer, np.asarray(kernels[path]), originals.get(path), layer.kept if plan else None)
+        _measured(layer, kernels[path], originals.get(path), layer.kept if plan else None)
         for path, layer in layers.items()
     ]
 
 
-def _originals(dense: Any, layers: Mapping[str, LeafPlan]) -> dict[str, np.ndarray]:
+def _originals(dense: Any, shapes: Plan) -> dict[str, Any]:
     if dense is None:
         return {}
-    leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(dense)}
-    for path, layer in layers.items():
-        if path not in leaves or np.shape(leaves[path]) != layer.shape:
-            has = f"has it in the shape {np.shape(leaves[path])}" if path in leaves else "has no such array"
-            raise ValueError(f"--against is another network: {path} is of shape {layer.shape} here, and it {has}")
-    return {path: np.asarray(leaves[path]) for path in layers}
+    try:
+        return planned_kernels(dense, shapes)
+    except ValueError as error:
+        raise ValueError(f"--against is another network: {error}") from error
 
 
-def _measured(layer: LeafPlan, kernel: np.ndarray, dense: np.ndarray | None, planned: int | None) -> Measured:
+def _measured(layer: LeafPlan, kernel: Any, dense: Any, planned: int | None) -> Measured:
+    kernel = np.asarray(kernel)
     values = kernel.astype(np.float64)
     cut = blk.to_blocks(values, layer.block, layer.view)
     norms = np.sqrt(np.square(cut).sum((-3, -1)))
     mask = occupied(kernel, layer.block, layer.view)
     norm = change = None
     if dense is not None:
-        original = dense.astype(np.float64)
+        original = np.asarray(dense, np.float64)
         size = float(np.linalg.norm(original.ravel())) or 1.0
         norm = float(np.linalg.norm(values.ravel())) / size
         change = float(np.linalg.norm((values - original).ravel())) / size

@@ -29,11 +29,8 @@ def add_to(commands: Any) -> None:
     Args:
       commands: what `add_subparsers` of an `argparse.ArgumentParser` returned.
     """
-    parser = commands.add_parser(
-        "one-shot",
-        help="prune a checkpoint without training",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = options.add_command(
+        commands, "one-shot", "prune a checkpoint without training", DESCRIPTION, run, "prune in one shot"
     )
     options.add_checkpoint(parser)
     add = parser.add_argument
@@ -41,7 +38,6 @@ def add_to(commands: Any) -> None:
     options.add_plan(parser)
     add("--function", metavar="MODULE:NAME", help=options.FUNCTION)
     add("--method", choices=_METHODS, help="which blocks stay: with --function obs (the default), without magnitude")
-    parser.set_defaults(run=run, command="prune in one shot")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -16,9 +16,29 @@ from sa_plus_plus.views import View
 
 CHECKPOINT = "a safetensors or .npz file, a file of sapp.save, or a directory of safetensors or of orbax"
 FUNCTION = (
-    "of the network: called with the checkpoint's arrays it returns (fn, examples), the function fn(params, *inputs) "
-    "and a list of batches of its inputs"
+    "called with the checkpoint's arrays, it returns (fn, examples): the network fn(params, *inputs) and a list of "
+    "batches of its inputs"
 )
+
+
+def add_command(
+    commands: Any, name: str, help: str, description: str, run: Callable[[argparse.Namespace], None], does: str
+) -> argparse.ArgumentParser:
+    """A command among others; its parser.
+
+    Args:
+      commands: what `add_subparsers` of an `argparse.ArgumentParser` returned.
+      name: the command.
+      help: one line on it.
+      description: shown by its `--help`.
+      run: takes the parsed options.
+      does: what it does, for `Cannot <does>: <error>`.
+    """
+    parser = commands.add_parser(
+        name, help=help, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run, command=does)
+    return parser
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

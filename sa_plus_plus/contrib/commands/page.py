@@ -8,10 +8,10 @@ from sa_plus_plus.contrib.commands import pictures
 from sa_plus_plus.contrib.commands.comparison import PRUNED, Comparison
 from sa_plus_plus.contrib.commands.measures import Measured
 from sa_plus_plus.plans import by
+from sa_plus_plus.sparse.comparison import WORTH
 from sa_plus_plus.sparse.summaries import Summary, bytes_text
 
 _SHOWN = 4  # matrices of a stack
-_SLOW = 1.1  # a network that is not this many times as fast is hardly worth it
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1.2em; }
 h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin: 2em 0 .6em; }
@@ -105,7 +105,7 @@ def _times(found: Comparison) -> list[str]:
         for name, ms in found.milliseconds.items()
     ]
     lines = ["<h2>The whole network</h2>", f'<table class="time">{"".join(rows)}</table>']
-    if gain < _SLOW:
+    if gain < WORTH:
         lines.append(
             f'<p class="warn">Not worth it for speed: the pruned network is {gain:.2f} times as fast as the faster of '
             "the dense ones, with this input on this machine.</p>"

@@ -20,16 +20,12 @@ def add_to(commands: Any) -> None:
     Args:
       commands: what `add_subparsers` of an `argparse.ArgumentParser` returned.
     """
-    parser = commands.add_parser(
-        "plan",
-        help="show what would be pruned in a checkpoint",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = options.add_command(
+        commands, "plan", "show what would be pruned in a checkpoint", DESCRIPTION, run, "plan"
     )
     options.add_checkpoint(parser)
     options.add_plan(parser)
     parser.add_argument("--all", action="store_true", help="show scalars and vectors too")
-    parser.set_defaults(run=run, command="plan")
 
 
 def run(arguments: argparse.Namespace) -> None:

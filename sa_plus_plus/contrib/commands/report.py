@@ -31,12 +31,7 @@ def add_to(commands: Any) -> None:
     Args:
       commands: what `add_subparsers` of an `argparse.ArgumentParser` returned.
     """
-    parser = commands.add_parser(
-        "report",
-        help="write a page on a pruned checkpoint",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.add_command(commands, "report", "write a page on a pruned checkpoint", DESCRIPTION, run, "report")
     options.add_checkpoint(parser)
     add = parser.add_argument
     add(
@@ -49,7 +44,6 @@ def add_to(commands: Any) -> None:
     add("--against", type=pathlib.Path, metavar="DENSE", help="the checkpoint before it was pruned")
     add("--function", metavar="MODULE:NAME", help=options.FUNCTION)
     options.add_plan(parser, required=False)
-    parser.set_defaults(run=run, command="report")
 
 
 def run(arguments: argparse.Namespace) -> None:

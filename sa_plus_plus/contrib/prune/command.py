@@ -7,7 +7,7 @@ import pathlib
 import shlex
 from typing import Any
 
-from sa_plus_plus.contrib.commands.options import integers
+from sa_plus_plus.contrib.commands.options import add_command, integers
 
 DESCRIPTION = """\
 Prune a published transformer by blocks: a directory of transformers or sentence-transformers with BERT (also with mean
@@ -35,11 +35,8 @@ def add_to(commands: Any) -> None:
     Args:
       commands: what `add_subparsers` of an `argparse.ArgumentParser` returned.
     """
-    parser = commands.add_parser(
-        "prune",
-        help="prune a published transformer from its directory",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        commands, "prune", "prune a published transformer from its directory", DESCRIPTION, run, "prune"
     )
     add = parser.add_argument
     add("directory", type=pathlib.Path, metavar="DIRECTORY", help="of config.json and model.safetensors")
@@ -62,7 +59,7 @@ def add_to(commands: Any) -> None:
         default=0.0,
         help="of Adam after a warm-up; by default 1e-3 at width 384, less if wider",
     )
-    parser.set_defaults(run=run, command="prune", interrupted="the same command goes on from what is kept")
+    parser.set_defaults(interrupted="the same command goes on from what is kept")
 
 
 def _whole(text: str) -> int:
