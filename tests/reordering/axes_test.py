@@ -17,10 +17,16 @@ from sa_plus_plus.reordering.orders import order_of
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 RNG = np.random.default_rng(0)
+START = RNG.bit_generator.state
 TOKENS = RNG.integers(0, 50, (2, 12)).astype(np.int32)
 IMAGES = RNG.normal(size=(2, 16, 16, 3)).astype(np.float32)
 SMALL = {"layers": 1, "width": 32, "hidden": 48, "heads": 4}
 HEADS = [(4, 1), (8, 4), (8, 4)]  # heads, dimensions of queries and keys in each, and of values
+
+
+@pytest.fixture(autouse=True)
+def equal_draws_in_any_order_of_tests():
+    RNG.bit_generator.state = START
 
 
 def values(tree):
