@@ -7,7 +7,8 @@
 The text has a sentence a line, and a line of pairs ends with a query and the text that belongs to it, after a tab. By
 default both are from the docstrings of Python's standard library. Every stage can be interrupted and goes on where it
 was; any number of processes share the training. `--stages=page` draws what there is so far. Nothing else should run
-beside the stage `speed`.
+beside the stage `speed`, which needs no trained network: it times untrained ones with as many layers, units and blocks.
+Of networks that the directory lacks, the quality stays that of the results there are, if these are of the same scale.
 """
 
 import json
@@ -32,7 +33,7 @@ from experiments.utils import files, registry
 
 STAGES = ("train", "quality", "speed", "page")
 GROUPS = ("compared", "picture")
-SPEED = "speed.json"
+SPEED, RESULTS = "speed.json", "minilm.json"
 PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "worth_it.md"
 _SCALE = flags.DEFINE_enum("scale", "small", list(SCALES), "How long it takes.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), "What to do.")
@@ -71,22 +72,22 @@ def main(argv: list[str]) -> None:
         wanted = [each for each in every if each.group in _GROUPS.value and _ONLY.value in str(each.folder)]
         for each, result in training.train(wanted, scale, changes, directory, console):
             console.print(f"{each.group}: {each.name}: cosine {result['metric']:.4f}", highlight=False)
-    served = [networks.published(judge.encoder), *networks.trained(every, directory, _MODEL.value)]
+    published = networks.published(judge.encoder)
+    served = [published, *networks.trained(every, directory, _MODEL.value)]
     if "quality" in _STAGES.value:
         for network, engine, found in _qualities(judge, served, directory, pairs[1]):
             shown = "  ".join(f"{key} {x:.3f}" for key, x in found.items())
             console.print(f"{network.folder}, {engine}: {shown}", highlight=False, soft_wrap=True)
+    output = pathlib.Path(_OUTPUT.value or (directory if _SCALE.value == "smoke" else timing.RESULTS)).expanduser()
+    earlier = _earlier(output / RESULTS)
+    rows = _in_order(every, earlier["networks"], _measured(directory, served, every))
     if "speed" in _STAGES.value:
-        timed = [network for network in served if network.folder.split("/")[0] != "compared"]
-        rows = []
-        for setting in scale.settings:
-            console.print(f"Timing {len(timed)} networks, {setting}", highlight=False)
-            tokenizer = judge.encoder.tokenizer
-            rows += speed.measure(timed, setting, tokenizer, pairs[1], scale.rounds, _ENGINES.value)
-        about = {"versions": report.versions(), "cores": runtimes.threads()}
-        files.write_json(directory / SPEED, {"rows": rows, **about})
+        timed = {row["folder"] for row in rows if not row["folder"].startswith("compared")}
+        alike = networks.untrained([each for each in every if str(each.folder) in timed], scale, _MODEL.value)
+        files.write_json(directory / SPEED, _timed([published, *alike], judge.encoder.tokenizer, pairs[1], console))
     if "page" in _STAGES.value:
-        _page(directory, served, every, console)
+        file = directory / SPEED
+        _page(rows, json.loads(file.read_text()) if file.exists() else earlier["speed"], output, console)
     if failed := [str(each.folder) for each in every if (directory / each.folder / work.FAILED).exists()]:
         cli.fail(f"{', '.join(failed)} failed: see {work.FAILED} there, below {directory}", status=1)
 
@@ -111,8 +112,8 @@ def _qualities(
             yield network, engine, judge(file, lambda run=run: run)  # type: ignore[misc]
 
 
-def _page(directory: pathlib.Path, served: Sequence[Network], every: Sequence[Contender], console: Console) -> None:
-    """Write the results so far, and draw them."""
+def _measured(directory: pathlib.Path, served: Sequence[Network], every: Sequence[Contender]) -> list[dict[str, Any]]:
+    """The networks whose quality was measured."""
     changes = {str(each.folder): each.changes for each in every}
     found = []
     for network in served:
@@ -126,11 +127,35 @@ def _page(directory: pathlib.Path, served: Sequence[Network], every: Sequence[Co
         block = None if network.dense else own["sparsifier.block"]
         about |= {"steps": own.get("steps", 0), **networks.sizes(network, block, directory)}
         found.append({**about, "quality": quality})
-    file = directory / SPEED
-    timed = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    output = pathlib.Path(_OUTPUT.value or (directory if _SCALE.value == "smoke" else timing.RESULTS)).expanduser()
+    return found
+
+
+def _timed(served: Sequence[Network], tokenizer: Any, texts: list[str], console: Console) -> dict[str, Any]:
+    """Milliseconds of the networks in every setting."""
+    scale, rows = SCALES[_SCALE.value], []
+    for setting in scale.settings:
+        console.print(f"Timing {len(served)} networks, {setting}", highlight=False)
+        rows += speed.measure(served, setting, tokenizer, texts, scale.rounds, _ENGINES.value)
+    return {"rows": rows, "versions": report.versions(), "cores": runtimes.threads()}
+
+
+def _earlier(results: pathlib.Path) -> dict[str, Any]:
+    """What an earlier campaign of this scale found."""
+    found = json.loads(results.read_text()) if results.exists() else {}
+    return found if found.get("scale") == _SCALE.value else {"networks": [], "speed": {"rows": []}}
+
+
+def _in_order(every: Sequence[Contender], *rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of networks in the order of the contenders; of several of a network the last."""
+    by_folder = {row["folder"]: row for some in rows for row in some}
+    order = [networks.PUBLISHED, *(str(each.folder) for each in every)]
+    return [by_folder[folder] for folder in order if folder in by_folder]
+
+
+def _page(found: Sequence[dict[str, Any]], timed: dict[str, Any], output: pathlib.Path, console: Console) -> None:
+    """Write the results so far, and draw them."""
     output.mkdir(parents=True, exist_ok=True)
-    files.write_json(output / "minilm.json", {"scale": _SCALE.value, "networks": found, "speed": timed})
+    files.write_json(output / RESULTS, {"scale": _SCALE.value, "networks": found, "speed": timed})
     compared = [row for row in found if row["folder"].startswith(("compared", networks.PUBLISHED))]
     shown = [row for row in found if not row["folder"].startswith("compared")]
     lines = {"minilm compared": picture.compared(compared), "minilm served": picture.served(shown, timed["rows"])}
@@ -145,7 +170,7 @@ def _page(directory: pathlib.Path, served: Sequence[Network], every: Sequence[Co
     if timed["rows"]:
         title = f"all-MiniLM-L6-v2, {timed['cores']} cores"
         report.save_figure(output / "minilm.png", picture.plot(shown, timed["rows"], title))
-    console.print(f"Written: {output / 'minilm.json'}", highlight=False, soft_wrap=True)
+    console.print(f"Written: {output / RESULTS}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

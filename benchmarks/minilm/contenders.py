@@ -94,6 +94,7 @@ class Contender(NamedTuple):
       changes: to `configs/minilm.py`, flat.
       one_shot: whether it begins with a network that `one_shot` pruned.
       budget: whether that has a sparsity for each layer.
+      reorder: whether that reorders the network first.
       model: options of the model that differ from the published ones.
     """
 
@@ -103,6 +104,7 @@ class Contender(NamedTuple):
     changes: Mapping[str, Any]
     one_shot: bool = False
     budget: bool = False
+    reorder: bool = False
     model: Mapping[str, Any] = {}
 
     @property
@@ -133,6 +135,10 @@ def contenders(scale: Scale) -> list[Contender]:
     for sparsity in scale.sparsities:
         found += [of_picture(sparsity, block=first, layers=n) for n in scale.pruned_layers]
         found.append(_pruned("picture", sparsity, scale.steps, "one-shot", first, one_shot=True))
+        reordered = functools.partial(
+            _pruned, "picture", sparsity, scale.steps, "one-shot", one_shot=True, reorder=True
+        )
+        found += [reordered(block) for block in others]
     found += [compare(name, first) for name in ALGORITHMS if name != "one-shot"]
     found += [compare("one-shot", first, one_shot=True, budget=budget) for budget in (False, True)]
     found += [compare("SA++", block) for block in others]
@@ -150,15 +156,16 @@ def _pruned(
     layers: int = ALL,
     one_shot: bool = False,
     budget: bool = False,
+    reorder: bool = False,
 ) -> Contender:
     changes = {f"sparsifier.{key}": value for key, value in ALGORITHMS[name].items()}
     changes |= {"sparsifier.block": block, "sparsifier.sparsity": sparsity, "steps": steps}
     changes |= _rate(steps)
-    family = f"{name}{' with a budget' if budget else ''}, blocks {block[0]} × {block[1]}"
+    family = f"{name}{' with a budget' if budget else ''}, {'reordered ' * reorder}blocks {block[0]} × {block[1]}"
     model = {} if layers == ALL else {"layers": layers}
     family += f", {layers} layers" if model else ""
     family += ", then trained" if one_shot else ""
-    return Contender(group, family, f"{sparsity:.0%}", changes, one_shot, budget, model)
+    return Contender(group, family, f"{sparsity:.0%}", changes, one_shot, budget, reorder, model)
 
 
 def _dense(group: str, layers: int, steps: int) -> Contender:

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import sa_plus_plus as sapp
-from benchmarks.minilm.contenders import HIDDEN, LAYERS, Contender
+from benchmarks.minilm.contenders import HIDDEN, LAYERS, Contender, Scale, config_of
 from experiments import retrieval
 from experiments.data.sentences import tokenize
 from experiments.engines import runtimes
 from experiments.models.published_embeddings import BATCH
-from experiments.models.sentences import MeanPooled, SentenceEncoder
+from experiments.models.sentences import MeanPooled, SentenceEncoder, bert_of, params_of
 from experiments.outputs import workdir
+from experiments.training import factories
+from sa_plus_plus import pruning
 from sa_plus_plus.contrib.transformers.encoder import Bert
 
 PUBLISHED = "published"
@@ -86,6 +88,39 @@ def trained(contenders: Sequence[Contender], directory: pathlib.Path, model: str
             bert, params = narrowed(bert, params)
         found.append(Network(str(each.folder), each.family, each.label, bert, jax.tree.map(jnp.asarray, params)))
     return found
+
+
+def untrained(contenders: Sequence[Contender], scale: Scale, path: str) -> list[Network]:
+    """Networks that take as long as the contenders, for timing: as many layers, units and blocks, but no training.
+
+    They have the published weights, in the blocks of the largest norms.
+
+    Args:
+      contenders: of the campaign.
+      scale: its scale.
+      path: the directory of the published encoder.
+    """
+    found = []
+    for each in contenders:
+        bert = bert_of(path, **each.model)
+        params, options = params_of(path, bert), config_of(each, scale, {}).sparsifier
+        if options.name != "dense":
+            planned = factories.plan_options(options) | {"sparsity": options.sparsity}
+            params = _largest(params, sapp.plan(params, **planned))
+        if each.family == HIDDEN:
+            bert, params = narrowed(bert, params)
+        found.append(Network(str(each.folder), each.family, each.label, bert, jax.tree.map(jnp.asarray, params)))
+    return found
+
+
+def _largest(params: Any, plan: sapp.Plan) -> Any:
+    """The parameters with only as many blocks as are planned, the largest ones."""
+    leaves, structure = jax.tree.flatten(params)
+    pruned = [
+        x if leaf.skip_reason else pruning.largest_blocks(x, leaf.block, leaf.kept, leaf.view)
+        for x, leaf in zip(leaves, plan.leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, pruned)
 
 
 def narrowed(model: Bert, params: Mapping[str, Any]) -> tuple[Bert, dict[str, Any]]:

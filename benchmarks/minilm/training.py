@@ -88,8 +88,15 @@ def _one_shot(contender: Contender, config: ml_collections.ConfigDict, folder: p
         limit = float(sum(row[found.sparsities.index(sparsity)] for row in costs.values()))
         overrides = sapp.budget(found, costs, limit=limit).overrides
     batches = [(batch,) for batch in network.calibration(_CALIBRATION)]
+    plan["overrides"] = overrides
     pruned = sapp.one_shot(
-        network.outputs, network.params, batches, method="obs", sparsity=sparsity, **plan | {"overrides": overrides}
+        network.outputs,
+        network.params,
+        batches,
+        method="obs",
+        sparsity=sparsity,
+        reorder=contender.reorder,
+        **plan,
     )
     network.save(folder / workdir.WEIGHTS, pruned.params, pruned.plan)
     errors = {layer.plan.path: layer.error for layer in pruned.layers}

@@ -78,6 +78,20 @@ def test_hidden_units_without_weights_are_removed_exactly(tmp_path):
         networks.narrowed(encoder.model, params)
 
 
+def test_networks_that_are_timed_have_the_sizes_of_the_trained_ones(tmp_path):
+    path, scale = tiny_encoder.write(tmp_path), contenders.SCALES["smoke"]
+    every = [each for each in contenders.contenders(scale) if each.group == "picture"]
+    whole = nonzero(sentences.load(path).params)
+    found = networks.untrained(every, scale, str(path))
+    assert [each.folder for each in found] == [str(each.folder) for each in every]
+    for network, each in zip(found, every, strict=True):
+        share = network.model.layers / 4 if network.dense else each.changes["sparsifier.sparsity"]
+        if each.family == contenders.HIDDEN:
+            assert network.model.hidden == 16  # half
+        else:
+            assert nonzero(network.params) == share * whole
+
+
 def test_every_network_is_shown_in_its_fastest_engine():
     times = {"ours float32": (3, 9), "openvino float32": (4, 8), "openvino int8": (2, 2), "ours int8": (1, 5)}
     about = {"network": "a", "batch": 1, "length": 32}
