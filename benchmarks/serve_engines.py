@@ -9,7 +9,7 @@ r"""Whole networks: ours pruned, against dense inference engines, in each precis
 
 ONNX Runtime and OpenVINO serve the dense network, `sapp.specialize` serves it with random blocks set to zero, and all
 alternate, on all cores. Ours runs larger batches whole or in microbatches, whichever is faster in a first trial;
-engines run them whole. The ResNets and MobileNetV2 are for images of 224 pixels, `bert` is an encoder of the size of
+engines run them whole. Convolutional networks are for images of 224 pixels, `bert` is an encoder of the size of
 BERT-base for sequences of 128. Weights are random, since speed does not depend on them. Each result is compared with
 that of the model with the same weights, in float32. Ratios are to the fastest engine of the same precision.
 """
@@ -29,7 +29,7 @@ from matplotlib import pyplot as plt
 import sa_plus_plus as sapp
 from benchmarks import timing
 from experiments.engines import runtimes
-from experiments.models import MobileNetV2, ResNet18, ResNet34, ResNet50
+from experiments.models import EfficientNetLite0, MobileNetV2, ResNet18, ResNet34, ResNet50
 from experiments.outputs import progress, report
 from experiments.utils import registry
 from experiments.utils.timing import difference
@@ -41,6 +41,7 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {  # and the shape of a
     "resnet34": (ResNet34(classes=1000), (224, 224, 3)),
     "resnet18": (ResNet18(classes=1000), (224, 224, 3)),
     "mobilenetv2": (MobileNetV2(classes=1000), (224, 224, 3)),
+    "efficientnet_lite0": (EfficientNetLite0(classes=1000), (224, 224, 3)),
     "bert": (Encoder(), (128, 768)),
     "minilm": (Encoder(layers=6, width=384, hidden=1536), (32, 384)),
 }

@@ -20,7 +20,7 @@ from sa_plus_plus.contrib.transformers.encoder import EPSILON, Encoder
 
 _OPSET, _IR = 20, 9  # the first opset with Gelu; an IR version that goes with it
 _LARGEST = 2**31 - 2**20  # bytes that protobuf can hold, and some for the nodes
-_NORM_EPSILON = 1e-5  # epsilon of batch normalisation in these networks
+_NORM_EPSILON = 1e-5  # epsilon of batch normalisation in most of these networks
 
 
 class Graph(NamedTuple):
@@ -125,17 +125,18 @@ def _mobilenet(model: MobileNetV2, variables: Any, x: np.ndarray) -> onnx.ModelP
         p, s = params, stats
         for part in where:
             p, s = p[part], s[part]
-        kernel, bias = folded(p[f"conv_{name}"]["kernel"], p[f"norm_{name}"], s[f"norm_{name}"])
+        kernel, bias = folded(p[f"conv_{name}"]["kernel"], p[f"norm_{name}"], s[f"norm_{name}"], model.epsilon)
         half, groups = kernel.shape[-1] // 2, len(kernel) if name == "depthwise" else 1
-        options = {"kernel_shape": kernel.shape[2:], "strides": [stride] * 2, "pads": [half] * 4, "group": groups}
+        options = {"kernel_shape": kernel.shape[2:], "strides": [stride] * 2, "group": groups}
+        options |= {"auto_pad": "SAME_UPPER"} if model.same else {"pads": [half] * 4}
         y = write("Conv", x, kernel, bias, **options)
         return write("Clip", y, np.zeros((), np.float32), np.array(6, np.float32)) if clipped else y
 
     y, channels = convolution("x", (), "stem", 2), mobilenet.STEM
-    for i, (factor, width, blocks, first) in enumerate(model.stages, 1):
-        for j in range(1, blocks + 1):
-            where, stride = (f"stage{i}_block{j}",), first if j == 1 else 1
-            branch = convolution(y, where, "expand") if factor > 1 else y
+    for i, stage in enumerate((mobilenet.Stage(*fields) for fields in model.stages), 1):
+        for j in range(1, stage.blocks + 1):
+            where, stride, width = (f"stage{i}_block{j}",), stage.stride if j == 1 else 1, stage.width
+            branch = convolution(y, where, "expand") if stage.factor > 1 else y
             branch = convolution(branch, where, "depthwise", stride)
             branch = convolution(branch, where, "project", clipped=False)
             y = write("Add", branch, y) if (stride, width) == (1, channels) else branch
@@ -145,12 +146,12 @@ def _mobilenet(model: MobileNetV2, variables: Any, x: np.ndarray) -> onnx.ModelP
     return write.model(x, y, len(x), model.classes)
 
 
-def folded(kernel: Any, norm: Any, stats: Any) -> tuple[np.ndarray, np.ndarray]:
+def folded(kernel: Any, norm: Any, stats: Any, epsilon: float = _NORM_EPSILON) -> tuple[np.ndarray, np.ndarray]:
     """Kernel `(out, in, height, width)` and bias of a convolution with the batch normalisation after it."""
     kernel, scale, shift, mean, variance = (
         np.asarray(a, np.float64) for a in (kernel, norm["scale"], norm["bias"], stats["mean"], stats["var"])
     )
-    factor = scale / np.sqrt(variance + _NORM_EPSILON)
+    factor = scale / np.sqrt(variance + epsilon)
     return (kernel * factor).transpose(3, 2, 0, 1).astype(np.float32), (shift - mean * factor).astype(np.float32)
 
 

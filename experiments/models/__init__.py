@@ -1,7 +1,7 @@
 """Networks. The name in a config is the name of a class or function here."""
 
 from experiments.models.click import ClickNet
-from experiments.models.mobilenet import MobileNetV2
+from experiments.models.mobilenet import EfficientNetLite0, MobileNetV2
 from experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet34, ResNet50
 from experiments.models.small import MLP, Autoencoder, ConvNet, LeNet300
 from sa_plus_plus.contrib.transformers.encoder import Bert
@@ -14,6 +14,7 @@ __all__ = [
     "ClickNet",
     "ConvNet",
     "Decoder",
+    "EfficientNetLite0",
     "LeNet300",
     "MobileNetV2",
     "ResNet",

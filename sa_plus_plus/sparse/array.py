@@ -222,7 +222,7 @@ class BlockSparse:
         columns, indices = np.nonzero(keep.T)
         indptr = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=keep.shape[1]))])
         view = None if read == default(kernel.ndim) else read
-        return cls(jnp.asarray(tiles[indices, columns]), Layout(kernel.shape, sides, indices, indptr, view))
+        return cls(jax.device_put(tiles[indices, columns]), Layout(kernel.shape, sides, indices, indptr, view))
 
     def todense(self) -> jax.Array:
         """The kernel in full, exactly, zeros where no block is kept; differentiable and jittable."""

@@ -11,8 +11,7 @@ import numpy as np
 from jax.extend import core
 
 from sa_plus_plus import progress
-from sa_plus_plus.sparse.compiler.ir import Variable
-from sa_plus_plus.sparse.compiler.measure import alternated, compiled, noise
+from sa_plus_plus.sparse.compiler.measure import alternated, compiled, normal
 from sa_plus_plus.sparse.compiler.planned import Choice
 
 WORTH = 1.1  # as many times as fast, or it is not worth it
@@ -152,7 +151,7 @@ def _filled(leaf: Any) -> Any:
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return noise(Variable(0, leaf.shape, leaf.dtype))
+        return jax.device_put(normal(leaf.size).reshape(leaf.shape).astype(leaf.dtype))
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 

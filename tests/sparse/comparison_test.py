@@ -77,11 +77,11 @@ def injected(monkeypatch):
     """Records what is measured instead of measuring it: layers take 2 s and 1 s, networks 5 s and 4 s."""
     measured = []
 
-    def of_layer(programs, contenders, network_bytes):
-        measured.append((len(programs), network_bytes))
-        return 2.0, 1.0
+    def of_group(program, group, network_bytes):
+        measured.extend((len(contenders), network_bytes) for contenders in group)
+        return [(2.0, 1.0)] * len(group)
 
-    monkeypatch.setattr(autotune, "seconds_of", of_layer)
+    monkeypatch.setattr(autotune, "seconds_of", of_group)
     monkeypatch.setattr(comparison, "alternated", lambda timers, _: np.array([[5.0, 3.0], [5.0, 4.0], [9.0, 4.0]]))
     return measured
 

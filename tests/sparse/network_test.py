@@ -359,8 +359,8 @@ def test_the_faster_form_of_each_layer_runs(monkeypatch):
         jnp.asarray(np.kron(rng.random((6, 6)) < 0.4, np.ones((4, 4))) * rng.normal(size=(24, 24)), jnp.float32)
         for _ in range(2)
     )
-    seconds = iter([(2.0, 1.0), (1.0, 2.0)])  # as traced, and by its blocks
-    monkeypatch.setattr(autotune, "seconds_of", lambda *_: next(seconds))
+    seconds = [(2.0, 1.0), (1.0, 2.0)]  # as traced, and by its blocks
+    monkeypatch.setattr(autotune, "seconds_of", lambda *_: seconds)
     fast = sapp.specialize(lambda x: jax.nn.relu(x @ first) @ second, jnp.ones((2, 24)))
     assert [choice.runs for choice in fast.choices] == ["sparse", "traced"]
     assert [weights[0].shape == (24, 24) for weights in fast.weights] == [False, True]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
@@ -18,7 +17,7 @@ from sa_plus_plus.sparse.compiler.executor import run_by_blocks
 from sa_plus_plus.sparse.compiler.infer_blocks import pruned_in
 from sa_plus_plus.sparse.compiler.ir import Layer, Step, Variable
 from sa_plus_plus.sparse.compiler.lowering import lower_alone, pack_kernel
-from sa_plus_plus.sparse.compiler.measure import Contender, compiled, lowered, noise, seconds_of
+from sa_plus_plus.sparse.compiler.measure import Contender, compiled, lowered, seconds_of, together
 from sa_plus_plus.sparse.compiler.planned import Choice, PackedKernel, PlannedStep
 from sa_plus_plus.sparse.compiler.quantization import BFLOAT16, FLOAT32, UINT8, fallback_type
 from sa_plus_plus.sparse.compiler.unsupported import unsupported
@@ -117,8 +116,8 @@ class Autotuner:
         """A layer as traced and with its packed kernel."""
         spec = layer.spec
 
-        def inputs() -> Sequence[Any]:
-            return [noise(spec.x), None if spec.residual is None else noise(spec.residual)]
+        def inputs(drawn: Callable[[Variable], Any]) -> Sequence[Any]:
+            return [drawn(spec.x), None if spec.residual is None else drawn(spec.residual)]
 
         def as_traced(inputs: Sequence[Any], weights: Any) -> Any:
             (x, residual), (kernel, bias) = inputs, weights
@@ -128,7 +127,7 @@ class Autotuner:
             (x, residual), (w, bias) = inputs, weights
             return run_by_blocks(spec, x, w, bias, residual, self.implementation)
 
-        traced = Contender(as_traced, inputs, (jnp.asarray(layer.kernel), layer.bias))
+        traced = Contender(as_traced, inputs, (jax.device_put(layer.kernel), layer.bias))
         if isinstance(packed, DepthwiseKernel):
             depthwise, arrays = lower_depthwise(layer, packed)
             return [traced, Contender(lambda inputs, weights: depthwise.run(*inputs, *weights), inputs, arrays)]
@@ -139,7 +138,7 @@ class Autotuner:
         def in_kernel(inputs: Sequence[Any], weights: Any) -> Any:
             return compiled.run(*inputs, *weights)
 
-        return [traced, Contender(in_kernel, lambda: encoded(*inputs()), weights)]
+        return [traced, Contender(in_kernel, lambda drawn: encoded(*inputs(drawn)), weights)]
 
     def _attention(self, step: Attention) -> Candidates:
         dtype = np.dtype(step.outputs[0].dtype).name
@@ -148,17 +147,18 @@ class Autotuner:
         traced = [PlannedStep(first, choices=(choice,)), *map(PlannedStep, rest)]
         fast = [PlannedStep(step._replace(calls=()), choices=(choice._replace(runs="fused"),))]
 
-        def inputs() -> Sequence[Any]:
-            return [noise(v) if isinstance(v, Variable) else v.full for v in step.inputs]
+        def inputs(drawn: Callable[[Variable], Any]) -> Sequence[Any]:
+            return [drawn(v) for v in step.inputs if isinstance(v, Variable)]
 
-        def as_traced(inputs: Sequence[Any], _: Any) -> Any:
-            return step.traced(*inputs)
+        constants = [v.full for v in step.inputs if not isinstance(v, Variable)]
 
-        def fused(inputs: Sequence[Any], _: Any) -> Any:
-            return step.run(*inputs)
+        def arguments(inputs: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
+            of_inputs, of_constants = iter(inputs), iter(constants)
+            return [next(of_inputs if isinstance(v, Variable) else of_constants) for v in step.inputs]
 
         def contenders() -> Sequence[Contender]:
-            return [Contender(as_traced, inputs, ()), Contender(fused, inputs, ())]
+            runs = step.traced, step.run
+            return [Contender(lambda *values, run=run: run(*arguments(*values)), inputs, constants) for run in runs]
 
         return Candidates(traced, fast, (step.axes, dtype, step.visible, *(v.shape for v in step.inputs)), contenders)
 
@@ -169,11 +169,10 @@ def measured(each: Sequence[Candidates], network_bytes: int) -> dict[Any, tuple[
     for candidates in each:
         if candidates.contenders is not None and candidates.key not in contenders:
             contenders[candidates.key] = candidates.contenders()
-    programs = iter(compiled(lowered(one) for pair in contenders.values() for one in pair))
-    return {
-        key: seconds_of([next(programs) for _ in pair], pair, network_bytes)
-        for key, pair in progress.each(contenders.items(), "measuring layer", len(contenders))
-    }
+    groups = together([*contenders.values()])
+    programs = zip(compiled(map(lowered, groups)), groups, strict=True)
+    seconds = (times for pair in programs for times in seconds_of(*pair, network_bytes))
+    return dict(zip(contenders, progress.each(seconds, "measuring layer", len(contenders)), strict=True))
 
 
 def chosen(candidates: Candidates, seconds: Mapping[Any, Sequence[float]]) -> Sequence[PlannedStep]:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from sa_plus_plus.sparse.compiler.conv_geometry import Border
@@ -90,4 +90,4 @@ def lower_depthwise(layer: Layer, packed: DepthwiseKernel) -> tuple[CompiledDept
     """What to run, and its weights and bias."""
     plain = Encoding(FLOAT32)
     residual = None if layer.spec.residual is None else plain
-    return CompiledDepthwise(layer.spec, packed.shapes, plain, residual), (jnp.asarray(packed.weights), layer.bias)
+    return CompiledDepthwise(layer.spec, packed.shapes, plain, residual), (jax.device_put(packed.weights), layer.bias)

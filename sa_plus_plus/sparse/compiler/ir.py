@@ -170,12 +170,13 @@ class Layer(NamedTuple):
         """The kernel, scaled, in its type."""
         if self.scale is None:
             return self.original
-        return jnp.asarray((np.asarray(self.original, np.float64) * self.scale).astype(self.original.dtype))
+        scaled = np.asarray(self.original, np.float64) * self.scale
+        return jax.device_put(scaled.astype(self.original.dtype))  # jnp.asarray compiles a copy for each shape
 
     @property
     def bias(self) -> jax.Array | None:
         """The shift in the kernel's type."""
-        return None if self.shift is None else jnp.asarray(self.shift, self.original.dtype)
+        return None if self.shift is None else jax.device_put(self.shift.astype(self.original.dtype))
 
     @property
     def inputs(self) -> tuple[Variable, ...]:

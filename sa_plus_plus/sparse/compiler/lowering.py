@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -185,11 +186,10 @@ def lower(
             sums = np.asarray(w.todense(), np.int64).reshape(-1, outputs).sum(0)
             shift = shift - x.zero_point * scales * sums
     plain = x.dtype != UINT8 and y.dtype != UINT8
-    scale = None if plain else jnp.asarray(scales / y.scale, jnp.float32)
-    bias = None if plain and layer.shift is None else jnp.asarray(shift / y.scale, jnp.float32)
-    blocks = np.asarray(w.blocks)
-    blocks = blocks if x.dtype == FLOAT32 else native.interleave_rows(blocks)
-    return CompiledLayer(layer.spec, packed.window, w.layout, x, y, residual), (jnp.asarray(blocks), scale, bias)
+    scale = None if plain else jax.device_put(np.float32(scales / y.scale))
+    bias = None if plain and layer.shift is None else jax.device_put(np.float32(shift / y.scale))
+    blocks = w.blocks if x.dtype == FLOAT32 else jax.device_put(native.interleave_rows(np.asarray(w.blocks)))
+    return CompiledLayer(layer.spec, packed.window, w.layout, x, y, residual), (blocks, scale, bias)
 
 
 def lower_in_network(

@@ -1,11 +1,12 @@
 """The time of a step as it is in a network: not that of calling a program, but what the step adds to one."""
 
 import concurrent.futures
+import functools
 import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +17,13 @@ from jax import lax
 from sa_plus_plus import progress
 from sa_plus_plus.sparse.compiler.ir import Variable
 
-ROUND_SECONDS = 0.01  # a step is repeated for at least so long
+ROUND_SECONDS = 0.005  # a step is repeated for at least so long
 ROUNDS, CLEAR_ROUNDS, CLEAR = 5, 3, 1.5  # fewer rounds if in each of them one takes so many times as long
 SMALL_BYTES = 1 << 20  # weights that stay in a core's cache while the rest of the network runs
 CACHE_BYTES = 1 << 26  # more than the caches hold
+TOGETHER, TOGETHER_BYTES = 16, 1 << 28  # as many contenders are one program, if their weights are not larger
+_NOISE = 1 << 16  # different numbers
+_IDLE_CALLS, _MOST_IDLE = 5, 20
 
 
 class Contender(NamedTuple):
@@ -27,29 +31,36 @@ class Contender(NamedTuple):
 
     Attributes:
       run: `run(inputs, weights)`, traceable.
-      inputs: makes its inputs, a sequence of arrays or None; the first is an array.
+      inputs: `inputs(drawn)` makes its inputs, a sequence of arrays or None, of the arrays `drawn(variable)`;
+        traceable. The first is an array.
       weights: the tree of arrays that the network would hold for the step.
     """
 
     run: Callable[[Sequence[Any], Any], Any]
-    inputs: Callable[[], Sequence[Any]]
+    inputs: Callable[[Callable[[Variable], Any]], Sequence[Any]]
     weights: Any
 
 
 Timer = Callable[[int], float]  # seconds of so many runs
 
 
-def noise(value: Variable) -> jax.Array:
-    """Normal values of the shape and type of a variable."""
-    some = np.random.default_rng(0).standard_normal(1 << 16, np.float32)
-    return jnp.asarray(np.resize(some, value.shape), value.dtype)
+def normal(size: int) -> np.ndarray:
+    """Normal values, float32, which repeat after a while."""
+    return np.resize(np.random.default_rng(0).standard_normal(_NOISE, np.float32), size)
+
+
+def _drawn(noise: Any, value: Variable) -> jax.Array:
+    """Normal values of the shape and type of a variable, of `normal(_NOISE)`."""
+    size = math.prod(value.shape)
+    rows = jnp.broadcast_to(noise, (-(-size // _NOISE), _NOISE))
+    return rows.reshape(-1)[:size].reshape(value.shape).astype(value.dtype)
 
 
 def repeated(run: Callable[[Sequence[Any], Any], Any]) -> Callable[..., Any]:
     """`program(count, inputs, weights)`, which runs a step `count` times, one after another.
 
     A value of each result goes into the next run's input, and the other operands pass a barrier, so that no compiler
-    moves a part out of the loop.
+    moves a part out of the loop. The result is the first value of the last run's.
     """
 
     def program(count: Any, inputs: Sequence[Any], weights: Any) -> Any:
@@ -62,14 +73,39 @@ def repeated(run: Callable[[Sequence[Any], Any], Any]) -> Callable[..., Any]:
             return x, jax.tree.leaves(run(*operands))[0]
 
         y = jax.tree.leaves(jax.eval_shape(run, inputs, weights))[0]
-        return lax.fori_loop(0, count, once, (inputs[0], jnp.zeros(y.shape, y.dtype)))[1].reshape(-1)[:1]
+        last = lax.fori_loop(0, count, once, (inputs[0], jnp.zeros(y.shape, y.dtype)))[1]
+        return last.reshape(-1)[:1].sum(dtype=jnp.float32)
 
     return program
 
 
-def lowered(contender: Contender) -> Any:
-    """The program that repeats a step, ready to be compiled."""
-    return jax.jit(repeated(contender.run)).lower(np.int32(0), jax.eval_shape(contender.inputs), contender.weights)
+def together(steps: Sequence[Sequence[Contender]]) -> list[list[Sequence[Contender]]]:
+    """Steps, in order, in groups whose contenders become one program, for XLA takes a multiple of the time for many."""
+    groups: list[list[Sequence[Contender]]] = []
+    contenders = size = 0
+    for step in steps:
+        contenders, size = contenders + len(step), size + sum(_bytes(one.weights) for one in step)
+        if not groups or contenders > TOGETHER or size > TOGETHER_BYTES:
+            groups.append([])
+            contenders, size = len(step), sum(_bytes(one.weights) for one in step)
+        groups[-1].append(step)
+    return groups
+
+
+def lowered(group: Sequence[Sequence[Contender]]) -> Any:
+    """`program(which, count, noise, weights)`, which repeats one of the contenders, ready to be compiled.
+
+    Their inputs are made in it: XLA would copy those of all contenders in each call.
+    """
+    contenders = [one for step in group for one in step]
+
+    def program(which: Any, count: Any, noise: Any, weights: Sequence[Any]) -> Any:
+        def branch(one: Contender, weights: Any) -> Any:
+            return repeated(one.run)(count, one.inputs(functools.partial(_drawn, noise)), weights)
+
+        return lax.switch(which, [functools.partial(branch, *pair) for pair in zip(contenders, weights, strict=True)])
+
+    return jax.jit(program).lower(np.int32(0), np.int32(0), normal(_NOISE), [one.weights for one in contenders])
 
 
 def compiled(programs: Iterable[Any]) -> list[Any]:
@@ -81,18 +117,20 @@ def compiled(programs: Iterable[Any]) -> list[Any]:
     return [future.result() for future in futures]
 
 
-def seconds_of(programs: Sequence[Any], contenders: Sequence[Contender], network_bytes: int) -> tuple[float, ...]:
-    """Seconds that a run of each contender takes in a network, in the fastest round; they take turns.
+def seconds_of(program: Any, group: Sequence[Sequence[Contender]], network_bytes: int) -> Iterator[tuple[float, ...]]:
+    """Of each step, seconds that a run of each contender takes in a network, in the fastest round; they take turns.
 
     Args:
-      programs: of the contenders, compiled; the first has the weights in full.
-      contenders: two or more.
+      program: of the group, compiled.
+      group: of each step two or more contenders; the first has the weights in full.
       network_bytes: of all weights of the network, in full.
     """
-    size = sum(a.nbytes for a in jax.tree.leaves(contenders[0].weights))
-    copies = max(1, min(network_bytes, CACHE_BYTES) // size) if size > SMALL_BYTES else 1
-    rounds = alternated([_timer(*pair, copies) for pair in zip(programs, contenders, strict=True)])
-    return tuple(rounds.min(0).tolist())  # what else the machine does only adds time
+    weights, number = [one.weights for step in group for one in step], itertools.count()
+    for step in group:
+        size = _bytes(step[0].weights)
+        copies = max(1, min(network_bytes, CACHE_BYTES) // size) if size > SMALL_BYTES else 1
+        rounds = alternated([_timer(program, next(number), weights, copies) for _ in step])
+        yield tuple(rounds.min(0).tolist())  # what else the machine does only adds time
 
 
 def alternated(timers: Sequence[Timer], round_seconds: float = ROUND_SECONDS) -> np.ndarray:
@@ -132,19 +170,31 @@ def _count(timer: Timer, round_seconds: float) -> int:
     return count
 
 
-def _timer(program: Any, contender: Contender, copies: int) -> Timer:
-    """The timer of a compiled program. Weights larger than a core's cache come from further away in a network each
-    time that it runs: here each run takes another copy."""
-    inputs = contender.inputs()
-    weights = [contender.weights]
-    weights += [jax.tree.map(lambda a: jnp.asarray(np.array(a)), contender.weights) for _ in range(copies - 1)]
-    several, one = itertools.cycle(weights), jnp.int32(1)
+def _timer(program: Any, which: int, weights: Sequence[Any], copies: int) -> Timer:
+    """The timer of one of a program's contenders, without what a call of the program takes.
 
-    def timer(count: int) -> float:
-        runs, calls = (jnp.int32(count), 1) if copies == 1 else (one, count)
+    Weights larger than a core's cache come from further away in a network each time that it runs: here each run takes
+    another copy.
+    """
+    others = [jax.tree.map(lambda a: jax.device_put(np.array(a)), weights[which]) for _ in range(copies - 1)]
+    several = itertools.cycle([weights, *([*weights[:which], other, *weights[which + 1 :]] for other in others)])
+    noise, number = jax.device_put(normal(_NOISE)), np.int32(which)
+
+    def seconds(runs: int, calls: int = 1) -> float:
         began = time.perf_counter()
         for _ in range(calls):
-            jax.block_until_ready(program(runs, inputs, next(several)))
+            jax.block_until_ready(program(number, np.int32(runs), noise, next(several)))
         return time.perf_counter() - began
 
+    idle = min(seconds(0) for _ in range(_IDLE_CALLS))
+
+    def timer(count: int) -> float:
+        calls = 1 if copies == 1 else count
+        elapsed = seconds(count // calls, calls)
+        return max(elapsed - calls * idle, elapsed / _MOST_IDLE)  # a disturbed call is no sign of a step without work
+
     return timer
+
+
+def _bytes(weights: Any) -> int:
+    return sum(a.nbytes for a in jax.tree.leaves(weights))

@@ -15,6 +15,10 @@ CASES = {  # and an input
     "bottlenecks": (ResNet(**SMALL), (2, 40, 33, 3)),
     "basic": (ResNet(**SMALL, bottleneck=False, small_images=True), (2, 16, 15, 3)),
     "inverted residuals": (MobileNetV2(5, stages=((1, 8, 1, 1), (2, 16, 2, 2))), (2, 40, 32, 3)),
+    "inverted residuals padded below": (
+        MobileNetV2(5, stages=((1, 8, 1, 1), (2, 16, 2, 2, 5)), same=True, epsilon=0.1),
+        (2, 40, 33, 3),
+    ),
     "encoder": (Encoder(layers=1, width=32, hidden=64, heads=4), (2, 8, 32)),
     "perceptron": (LeNet300(), (3, 8, 8, 1)),
     "click": (ClickNet(vocabulary=(5, 700, 9), table_scale=1.0, widths=(40, 30)), (64, 3)),

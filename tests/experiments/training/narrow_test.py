@@ -113,7 +113,7 @@ def made(name):
     return getattr(models, name)(**required)
 
 
-@pytest.mark.parametrize("name", [name for name in models.__all__ if name != "MobileNetV2"])
+@pytest.mark.parametrize("name", [name for name in models.__all__ if name not in ("MobileNetV2", "EfficientNetLite0")])
 def test_widths_of_every_model_fall_together(name):
     model = made(name)
     assert narrowed(model, widest(model)) == narrowed(model, widest(model), "cap") == widths_of(model)

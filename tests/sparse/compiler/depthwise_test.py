@@ -158,8 +158,9 @@ def test_a_served_network_has_it(tmp_path):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_all_of_mobilenet_runs_compiled():
-    model, x = MobileNetV2(5, stages=((1, 8, 1, 1), (2, 16, 2, 2))), normal(1, 32, 32, 3)
+@pytest.mark.parametrize("options", [{}, {"same": True, "epsilon": 1e-3}], ids=["mobilenet", "efficientnet-lite"])
+def test_all_of_mobilenet_runs_compiled(options):
+    model, x = MobileNetV2(5, stages=((1, 8, 1, 1), (2, 16, 2, 2, 5)), **options), normal(1, 32, 32, 3)
     variables = problems.variables(model, x)
     fast = compared(lambda x: model.apply(variables, x), x)
     assert {choice.runs for choice in fast.choices} == {"dense"}

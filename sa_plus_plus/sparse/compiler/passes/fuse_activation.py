@@ -82,7 +82,7 @@ def _recognised(calls: Sequence[Call], layer: LayerSpec, end: Variable) -> Activ
     if end.dtype != np.float32:
         return None
     with jax.ensure_compile_time_eval():
-        known: dict[Value, Any] = {layer.output: activate(layer.activation, jnp.asarray(_POINTS))}
+        known: dict[Value, Any] = {layer.output: activate(layer.activation, jax.device_put(_POINTS))}
         for call in calls:
             arguments = [
                 known[v] if isinstance(v, Variable) else jnp.broadcast_to(np.reshape(v.value, ()), _POINTS.shape)
@@ -99,6 +99,7 @@ def _allowed(values: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _values() -> dict[Activation, np.ndarray]:
-    with jax.ensure_compile_time_eval():
-        points = jnp.asarray(_POINTS)
-        return {name: np.asarray(activate(name, points)) for name in get_args(Activation) if name != "none"}
+    names = [name for name in get_args(Activation) if name != "none"]
+    with jax.ensure_compile_time_eval():  # one program: operation by operation there would be a dozen
+        values = jax.jit(lambda points: [activate(name, points) for name in names])(_POINTS)
+    return dict(zip(names, map(np.asarray, values), strict=True))
