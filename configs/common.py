@@ -150,6 +150,8 @@ def sparsifier() -> ConfigDict:
     config.block = (8, 8)
     config.sparsity = 0.9
     config.min_blocks = 100
+    config.min_kept = "none"  # least number of blocks that each kernel keeps, or "outputs": one in each column of its
+    # grid; "none": the default, "outputs" in last layers alone
     config.scope = "layer"  # or "global"
     config.include = ""  # pattern of the kernels to prune; "" for all
     config.views = ConfigDict()  # how leaves are read as matrices: {"*/query/kernel": "d (h k)"}

@@ -59,6 +59,7 @@ def plan_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
         raise ValueError(f"config.sparsifier.block needs both sides, such as (8, 8); got {config.block}")
     options = {"block": config.block, "min_blocks": config.min_blocks}
     options |= {key: config[key].to_dict() for key in ("overrides", "views")}
+    options["min_kept"] = _value(config.min_kept)
     return options | ({"where": functools.partial(_matches, config.include)} if config.include else {})
 
 
