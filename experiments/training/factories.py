@@ -4,7 +4,7 @@ import ast
 import fnmatch
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,34 @@ def sparsifier(
         asked = inspect.signature(own_schedule).parameters
         phases = own_schedule(total_steps, **{k: config[k] for k in _OF_SCHEDULES if k in asked})
     return make(phases=phases, **options)
+
+
+def reorder_steps(when: Sequence[Any], phases: sapp.Phases, steps_per_epoch: int | None = None) -> tuple[int, ...]:
+    """The steps that `config.sparsifier.reorder` stands for.
+
+    Args:
+      when: kinds of phases, for their starts, or lengths of time since the start of the run, as schedules take them.
+      phases: the schedule.
+      steps_per_epoch: for times in epochs.
+
+    Raises:
+      ValueError: for a step in a sparse phase, or what cannot be read.
+    """
+    steps: set[int] = set()
+    for entry in when:
+        starts = [phase.start for phase in phases.phases if phase.kind == entry]
+        if not starts and entry in sapp.phases.KINDS:
+            raise ValueError(
+                f"config.sparsifier.reorder names {entry!r}, but the schedule has no such phase:\n{phases}"
+            )
+        at = starts or [round(sapp.phases.as_steps(entry, phases.total_steps, steps_per_epoch))]
+        if taken := [step for step in at if phases.at(step).kind == sapp.phases.SPARSE]:
+            raise ValueError(
+                f"config.sparsifier.reorder={entry!r} is at step {taken[0]}, in the phase {phases.at(taken[0])}, whose "
+                "blocks are chosen: reorder before"
+            )
+        steps.update(at)
+    return tuple(sorted(steps))
 
 
 def plan_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
