@@ -96,24 +96,28 @@ def permuted_like(
     Raises:
       ValueError: for a leaf at the place of a permuted one, but of another shape.
     """
-    known = {keys: (path_string(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(trainable.params)}
-    grids = {keys: (path_string(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(trainable.logits)}
+    kinds = ((trainable.params, _leaf_in_order), (trainable.logits, _grid_of))
+    trained = [
+        (keys, path_string(keys), leaf, permute)
+        for part, permute in kinds
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(part)
+    ]
 
     def one(keys: Any, leaf: Any) -> Any:
-        for start in range(len(keys) + 1):  # the longest key path that the trained trees have too
-            place = keys[start:]
-            for trained, permute in ((known, _leaf_in_order), (grids, _grid_of)):
-                if place not in trained or not hasattr(leaf, "shape") or np.size(leaf) < 2:
-                    continue
-                path, like = trained[place]
-                if np.shape(leaf) == np.shape(like):
-                    return permute(order, prefix, layers, path, leaf)
-                if permute(order, prefix, layers, path, like) is not like:
-                    raise ValueError(
-                        f"cannot permute {path_string(keys)} of the optimizer's state: its shape {np.shape(leaf)} is "
-                        f"not {np.shape(like)}, that of {path}, so it is not known which axes it has. Reorder before "
-                        "training, or use an optimizer whose moments have the shapes of the parameters"
-                    )
+        if not hasattr(leaf, "shape") or np.size(leaf) < 2:
+            return leaf
+        at_its_place = [entry for entry in trained if entry[0] == keys[len(keys) - len(entry[0]) :]]
+        at_its_place.sort(key=lambda entry: -len(entry[0]))  # the longest path that both trees have first
+        for _, path, like, permute in at_its_place:
+            if np.shape(leaf) == np.shape(like):
+                return permute(order, prefix, layers, path, leaf)
+        for _, path, like, permute in at_its_place:
+            if permute(order, prefix, layers, path, like) is not like:
+                raise ValueError(
+                    f"cannot permute {path_string(keys)} of the optimizer's state: its shape {np.shape(leaf)} is "
+                    f"not {np.shape(like)}, that of {path}, so it is not known which axes it has. Reorder before "
+                    "training, or use an optimizer whose moments have the shapes of the parameters"
+                )
         return leaf
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_leaf)

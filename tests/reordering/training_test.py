@@ -187,3 +187,24 @@ def test_what_cannot_be_reordered_is_said():
     factored = sapp.sparsify(optax.adafactor(1e-2, min_dim_size_to_factor=4), CHOOSING_BY_WEIGHTS["gradual"](**OPTIONS))
     with pytest.raises(ValueError, match=r"cannot permute .*v_row.* its shape \(12,\) is not \(12, 32\)"):
         sapp.reorder_training(network, start(), factored.init(start()), factored, X)
+
+
+def test_logits_are_told_from_parameters_of_the_same_name():
+    """By their shapes: in a flat tree both are called by the layer's path."""
+    params = {name: layer["kernel"] for name, layer in start().items()}
+
+    def fn(params, x):
+        return jax.nn.relu(jax.nn.relu(x @ params["a"]) @ params["b"]) @ params["c"]
+
+    tx = sapp.sparsify(OPTIMIZERS["adamw"], CHOOSING_BY_WEIGHTS["attention"](**OPTIONS))
+    state = tx.init(params)
+    moments = state.inner[0].mu
+    moments = moments._replace(
+        logits=jax.tree.map(lambda x: x + jnp.arange(x.size).reshape(x.shape) * 1.0, moments.logits)
+    )
+    state = state._replace(inner=(state.inner[0]._replace(mu=moments), *state.inner[1:]))
+    found = sapp.reorder_training(fn, params, state, tx, X)
+    after = found.opt_state.inner[0].mu.logits["b"]
+    assert after.shape == moments.logits["b"].shape
+    np.testing.assert_allclose(after.mean(), moments.logits["b"].mean(), rtol=1e-5)
+    assert not np.array_equal(after, moments.logits["b"])
