@@ -150,6 +150,8 @@ def sparsifier() -> ConfigDict:
     config.block = (8, 8)
     config.sparsity = 0.9
     config.min_blocks = 100
+    config.min_kept = "none"  # least number of blocks that each kernel keeps, or "outputs": one in each column of its
+    # grid; "none": the default, "outputs" in last layers alone
     config.scope = "layer"  # or "global"
     config.include = ""  # pattern of the kernels to prune; "" for all
     config.views = ConfigDict()  # how leaves are read as matrices: {"*/query/kernel": "d (h k)"}
@@ -158,6 +160,8 @@ def sparsifier() -> ConfigDict:
     config.sparsification = True  # False: SequentialAttention++ on ACDC's schedule (D.1)
     config.exponent = 4.0  # c of the sparsification curve (D.2)
     config.schedule = ()  # a schedule of your own instead: (("dense", "20%"), ("sparsification", 0.3), ("sparse", 0.5))
+    config.reorder = ()  # when units are put into another order, so that few blocks hold most of the weights: kinds of
+    # phases, at whose start, or times: ("sparsification",), (500,), ("20%",); by the weights' magnitudes
     # A section for each algorithm with its own options and their defaults, such as `acdc.form`. Text stands for values
     # of other types: sequential_attention.clip is "density", "none" or a range, "0.1,10". Masks are drawn by the run's
     # own seed.

@@ -6,9 +6,9 @@
 
 Without flags it runs configs/mnist.py. The third command starts from the weights that a run has left in runs/dense. It
 writes `result.json`, `metrics.jsonl`, `pruned.safetensors`, `run.png`, `tensorboard/` and `checkpoints/` to the work
-directory, and `features.json` for feature selection (configs/feature_selection.py). The same command resumes an
-interrupted run and ends with the same result as an uninterrupted one. Exit status: 0 done, 2 bad input, 3 diverged,
-4 stopped by SIGTERM after saving, 5 disk full.
+directory, `features.json` for feature selection (configs/feature_selection.py), and `orders.json` for runs that reorder
+units (`--config.sparsifier.reorder`). The same command resumes an interrupted run and ends with the same result as an
+uninterrupted one. Exit status: 0 done, 2 bad input, 3 diverged, 4 stopped by SIGTERM after saving, 5 disk full.
 """
 
 import contextlib

@@ -82,12 +82,16 @@ def _one(
         result["narrowed"] = setup.narrowed
     if outcome.diverged:
         result["diverged_at"] = {**rows[-1], "last_checkpoint": last_saved}
+    if outcome.reorderings:
+        result["reordered"] = [{"step": each.step, "shares": each.shares} for each in outcome.reorderings]
     if twin is not None:
         result["dense_twin"] = {"metric": twin["metric"], "loss": twin["loss"]}
     if jax.process_index() == 0:
         report.save_weights(path / workdir.WEIGHTS, outcome)
         heading = f"{config.name}: {config.sparsifier.name}, blocks {progress.sizes(config.sparsifier.block)}"
         report.plot_run(path / workdir.PICTURE, outcome, rows, metric, heading)
+        if outcome.reorderings:
+            files.write_json(path / workdir.ORDERS, report.reorderings(outcome))
         if "features" in config and outcome.plan.pruned:
             files.write_json(path / workdir.FEATURES, report.chosen_features(outcome, setup.task.dataset.features))
         files.write_json(path / workdir.RESULT, result)  # last: this file marks the run as complete

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import dynamic_sparsity, planning
+from sa_plus_plus import dynamic_sparsity, planning, select
 from sa_plus_plus.dynamic_sparsity import Regrowth
 from sa_plus_plus.masking import apply_mask, expand_blocks, scale_blocks, zero_masked
 from sa_plus_plus.phases import SPARSE, Phases
@@ -257,7 +257,10 @@ class Composed:
         fraction, reached = self.phases.fraction(step), self.phases.reached(step)
         k = {path: _blocks_due(layer, fraction, reached) for path, layer in layers.items()}
         narrows = self.phases.narrows(step) & self.monotone
-        return self.choose(scores, k, {path: mask | ~narrows for path, mask in prune.masks.items()})
+        return self._keeping(layers)(scores, k, {path: mask | ~narrows for path, mask in prune.masks.items()})
+
+    def _keeping(self, layers: dict[str, LeafPlan]) -> Callable[..., Masks]:
+        return select.keeping(self.choose, {path: layer.min_kept for path, layer in layers.items()})
 
     def _regrow_masks(
         self,
@@ -281,7 +284,7 @@ class Composed:
         growth = {path: growth_scores(path) for path in norms}
         kept = {path: layers[path].kept_each for path in norms}
         share = self.regrow.share(self.phases, step)
-        return dynamic_sparsity.regrow(self.choose, prune.masks, norms, growth, kept, share)
+        return dynamic_sparsity.regrow(self._keeping(layers), prune.masks, norms, growth, kept, share)
 
     @property
     def _by_gradient(self) -> bool:

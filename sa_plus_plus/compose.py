@@ -29,14 +29,17 @@ class PlanOptions(TypedDict, total=False):
       min_blocks: kernels with fewer blocks stay dense (default 100; paper, C.1).
       where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings, biases, scales, low-rank
         factors and batch statistics. Depthwise kernels stay dense whatever it says.
-      overrides: other `block`, `sparsity` or `min_blocks` by path or pattern.
+      overrides: other `block`, `sparsity`, `min_blocks` or `min_kept` by path or pattern.
       views: how leaves are read as matrices, by path or pattern: `{"*/query/kernel": "d (h k)"}`.
+      min_kept: number of blocks that each matrix keeps at least, or `"outputs"` for one in each column of the grid: the
+        default for last layers.
     """
 
     min_blocks: int
     where: Callable[[str], bool]
     overrides: Overrides | None
     views: Views | None
+    min_kept: int | str | None
 
 
 class PruningOptions(PlanOptions, total=False):
@@ -44,7 +47,7 @@ class PruningOptions(PlanOptions, total=False):
 
     Attributes:
       scope: `"layer"` (the default) to keep the planned number of blocks in each layer, `"global"` to keep their sum
-        over all layers.
+        over all layers, where each keeps what `min_kept` says.
     """
 
     scope: str

@@ -65,7 +65,7 @@ def regrow(
     be blocks that have just been dropped (RigL, algorithm 1).
 
     Args:
-      choose: `select.top_k_per_layer`, or another function that chooses blocks by a score.
+      choose: a function that chooses blocks by a score, from `select.keeping`.
       masks: by path, like the following arguments.
       norms: of the blocks.
       growth: the higher, the sooner a block is grown.
@@ -74,5 +74,5 @@ def regrow(
     """
     count = {path: jnp.floor(share * float(kept[path])).astype(jnp.int32) for path in masks}
     stay = choose(norms, {path: kept[path] - count[path] for path in masks}, masks)
-    join = choose(growth, count, {path: ~stay[path] for path in masks})
+    join = choose(growth, count, {path: ~stay[path] for path in masks}, stay)
     return {path: stay[path] | join[path] for path in masks}

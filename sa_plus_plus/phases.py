@@ -213,7 +213,7 @@ def custom(
     sparsification [20, 50)
     """
     check_total_steps(total_steps)
-    resolve = functools.partial(_steps, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    resolve = functools.partial(as_steps, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     resolved, end = [], Fraction(0)
     for phase in phases:
         if len(phase) == 2:
@@ -227,7 +227,17 @@ def custom(
     return Phases(total_steps, tuple(resolved), exponent)
 
 
-def _steps(duration: Any, total_steps: int, steps_per_epoch: int | None) -> Fraction:
+def as_steps(duration: Any, total_steps: int, steps_per_epoch: int | None = None) -> Fraction:
+    """A duration in steps.
+
+    Args:
+      duration: as `custom` takes it.
+      total_steps: length of the run in steps.
+      steps_per_epoch: needed for one in epochs.
+
+    Raises:
+      ValueError: if it cannot be read.
+    """
     if isinstance(duration, int | np.integer) and not isinstance(duration, bool):
         return Fraction(int(duration))
     if isinstance(duration, Fraction):

@@ -5,6 +5,7 @@ import difflib
 import fnmatch
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import layouts, select, views
 from sa_plus_plus.names import named_as_kernel, non_kernel_kind
-from sa_plus_plus.plans import VECTORS, LeafPlan, Plan
+from sa_plus_plus.plans import OUTPUTS, VECTORS, LeafPlan, Plan, kept
 from sa_plus_plus.views import View
 
 _NUMBERS = (int, float, Fraction, np.generic, np.ndarray, jax.Array)
@@ -52,6 +53,7 @@ def plan(
     where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
     views: Views | None = None,
+    min_kept: int | str | None = None,
 ) -> Plan:
     """Decide which leaves of a parameter tree are pruned (paper, C.1).
 
@@ -69,19 +71,32 @@ def plan(
       where: predicate on the path of a leaf, `Dense_0/kernel`; by default `named_as_kernel`. Kernels that are, or may
         be, depthwise stay dense whatever it says, as do first layers for grey images, which look the same. Such a
         kernel is pruned if its own path, not a pattern, is in `overrides` or `views`.
-      overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...)` to
-        use there. The first matching pattern applies.
+      overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...,
+        min_kept=...)` to use there. The first matching pattern applies.
       views: by path or pattern, how leaves are read as matrices: `"d (h k)"`, `"[l] i o"`, `"o i -> i o"` (see
         `views.as_view`). A pattern passes over leaves with another number of axes. By default `layouts.guess` decides
         by names and biases; `print(plan)` shows the result, and where it is an assumption.
+      min_kept: number of blocks that each matrix keeps at least, whatever the sparsity; or `"outputs"`: a block in each
+        column of the grid, so that no output is cut off. With `scope="global"` no layer keeps less either. By default
+        `"outputs"` for last layers, whose number of outputs is no kernel's number of inputs, and 0 for others.
 
     Raises:
       ValueError: if an option is out of range, a pattern or the predicate matches nothing, or no pruned leaf, nothing
         is left to prune, a layer would keep no block, two leaves have the same path, or a view does not fit.
       TypeError: if a layer to be pruned is not floating point, or `where` is not callable.
+
+    Warns:
+      UserWarning: once for a plan, naming the layers that keep fewer blocks than their grids have columns: outputs
+        without any weight are constant.
     """
     return planner(
-        block=block, sparsity=sparsity, min_blocks=min_blocks, where=where, overrides=overrides, views=views
+        block=block,
+        sparsity=sparsity,
+        min_blocks=min_blocks,
+        where=where,
+        overrides=overrides,
+        views=views,
+        min_kept=min_kept,
     )(params)
 
 
@@ -93,6 +108,7 @@ def planner(
     where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
     views: Views | None = None,
+    min_kept: int | str | None = None,
 ) -> Callable[[Any], Plan]:
     """`plan` with these options as a function of the parameters, which computes the plan of a tree only once.
 
@@ -103,7 +119,7 @@ def planner(
     Raises:
       ValueError, TypeError: see `plan`.
     """
-    defaults, checked = check_options(block, sparsity, min_blocks, where, overrides, views)
+    defaults, checked = check_options(block, sparsity, min_blocks, where, overrides, views, min_kept)
 
     @functools.lru_cache(maxsize=8)
     def plan_leaves(leaves: tuple[_Leaf, ...]) -> Plan:
@@ -124,7 +140,7 @@ def readings(params: Any, views: Views | None = None) -> tuple[LeafPlan, ...]:
     """
     leaves = _leaves(params)
     found = _readings(leaves, views or {}, {})
-    return tuple(_layer(leaf, 1, 0.0, 1, lambda path: False, found.get(leaf.path)) for leaf in leaves)
+    return tuple(_layer(leaf, 1, 0.0, 1, 0, lambda path: False, found.get(leaf.path)) for leaf in leaves)
 
 
 class _Leaf(NamedTuple):
@@ -163,10 +179,14 @@ def _plan_leaves(
             if not any(_matches(path, pattern) for path in paths):
                 raise ValueError(f"{what} {pattern!r} matches no leaf{_nearest(pattern, paths)}")
     readings = _readings(leaves, views, overrides)
+    last = _last(leaves, readings)
     layers = []
     for leaf in leaves:
         override = next((o for pattern, o in overrides.items() if _matches(leaf.path, pattern)), {})
-        layers.append(_layer(leaf, **(defaults | override), where=where, reading=readings.get(leaf.path)))
+        options = defaults | override
+        if options["min_kept"] is None and leaf.path not in last:
+            options["min_kept"] = 0
+        layers.append(_layer(leaf, **options, where=where, reading=readings.get(leaf.path)))
     for pattern in overrides:
         matched = [layer for layer in layers if _matches(layer.path, pattern)]
         if all(layer.skip_reason for layer in matched):
@@ -183,7 +203,42 @@ def _plan_leaves(
             "blocks, a smaller min_blocks or another predicate. Leaves of 2 and more dimensions:\n"
             + "\n".join(dense or ["  none"])
         )
+    _warn_of_outputs_cut_off(result)
     return result
+
+
+def _last(leaves: Sequence[_Leaf], readings: "Mapping[str, _Reading]") -> set[str]:
+    """The kernels whose outputs, by their number, are no kernel's inputs, in a network of several kernels."""
+    kernels = {
+        leaf.path: (reading.view, leaf.shape)
+        for leaf in leaves
+        if (reading := readings.get(leaf.path)) and reading.view and not non_kernel_kind(leaf.path)
+    }
+    inputs = collections.Counter(
+        size
+        for view, shape in kernels.values()
+        for size in {view.matrix(shape)[0], *(shape[axis] for axis in view.rows)}
+    )
+    return {path for path, (view, shape) in kernels.items() if len(kernels) > 1 and not inputs[view.matrix(shape)[1]]}
+
+
+def _warn_of_outputs_cut_off(plan: Plan) -> None:
+    lost = [(layer, layer.cut_off[1]) for layer in plan.pruned.values() if layer.cut_off[1]]
+    if not lost:
+        return
+    named = [
+        f"{layer.path} keeps {kept(layer)}: no weight for at least {outputs:,} of its "
+        f"{blk.matrix_shape(layer.shape, layer.view)[1]:,} outputs"
+        for layer, outputs in lost[:3]
+    ]
+    more = [f"{len(lost) - 3} more (print the plan)"] if lost[3:] else []
+    warnings.warn(
+        f'outputs without any weight are constant. {"; ".join(named + more)}. Set min_kept="{OUTPUTS}" there (see '
+        "`overrides`) to keep a block for each, use smaller blocks or a lower sparsity, or leave the layer out by "
+        "`where`",
+        UserWarning,
+        stacklevel=6,  # the caller of `plan`
+    )
 
 
 def check_options(
@@ -193,6 +248,7 @@ def check_options(
     where: Callable[[str], bool] = named_as_kernel,
     overrides: Overrides | None = None,
     views: Views | None = None,
+    min_kept: int | str | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Refuse invalid options of `plan`; return the common ones, and those of the overrides by pattern."""
     if not callable(where):
@@ -201,6 +257,7 @@ def check_options(
         "block": blk.as_sides(block),
         "sparsity": _checked_sparsity(sparsity, "sparsity"),
         "min_blocks": _checked_min_blocks(min_blocks, "min_blocks"),
+        "min_kept": _checked_min_kept(min_kept, "min_kept"),
     }
     if overrides is not None and not isinstance(overrides, Mapping):
         raise ValueError(f'overrides must be a mapping such as {{"*/kernel": {{"sparsity": 0.5}}}}, got {overrides!r}')
@@ -280,6 +337,7 @@ def _layer(
     block: int | Sequence[int | None],
     sparsity: float,
     min_blocks: int,
+    min_kept: int | str | None,
     where: Callable[[str], bool],
     reading: _Reading | None,
 ) -> LeafPlan:
@@ -307,14 +365,19 @@ def _layer(
         return layer._replace(skip_reason=f"fewer than {min_blocks} blocks")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"{path} has dtype {leaf.dtype}: only floating-point kernels can be pruned, see `where`")
-    kept = select.kept_blocks(each, sparsity)
-    if kept == 0:
+    if min_kept is None:  # of a last layer; not where a block is all that an output has
+        min_kept = OUTPUTS if grid[0] > 1 else 0
+    layer = layer._replace(min_kept=min_kept)
+    kept_each = layer.kept_each_at(sparsity)
+    if kept_each == 0:
         digits = 10 ** len(str(each))
         raise ValueError(
             f"sparsity {sparsity} leaves no block of the {each} in {path}: "
             f"lower it to at most {(each - 1) * digits // each / digits} there (see `overrides`) or use smaller blocks"
         )
-    return layer._replace(kept=kept * math.prod(layer.stack), sparsity=sparsity)
+    if kept_each > select.kept_blocks(each, sparsity):
+        sparsity = 1 - kept_each / each
+    return layer._replace(kept=kept_each * math.prod(layer.stack), sparsity=sparsity)
 
 
 def _checked_sparsity(sparsity: float, name: str) -> float:
@@ -327,9 +390,11 @@ def _checked_sparsity(sparsity: float, name: str) -> float:
 def _checked_override(pattern: str, override: Any) -> dict[str, Any]:
     if not isinstance(override, Mapping):
         raise ValueError(f'override {pattern!r} must be a mapping such as {{"sparsity": 0.5}}, got {override!r}')
-    unknown = set(override) - {"block", "sparsity", "min_blocks"}
+    unknown = set(override) - {"block", "sparsity", "min_blocks", "min_kept"}
     if unknown:
-        raise ValueError(f"override {pattern!r} may set `block`, `sparsity` and `min_blocks`, got {sorted(unknown)}")
+        raise ValueError(
+            f"override {pattern!r} may set `block`, `sparsity`, `min_blocks` and `min_kept`, got {sorted(unknown)}"
+        )
     checked: dict[str, Any] = {}
     if "block" in override:
         checked["block"] = blk.as_sides(override["block"])
@@ -337,6 +402,8 @@ def _checked_override(pattern: str, override: Any) -> dict[str, Any]:
         checked["sparsity"] = _checked_sparsity(override["sparsity"], f"sparsity of override {pattern!r}")
     if "min_blocks" in override:
         checked["min_blocks"] = _checked_min_blocks(override["min_blocks"], f"min_blocks of override {pattern!r}")
+    if "min_kept" in override:
+        checked["min_kept"] = _checked_min_kept(override["min_kept"], f"min_kept of override {pattern!r}")
     return checked
 
 
@@ -344,6 +411,15 @@ def _checked_min_blocks(min_blocks: int, name: str) -> int:
     if isinstance(min_blocks, bool) or not isinstance(min_blocks, int | np.integer) or min_blocks < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {min_blocks!r}")
     return int(min_blocks)
+
+
+def _checked_min_kept(min_kept: int | str | None, name: str) -> int | str | None:
+    if min_kept is None or (isinstance(min_kept, str) and min_kept == OUTPUTS):
+        return min_kept
+    whole = isinstance(min_kept, int | np.integer) and not isinstance(min_kept, bool)
+    if not whole or min_kept < 0:  # type: ignore[operator]
+        raise ValueError(f'{name} must be a number of blocks of at least 0, or "{OUTPUTS}", got {min_kept!r}')
+    return int(min_kept)
 
 
 def _matches(path: str, pattern: str) -> bool:

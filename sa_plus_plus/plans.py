@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus import select
 from sa_plus_plus.names import BIASES_AND_SCALES
 from sa_plus_plus.text import table
 from sa_plus_plus.views import View
 
+OUTPUTS = "outputs"  # as a number of blocks to keep: one for each column of the grid
+SHOWN = 4  # lines on layers of too few blocks
 VECTORS = "not a kernel (one weight for each channel)"  # why a leaf of a vector for each of several layers stays dense
 
 
@@ -25,6 +28,8 @@ class LeafPlan(NamedTuple):
       skip_reason: empty for a pruned layer, else the reason why it stays dense.
       view: how the leaf is read as matrices; None for all axes but the last as rows.
       assumed: whether the view is a guess because the leaf is ambiguous.
+      min_kept: number of blocks of each matrix that stay whatever the sparsity and the other layers are; `"outputs"`
+        for one in each column of the grid.
     """
 
     path: str
@@ -36,6 +41,7 @@ class LeafPlan(NamedTuple):
     skip_reason: str
     view: View | None = None
     assumed: bool = False
+    min_kept: int | str = 0
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -56,6 +62,28 @@ class LeafPlan(NamedTuple):
     def blocks(self) -> int:
         """Number of blocks in all matrices."""
         return math.prod(self.full_grid)
+
+    def kept_each_at(self, sparsity: float) -> int:
+        """Number of blocks that stay in each matrix at a sparsity: `floor((1 - sparsity) N)`, and `min_kept` at least.
+
+        Args:
+          sparsity: share of the blocks removed, in [0, 1).
+        """
+        each = math.prod(self.grid)
+        least = self.grid[1] if self.min_kept == OUTPUTS else int(self.min_kept)
+        return min(each, max(least, select.kept_blocks(each, sparsity)))
+
+    @property
+    def cut_off(self) -> tuple[int, int]:
+        """How many inputs and outputs of each matrix, at least, have no weight that stays.
+
+        Those of whole rows and columns of blocks, for there are more of these than blocks that stay. None where a block
+        is the whole of the other side: there to remove a block is to remove inputs or outputs.
+        """
+        sides = blk.matrix_shape(self.shape, self.view)
+        lines = zip(sides, self.block, reversed(self.grid), strict=True)
+        rows, cols = (n - min(n, self.kept_each * b) if others > 1 else 0 for n, b, others in lines)
+        return rows, cols
 
     @property
     def weights(self) -> int:
@@ -114,7 +142,19 @@ class Plan(NamedTuple):
         removed = f"{self.sparsity:.2%} of {self.kernel_weights:,} kernel weights removed"
         hidden = len(self.leaves) - len(shown)
         note = f" ({hidden} scalars and vectors not shown)" if hidden else ""
-        return f"{len(self.pruned)} of {kernels} kernels pruned; {removed}{note}\n\n{rows}"
+        return f"{len(self.pruned)} of {kernels} kernels pruned; {removed}{note}\n\n{rows}" + self._cut_off()
+
+    def _cut_off(self) -> str:
+        """The layers of too few blocks for their columns, then for their rows."""
+        lines = [
+            f"{layer.path} keeps {kept(layer)}: no weight for at least {layer.cut_off[side]:,} of "
+            f"{blk.matrix_shape(layer.shape, layer.view)[side]:,} {what}"
+            for side, what in ((1, "outputs"), (0, "rows"))
+            for layer in self.pruned.values()
+            if layer.cut_off[side]
+        ]
+        more = [f"and {len(lines) - SHOWN} more"] if lines[SHOWN:] else []
+        return "".join(f"\n{line}" for line in ["", *lines[:SHOWN], *more]) if lines else ""
 
     def __str__(self) -> str:
         return self.table()
@@ -139,6 +179,15 @@ def read_as(layer: LeafPlan) -> str:
     square = len(read.rows) == len(read.cols) == 1 and len(set(read.matrix(layer.shape))) == 1
     transposed = " transposed" if square and not read.in_order else ""
     return read.describe(layer.shape) + transposed + (", assumed" if layer.assumed else "")
+
+
+def kept(layer: LeafPlan) -> str:
+    """How many blocks of each matrix stay, and in what grid, `1 block of 64×2`.
+
+    Args:
+      layer: of a kernel.
+    """
+    return f"{layer.kept_each:,} block{'s' if layer.kept_each > 1 else ''} of {by(layer.grid)}"
 
 
 def by(sides: Sequence[int]) -> str:

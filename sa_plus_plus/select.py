@@ -6,7 +6,7 @@ scores are sharded over devices.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import jax
@@ -130,3 +130,46 @@ def top_k_global(
         masks[p] = mask[start : start + scores[p].size].reshape(scores[p].shape)
         start += scores[p].size
     return masks
+
+
+Choose = Callable[..., dict[str, jax.Array]]  # `top_k_per_layer` or `top_k_global`
+
+
+def keeping(choose: Choose, min_kept: Mapping[str, int | str]) -> Choose:
+    """`choose` with a number of blocks that every matrix keeps, or one in each column of its grid.
+
+    These are its best ones. The function takes one more argument, `kept`: blocks that stay anyway, by path.
+
+    Args:
+      choose: `top_k_per_layer` or `top_k_global`.
+      min_kept: by path, the number, or `"outputs"` for one in each column. Where `k` is less, as many of them as that.
+    """
+
+    def chosen(
+        scores: Mapping[str, jax.Array],
+        k: Mapping[str, jax.Array | int],
+        among: Mapping[str, jax.Array] | None = None,
+        kept: Mapping[str, jax.Array] | None = None,
+    ) -> dict[str, jax.Array]:
+        raised = dict(scores)
+        for path in scores:
+            if not min_kept.get(path):
+                continue
+            score, stays = scores[path], jnp.zeros(scores[path].shape, bool) if kept is None else kept[path]
+            candidates = ~stays if among is None else among[path] & ~stays
+            wanted = _wanted(score, min_kept[path], candidates, stays)
+            first = top_k_per_layer({"": score}, {"": k[path]}, {"": wanted})[""]
+            raised[path] = jnp.where(first, jnp.inf, score)
+        return choose(raised, k, among)
+
+    return chosen
+
+
+def _wanted(score: jax.Array, least: int | str, candidates: jax.Array, stays: jax.Array) -> jax.Array:
+    """The best candidates that are needed besides the blocks that stay."""
+    if not isinstance(least, str):
+        best = top_k_per_layer({"": score}, {"": least}, {"": candidates})[""]
+        return best & (jnp.sum(stays, (-2, -1), keepdims=True) < least)
+    keys = jnp.where(candidates & ~jnp.any(stays, -2, keepdims=True), _ordered_bits(score), 0)
+    rows = jnp.arange(score.shape[-2])[:, None]
+    return (keys > 0) & (rows == jnp.argmax(keys, -2, keepdims=True))

@@ -4,17 +4,25 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 
 class MLP(nn.Module):
-    """Hidden layers of these widths, no convolution; examples may have any shape."""
+    """Hidden layers of these widths, no convolution; examples may have any shape.
+
+    With `inputs_by_table` the inputs are looked up in the order of a table, so that reordering can bring those together
+    that the first layer uses in the same units.
+    """
 
     classes: int = 10
     widths: Sequence[int] = (67,)
+    inputs_by_table: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
+        if self.inputs_by_table:
+            x = x[:, self.variable("tables", "places", jnp.arange, x.shape[1]).value]
         for width in self.widths:
             x = nn.relu(nn.Dense(width)(x))
         return nn.Dense(self.classes)(x)

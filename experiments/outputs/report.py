@@ -98,6 +98,11 @@ def result(config: ml_collections.ConfigDict, outcome: Outcome, metric: str) -> 
     }
 
 
+def reorderings(outcome: Outcome) -> list[dict[str, Any]]:
+    """The content of `orders.json`: which unit came to which place, and what that gained, for each reordering."""
+    return [each._asdict() for each in outcome.reorderings]
+
+
 def chosen_features(outcome: Outcome, names: Sequence[str]) -> list[dict[str, Any]]:
     """The inputs that the network uses, sorted by the norm of their rows of the pruned kernel, largest first.
 

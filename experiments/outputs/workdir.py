@@ -18,10 +18,23 @@ from experiments.utils import files
 
 CONFIG, RESULT, METRICS, LOCK = "config.json", "result.json", "metrics.jsonl", ".lock"
 FEATURES, WEIGHTS, PICTURE, DATA = "features.json", "pruned.safetensors", "run.png", "data.json"
-CHECKPOINTS, TWIN = "checkpoints", "dense_twin"
+CHECKPOINTS, TWIN, ORDERS = "checkpoints", "dense_twin", "orders.json"
 
 # Everything that a run leaves; the config is last, for it marks a directory as a run's.
-_CONTENT = (RESULT, METRICS, FEATURES, WEIGHTS, PICTURE, DATA, CHECKPOINTS, TWIN, "tensorboard", "profile", CONFIG)
+_CONTENT = (
+    RESULT,
+    METRICS,
+    FEATURES,
+    ORDERS,
+    WEIGHTS,
+    PICTURE,
+    DATA,
+    CHECKPOINTS,
+    TWIN,
+    "tensorboard",
+    "profile",
+    CONFIG,
+)
 _OLD = ".overwritten"
 _OF_RESULT = {"metric", "metric_name", "loss", "diverged", "seconds"}  # what others read of it
 

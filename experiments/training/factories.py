@@ -4,7 +4,7 @@ import ast
 import fnmatch
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +49,34 @@ def sparsifier(
     return make(phases=phases, **options)
 
 
+def reorder_steps(when: Sequence[Any], phases: sapp.Phases, steps_per_epoch: int | None = None) -> tuple[int, ...]:
+    """The steps that `config.sparsifier.reorder` stands for.
+
+    Args:
+      when: kinds of phases, for their starts, or lengths of time since the start of the run, as schedules take them.
+      phases: the schedule.
+      steps_per_epoch: for times in epochs.
+
+    Raises:
+      ValueError: for a step in a sparse phase, or what cannot be read.
+    """
+    steps: set[int] = set()
+    for entry in when:
+        starts = [phase.start for phase in phases.phases if phase.kind == entry]
+        if not starts and entry in sapp.phases.KINDS:
+            raise ValueError(
+                f"config.sparsifier.reorder names {entry!r}, but the schedule has no such phase:\n{phases}"
+            )
+        at = starts or [round(sapp.phases.as_steps(entry, phases.total_steps, steps_per_epoch))]
+        if taken := [step for step in at if phases.at(step).kind == sapp.phases.SPARSE]:
+            raise ValueError(
+                f"config.sparsifier.reorder={entry!r} is at step {taken[0]}, in the phase {phases.at(taken[0])}, whose "
+                "blocks are chosen: reorder before"
+            )
+        steps.update(at)
+    return tuple(sorted(steps))
+
+
 def plan_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The options of `sapp.plan` besides the sparsity, from a run's `config.sparsifier`.
 
@@ -59,6 +87,7 @@ def plan_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
         raise ValueError(f"config.sparsifier.block needs both sides, such as (8, 8); got {config.block}")
     options = {"block": config.block, "min_blocks": config.min_blocks}
     options |= {key: config[key].to_dict() for key in ("overrides", "views")}
+    options["min_kept"] = _value(config.min_kept)
     return options | ({"where": functools.partial(_matches, config.include)} if config.include else {})
 
 

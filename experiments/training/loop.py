@@ -11,6 +11,7 @@ import sa_plus_plus as sapp
 from experiments import data
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.program import Program, next_batch, seed_argument, test_means, train_streams
+from experiments.training.reordering import Reordering, reordered
 from experiments.training.rows import Row, Rows, none_finite
 from experiments.training.step import TrainState
 
@@ -31,6 +32,7 @@ class Outcome(NamedTuple):
       compile_seconds: of the program that it ran in.
       first_step_at: when this session's first step was done, on the clock of `time.perf_counter`; NaN without steps.
       diverged: whether a loss was not finite.
+      reorderings: what was done to the order of its units, if anything.
     """
 
     seed: int
@@ -45,6 +47,7 @@ class Outcome(NamedTuple):
     compile_seconds: float
     first_step_at: float
     diverged: bool
+    reorderings: Sequence[Reordering] = ()
 
 
 class Preempted(Exception):
@@ -93,9 +96,10 @@ def train(
         raise ValueError(f"the program is compiled for {program.seeds} seeds, got {len(seeds)}")
     started, hooks = time.perf_counter(), hooks or Hooks()
     streams = train_streams(program, seeds)
-    state, first = _start(program, seeds, streams, checkpoints)
+    state, first, reorderings = _start(program, seeds, streams, checkpoints)
     hooks.on_start(first)
-    session = _Session(program, seeds, streams, Rows(program.phases, first, hooks.on_row), hooks, checkpoints)
+    rows = Rows(program.phases, first, hooks.on_row)
+    session = _Session(program, seeds, streams, rows, hooks, checkpoints, reorderings)
     state, done, first_step_at = _steps(session, state, first)
     session.rows.write()
     test = _last_test(session, state)
@@ -114,18 +118,32 @@ class _Session(NamedTuple):
     rows: Rows
     hooks: Hooks
     checkpoints: Checkpoints | None
+    reorderings: list[list[Reordering]]  # a list a seed
 
 
 def _start(
     program: Program, seeds: Sequence[int], streams: Sequence[data.TrainIterator], checkpoints: Checkpoints | None
-) -> tuple[TrainState, int]:
-    """The state to begin with and the steps it has done; the data streams are put where they belong."""
+) -> tuple[TrainState, int, list[list[Reordering]]]:
+    """The state to begin with, the steps it has done and the reorderings; data streams are put where they belong."""
     restored = None if checkpoints is None else checkpoints.restore(program.state)
     if restored is None:
-        return program.functions.init(seed_argument(seeds)), 0
+        state, reorderings = program.functions.init(seed_argument(seeds)), [list[Reordering]() for _ in seeds]
+        return _reordered(program, state, 0, reorderings), 0, reorderings
     for stream, position in zip(streams, restored.host["data"], strict=True):
         stream.set_state(position)
-    return restored.state, restored.step
+    saved = restored.host.get("reorderings") or [[] for _ in seeds]  # older checkpoints have none
+    reorderings = [[Reordering(*each) for each in seed] for seed in saved]
+    return restored.state, restored.step, reorderings
+
+
+def _reordered(program: Program, state: TrainState, done: int, reorderings: list[list[Reordering]]) -> TrainState:
+    """The state after `done` steps, in another order if that is due."""
+    if done not in program.setup.reorder:
+        return state
+    state, found = reordered(program, state, done)
+    for seed, each in zip(reorderings, found, strict=True):
+        seed.append(each)
+    return state
 
 
 def _steps(session: _Session, state: TrainState, first: int) -> tuple[TrainState, int, float]:
@@ -142,6 +160,7 @@ def _steps(session: _Session, state: TrainState, first: int) -> tuple[TrainState
         rows.write()  # the previous step's row, while the device works on the one just sent
         if rows.lost:
             break
+        state = _reordered(program, state, done, session.reorderings)
         stopping = session.hooks.on_step(done)
         _measure(session, done, state, means)
         if _save_is_due(session, done, stopping) and not _save(session, done, state, means):
@@ -194,7 +213,7 @@ def _save(session: _Session, done: int, state: TrainState, means: dict[str, jax.
         if not rows.lost:  # no row was due
             rows.add(done, {"train_loss": means["loss"]} | program.status(state))
         return False
-    host = {"data": [stream.get_state() for stream in session.streams]}
+    host = {"data": [stream.get_state() for stream in session.streams], "reorderings": session.reorderings}
     assert session.checkpoints is not None  # else no save is due
     session.checkpoints.save(done, state, host, _metric(session, done))
     return True
@@ -247,6 +266,7 @@ def _outcomes(
                 compile_seconds=program.compile_seconds,
                 first_step_at=first_step_at,
                 diverged=not np.isfinite(losses[:, n]).all(),
+                reorderings=session.reorderings[n],
             )
         )
     return outcomes

@@ -49,6 +49,7 @@ class Setup(NamedTuple):
       table: the embedding table of which a step touches only the batch's rows; None for steps on all parameters.
       start: trained weights to begin with, in host memory; None to begin with the model's own.
       teacher: of a network to learn from, in host memory; None for learning from labels alone.
+      reorder: the steps after which units are put into another order.
     """
 
     raw_config: ml_collections.ConfigDict
@@ -62,6 +63,7 @@ class Setup(NamedTuple):
     table: tables.Table | None
     start: weights.Variables | None = None
     teacher: weights.Variables | None = None
+    reorder: tuple[int, ...] = ()
 
     def fingerprint(self) -> dict[str, str]:
         """Checksums of what the run reads besides its config: by file those of its data, and that of its teacher."""
@@ -124,7 +126,10 @@ def prepare(config: ml_collections.ConfigDict, mesh: Mesh | None = None, dataset
     else:
         start = weights.Variables(*task.start()) if task.start else None
     teacher = _teacher(config, task, (params, model_state), start)
-    return Setup(raw, config, mesh, task, tx, schedule, sparsifier, plan, table, start, teacher)
+    reorder = factories.reorder_steps(config.sparsifier.reorder, sparsifier.phases, epoch) if plan.pruned else ()
+    if reorder and jax.process_count() > 1:
+        raise ValueError(f"config.sparsifier.reorder={config.sparsifier.reorder} needs one process with all weights")
+    return Setup(raw, config, mesh, task, tx, schedule, sparsifier, plan, table, start, teacher, reorder)
 
 
 def prepare_without_data(config: ml_collections.ConfigDict, dataset: data.Dataset | None = None) -> Setup:

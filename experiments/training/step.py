@@ -1,7 +1,7 @@
 """A run's pure functions: initialise, step, evaluate, finish; for one seed or mapped over several."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -133,6 +133,28 @@ def _on_rows(step: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
     return step_on_rows
 
 
+def _axes() -> TrainState:
+    """Which axis of a state's arrays is that of the seeds."""
+    prune: Any = sapp.PruneState(step=None, phase=None, masks=0, key=0)  # type: ignore[arg-type]  # axes, not arrays
+    return TrainState(0, prune, 0, 0, 0)  # type: ignore[arg-type]
+
+
+def of_seed(state: TrainState, number: int) -> TrainState:
+    """One seed's part of a state of several."""
+    alone = jax.tree.map(lambda x: x[number], _counting(state, None, None))
+    return _counting(alone, state.prune.step, state.prune.phase)
+
+
+def side_by_side(states: Sequence[TrainState]) -> TrainState:
+    """The state of several seeds from one of each, after the same steps."""
+    together = jax.tree.map(lambda *x: jnp.stack(x), *(_counting(state, None, None) for state in states))
+    return _counting(together, states[0].prune.step, states[0].prune.phase)
+
+
+def _counting(state: TrainState, step: Any, phase: Any) -> TrainState:
+    return state._replace(prune=state.prune._replace(step=step, phase=phase))
+
+
 def over_seeds(fns: Functions) -> Functions:
     """The same for several seeds at once: every argument and result gains a leading axis, but for the test batch and
     weights to start or to learn from.
@@ -140,8 +162,7 @@ def over_seeds(fns: Functions) -> Functions:
     The step counter and the phase are the same for all seeds and stay scalars, so that the choice of masks remains a
     branch: mapped over, it would be computed at every step.
     """
-    prune: Any = sapp.PruneState(step=None, phase=None, masks=0, key=0)  # type: ignore[arg-type]  # axes, not arrays
-    axes = TrainState(0, prune, 0, 0, 0)  # type: ignore[arg-type]
+    axes = _axes()
 
     def init(seeds: Any, start: weights.Variables | None = None) -> TrainState:
         return jax.vmap(fns.init, in_axes=(0, None), out_axes=axes)(seeds, start)

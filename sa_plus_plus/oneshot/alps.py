@@ -37,7 +37,9 @@ def alps(problem: Problem, kept: int) -> Solved:
     scaled = problem.weights * scale[:, None]
     unit = 2.0 ** np.frexp(np.abs(scaled).max())[1]  # a power of two, which rounds nothing
     weights = jnp.asarray(scaled / unit, jnp.float32)
-    candidates = [_admm(hessian, weights, problem.block, kept), top(magnitude(problem), kept)]
+    norms = magnitude(problem)
+    candidates = [_admm(hessian, weights, problem.block, kept), top(norms, kept)]
+    candidates = [problem.covering(mask, norms) for mask in candidates]
     if (candidates[0] == candidates[1]).all():
         candidates.pop()
     found = []

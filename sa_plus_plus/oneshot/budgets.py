@@ -1,5 +1,6 @@
 """A sparsity for each layer: the lowest loss under a budget of weights, multiply-adds or measured time."""
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class Budget(NamedTuple):
       dense: the cost without pruning.
       loss: predicted: that of the trained network plus the increases of all layers.
       uniform: the control.
+      min_kept: what `plan` takes, for layers that keep so many blocks at least.
     """
 
     sparsities: dict[str, float]
@@ -51,11 +53,13 @@ class Budget(NamedTuple):
     dense: float
     loss: float
     uniform: Uniform
+    min_kept: Mapping[str, int | str] = types.MappingProxyType({})
 
     @property
-    def overrides(self) -> dict[str, dict[str, float]]:
+    def overrides(self) -> dict[str, dict[str, Any]]:
         """As `plan`, `one_shot` and the training algorithms take them."""
-        return {path: {"sparsity": sparsity} for path, sparsity in self.sparsities.items()}
+        least = {path: {"min_kept": number} for path, number in self.min_kept.items()}
+        return {path: {"sparsity": sparsity} | least.get(path, {}) for path, sparsity in self.sparsities.items()}
 
     def __str__(self) -> str:
         rows = [(path, f"{sparsity:.1%}") for path, sparsity in self.sparsities.items()]
@@ -132,7 +136,8 @@ def budget(
     fits = [Uniform(*row) for row in uniform if row[1] <= limit and np.isfinite(row[2])]
     control = fits[0] if fits else Uniform(float("nan"), float("nan"), float("nan"))
     cost, loss = totals(picks)
-    return Budget({path: sparsities[i] for path, i in picks.items()}, cost, limit, dense, loss, control)
+    at_least = {path: layer.min_kept for path, layer in sensitivity.plan.pruned.items() if layer.min_kept}
+    return Budget({path: sparsities[i] for path, i in picks.items()}, cost, limit, dense, loss, control, at_least)
 
 
 def _finer(values: np.ndarray, between: int) -> np.ndarray:
@@ -225,7 +230,7 @@ def _largest_kept(params: Any, plan: Plan, sparsity: float) -> Any:
     def one(layer: LeafPlan | None, leaf: Any) -> Any:
         if layer is None:
             return leaf
-        kept = max(1, select.kept_blocks(layer.grid[0] * layer.grid[1], sparsity))
+        kept = max(1, layer.kept_each_at(sparsity))
         norms = blk.frobenius(jnp.asarray(leaf), layer.block, layer.view).reshape(-1, layer.grid[0] * layer.grid[1])
         mask = jnp.stack([select.top_k(scores, kept) for scores in norms])
         return apply_mask(jnp.asarray(leaf), mask.reshape(layer.full_grid), layer)

@@ -9,6 +9,7 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.oneshot.uses import Use
+from sa_plus_plus.plans import OUTPUTS
 
 DAMPING = 0.01
 
@@ -23,12 +24,15 @@ class Problem(NamedTuple):
       weights: `W`, `(K, N)` float64.
       block: `(b_r, b_c)`.
       damping: the number added to the diagonal.
+      covered: the axis of the grid along which there is a kept block everywhere: 1 for one in each column; None for any
+        blocks.
     """
 
     hessian: np.ndarray
     weights: np.ndarray
     block: blk.Block
     damping: float
+    covered: int | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -42,6 +46,28 @@ class Problem(NamedTuple):
     def norms(self, matrix: np.ndarray) -> np.ndarray:
         """Squared Frobenius norm of each block of a matrix."""
         return np.sum(blk.to_blocks(matrix, self.block) ** 2, (1, 3))
+
+    def covering(self, mask: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """The mask, with as many blocks, once each row or column that is to keep a block does.
+
+        One that has none gets its best block, in place of the worst of those that are not the best kept ones of theirs.
+
+        Args:
+          mask: `(grid_r, grid_c)`, with a block at least for each.
+          scores: of the blocks.
+        """
+        if self.covered is None:
+            return mask
+        across = 1 - self.covered
+        alone = ~mask.any(across, keepdims=True)
+        best = np.zeros_like(mask)
+        places = np.where(mask | alone, scores, -np.inf).argmax(across)
+        np.put_along_axis(best, np.expand_dims(places, across), True, across)
+        missing, spare = best & ~mask, np.flatnonzero(mask & ~best)
+        worst = spare[np.argsort(scores.ravel()[spare], kind="stable")[: missing.sum()]]
+        result = mask | missing
+        result.ravel()[worst] = False
+        return result
 
     def loss(self, weights: np.ndarray) -> float:
         """`tr((V - W)^T H (V - W))`."""
@@ -100,9 +126,10 @@ def problem_of(use: Use, gram: np.ndarray, matrix: np.ndarray, damping: float) -
     if not 0 <= damping < np.inf:
         raise ValueError(f"damping is a multiple of the mean of the diagonal of X^T X, at least 0; got {damping}")
     block = use.layer.block[::-1] if use.transposed else use.layer.block
+    covered = int(not use.transposed) if use.layer.min_kept == OUTPUTS else None
     # Unknown inputs count as equally large: every method then keeps the largest blocks.
     known = gram.copy() if np.diag(gram).any() else np.eye(len(gram))
-    return padded(known, matrix, block, damping, use.name)
+    return padded(known, matrix, block, damping, use.name)._replace(covered=covered)
 
 
 def _check_invertible(hessian: np.ndarray, path: str, damping: float) -> None:

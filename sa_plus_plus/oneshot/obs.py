@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sa_plus_plus.oneshot.layers import Choose, Problem, Solved, pieces, refitted
+from sa_plus_plus.oneshot.layers import Choose, Problem, Solved, pieces, refitted, wanda
 
 MOST_ROUNDS = 64  # limit on how often the costs of a column are recomputed
 MOST_OPERATIONS = 4e11  # limit for a separate order per column; above it, one pass over the rows
@@ -30,7 +30,7 @@ def obs(problem: Problem) -> Choose:
     masks = by_columns(problem, inverse) if exact else functools.partial(by_rows, problem, inverse)
 
     def choose(kept: int) -> Solved:
-        mask = masks(kept)
+        mask = problem.covering(masks(kept), wanda(problem))
         return mask, refitted(problem, mask)
 
     return choose

@@ -113,7 +113,7 @@ def one_shot(
       damping: added to the diagonal of `X^T X`, as a multiple of its mean.
       reorder: whether `sapp.reorder` first permutes the axes that can be, by the scores of the method. The parameters
         returned are in this order.
-      **options: as `plan` takes them: `min_blocks`, `where`, `overrides`, `views`.
+      **options: as `plan` takes them: `min_blocks`, `where`, `overrides`, `views`, `min_kept`.
 
     Returns:
       The pruned parameters and masks. `sapp.export(result.params, result.plan)` stores them by their blocks.
@@ -160,7 +160,7 @@ def solver(method: str, refit: bool) -> Callable[[Problem], Choose]:
         of_blocks = scores[method](problem)
 
         def choose(kept: int) -> Solved:
-            mask = layers.top(of_blocks, kept)
+            mask = problem.covering(layers.top(of_blocks, kept), of_blocks)
             return mask, layers.refitted(problem, mask) if refit else problem.weights * problem.spread(mask)
 
         return choose

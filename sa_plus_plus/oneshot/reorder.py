@@ -88,24 +88,35 @@ def reorder(
       scores: `"magnitude"`, `W_ij²`; `"wanda"`, `W_ij² ‖X_i‖²`; or `"obs"`, `W_ij² / [H^-1]_ii`, the loss from removing
         this weight alone (Optimal Brain Surgeon).
       damping: for `"obs"`, as `one_shot` takes it.
-      **options: as `plan` takes them: `min_blocks`, `where`, `overrides`, `views`.
+      **options: as `plan` takes them: `min_blocks`, `where`, `overrides`, `views`, `min_kept`.
 
     Raises:
       ValueError: as `plan` does; for unknown scores; for examples of several shapes or without a batch; with scores
         from examples, also as `one_shot` does.
     """
+    check_scores(scores)
+    plan = planning.plan(params, block=block, sparsity=sparsity, **options)
+    order, kept = find_order(fn, params, of_one_shape(examples), plan, scores, damping)
+    return Reordered(order.apply(params), order, plan, kept)
+
+
+def check_scores(scores: str) -> None:
+    """Refuse scores that are not known."""
     if scores not in SCORES:
         raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}")
-    plan = planning.plan(params, block=block, sparsity=sparsity, **options)
-    batches = _of_one_shape(examples)
+
+
+def find_order(
+    fn: Callable[..., Any], params: Any, batches: Sequence[Any], plan: Plan, scores: str, damping: float = DAMPING
+) -> tuple[Order, dict[str, Share]]:
+    """An order for the blocks of a plan, and what it keeps of each layer's scores; arguments as for `reorder`."""
     found = axes.find(fn, params, *batches[0])
     of_weights = weight_scores(fn, params, batches, plan, scores, damping)
     before = shares(of_weights, plan.pruned)
     order = search(found, of_weights, plan.pruned)
     after = shares({path: order.leaf(found.leaves[path], of_weights[path]) for path in plan.pruned}, plan.pruned)
     single = {path: _single(of_weights[path], layer.sparsity) for path, layer in plan.pruned.items()}
-    kept = {path: Share(before[path], after[path], single[path]) for path in plan.pruned}
-    return Reordered(order.apply(params), order, plan, kept)
+    return order, {path: Share(before[path], after[path], single[path]) for path in plan.pruned}
 
 
 def weight_scores(
@@ -137,7 +148,12 @@ def weight_scores(
     }
 
 
-def _of_one_shape(examples: Any) -> list[tuple[Any, ...]]:
+def of_one_shape(examples: Any) -> list[tuple[Any, ...]]:
+    """Examples as a list of batches, each a tuple of arguments.
+
+    Raises:
+      ValueError: for none, or batches of several shapes.
+    """
     batches = [batch if isinstance(batch, tuple) else (batch,) for batch in listed(examples, name="examples")]
     if not batches:
         raise ValueError("examples has no batches: give one of typical inputs")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import planning, progress, select
+from sa_plus_plus import planning, progress
 from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.capture import visit_layers
 from sa_plus_plus.oneshot.layers import DAMPING, problem_of
@@ -53,7 +53,7 @@ class Sensitivity(NamedTuple):
 
     def _kept(self, layer: LeafPlan) -> np.ndarray:
         each = layer.grid[0] * layer.grid[1]
-        return np.array([select.kept_blocks(each, s) / each for s in self.sparsities])
+        return np.array([layer.kept_each_at(s) / each for s in self.sparsities])
 
     def plot(self, ax: Any = None) -> Any:
         """Plot the increase of the loss against sparsity, one line per layer. Needs matplotlib.
@@ -148,10 +148,9 @@ def sensitivity(
 
     def visit(use: Use, gram: np.ndarray, matrix: np.ndarray, count: int) -> np.ndarray:
         layer, (height, width) = use.layer, matrix.shape
-        each = layer.grid[0] * layer.grid[1]
         rows[layer.path] += count / len(batches) / math.prod(layer.stack)
         choose = solve(problem_of(use, gram, matrix, damping))
-        for i, kept in enumerate(select.kept_blocks(each, s) for s in steps):
+        for i, kept in enumerate(map(layer.kept_each_at, steps)):
             if kept:
                 weights = choose(kept)[1][:height, :width] if i else matrix
                 squares[layer.path][i] += changes(gram, weights, matrix)

@@ -4,6 +4,7 @@ import functools
 import gc
 import math
 import re
+import warnings
 import weakref
 from fractions import Fraction
 
@@ -18,7 +19,7 @@ from flax import linen, nnx
 from hypothesis import strategies as st
 
 import sa_plus_plus as sapp
-from sa_plus_plus.planning import map_layers
+from sa_plus_plus.planning import map_layers, planner
 
 
 def leaf(*shape, dtype=jnp.float32):
@@ -298,7 +299,7 @@ def test_patterns_are_those_of_a_shell_and_mind_case():
         ({"overrides": {"*/Conv_?": {"block": 4}}}, r"'\*/Conv_\?' matches no leaf"),
         (
             {"overrides": {"hidden/*": {"blok": 4}}},
-            r"'hidden/\*' may set `block`, `sparsity` and `min_blocks`, got \['blok'\]",
+            r"'hidden/\*' may set `block`, `sparsity`, `min_blocks` and `min_kept`, got \['blok'\]",
         ),
         ({"overrides": {"hidden/*": {"min_blocks": 0}}}, r"min_blocks of override 'hidden/\*' must be .* got 0"),
         ({"block": True}, r"block must be .* got True"),
@@ -442,7 +443,10 @@ def test_hidden_are_vectors_of_stacked_layers_too_and_nothing_else():
 
 def test_the_table_of_resnet50():
     text = str(sapp.plan(RESNET50, block=16, sparsity=0.9))
-    assert len(text.splitlines()) == 4 + sum(len(x.shape) > 1 for x in jax.tree.leaves(RESNET50))
+    lines, kernels = text.splitlines(), sum(len(x.shape) > 1 for x in jax.tree.leaves(RESNET50))
+    assert lines[4 + kernels :][0] == ""  # then the layers of too few blocks
+    assert lines[-5].endswith("Conv_2/kernel keeps 25 blocks of 8×32: no weight for at least 112 of 512 outputs")
+    assert re.fullmatch(r"and \d+ more", lines[-1])
     assert re.search(r"Dense_0/kernel +2048×1000 +16×16 +128×63 +8,064 +806 +90.0%", text)
     assert text.startswith("46 of 54 kernels pruned; 89.63% of 25,502,912 kernel weights removed (107 scalars")
 
@@ -560,3 +564,102 @@ def test_remembered_plans_keep_no_array_alive():
     del kernel
     gc.collect()
     assert alive() is None
+
+
+# Layers of few blocks.
+
+LENET = {"a": leaf(64, 96), "b": leaf(96, 64), "last": leaf(64, 10)}
+
+
+def test_a_plan_that_cuts_outputs_off_is_said_once_with_the_numbers():
+    make = planner(block=8, sparsity=0.95, min_blocks=17, min_kept=0)
+    text = r"^outputs without any weight are constant\. a keeps 4 blocks of 8×12: no weight for at least 64 of its 96 "
+    text += r"outputs; b keeps 4 blocks of 12×8: .* 32 of its 64 outputs\. Set min_kept=\"outputs\" there"
+    with pytest.warns(UserWarning, match=text) as warned:
+        plan = make(LENET)
+    assert len(warned) == 1
+    with warnings.catch_warnings(action="error"):
+        assert make(LENET) is plan
+    assert plan.pruned["a"].cut_off == (32, 64)
+    assert "\na keeps 4 blocks of 8×12: no weight for at least 64 of 96 outputs\n" in str(plan)
+    assert str(plan).endswith("b keeps 4 blocks of 12×8: no weight for at least 64 of 96 rows")
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_said_where_blocks_are_whole_rows_or_columns():
+    for block in ((1, None), (None, 1)):
+        sapp.plan({"w": leaf(40, 30), "v": leaf(30, 10)}, block=block, sparsity=0.9, min_blocks=10)
+
+
+@hypothesis.given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 40),
+    block=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    percent=st.integers(0, 99),
+    min_kept=st.integers(0, 30) | st.just("outputs"),
+)
+def test_a_layer_keeps_what_it_is_to_keep_at_least(rows, cols, block, percent, min_kept):
+    """And no output is cut off by `outputs`; what a mask can do at best, `cut_off` counts."""
+    down, across = len(range(0, rows, block[0])), len(range(0, cols, block[1]))
+    floor = down * across * (100 - percent) // 100
+    least = across if min_kept == "outputs" else min(min_kept, down * across)
+    hypothesis.assume(max(floor, least))
+    options = {"block": block, "sparsity": float(f"0.{percent:02}"), "min_blocks": 1, "min_kept": min_kept}
+    layer = sapp.plan({"w": leaf(rows, cols)}, **options).pruned["w"]
+    assert layer.kept == max(floor, least)
+    assert layer.sparsity == (options["sparsity"] if floor >= least else 1 - layer.kept / layer.blocks)
+    widest = sorted((min(block[1], cols - j) for j in range(0, cols, block[1])), reverse=True)
+    assert layer.cut_off[1] == (sum(widest[layer.kept :]) if down > 1 else 0)
+    if min_kept == "outputs":
+        assert layer.cut_off[1] == 0
+
+
+def test_last_layers_keep_a_block_for_each_output():
+    found = sapp.plan(LENET, block=(8, 4), sparsity=0.9, min_blocks=10).pruned
+    assert {path: (layer.min_kept, layer.kept) for path, layer in found.items()} == {
+        "a": (0, 19),
+        "b": (0, 19),
+        "last": ("outputs", 3),
+    }
+    assert found["last"].sparsity == 1 - 3 / 24
+    others = sapp.plan(LENET, block=(8, 4), sparsity=0.9, min_blocks=10, overrides={"last": {"min_kept": 0}})
+    assert (others.pruned["last"].kept, others.pruned["last"].sparsity) == (2, 0.9)
+    for alone in ({"w": leaf(64, 10)}, {"w": leaf(64, 10), "back": leaf(10, 64)}):
+        plan = sapp.plan(alone, block=(8, 4), sparsity=0.9, min_blocks=10)
+        assert {layer.min_kept for layer in plan.pruned.values()} == {0}
+
+
+@pytest.mark.parametrize("min_kept", [-1, 1.5, "rows", True])
+def test_a_faulty_number_of_blocks_to_keep_is_refused(min_kept):
+    with pytest.raises(ValueError, match=r'min_kept must be a number of blocks of at least 0, or "outputs", got'):
+        sapp.plan(LENET, block=8, sparsity=0.5, min_blocks=1, min_kept=min_kept)
+    with pytest.raises(ValueError, match=r"min_kept of override 'a' must be"):
+        sapp.plan(LENET, block=8, sparsity=0.5, min_blocks=1, overrides={"a": {"min_kept": min_kept}})
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("name", ["rigl", "gradual_magnitude", "sequential_attention"])
+def test_algorithms_keep_a_block_for_each_output(name, scope):
+    """Though all others are larger; in each of the matrices of a stack, and while blocks are replaced."""
+    rng = np.random.default_rng(0)
+    params = {
+        "a": rng.normal(size=(2, 24, 20)) * [[[1]], [[1e-2]]],
+        "b": rng.normal(size=(20, 24)) * 10,
+        "last": rng.normal(size=(24, 10)) * 1e-3 * (np.arange(10) < 6),
+    }
+    params = {path: jnp.asarray(x, jnp.float32) for path, x in params.items()}
+    own = {"score": "effective"} if name == "sequential_attention" else {}
+    own |= {"mask_every": 1, "fraction": 0.9} if name == "rigl" else {}
+    phases = (sapp.phases.rigl if name == "rigl" else sapp.phases.finetune)(8)
+    own |= {"block": 4, "sparsity": 0.8, "min_blocks": 1, "scope": scope, "overrides": {"a": {"min_kept": 7}}}
+    sp = sapp.ALGORITHMS[name].make(phases=phases, views={"a": "[l] i o"}, **own)
+    (trainable, prune), update = jax.jit(sp.init)(params), jax.jit(sp.update)
+    for step in range(8):
+        updates = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 1e-3, x.dtype), trainable)
+        trainable, prune = update(trainable, prune, updates, updates)
+        masks = {path: np.asarray(mask) for path, mask in prune.masks.items()}
+        assert masks["last"].any(0).all(), step
+        assert (masks["a"].sum((1, 2)) >= 7).all(), step
+    assert sum(mask.sum() for mask in masks.values()) == sum(layer.kept for layer in sp.plan(params).pruned.values())
+    if scope == "global" and name != "rigl":
+        assert masks["last"].sum() == 3  # no more than one for each

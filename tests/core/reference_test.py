@@ -17,6 +17,7 @@ DECAY = 1e-3
 TOLERANCE = 1e-5
 MARGIN = 2e-5  # scores closer than this (relatively) might be told apart differently in float32
 
+PAPER = {"min_blocks": 1, "min_kept": 0}  # no layer keeps more than its share
 CASES = {
     "even": {"block": (2, 2), "sparsity": 0.8},  # one kernel of 12 x 10 blocks
     "ragged": {"block": (4, 3), "sparsity": 0.7},  # two kernels, partial blocks on both edges
@@ -101,7 +102,7 @@ def check_run(algorithm, case, phases=None, *, adam=False, peak=0.05, exponent=4
     """Run the library and the reference, compare every state; returns the reference's pruner and states."""
     problem, options = problem_of(case), {**CASES[case], **options}
     schedule, their_phases = phases or recipe_pair(algorithm)
-    sp = getattr(sapp, algorithm)(phases=schedule, min_blocks=1, **options)
+    sp = getattr(sapp, algorithm)(phases=schedule, **PAPER, **options)
     logit_lr = options.pop("logit_lr", 1.0)
     pruner = reference.Pruner(algorithm, problem.kernels, phases=their_phases, exponent=exponent, **options)
 
@@ -263,7 +264,9 @@ def test_powerpropagation_starts_at_the_usual_initialisation(alpha):
     problem = problem_of("ragged")
     params = initial_params(problem)
     params["kernel0"] = params["kernel0"].at[4:8, 3:6].set(0)
-    sp = sapp.powerpropagation(phases=recipe_pair("powerpropagation")[0], alpha=alpha, min_blocks=1, **CASES["ragged"])
+    sp = sapp.powerpropagation(
+        phases=recipe_pair("powerpropagation")[0], alpha=alpha, min_blocks=1, min_kept=0, **CASES["ragged"]
+    )
     trainable, prune = sp.init(params)
     for name, kernel in sp.apply(trainable, prune).items():
         np.testing.assert_allclose(kernel, params[name], rtol=1e-5, atol=0)
@@ -313,7 +316,7 @@ def test_gradients(algorithm, options):
     bias = problem.bias.copy()
 
     with jax.enable_x64(True):
-        sp = getattr(sapp, algorithm)(phases=schedule, min_blocks=1, **options)
+        sp = getattr(sapp, algorithm)(phases=schedule, **PAPER, **options)
         trainable, prune = sp.init(initial_params(problem, jnp.float64))
         trainable = trainable._replace(logits=jax.tree.map(jnp.asarray, pruner.logits))
         prune = prune._replace(masks=jax.tree.map(jnp.asarray, pruner.masks))
@@ -343,7 +346,9 @@ def test_gradients(algorithm, options):
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 3.0])
 def test_powerpropagation_gradient_at_vanishing_blocks(alpha):
     problem = problem_of("ragged")
-    sp = sapp.powerpropagation(phases=recipe_pair("powerpropagation")[0], alpha=alpha, min_blocks=1, **CASES["ragged"])
+    sp = sapp.powerpropagation(
+        phases=recipe_pair("powerpropagation")[0], alpha=alpha, min_blocks=1, min_kept=0, **CASES["ragged"]
+    )
     trainable, prune = sp.init(initial_params(problem))
     weights = np.array(trainable.params["kernel0"])
     sizes = [0.0, 1e-24, 1e-21, 1e-18, 1e-15]

@@ -148,6 +148,7 @@ def test_troubleshooting_quotes_what_the_library_says():
         lambda: sapp.check_pruned(params, sp.plan(params)),
         lambda: sp.finalize(*sp.init(params)),
         lambda: sapp.plan(params, block=16, sparsity=0.9),
+        lambda: sapp.plan(params, block=4, sparsity=0.95),
         lambda: sapp.sparsify(optax.contrib.prodigy(), sp).init(params),
         lambda: sapp.specialize(lambda w, x: x @ w, params["in"], x),
         lambda: sapp.specialize(lambda x: x + 1, x),

@@ -113,6 +113,62 @@ def test_seeds_side_by_side_equal_seeds_in_turn():
     assert not np.array_equal(*kernels), "each seed has a random mask of its own"
 
 
+def reordering(**changes):
+    c = config(log_every=60, eval_every=20, checkpoint_every=15, **changes)
+    c.sparsifier.name, c.sparsifier.reorder = "gradual_magnitude", ("sparsification", "50%")
+    c.sparsifier.schedule = (("dense", 20), ("sparsification", 20), ("sparse", 20))
+    return c
+
+
+def test_units_change_places_at_a_boundary_of_phases_and_a_run_is_resumed_with_them(tmp_path):
+    c, plain = reordering(), reordering()
+    plain.sparsifier.reorder = ()
+    run = program.compiled(prepared(c))
+    (whole,) = loop.train(run, [0])
+    (before,) = loop.train(program.compiled(prepared(plain)), [0])
+    assert whole.rows[0]["step"] == 20
+    assert whole.rows[0]["test_loss"] == pytest.approx(before.rows[0]["test_loss"], abs=1e-5)
+    assert [each.step for each in whole.reorderings] == [20, 30]
+    assert all(after >= first for first, after, _ in whole.reorderings[0].shares.values())
+    order = np.array(whole.reorderings[0].permutations["Dense_0/kernel axis 1"])
+    assert np.array_equal(np.sort(order), np.arange(300))
+    assert np.mean(order != np.arange(300)) > 0.2
+    for stop in (20, 25):
+        path = tmp_path / str(stop)
+        with contextlib.closing(checkpoint.Checkpoints(path)) as saved, pytest.raises(loop.Preempted):
+            loop.train(run, [0], loop.Hooks(on_step=lambda done, stop=stop: done == stop), saved)
+        with contextlib.closing(checkpoint.Checkpoints(path)) as saved:
+            (resumed,) = loop.train(run, [0], checkpoints=saved)
+        jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+        assert resumed.reorderings == whole.reorderings
+
+
+def test_seeds_side_by_side_have_orders_of_their_own(tmp_path):
+    together = loop.train(program.compiled(prepared(reordering()), 2), [3, 4])
+    orders = [outcome.reorderings[0].permutations["Dense_0/kernel axis 1"] for outcome in together]
+    assert orders[0] != orders[1]
+    result = runs.run(prepared(reordering(seed=4)), tmp_path, progress.console())
+    assert result["metric"] == pytest.approx(together[1].test["test_accuracy"], abs=0.02)
+    saved = json.loads((tmp_path / "orders.json").read_text())
+    assert [each["step"] for each in saved] == [each["step"] for each in result["reordered"]] == [20, 30]
+    assert saved[0]["permutations"]["Dense_0/kernel axis 1"] == orders[1]
+
+
+@pytest.mark.parametrize(
+    ("when", "message"),
+    [
+        (("sparse",), r"reorder='sparse' is at step 40, in the phase sparse \[40, 60\), whose blocks are chosen"),
+        ((50,), "reorder=50 is at step 50, in the phase sparse"),
+        (("often",), "cannot read the duration 'often'"),
+    ],
+)
+def test_reordering_in_a_sparse_phase_is_refused(when, message):
+    c = reordering()
+    c.sparsifier.reorder = when
+    with pytest.raises(ValueError, match=message):
+        prepared(c)
+
+
 def test_nothing_is_compiled_once_the_first_evaluation_and_save_are_done(tmp_path):
     compilations, done = [], [0]
 

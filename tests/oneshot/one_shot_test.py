@@ -438,8 +438,9 @@ def test_sensitivity_is_the_loss_with_one_layer_pruned(two_layers):
     assert found.sparsities == (0.0, 0.5, 0.9, 0.95)
     for path in ("first/kernel", "second/kernel"):
         for sparsity, got in zip(found.sparsities, found.losses[path], strict=True):
-            if sapp.select.kept_blocks(found.plan.pruned[path].blocks, sparsity) == 0:
+            if found.plan.pruned[path].kept_each_at(sparsity) == 0:
                 assert np.isnan(got)
+                assert path == "first/kernel"  # the last layer keeps a block for each output
                 continue
             own = {"*": {"sparsity": 0.0}, path: {"sparsity": sparsity}}
             # The first pattern that matches decides.
@@ -452,6 +453,56 @@ def test_sensitivity_is_the_loss_with_one_layer_pruned(two_layers):
     assert found.multiply_adds()["first/kernel"][0] == 140 * 32
     ax = found.plot()
     assert len(ax.get_lines()) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_last_layer_keeps_a_block_for_each_output(method):
+    """Whatever its size; by its transpose too, where the columns of the leaf are what the product sums over."""
+    params = {"first": weights(24, 20), "last": weights(20, 12, seed=2) * np.repeat([1, 1e-3, 1e-3], 4)}
+
+    def fn(params, x):
+        return jax.nn.relu(x @ params["first"]) @ params["last"]
+
+    def transposed(params, x):
+        return jnp.maximum(x @ params["first"], 0) @ params["last"].T
+
+    options = {"block": 4, "sparsity": 0.8, "min_blocks": 1, "method": method}
+    data = inputs(64, 24)
+    mask = np.asarray(sapp.one_shot(fn, params, data, **options).masks["last"])
+    assert mask.sum() == 3
+    assert mask.any(0).all()
+    assert not np.asarray(sapp.one_shot(fn, params, data, min_kept=0, **options).masks["last"])[:, 1:].any()
+    turned, views = params | {"last": params["last"].T}, {"last": "i o"}
+    options |= {"overrides": {"last": {"min_kept": "outputs"}}}
+    mask = np.asarray(sapp.one_shot(transposed, turned, data, views=views, **options).masks["last"])
+    assert mask.sum() == 5
+    assert mask.any(0).all()
+
+
+def test_a_mask_is_mended_by_its_best_and_worst_blocks():
+    """As by choosing the best of each column first, and then the best of all."""
+    rng = np.random.default_rng(0)
+    task = problem(20, 16, (4, 4))._replace(covered=1)
+    for kept in range(4, 21):
+        scores = rng.random((5, 4))
+        first = scores == scores.max(0)
+        want = layers.top(scores + 2 * first, kept)
+        np.testing.assert_array_equal(task.covering(layers.top(scores, kept), scores), want)
+
+
+def test_a_budget_counts_the_blocks_that_stay_whatever_the_sparsity(two_layers):
+    fn, params, batches = two_layers
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    data = [(b, np.argmax(fn(params, b), -1)) for b in batches]
+    options = {"block": (4, 3), "min_blocks": 1, "overrides": {"second/kernel": {"min_kept": "outputs"}}}
+    found = sapp.sensitivity(fn, params, data, loss, sparsities=(0.5, 0.9), method="magnitude", **options)
+    np.testing.assert_allclose(found.weights()["second/kernel"], 98 * np.array([12, 6, 3]) / 12)
+    split = sapp.budget(found, share=0.2)
+    assert split.overrides["second/kernel"]["min_kept"] == "outputs"
+    plan = sapp.plan(params, block=(4, 3), sparsity=0.5, min_blocks=1, overrides=split.overrides)
+    assert plan.pruned["second/kernel"].kept >= 3
+    real = sum(layer.weights * layer.kept / layer.blocks for layer in plan.pruned.values())
+    assert real <= split.limit + 1e-6
 
 
 def measured(losses):
