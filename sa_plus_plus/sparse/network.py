@@ -11,8 +11,10 @@ import numpy as np
 from sa_plus_plus.sparse.arguments import batch_of, instead, shape_and_type, shapes
 from sa_plus_plus.sparse.comparison import Comparison, notes
 from sa_plus_plus.sparse.compiler.executor import Program, run
+from sa_plus_plus.sparse.compiler.lowering import CompiledLayer
 from sa_plus_plus.sparse.compiler.planned import Choice
 from sa_plus_plus.sparse.files import serve
+from sa_plus_plus.sparse.ops import native
 from sa_plus_plus.text import table
 
 
@@ -97,11 +99,17 @@ class Network:
         rows = [_cells(choice) for choice in self.choices]
         unused = [name for i, name in enumerate(_HEAD) if i >= 5 and not {row[i] for row in rows} - {"", "-"}]
         if self.whole is None:
-            return table(_HEAD, rows, omit=unused)
+            return "\n".join([table(_HEAD, rows, omit=unused), *self._targets()])
         times = [f"{1e6 * seconds:,.0f}" for seconds in (self.whole.jitted_seconds, self.whole.fast_seconds)]
         last = ["whole network", "", "", "", "", *times, *[""] * (len(_HEAD) - 7)]
         lines = table(_HEAD, [*rows, last], omit=[name for name in unused if name not in _TIMES])
-        return "\n".join([lines, *notes(self.whole, self.choices)])
+        return "\n".join([lines, *self._targets(), *notes(self.whole, self.choices)])
+
+    def _targets(self) -> list[str]:
+        """The line that says which instructions products run in."""
+        dtypes = {step.x.dtype for step in self._program.steps if isinstance(step, CompiledLayer)}
+        names = [f"{native.target(dtype).name} ({dtype.name})" for dtype in sorted(dtypes, key=str)]
+        return [f"instructions of products: {', '.join(names)}"] if names else []
 
 
 _TIMES = ("traced µs", "compiled µs")

@@ -154,12 +154,11 @@ def pack_interleaved(kernel: np.ndarray, dtype: np.dtype) -> BlockSparse:
     """
     line, size = kernel.shape[1] * kernel.shape[2], np.dtype(dtype).itemsize
     group, most = 4 // size, REGISTER_BYTES // size
-    registers = native.isa(UINT8 if size == 1 else BFLOAT16) == "amx"
+    target = native.target(UINT8 if size == 1 else BFLOAT16)
     nonzero, best = kernel != 0, None
     for rows in (d for d in range(group, min(most, line) + 1, group) if line % d == 0):
         kept = int(occupied(nonzero, (rows, native.WIDE)).sum())
-        # Apart from loading, matrix registers take as long for few rows as for many.
-        cost = kept * (1 + rows / most) if registers else kept * (rows + 1)
+        cost = kept * target.cost(rows, size)
         if best is None or cost < best[0]:
             best = cost, rows
     assert best is not None

@@ -320,6 +320,8 @@ def test_the_kernel_stays_within_its_memory(tmp_path):
         products, calls = kernel_fuzz.build(tmp_path)
     except LookupError as missing:
         pytest.skip(str(missing))
+    for target in native.targets():
+        assert not kernel_fuzz.shared_symbols(tmp_path / f"target_{target.name}.o", target.name)
     run = subprocess.run([products, "400"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout == "400 products\n"
