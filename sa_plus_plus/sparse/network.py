@@ -99,17 +99,16 @@ class Network:
         rows = [_cells(choice) for choice in self.choices]
         unused = [name for i, name in enumerate(_HEAD) if i >= 5 and not {row[i] for row in rows} - {"", "-"}]
         if self.whole is None:
-            return "\n".join([table(_HEAD, rows, omit=unused), *self._targets()])
+            return table(_HEAD, rows, omit=unused)
         times = [f"{1e6 * seconds:,.0f}" for seconds in (self.whole.jitted_seconds, self.whole.fast_seconds)]
         last = ["whole network", "", "", "", "", *times, *[""] * (len(_HEAD) - 7)]
         lines = table(_HEAD, [*rows, last], omit=[name for name in unused if name not in _TIMES])
-        return "\n".join([lines, *self._targets(), *notes(self.whole, self.choices)])
+        return "\n".join([lines, *notes(self.whole, self.choices, self._targets())])
 
     def _targets(self) -> list[str]:
-        """The line that says which instructions products run in."""
+        """The instructions that products run in here, and the type of their left side: `avx512 (float32)`."""
         dtypes = {step.x.dtype for step in self._program.steps if isinstance(step, CompiledLayer)}
-        names = [f"{native.target(dtype).name} ({dtype.name})" for dtype in sorted(dtypes, key=str)]
-        return [f"instructions of products: {', '.join(names)}"] if names else []
+        return [f"{native.target(dtype).name} ({dtype.name})" for dtype in sorted(dtypes, key=str)]
 
 
 _TIMES = ("traced µs", "compiled µs")
