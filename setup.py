@@ -23,16 +23,6 @@ from setuptools.errors import CompileError
 VERSION = pathlib.Path("sa_plus_plus/_version.py")
 SOURCES = pathlib.Path("sa_plus_plus/sparse/csrc")
 FLAGS = ["-O3", "-g0", "-std=c++17", "-DNDEBUG", "-ffp-contract=fast"]
-AVX2 = ["-mavx2", "-mfma", "-mprfchw"]  # processors that cannot prefetch for writing skip the instruction
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprfchw", "-mprefer-vector-width=512"]
-INSTRUCTIONS = {  # one source, compiled for several processors; which of them runs is decided there
-    "kernel_avx2": AVX2,
-    "kernel_avxvnni": [*AVX2, "-mavxvnni"],
-    "kernel_avx512": AVX512,
-    "kernel_avx512vnni": [*AVX512, "-mavx512vnni"],
-    "kernel_avx512bf16": [*AVX512, "-mavx512bf16"],
-    "kernel_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
-}
 
 
 class BuildKernels(build_ext):
@@ -48,17 +38,21 @@ class BuildKernels(build_ext):
             self.compiler.set_executables(**{name: command for name, command in found.items() if name in known})
         jaxlib = importlib.util.find_spec("jaxlib")
         headers = [str(pathlib.Path(jaxlib.origin).parent / "include")] if jaxlib and jaxlib.origin else []
-        x86 = platform.machine() in ("x86_64", "AMD64")
-        pathlib.Path(self.build_temp, SOURCES).mkdir(parents=True, exist_ok=True)
+        targets = runpy.run_path(str(SOURCES / "targets.py"))["flags"](platform.machine())
+        each = {name: [str(SOURCES / "target.cc"), name, flags] for name, flags in targets.items()}
+        rest = [[source, "", []] for source in ext.sources if pathlib.Path(source).name != "target.cc"]
 
-        def compiled(source: str) -> list[str]:
-            flags = FLAGS + (INSTRUCTIONS.get(pathlib.Path(source).stem, []) if x86 else [])
+        def compiled(job: tuple[str, str, list[str]]) -> list[str]:
+            source, folder, flags = job
+            where, flags = str(pathlib.Path(self.build_temp, folder)), FLAGS + flags
             return self.compiler.compile(
-                [source], self.build_temp, include_dirs=headers, extra_postargs=flags, depends=ext.depends
+                [source], where, include_dirs=headers, extra_postargs=flags, depends=ext.depends
             )
 
+        for folder in ("", *targets):
+            pathlib.Path(self.build_temp, folder, SOURCES).mkdir(parents=True, exist_ok=True)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait for compilers
-            objects = [file for files in pool.map(compiled, ext.sources) for file in files]
+            objects = [file for files in pool.map(compiled, [*each.values(), *rest]) for file in files]
         target = pathlib.Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, str(target), target_lang="c++")
@@ -132,7 +126,7 @@ def main() -> None:
     kernel = Extension(
         "sa_plus_plus.sparse._native",
         sources=sorted(map(str, SOURCES.glob("*.cc"))),
-        depends=sorted(map(str, [*SOURCES.glob("*.h"), *SOURCES.glob("*.inc")])),
+        depends=sorted(str(file) for end in ("h", "inc", "def") for file in SOURCES.glob(f"*.{end}")),
         optional=True,
         py_limited_api=True,  # it uses nothing of Python's at all
     )

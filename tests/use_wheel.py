@@ -38,7 +38,7 @@ def main() -> None:
         command = [str(pathlib.Path(sys.executable).with_name("sapp")), "plan", "network.npz", "--sparsity=0.5"]
         said = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert said.stdout.startswith("1 of 1 kernels pruned; 50.00% of 65,536"), said
-    print(f"  Python {sys.version.split()[0]}, jax {jax.__version__}, {native.isa(np.float32)}, {home}")
+    print(f"  Python {sys.version.split()[0]}, jax {jax.__version__}, {native.target(np.float32).name}, {home}")
 
 
 def report(w: jax.Array, x: jax.Array, precision: str, most: float) -> str:

@@ -91,12 +91,20 @@ def difference(want: Sequence[Any], got: Sequence[Any]) -> float:
         return float(np.max(np.abs(first - second)[differs]) / largest)
 
 
-def notes(whole: Comparison, choices: Sequence[Choice]) -> list[str]:
-    """The lines under a network's table."""
+def notes(whole: Comparison, choices: Sequence[Choice], targets: Sequence[str] = ()) -> list[str]:
+    """The lines under a network's table.
+
+    Args:
+      whole: the network beside the function that it was made from.
+      choices: its layers.
+      targets: the instructions that its products run in.
+    """
     most = f"{whole.difference:.1e} of the largest result" if whole.difference else "0"
     inputs = "the example" if whole.on_example else "random inputs"
+    within = f"; compiled for {', '.join(targets)}" if targets else ""
     lines = [
-        "µs of a layer: in a program, with bias, residual, activation; of the whole: a call of jax.jit(fn) and of this",
+        "µs of a layer: in a program, with bias, residual, activation; of the whole: a call of jax.jit(fn) and of this"
+        + within,
         f"largest difference on {inputs}: {most}",
     ]
     if whole.speedup < WORTH:

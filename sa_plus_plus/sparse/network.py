@@ -11,8 +11,10 @@ import numpy as np
 from sa_plus_plus.sparse.arguments import batch_of, instead, shape_and_type, shapes
 from sa_plus_plus.sparse.comparison import Comparison, notes
 from sa_plus_plus.sparse.compiler.executor import Program, run
+from sa_plus_plus.sparse.compiler.lowering import CompiledLayer
 from sa_plus_plus.sparse.compiler.planned import Choice
 from sa_plus_plus.sparse.files import serve
+from sa_plus_plus.sparse.ops import native
 from sa_plus_plus.text import table
 
 
@@ -101,7 +103,12 @@ class Network:
         times = [f"{1e6 * seconds:,.0f}" for seconds in (self.whole.jitted_seconds, self.whole.fast_seconds)]
         last = ["whole network", "", "", "", "", *times, *[""] * (len(_HEAD) - 7)]
         lines = table(_HEAD, [*rows, last], omit=[name for name in unused if name not in _TIMES])
-        return "\n".join([lines, *notes(self.whole, self.choices)])
+        return "\n".join([lines, *notes(self.whole, self.choices, self._targets())])
+
+    def _targets(self) -> list[str]:
+        """The instructions that products run in here, and the type of their left side: `avx512 (float32)`."""
+        dtypes = {step.x.dtype for step in self._program.steps if isinstance(step, CompiledLayer)}
+        return [f"{native.target(dtype).name} ({dtype.name})" for dtype in sorted(dtypes, key=str)]
 
 
 _TIMES = ("traced µs", "compiled µs")

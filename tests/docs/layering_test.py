@@ -38,6 +38,7 @@ LIBRARY = (
     "metrics",
     "checks",
     "shrinking",
+    "sparse.csrc.targets",
     "sparse.array",
     "sparse.int8",
     "sparse.arguments",

@@ -1,8 +1,8 @@
-// Calls as a forged file could make them: attributes drawn from the whole of int64, arrays without numbers that claim any
-// size. All go through the checks; what these accept is run, with every buffer allocated to its exact size, so that an
-// address sanitizer sees any access beyond one, and twice over different contents of the result, which must become equal:
-// so all of it is written. Prints by kind how many calls were checked, how many of them accepted, and how many of those
-// had a result that is not empty.
+// Calls as a forged file could make them: attributes drawn from the whole of int64, arrays without numbers that claim
+// any size. All go through the checks; what these accept is run, with every buffer allocated to its exact size, so that
+// an address sanitizer sees any access beyond one, and twice over different contents of the result, which must become
+// equal: so all of it is written. Prints by kind how many calls were checked, how many of them accepted, and how many
+// of those had a result that is not empty.
 //
 //     calls_fuzz CALLS [FIRST]
 //
@@ -13,12 +13,13 @@
 #include <cmath>
 #include <csignal>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <vector>
 
 #include "fuzz.h"
-#include "pool.h"
 #include "run.h"
+#include "thread_pool.h"
 
 // So that every failure of a sanitizer ends in a signal.
 extern "C" const char* __asan_default_options() { return "abort_on_error=1"; }
@@ -43,8 +44,8 @@ void tell(int signal) {
 
 constexpr int64_t kMostNumbers = 1 << 12;  // in an array
 
-// Any 64 bits, most often where arithmetic goes wrong: near powers of two, near what is real, near the quotient of a limit
-// and what is real.
+// Any 64 bits, most often where arithmetic goes wrong: near powers of two, near what is real, near the quotient of a
+// limit and what is real.
 int64_t wild(int64_t real) {
   const int64_t few = between(-2, 2);
   const uint64_t power = uint64_t{1} << between(0, 63), limit = uint64_t{1} << between(29, 63);
@@ -75,7 +76,8 @@ std::unique_ptr<char[]> memory(Type type, int64_t count) {
     const uint8_t byte = fuzz::generator() & 7;
     const float value = byte;
     if (type == Type::kByte) bytes[i] = byte;
-    else std::memcpy(&bytes[i * size_of(type)], reinterpret_cast<const char*>(&value) + 4 - size_of(type), size_of(type));
+    else
+      std::memcpy(&bytes[i * size_of(type)], reinterpret_cast<const char*>(&value) + 4 - size_of(type), size_of(type));
   }
   return bytes;
 }
@@ -168,7 +170,8 @@ void check_sums(const ConvolutionArrays& a, const ConvolutionOptions& o, const P
           const int64_t k = p.rows[at] * p.b_r + r;
           const int64_t down = row * o.stride_down + k / across, right = column * o.stride_across + k % across / in[3];
           const int64_t from = ((image * in[1] + down) * in[2] + right) * in[3] + k % in[3];
-          sum += value(a.x, from) * value(a.blocks, ((at * p.b_r / group + r / group) * p.b_c + c % p.b_c) * group + r % group);
+          sum += value(a.x, from) *
+                 value(a.blocks, ((at * p.b_r / group + r / group) * p.b_c + c % p.b_c) * group + r % group);
         }
       }
       same(value(a.y, ((image * out[1] + o.top + row) * out[2] + o.left + column) * out[3] + c), sum, "a convolution");
@@ -176,18 +179,28 @@ void check_sums(const ConvolutionArrays& a, const ConvolutionOptions& o, const P
   }
 }
 
+// One of those that this processor supports, for all of these types of x.
+const Functions& any_target(int types) {
+  std::vector<const Functions*> able;
+  for (const Target& target : all_targets()) {
+    if (target.supported && (target.types & types) == types) able.push_back(target.functions);
+  }
+  return *able[between(0, able.size() - 1)];
+}
+
 Outcome convolve() {
   const Type type = any_type();
-  const int64_t group = type == Type::kFloat ? 1 : type == Type::kHalf ? 2 : 4;
+  const int64_t group = type == Type::kFloat ? 1 : type == Type::kBfloat16 ? 2 : 4;
   ConvolutionOptions o{between(1, 3), between(1, 3), between(1, 2), between(1, 2), 0, 0, 0, 0, 0, 1, 0, 0, 1};
   if (one_in(2)) o.window_rows = o.window_columns = o.stride_down = o.stride_across = 1;
   if (one_in(2)) o.top = between(0, 2), o.bottom = between(0, 2), o.left = between(0, 2), o.right = between(0, 2);
   const bool plain = one_in(2);
   if (!plain) {
     o.activation = between(0, static_cast<int64_t>(Activation::kCount) - 1);
-    o.y_zero = between(0, 255), o.y_unit = 0.5, o.residual_scale = 2, o.residual_zero = 3;
+    o.y_zero_point = between(0, 255), o.y_unit = 0.5, o.residual_scale = 2, o.residual_zero_point = 3;
   }
-  const int64_t images = between(0, 2), lines = between(0, 4), line = between(0, one_in(4) ? 40 : 6), width = between(0, 40);
+  const int64_t images = between(0, 2), lines = between(0, 4), line = between(0, one_in(4) ? 40 : 6),
+                width = between(0, 40);
   const int64_t channels = one_in(20) ? 0 : group * between(1, 6);
   Held x(type, {images, std::max<int64_t>(0, lines - 1) * o.stride_down + o.window_rows + between(0, 1),
                 std::max<int64_t>(0, line - 1) * o.stride_across + o.window_columns + between(0, 1), channels});
@@ -195,7 +208,8 @@ Outcome convolve() {
   int64_t b_r = group * between(1, 6);
   while (channels && (o.window_columns * channels) % b_r && (type != Type::kFloat || o.window_rows > 1)) b_r -= group;
   const int64_t b_c = type == Type::kFloat ? between(1, 40) : kWide * between(1, 2);
-  const int64_t grid_r = (o.window_rows * o.window_columns * channels + b_r - 1) / b_r, grid_c = (width + b_c - 1) / b_c;
+  const int64_t grid_r = (o.window_rows * o.window_columns * channels + b_r - 1) / b_r,
+                grid_c = (width + b_c - 1) / b_c;
   Listed<int32_t> rows, starts{{0}, {}};
   const int64_t rare = between(1, 4);
   for (int64_t j = 0; j < grid_c; ++j) {
@@ -205,7 +219,7 @@ Outcome convolve() {
     starts.numbers.push_back(rows.numbers.size());
   }
   const int64_t kept = rows.numbers.size();
-  Held blocks(type == Type::kFloat && one_in(3) ? Type::kHalf : type, {kept, b_r, b_c});
+  Held blocks(type == Type::kFloat && one_in(3) ? Type::kBfloat16 : type, {kept, b_r, b_c});
   if (type != Type::kFloat) blocks.sizes = {kept, b_r / group, b_c, group};
   Listed<float> scale, bias;
   Held residual(any_type(), {0});
@@ -226,32 +240,22 @@ Outcome convolve() {
         if (!list.empty()) list[between(0, list.size() - 1)] = wild(kept);
         break;
       }
-      case 7: (one_in(2) ? o.y_zero : one_in(2) ? o.y_unit : o.residual_zero) = wild_float(); break;
+      case 7: (one_in(2) ? o.y_zero_point : one_in(2) ? o.y_unit : o.residual_zero_point) = wild_float(); break;
       case 8: (one_in(2) ? x : blocks).array.type = any_type(); break;
       default: spoil(o, 9);
     }
   }
-  const ConvolutionArrays arrays{x.made(), blocks.made(), rows.made(), starts.made(), scale.made(), bias.made(),
-                                 residual.made(), y.made()};
+  const ConvolutionArrays arrays{x.made(),     blocks.made(), rows.made(),     starts.made(),
+                                 scale.made(), bias.made(),   residual.made(), y.made()};
   Convolution prepared;
   if (prepare(arrays, o, &prepared)) return kRefused;
-  const Choice* choices = kernels(x.array.type);
-  int64_t known = 0;
-  while (choices[known].kernel) ++known;
-  const Kernel kernel = choices[between(0, known - 1)].kernel;
+  const Functions& functions = any_target(bit(x.array.type));
   const int64_t threads = between(1, 4);
-  run_twice(arrays.y, [&] { run(prepared, threads, kernel); });
+  run_twice(arrays.y, [&] { run(prepared, threads, functions); });
   const Product& p = prepared.product;
   const bool alone = !p.scale && !p.bias && !p.residual && p.activation == Activation::kNone;
   if (alone && p.y_type == Type::kFloat) check_sums(arrays, o, p);
   return y.count() ? kComputed : kEmpty;
-}
-
-template <class Form>
-Form any_form(const Form* forms) {
-  int64_t known = 0;
-  while (forms[known]) ++known;
-  return forms[between(0, known - 1)];
 }
 
 // The sums of a depthwise convolution, by its definition.
@@ -265,11 +269,15 @@ void check_depthwise(const DepthwiseArrays& a, const DepthwiseOptions& o) {
           double want = (a.bias.count ? a.bias.data[c] : 0) + (a.residual.count() ? value(a.residual, at) : 0);
           for (int64_t r = 0; a.x.count() && r < window[0]; ++r) {
             for (int64_t s = 0; s < window[1]; ++s) {
-              const __int128 down = static_cast<__int128>(i) * o.stride_down + static_cast<__int128>(r) * o.dilation_down - o.top;
-              const __int128 right = static_cast<__int128>(j) * o.stride_across + static_cast<__int128>(s) * o.dilation_across - o.left;
+              const __int128 down =
+                  static_cast<__int128>(i) * o.stride_down + static_cast<__int128>(r) * o.dilation_down - o.top;
+              const __int128 right =
+                  static_cast<__int128>(j) * o.stride_across + static_cast<__int128>(s) * o.dilation_across - o.left;
               if (down < 0 || right < 0 || down >= in[1] || right >= in[2]) continue;
-              const int64_t row = static_cast<int64_t>(down), column = static_cast<int64_t>(right), channel = c / (out[3] / in[3]);
-              want += value(a.x, ((n * in[1] + row) * in[2] + column) * in[3] + channel) * value(a.kernel, (r * window[1] + s) * out[3] + c);
+              const int64_t row = static_cast<int64_t>(down), column = static_cast<int64_t>(right),
+                            channel = c / (out[3] / in[3]);
+              want += value(a.x, ((n * in[1] + row) * in[2] + column) * in[3] + channel) *
+                      value(a.kernel, (r * window[1] + s) * out[3] + c);
             }
           }
           if (static_cast<Activation>(o.activation) == Activation::kRelu6) want = std::clamp(want, 0.0, 6.0);
@@ -283,7 +291,8 @@ void check_depthwise(const DepthwiseArrays& a, const DepthwiseOptions& o) {
 Outcome convolve_each() {
   DepthwiseOptions o{between(1, 3), between(1, 3), between(1, 3), between(1, 3), between(0, 3), between(0, 3), 0};
   o.activation = one_in(2) ? 0 : between(0, static_cast<int64_t>(Activation::kCount) - 1);
-  const int64_t channels = one_in(3) ? between(16, 70) : between(1, 20), width = channels * (one_in(3) ? between(1, 3) : 1);
+  const int64_t channels = one_in(3) ? between(16, 70) : between(1, 20),
+                width = channels * (one_in(3) ? between(1, 3) : 1);
   Held x(Type::kFloat, {between(0, 2), between(0, 6), between(0, 12), channels});
   Held kernel(Type::kFloat, {between(1, 3), between(1, 4), width}), residual(Type::kFloat, {0});
   Held y(Type::kFloat, {x.sizes[0], between(0, 4), between(0, one_in(3) ? 12 : 4), width});
@@ -305,9 +314,9 @@ Outcome convolve_each() {
   const DepthwiseArrays arrays{x.made(), kernel.made(), bias.made(), residual.made(), y.made()};
   Depthwise prepared;
   if (prepare(arrays, o, &prepared)) return kRefused;
-  const Convolve form = any_form(depthwises());
+  const Functions& functions = any_target(kAll);
   const int64_t threads = between(1, 4);
-  run_twice(arrays.y, [&] { run(prepared, threads, form); });
+  run_twice(arrays.y, [&] { run(prepared, threads, functions); });
   const auto activation = static_cast<Activation>(o.activation);
   const bool exact = activation == Activation::kNone || activation == Activation::kRelu6;
   if (exact && y.count()) check_depthwise(arrays, o);
@@ -315,7 +324,7 @@ Outcome convolve_each() {
 }
 
 void check_pooled(const Array& x, const Array& y, const Pooling& p, const Windows& w) {
-  const int64_t *out = y.sizes;
+  const int64_t* out = y.sizes;
   int64_t at = 0;
   for (int64_t n = 0; n < out[0]; ++n) {
     for (int64_t i = 0; i < out[1]; ++i) {
@@ -343,7 +352,8 @@ Outcome pool() {
   const bool sums = one_in(3);
   const Type type = sums ? Type::kFloat : any_type();
   const int64_t images = between(0, 2), channels = one_in(4) ? between(60, 150) : between(0, 20);
-  Held x(type, {images, between(0, 5), between(0, 5), channels}), y(type, {images, between(0, 4), between(0, 4), channels});
+  Held x(type, {images, between(0, 5), between(0, 5), channels}),
+      y(type, {images, between(0, 4), between(0, 4), channels});
   for (int64_t i = between(0, 3); i > 0; --i) {
     switch (between(0, 5)) {
       case 0: x.spoil(); break;
@@ -360,9 +370,9 @@ Outcome pool() {
   Pooling prepared;
   x.made(), y.made();
   if (prepare(x.array, y.array, w, sums, &prepared)) return kRefused;
-  const Pool form = any_form(pools());
+  const Functions& functions = any_target(kAll);
   const int64_t threads = between(1, 4);
-  run_twice(y.array, [&] { run(prepared, threads, form); });
+  run_twice(y.array, [&] { run(prepared, threads, functions); });
   if (y.count()) check_pooled(x.array, y.array, prepared, w);
   return y.count() ? kComputed : kEmpty;
 }
@@ -378,7 +388,8 @@ void check_rounded(const Array& x, const Array& y, const Rounding& r) {
           const bool inside = row >= 0 && row < in[1] && column >= 0 && column < in[2] && c < in[3];
           double want = inside ? value(x, ((n * in[1] + row) * in[2] + column) * in[3] + c) : 0;
           if (y.type == Type::kByte) {
-            want = inside ? std::nearbyint(std::clamp(want * r.scale + r.zero, 0.0, 255.0)) : static_cast<int>(r.zero);
+            want = inside ? std::nearbyint(std::clamp(want * r.scale + r.zero_point, 0.0, 255.0))
+                          : static_cast<int>(r.zero_point);
           }
           same(value(y, at), want, "rounding");
         }
@@ -390,7 +401,7 @@ void check_rounded(const Array& x, const Array& y, const Rounding& r) {
 Outcome round_some() {
   Rounding r{0, 0, 1, 0};
   const Type type = any_type();
-  if (type == Type::kByte) r.scale = std::ldexp(1.0f, between(-3, 6)), r.zero = between(0, 255);
+  if (type == Type::kByte) r.scale = std::ldexp(1.0f, between(-3, 6)), r.zero_point = between(0, 255);
   if (one_in(2)) r.top = between(0, 2), r.left = between(0, 2);
   const int64_t images = between(0, 2), rows = between(0, 4), columns = between(0, 4), channels = between(0, 20);
   const int64_t more = one_in(2) ? 0 : between(0, 3);
@@ -401,23 +412,73 @@ Outcome round_some() {
     switch (between(0, 4)) {
       case 0: x.spoil(); break;
       case 1: y.spoil(); break;
-      case 2: (one_in(2) ? r.scale : r.zero) = wild_float(), finite = false; break;
+      case 2: (one_in(2) ? r.scale : r.zero_point) = wild_float(), finite = false; break;
       default: spoil(r, 2);
     }
   }
   Images prepared;
   x.made(), y.made();
   if (prepare(x.array, y.array, r, &prepared)) return kRefused;
-  const Round form = any_form(rounds());
+  const Functions& functions = any_target(kAll);
   const int64_t threads = between(1, 4);
-  run_twice(y.array, [&] { run(prepared, threads, form); });
+  run_twice(y.array, [&] { run(prepared, threads, functions); });
   if (finite && y.count()) check_rounded(x.array, y.array, r);
   return y.count() ? kComputed : kEmpty;
 }
 
+// A normalisation by its definition, as far as the type of y holds it.
+void check_normalized(const NormalizationArrays& a, const NormalizationOptions& o) {
+  const int64_t columns = a.x.sizes[a.x.rank - 1], count = a.y.count();
+  for (int64_t first = 0; first < count; first += columns) {
+    double mean = 0, variance = 0;
+    for (int64_t k = 0; o.centred && k < columns; ++k) mean += value(a.x, first + k) / columns;
+    for (int64_t k = 0; k < columns; ++k) variance += std::pow(value(a.x, first + k) - mean, 2) / columns;
+    for (int64_t k = 0; k < columns; ++k) {
+      double want =
+          (value(a.x, first + k) - mean) / std::sqrt(variance + o.epsilon) * a.scale.data[k] + a.shift.data[k];
+      double most = 1e-4;
+      if (a.y.type == Type::kBfloat16) most += std::ldexp(std::abs(want), -8);
+      if (a.y.type == Type::kByte) want = std::clamp(want * o.factor + o.zero_point, 0.0, 255.0), most = 0.51;
+      if (!(std::abs(value(a.y, first + k) - want) <= most)) fail("a wrong number of a normalisation");
+    }
+  }
+}
+
+Outcome normalize() {
+  NormalizationOptions o{between(0, 1), std::ldexp(1.0f, between(-10, 1)), 1, 0};
+  std::vector<int64_t> sizes(between(0, 3));
+  for (int64_t& size : sizes) size = between(0, 4);
+  sizes.push_back(one_in(4) ? between(60, 150) : between(0, 40));
+  const Type type = any_type();
+  Held x(one_in(2) ? Type::kFloat : Type::kBfloat16, sizes), y(type, sizes);
+  if (type == Type::kByte) o.factor = between(1, 32), o.zero_point = between(0, 255);
+  Listed<float> scale{std::vector<float>(sizes.back(), 0.5f), {}}, shift{std::vector<float>(sizes.back(), 2.0f), {}};
+  bool plain = true;
+  for (int64_t i = between(0, 3); i > 0; --i) {
+    switch (between(0, 6)) {
+      case 0: x.spoil(); break;
+      case 1: y.spoil(); break;
+      case 2: x.spoil(), y.sizes = x.sizes; break;
+      case 3: (one_in(2) ? scale : shift).numbers.resize(between(0, 41), 1.0f); break;
+      case 4: (one_in(2) ? x : y).array.type = any_type(), plain = false; break;
+      case 5: (one_in(3) ? o.epsilon : one_in(2) ? o.factor : o.zero_point) = wild_float(), plain = false; break;
+      default: spoil(o, 1);
+    }
+  }
+  const NormalizationArrays arrays{x.made(), scale.made(), shift.made(), y.made()};
+  Normalization prepared;
+  if (prepare(arrays, o, &prepared)) return kRefused;
+  const Functions& functions = any_target(kAll);
+  const int64_t threads = between(1, 4);
+  run_twice(arrays.y, [&] { run(prepared, threads, functions); });
+  if (plain && y.count()) check_normalized(arrays, o);
+  return y.count() ? kComputed : kEmpty;
+}
+
 Outcome attend() {
-  const Type type = one_in(20) ? Type::kByte : one_in(2) ? Type::kFloat : Type::kHalf;
-  std::vector<int64_t> sizes{between(1, 3), between(1, 2), between(1, 2), between(1, 9), between(1, 9), between(1, 9), between(1, 9), 1};
+  const Type type = one_in(20) ? Type::kByte : one_in(2) ? Type::kFloat : Type::kBfloat16;
+  std::vector<int64_t> sizes{between(1, 3), between(1, 2), between(1, 2), between(1, 9),
+                             between(1, 9), between(1, 9), between(1, 9), 1};
   sizes[7] = between(1, sizes[4]);
   std::vector<int64_t> strides(20);
   const int64_t rows[] = {sizes[3], sizes[4], sizes[4], sizes[3], sizes[3]};
@@ -439,7 +500,9 @@ Outcome attend() {
     switch (between(0, 9)) {
       case 0: held[between(0, 4)].spoil(); break;
       case 1: (one_in(2) ? sizes : strides).resize(between(0, 21), 1); break;
-      case 2: case 3: case 4:
+      case 2:
+      case 3:
+      case 4:
         if (sizes.empty()) break;
         else sizes[between(0, sizes.size() - 1)] = wild(lasts[between(0, 4)]);
         break;
@@ -452,10 +515,10 @@ Outcome attend() {
   const AttentionArrays arrays{held[0].made(), held[1].made(), held[2].made(), held[3].made(), held[4].made()};
   Attention prepared;
   if (prepare(arrays, lengths.made(), steps.made(), 0.25f, &prepared)) return kRefused;
-  const Attend form = any_form(attends());
+  const Functions& functions = any_target(kAll);
   const int64_t threads = between(1, 4);
   run_twice(arrays.y, [&] {
-    if (!run(prepared, threads, form)) fail("attention that fits its arrays needs too much memory");
+    if (!run(prepared, threads, functions)) fail("attention that fits its arrays needs too much memory");
   });
   return kComputed;
 }
@@ -469,23 +532,21 @@ int main(int argc, char** argv) {
     const char* name;
     Outcome (*one)();
     long long checked, accepted, computed;
-  } kinds[] = {{"convolution", convolve, 0, 0, 0},
-               {"depthwise", convolve_each, 0, 0, 0},
-               {"pooling", pool, 0, 0, 0},
-               {"rounding", round_some, 0, 0, 0},
-               {"attention", attend, 0, 0, 0}};
+  } kinds[] = {
+      {"convolution", convolve, 0, 0, 0}, {"depthwise", convolve_each, 0, 0, 0}, {"pooling", pool, 0, 0, 0},
+      {"rounding", round_some, 0, 0, 0},  {"normalization", normalize, 0, 0, 0}, {"attention", attend, 0, 0, 0}};
   const long long calls = argc > 1 ? std::atoll(argv[1]) : 0, first = argc > 2 ? std::atoll(argv[2]) : 0;
   for (number = first; number < first + calls; ++number) {
     if (number % 1024 == 0) alarm(100);
     fuzz::generator.state = static_cast<uint64_t>(number) * 0x2545f4914f6cdd1d;
-    auto& kind = kinds[number % 5];
+    auto& kind = kinds[number % std::size(kinds)];
     const Outcome outcome = kind.one();
     ++kind.checked, kind.accepted += outcome != kRefused, kind.computed += outcome == kComputed;
   }
   const char* before = "{";
   for (const auto& kind : kinds) {
-    std::printf("%s\"%s\": {\"checked\": %lld, \"accepted\": %lld, \"computed\": %lld}", before, kind.name, kind.checked,
-                kind.accepted, kind.computed);
+    std::printf("%s\"%s\": {\"checked\": %lld, \"accepted\": %lld, \"computed\": %lld}", before, kind.name,
+                kind.checked, kind.accepted, kind.computed);
     before = ", ";
   }
   std::printf("}\n");

@@ -1,5 +1,6 @@
-// Random products, and random attention, through each kernel that this processor can run, against sums in double, with every buffer allocated
-// to its exact size: an address sanitizer then sees any access beyond one. Prints the number of products, or what failed.
+// Random products, and random attention, through each target that this processor supports, against sums in double, with
+// every buffer allocated to its exact size: an address sanitizer then sees any access beyond one. Prints the number of
+// products, or what failed.
 //
 //     fuzz PRODUCTS [SEED]
 #include <algorithm>
@@ -11,17 +12,17 @@
 #include <random>
 #include <vector>
 
-#include "checks.h"
 #include "fuzz.h"
+#include "targets.h"
+#include "validate.h"
 
 using fuzz::between;
 using fuzz::fail;
 using fuzz::generator;
 using sa_plus_plus::Activation;
-using sa_plus_plus::Attend;
 using sa_plus_plus::Attention;
-using sa_plus_plus::Choice;
 using sa_plus_plus::Product;
+using sa_plus_plus::Target;
 using sa_plus_plus::Type;
 
 namespace {
@@ -63,8 +64,9 @@ std::unique_ptr<char[]> memory(const std::vector<double>& values, Type type) {
     const float number = values[i];
     const uint16_t narrow = half(number);
     const uint8_t byte = static_cast<int>(values[i]);  // of either sign
-    const void* from = type == Type::kFloat ? static_cast<const void*>(&number) : type == Type::kHalf ? &narrow
-                                                                                                      : static_cast<const void*>(&byte);
+    const void* from = type == Type::kFloat      ? static_cast<const void*>(&number)
+                       : type == Type::kBfloat16 ? &narrow
+                                                 : static_cast<const void*>(&byte);
     std::memcpy(bytes.get() + i * size, from, size);
   }
   return bytes;
@@ -72,7 +74,7 @@ std::unique_ptr<char[]> memory(const std::vector<double>& values, Type type) {
 
 std::vector<float> floats(const std::vector<double>& values) { return {values.begin(), values.end()}; }
 
-Type any_type() { return std::vector<Type>{Type::kFloat, Type::kHalf, Type::kByte}[between(0, 2)]; }
+Type any_type() { return std::vector<Type>{Type::kFloat, Type::kBfloat16, Type::kByte}[between(0, 2)]; }
 
 double activated(Activation activation, double x) {
   switch (activation) {
@@ -87,19 +89,19 @@ double activated(Activation activation, double x) {
 }
 
 // The result for a sum of products, as the type of y holds it, but for the rounding to bytes.
-double finished(const Product& p, double sum, int64_t row, int64_t column, const std::vector<double>& residual) {
+double epilogue(const Product& p, double sum, int64_t row, int64_t column, const std::vector<double>& residual) {
   sum = sum * (p.scale ? p.scale[column] : 1) + (p.bias ? p.bias[column] : 0);
-  if (p.residual) sum += (residual[row * p.width + column] - p.residual_zero) * p.residual_scale;
+  if (p.residual) sum += (residual[row * p.width + column] - p.residual_zero_point) * p.residual_scale;
   if (p.y_type == Type::kByte) sum = activated(p.activation, sum * p.y_unit) / p.y_unit;
   else sum = activated(p.activation, sum);
-  if (p.y_type == Type::kByte) return std::min(std::max(sum + p.y_zero, 0.0), 255.0);
-  return p.y_type == Type::kHalf ? widened(half(static_cast<float>(sum))) : sum;
+  if (p.y_type == Type::kByte) return std::min(std::max(sum + p.y_zero_point, 0.0), 255.0);
+  return p.y_type == Type::kBfloat16 ? widened(half(static_cast<float>(sum))) : sum;
 }
 
 void one() {
   Product p{};
   p.x_type = any_type(), p.y_type = any_type(), p.residual_type = any_type();
-  p.w_type = p.x_type == Type::kFloat && between(0, 1) ? Type::kHalf : p.x_type;
+  p.w_type = p.x_type == Type::kFloat && between(0, 1) ? Type::kBfloat16 : p.x_type;
   const int64_t group = p.group();
   p.batch = between(0, 3) ? between(0, 30) : between(30, 60);
   p.b_r = group * between(1, (between(0, 1) ? 8 : 70) / group);
@@ -109,7 +111,7 @@ void one() {
   p.run = std::max<int64_t>(1, p.batch), p.stride = p.height, p.runs = 1;
   p.line = std::max<int64_t>(1, p.batch), p.lines = 1;
   int64_t across = p.height, line = 0, size = p.batch * p.height;  // `across` numbers lie together
-  if (between(0, 1)) {  // a convolution
+  if (between(0, 1)) {                                             // a convolution
     const int64_t images = between(1, 2), window_rows = between(1, 3), window_columns = between(1, 3);
     const int64_t down = between(1, 2), right = between(1, 2);
     p.b_r = group * between(1, 20 / group);
@@ -161,12 +163,14 @@ void one() {
   p.scale = between(0, 1) ? scale_memory.get() : nullptr;
   p.bias = between(0, 1) ? bias_memory.get() : nullptr;
   p.residual = between(0, 1) ? residual_memory.get() : nullptr;
-  p.residual_scale = std::ldexp(1.0, between(-6, 0)), p.residual_zero = between(0, 128), p.y_zero = between(0, 128);
-  if (const char* why = complaint(p)) fail(why);
+  p.residual_scale = std::ldexp(1.0, between(-6, 0)), p.residual_zero_point = between(0, 128),
+  p.y_zero_point = between(0, 128);
+  if (const char* why = validate(p)) fail(why);
 
   const int64_t places = (p.batch + p.line * p.lines - 1) / (p.line * p.lines) * p.y_image();
   const int64_t bytes = sa_plus_plus::size_of(p.y_type);
-  for (const Choice* choice = sa_plus_plus::kernels(p.x_type); choice->kernel; ++choice) {
+  for (const Target& target : sa_plus_plus::all_targets()) {
+    if (!target.supported || !target.multiplies(p.x_type)) continue;
     const auto y_memory = exactly(std::vector<char>(places * bytes, 0x7f));
     p.y = y_memory.get();
     if (p.residual) p.residual = residual_memory.get();
@@ -177,8 +181,8 @@ void one() {
     const int64_t column = between(0, p.grid_c());
     for (int64_t top = 0, bottom; top < p.batch; top = bottom) {
       bottom = std::min(p.batch, top + between(1, sa_plus_plus::kMostRows));
-      choice->kernel(p, {top, bottom, 0, column});
-      choice->kernel(p, {top, bottom, column, p.grid_c()});
+      target.functions->gemm(p, {top, bottom, 0, column});
+      target.functions->gemm(p, {top, bottom, column, p.grid_c()});
     }
     int64_t untouched = places * bytes;
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -192,16 +196,18 @@ void one() {
         const char* at = y_memory.get() + (p.y_row(b) + c) * bytes;
         double got;
         if (p.y_type == Type::kByte) got = static_cast<uint8_t>(*at);
-        if (p.y_type == Type::kHalf) got = widened(*reinterpret_cast<const uint16_t*>(at));
+        if (p.y_type == Type::kBfloat16) got = widened(*reinterpret_cast<const uint16_t*>(at));
         if (p.y_type == Type::kFloat) got = *reinterpret_cast<const float*>(at);
-        const double want = finished(p, sum, b, c, residual);
+        const double want = epilogue(p, sum, b, c, residual);
         // A byte is the nearest to the sum as float holds it, which next to a tie may lie on the other side.
         double most = p.y_type == Type::kByte ? 0.5 + 1e-4 : 1e-6 * std::abs(want);
         if (p.activation > Activation::kRelu) {  // not exact: so the last digit of a bfloat16 may differ too
-          most += p.y_type == Type::kByte ? 1e-3 : 1e-6 + (p.y_type == Type::kHalf ? std::ldexp(1.0, -7) : 4e-6) * std::abs(want);
+          most += p.y_type == Type::kByte
+                      ? 1e-3
+                      : 1e-6 + (p.y_type == Type::kBfloat16 ? std::ldexp(1.0, -7) : 4e-6) * std::abs(want);
         }
         if (!(std::abs(got - want) <= most)) {
-          std::printf("%s: %.9g, not %.9g\n", choice->name, got, want);
+          std::printf("%s: %.9g, not %.9g\n", target.name, got, want);
           fail("a wrong number");
         }
         untouched -= bytes;
@@ -215,7 +221,7 @@ void one() {
   auto spoil = [&](int32_t& index) {
     const int32_t old = index;
     index = between(0, 1) ? -static_cast<int32_t>(between(1, 1 << 30)) : static_cast<int32_t>(p.kept + p.grid_r()) + 1;
-    if (!complaint(p)) fail("a bad product was not refused");
+    if (!validate(p)) fail("a bad product was not refused");
     index = old;
   };
   spoil(rows_memory[between(0, p.kept - 1)]);
@@ -238,7 +244,7 @@ int64_t placed(const Attention& a, int64_t rows, int64_t last, int64_t repeatabl
 
 void attend_one() {
   Attention a{};
-  a.type = between(0, 1) ? Type::kFloat : Type::kHalf;
+  a.type = between(0, 1) ? Type::kFloat : Type::kBfloat16;
   for (int64_t& heads : a.heads) heads = between(1, 3);
   auto any = [&] { return between(0, 1) ? between(1, 9) : between(1, 80); };
   a.queries = any(), a.keys = any(), a.depth = any(), a.width = any();
@@ -254,15 +260,17 @@ void attend_one() {
   const auto bias_memory = exactly(floats(bias));
   a.q = q_memory.get(), a.k = k_memory.get(), a.v = v_memory.get();
   a.bias = between(0, 1) ? bias_memory.get() : nullptr;
-  if (const char* why = complaint(a, sizes)) fail(why);
-  for (const Attend* attend = sa_plus_plus::attends(); *attend; ++attend) {
+  if (const char* why = validate(a, sizes)) fail(why);
+  for (const Target& target : sa_plus_plus::all_targets()) {
+    const auto attention = target.functions->attention;
+    if (!target.supported || !attention) continue;
     const auto y_memory = exactly(std::vector<char>(sizes[4] * sa_plus_plus::size_of(a.type), 0x7f));
     const auto scratch = exactly(std::vector<float>(sa_plus_plus::scratch_of(a)));
     a.y = y_memory.get();
     for (int64_t head = 0; head < a.all_heads(); ++head) {
       const int64_t middle = between(0, a.queries);
-      (*attend)(a, head, 0, middle, scratch.get(), false);
-      (*attend)(a, head, middle, a.queries, scratch.get(), true);
+      attention(a, head, 0, middle, scratch.get(), false);
+      attention(a, head, middle, a.queries, scratch.get(), true);
       for (int64_t i = 0; i < a.queries; ++i) {
         std::vector<double> shares(a.keys), sums(a.width);
         double largest = -INFINITY, total = 0;
@@ -286,8 +294,9 @@ void attend_one() {
                                                     : widened(reinterpret_cast<const uint16_t*>(y_memory.get())[at]);
           // Where all keys are masked, what is left of the scores beside the mask is rounded to 64.
           const bool masked = largest < -1e8;
-          if (!masked && !(std::abs(got - want) <= 2e-5 + (a.type == Type::kHalf ? std::ldexp(1.0, -7) : 0) * std::abs(want))) {
-            std::printf("attention: %.9g, not %.9g\n", got, want);
+          if (!masked && !(std::abs(got - want) <=
+                           2e-5 + (a.type == Type::kBfloat16 ? std::ldexp(1.0, -7) : 0) * std::abs(want))) {
+            std::printf("attention, %s: %.9g, not %.9g\n", target.name, got, want);
             fail("a wrong number");
           }
         }
@@ -296,7 +305,7 @@ void attend_one() {
   }
   const int64_t number = between(0, 4);  // now with an array that is too small
   --sizes[number];
-  if (!complaint(a, sizes) && (number != 3 || a.bias)) fail("attention on too small an array was not refused");
+  if (!validate(a, sizes) && (number != 3 || a.bias)) fail("attention on too small an array was not refused");
 }
 
 }  // namespace

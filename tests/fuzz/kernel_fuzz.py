@@ -1,20 +1,31 @@
 """Builds the random tests of the compiled code under sanitizers: `kernel_fuzz.cc`, `calls_fuzz.cc`."""
 
 import pathlib
+import runpy
 import shutil
 import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "sa_plus_plus/sparse/csrc"
+target_flags = runpy.run_path(str(SOURCE / "targets.py"))["flags"]
 PROGRAMS = ("kernel_fuzz", "calls_fuzz")  # random products; random calls, most of them malformed
 
 
-def instructions() -> dict[str, list[str]]:
-    """The compiler's flags for each source, from setup.py, which cannot be imported without being run."""
-    lines = (ROOT / "setup.py").read_text().split("class ")[0].split("FLAGS = ")[1]
-    values: dict[str, object] = {}
-    exec("FLAGS = " + lines, values)
-    return values["INSTRUCTIONS"]
+def shared_symbols(file: pathlib.Path, target: str) -> list[str]:
+    """What the linker could take from the object of one target for another: all that it defines beyond its functions.
+
+    Args:
+      file: the object.
+      target: its name.
+    """
+    command = ["nm", "--extern-only", "--defined-only", "--format=posix", file]
+    names = [
+        line.split()[0]
+        for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    ]
+    own = f"_ZN12sa_plus_plus{len(target)}{target}9functionsE"
+    assert own in names, f"{file} does not define {own}"
+    return [name for name in names if name.removeprefix("__odr_asan.") != own]
 
 
 def build(directory: pathlib.Path, optimisation: str = "-O0") -> list[pathlib.Path]:
@@ -38,15 +49,16 @@ def build(directory: pathlib.Path, optimisation: str = "-O0") -> list[pathlib.Pa
     probe.write_text("int main() {}")
     if subprocess.run([compiler, *flags, probe, "-o", directory / "probe"], capture_output=True).returncode:
         raise LookupError(f"{compiler} has no sanitizers")
-    files = [file for file in SOURCE.glob("*.cc") if file.stem != "ffi"]
+    files = [file for file in SOURCE.glob("*.cc") if file.stem not in ("ffi", "target")]
     files += [ROOT / f"tests/fuzz/{name}.cc" for name in PROGRAMS]
-    objects = {file.stem: directory / f"{file.stem}.o" for file in files}
-    jobs = []
-    for file in files:
-        extra = instructions().get(file.stem, []) if machine.startswith("x86_64") else []
-        # What gcc says of its own headers is left out.
-        strict = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-        jobs.append(subprocess.Popen([compiler, *flags, *extra, *strict, "-c", file, "-o", objects[file.stem]]))
+    sources: dict[str, list[object]] = {file.stem: [file] for file in files}
+    sources |= {f"target_{name}": [SOURCE / "target.cc", *own] for name, own in target_flags(machine).items()}
+    objects = {name: directory / f"{name}.o" for name in sources}
+    # What gcc says of its own headers is left out.
+    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    jobs = [
+        subprocess.Popen([compiler, *flags, *strict, "-c", *sources[name], "-o", objects[name]]) for name in sources
+    ]
     for job in jobs:
         if job.wait():
             raise subprocess.CalledProcessError(job.returncode, job.args)

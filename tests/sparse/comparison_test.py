@@ -100,6 +100,8 @@ def test_equal_layers_are_measured_once_and_the_whole_network_beside_the_functio
     most = f"{fast.whole.difference:.1e} of the largest result" if fast.whole.difference else "0"
     assert lines[-2] == f"largest difference on the example: {most}"
     assert lines[-1] == "1.25 times as fast"
+    if sapp.sparse.native.unavailable_reason() is None:
+        assert lines[-3].endswith(f"; compiled for {sapp.sparse.native.target(np.float32).name} (float32)")
 
 
 def test_only_autotuned_networks_are_compared(injected):

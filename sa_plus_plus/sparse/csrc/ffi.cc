@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
-#include "pool.h"
 #include "run.h"
+#include "thread_pool.h"
+#include "validate.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -25,7 +25,7 @@ int64_t threads_of(const ffi::ThreadPool& pool) { return std::max<int64_t>(1, po
 bool describe(const ffi::AnyBuffer& buffer, Array* array, ffi::DataType byte = ffi::U8) {
   const ffi::DataType type = buffer.element_type();
   if (type != ffi::F32 && type != ffi::BF16 && type != byte) return false;
-  array->type = type == ffi::F32 ? Type::kFloat : type == ffi::BF16 ? Type::kHalf : Type::kByte;
+  array->type = type == ffi::F32 ? Type::kFloat : type == ffi::BF16 ? Type::kBfloat16 : Type::kByte;
   array->data = buffer.untyped_data();
   array->rank = buffer.dimensions().size(), array->sizes = buffer.dimensions().begin();
   return true;
@@ -49,7 +49,7 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer bl
   arrays.rows = list(rows), arrays.starts = list(starts), arrays.scale = list(scale), arrays.bias = list(bias);
   Convolution prepared;
   if (const char* why = prepare(arrays, options, &prepared)) return refused(what, why);
-  run(prepared, threads_of(pool), kernels(arrays.x.type)->kernel);
+  run(prepared, threads_of(pool), *target_for(arrays.x.type).functions);
   return ffi::Error::Success();
 }
 
@@ -64,7 +64,7 @@ ffi::Error depthwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kern
   arrays.bias = list(bias);
   Depthwise prepared;
   if (const char* why = prepare(arrays, options, &prepared)) return refused(what, why);
-  run(prepared, threads_of(pool), *depthwises());
+  run(prepared, threads_of(pool), *target_for_all().functions);
   return ffi::Error::Success();
 }
 
@@ -74,7 +74,7 @@ ffi::Error pool_images(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y,
   Pooling prepared;
   if (!describe(x, &from) || !describe(y, &to)) return refused("pooling", kUnknown);
   if (const char* why = prepare(from, to, windows, sums, &prepared)) return refused("pooling", why);
-  run(prepared, threads_of(pool), *pools());
+  run(prepared, threads_of(pool), *target_for_all().functions);
   return ffi::Error::Success();
 }
 
@@ -86,30 +86,43 @@ ffi::Error sum_pool(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::Any
   return pool_images(pool, x, *y, windows, true);
 }
 
-ffi::Error round_images(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y, const Rounding& rounding) {
+ffi::Error round_images(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y,
+                        const Rounding& rounding) {
   Array from{}, to{};
   Images prepared;
   if (!describe(x, &from) || !describe(*y, &to)) return refused("round_images", kUnknown);
   if (const char* why = prepare(from, to, rounding, &prepared)) return refused("round_images", why);
-  run(prepared, threads_of(pool), *rounds());
+  run(prepared, threads_of(pool), *target_for_all().functions);
+  return ffi::Error::Success();
+}
+
+ffi::Error layer_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR1<ffi::F32> scale,
+                      ffi::BufferR1<ffi::F32> shift, ffi::Result<ffi::AnyBuffer> y,
+                      const NormalizationOptions& options) {
+  constexpr char what[] = "layer normalisation";
+  NormalizationArrays arrays{};
+  if (!describe(x, &arrays.x) || !describe(*y, &arrays.y)) return refused(what, kUnknown);
+  arrays.scale = list(scale), arrays.shift = list(shift);
+  Normalization prepared;
+  if (const char* why = prepare(arrays, options, &prepared)) return refused(what, why);
+  run(prepared, threads_of(pool), *target_for_all().functions);
   return ffi::Error::Success();
 }
 
 using Integers = ffi::Span<const int64_t>;
 
-ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                     ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y, Integers sizes, Integers strides,
-                     float scale) {
+ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer bias,
+                     ffi::Result<ffi::AnyBuffer> y, Integers sizes, Integers strides, float scale) {
   AttentionArrays arrays{};
-  if (!describe(q, &arrays.q) || !describe(k, &arrays.k) || !describe(v, &arrays.v) ||
-      !describe(bias, &arrays.bias) || !describe(*y, &arrays.y)) {
+  if (!describe(q, &arrays.q) || !describe(k, &arrays.k) || !describe(v, &arrays.v) || !describe(bias, &arrays.bias) ||
+      !describe(*y, &arrays.y)) {
     return refused("attention", kUnknown);
   }
   const List<int64_t> lengths{sizes.begin(), static_cast<int64_t>(sizes.size())};
   const List<int64_t> steps{strides.begin(), static_cast<int64_t>(strides.size())};
   Attention prepared;
   if (const char* why = prepare(arrays, lengths, steps, scale, &prepared)) return refused("attention", why);
-  if (run(prepared, threads_of(pool), *attends())) return ffi::Error::Success();
+  if (run(prepared, threads_of(pool), *target_for_all().functions)) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention: no memory for keys and values");
 }
 
@@ -127,6 +140,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_round_images, sa_plus_plus::round_ima
                                   .Ret<ffi::AnyBuffer>()
                                   .Attrs<sa_plus_plus::Rounding>());
 
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sa_plus_plus::NormalizationOptions, ffi::StructMember<int64_t>("centred"),
+                                      ffi::StructMember<float>("epsilon"), ffi::StructMember<float>("factor"),
+                                      ffi::StructMember<float>("zero"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_layer_norm, sa_plus_plus::layer_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR1<ffi::F32>>()
+                                  .Arg<ffi::BufferR1<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attrs<sa_plus_plus::NormalizationOptions>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_attention, sa_plus_plus::attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -139,32 +165,29 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_attention, sa_plus_plus::attention,
                                   .Attr<ffi::Span<const int64_t>>("strides")
                                   .Attr<float>("scale"));
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    sa_plus_plus::Windows, ffi::StructMember<int64_t>("window_rows"), ffi::StructMember<int64_t>("window_columns"),
-    ffi::StructMember<int64_t>("stride_down"), ffi::StructMember<int64_t>("stride_across"),
-    ffi::StructMember<int64_t>("top"), ffi::StructMember<int64_t>("left"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sa_plus_plus::Windows, ffi::StructMember<int64_t>("window_rows"),
+                                      ffi::StructMember<int64_t>("window_columns"),
+                                      ffi::StructMember<int64_t>("stride_down"),
+                                      ffi::StructMember<int64_t>("stride_across"), ffi::StructMember<int64_t>("top"),
+                                      ffi::StructMember<int64_t>("left"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_max_pool, sa_plus_plus::max_pool,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attrs<sa_plus_plus::Windows>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    sa_plus_plus_max_pool, sa_plus_plus::max_pool,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attrs<sa_plus_plus::Windows>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_sum_pool, sa_plus_plus::sum_pool,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attrs<sa_plus_plus::Windows>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    sa_plus_plus_sum_pool, sa_plus_plus::sum_pool,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attrs<sa_plus_plus::Windows>());
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    sa_plus_plus::ConvolutionOptions, ffi::StructMember<int64_t>("window_rows"), ffi::StructMember<int64_t>("window_columns"),
-    ffi::StructMember<int64_t>("stride_down"), ffi::StructMember<int64_t>("stride_across"),
-    ffi::StructMember<int64_t>("top"), ffi::StructMember<int64_t>("bottom"), ffi::StructMember<int64_t>("left"),
-    ffi::StructMember<int64_t>("right"), ffi::StructMember<int64_t>("activation"),
-    ffi::StructMember<float>("residual_scale"),
-    ffi::StructMember<float>("residual_zero"), ffi::StructMember<float>("y_zero"), ffi::StructMember<float>("y_unit"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sa_plus_plus::ConvolutionOptions, ffi::StructMember<int64_t>("window_rows"),
+                                      ffi::StructMember<int64_t>("window_columns"),
+                                      ffi::StructMember<int64_t>("stride_down"),
+                                      ffi::StructMember<int64_t>("stride_across"), ffi::StructMember<int64_t>("top"),
+                                      ffi::StructMember<int64_t>("bottom"), ffi::StructMember<int64_t>("left"),
+                                      ffi::StructMember<int64_t>("right"), ffi::StructMember<int64_t>("activation"),
+                                      ffi::StructMember<float>("residual_scale"),
+                                      ffi::StructMember<float>("residual_zero"), ffi::StructMember<float>("y_zero"),
+                                      ffi::StructMember<float>("y_unit"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_block_sparse_conv, sa_plus_plus::convolution,
                               ffi::Ffi::Bind()
@@ -179,11 +202,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_block_sparse_conv, sa_plus_plus::conv
                                   .Ret<ffi::AnyBuffer>()
                                   .Attrs<sa_plus_plus::ConvolutionOptions>());
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    sa_plus_plus::DepthwiseOptions, ffi::StructMember<int64_t>("stride_down"),
-    ffi::StructMember<int64_t>("stride_across"), ffi::StructMember<int64_t>("dilation_down"),
-    ffi::StructMember<int64_t>("dilation_across"), ffi::StructMember<int64_t>("top"),
-    ffi::StructMember<int64_t>("left"), ffi::StructMember<int64_t>("activation"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sa_plus_plus::DepthwiseOptions, ffi::StructMember<int64_t>("stride_down"),
+                                      ffi::StructMember<int64_t>("stride_across"),
+                                      ffi::StructMember<int64_t>("dilation_down"),
+                                      ffi::StructMember<int64_t>("dilation_across"), ffi::StructMember<int64_t>("top"),
+                                      ffi::StructMember<int64_t>("left"), ffi::StructMember<int64_t>("activation"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_depthwise_conv, sa_plus_plus::depthwise,
                               ffi::Ffi::Bind()
@@ -198,10 +221,36 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_depthwise_conv, sa_plus_plus::depthwi
 // Of XLA's interface, as of the headers that this was compiled with.
 extern "C" int sa_plus_plus_ffi_version() { return 1000 * XLA_FFI_API_MAJOR + XLA_FFI_API_MINOR; }
 
-// The name of the kernel that products of x of a type run in: 0 for float32, 1 for bfloat16, 2 for bytes.
-extern "C" const char* sa_plus_plus_kernel(int type) {
-  return sa_plus_plus::kernels(static_cast<sa_plus_plus::Type>(type))->name;
+// The table of targets as JSON: its rows in order, types of x by their numbers.
+extern "C" const char* sa_plus_plus_targets() {
+  using namespace sa_plus_plus;
+  static const std::string* text = [] {
+    auto* json = new std::string("[");
+    for (const Target& target : all_targets()) {
+      std::string types;
+      for (Type type : {Type::kFloat, Type::kBfloat16, Type::kByte}) {
+        if (target.multiplies(type)) types += (types.empty() ? "" : ", ") + std::to_string(static_cast<int>(type));
+      }
+      if (json->size() > 1) *json += ", ";
+      *json += std::string("{\"name\": \"") + target.name + "\", \"extends\": \"" + target.extends;
+      *json += "\", \"supported\": " + std::to_string(target.supported) + ", \"types\": [" + types;
+      *json += "], \"start\": " + std::to_string(target.start) + "}";
+    }
+    *json += "]";
+    return json;
+  }();
+  return text->c_str();
 }
+
+// The row of the table that products of x of a type run in: 0 for float32, 1 for bfloat16, 2 for bytes.
+extern "C" int sa_plus_plus_target(int x_type) {
+  using namespace sa_plus_plus;
+  return &target_for(static_cast<Type>(x_type)) - all_targets().first;
+}
+
+// Only targets that the named one is or extends from now on, or all for null; 0 if this processor supports none of that
+// name.
+extern "C" int sa_plus_plus_limit_targets(const char* name) { return sa_plus_plus::limit_targets(name); }
 
 // Minimum nanoseconds of a small product on one thread, with x and blocks of the given type.
 extern "C" double sa_plus_plus_nanoseconds(int x_type) {
@@ -219,7 +268,7 @@ extern "C" double sa_plus_plus_nanoseconds(int x_type) {
   double least = std::numeric_limits<double>::infinity();
   for (int i = 0; i < 100; ++i) {
     const auto start = std::chrono::steady_clock::now();
-    sa_plus_plus::kernels(p.x_type)->kernel(p, {0, rows, 0, p.kept});
+    sa_plus_plus::target_for(p.x_type).functions->gemm(p, {0, rows, 0, p.kept});
     least = std::min(least, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
   }
   return least;

@@ -1,4 +1,5 @@
-// The parts into which products, depthwise convolutions, attention, pooling and rounding are cut for threads.
+// The parts into which products, depthwise convolutions, attention, normalisation, pooling and rounding are cut for
+// threads.
 #include "run.h"
 
 #include <algorithm>
@@ -8,19 +9,19 @@
 #include <new>
 #include <utility>
 
-#include "pool.h"
+#include "thread_pool.h"
 
 namespace sa_plus_plus {
 namespace {
 
-constexpr int64_t kFewRows = 96;  // in a part, so that their sums and x stay in the caches
+constexpr int64_t kFewRows = 96;                     // in a part, so that their sums and x stay in the caches
 constexpr int64_t kWorthAThread = int64_t{1} << 15;  // operations; some microseconds
 
 // Bands of rows, and in each as many groups of columns as give every thread something to do to the end.
 std::vector<Part> cut(const Product& p, int64_t threads) {
-  // Some runs, or pieces of one, about as many rows in each; if possible a whole number of bands for each thread, so that
-  // a layer's threads read what they wrote themselves in the layer before. But where the blocks are much larger than x,
-  // each of them is best read by one thread alone, which then takes as many rows as it can.
+  // Some runs, or pieces of one, about as many rows in each; if possible a whole number of bands for each thread, so
+  // that a layer's threads read what they wrote themselves in the layer before. But where the blocks are much larger
+  // than x, each of them is best read by one thread alone, which then takes as many rows as it can.
   const int64_t x_numbers = p.run < p.batch ? p.batch / p.run * p.run_stride : p.batch * p.stride;
   const bool by_columns = threads > 1 && p.grid_c() >= 2 * threads &&
                           p.kept * p.b_r * p.b_c * size_of(p.w_type) > 4 * x_numbers * size_of(p.x_type);
@@ -37,7 +38,8 @@ std::vector<Part> cut(const Product& p, int64_t threads) {
   };
   if (p.run >= p.batch) divide(0, p.batch, 16, most, multiple);
   else if (p.run <= kMostRows) divide(0, p.batch, p.run, most, multiple);
-  else for (int64_t top = 0; top < p.batch; top += p.run) divide(top, std::min(p.batch, top + p.run), 1, kMostRows, 1);
+  else
+    for (int64_t top = 0; top < p.batch; top += p.run) divide(top, std::min(p.batch, top + p.run), 1, kMostRows, 1);
   // An operation is 16 multiplications of floats, a tenth of the time for types that have matrix registers.
   const int64_t multiplications = times(p.batch, p.kept * p.b_r * p.b_c);
   const int64_t work = plus(multiplications / (p.grouped() ? 4 : 1), p.batch * p.width * 4);
@@ -64,7 +66,7 @@ std::vector<Part> cut(const Product& p, int64_t threads) {
 // `count` numbers of y from number `from` on become the zero point.
 void fill(const Product& p, int64_t from, int64_t count) {
   const int64_t size = size_of(p.y_type);
-  std::memset(static_cast<char*>(p.y) + from * size, size == 1 ? static_cast<int>(p.y_zero) : 0, count * size);
+  std::memset(static_cast<char*>(p.y) + from * size, size == 1 ? static_cast<int>(p.y_zero_point) : 0, count * size);
 }
 
 // Fill the padding around output lines that start in this part.
@@ -80,54 +82,54 @@ void fill_borders(const Product& p, const Part& part) {
   }
 }
 
-constexpr int64_t kFewQueries = 48;  // in a part, so that packing keys and values is little beside them
+constexpr int64_t kFewQueries = 48;       // in a part, so that packing keys and values is little beside them
 constexpr int64_t kFewNumbers = 1 << 13;  // fewer are not worth another thread
 
 }  // namespace
 
-void run(const Convolution& convolution, int64_t threads, Kernel kernel) {
+void run(const Convolution& convolution, int64_t threads, const Functions& functions) {
   const Product& p = convolution.product;
   if (!p.batch) return convolution.count ? fill(p, 0, convolution.count) : void();
   struct Work {
     const Product& product;
     const std::vector<Part> parts;
-    const Kernel kernel;
-  } const work{p, cut(p, threads), kernel};
+    const Functions& functions;
+  } const work{p, cut(p, threads), functions};
   auto task = [](const void* context, int64_t i) {
     const Work& work = *static_cast<const Work*>(context);
-    work.kernel(work.product, work.parts[i]);
+    work.functions.gemm(work.product, work.parts[i]);
     fill_borders(work.product, work.parts[i]);
   };
   parallel(work.parts.size(), threads, task, &work);
 }
 
-void run(const Depthwise& depthwise, int64_t threads, Convolve convolve) {
+void run(const Depthwise& depthwise, int64_t threads, const Functions& functions) {
   if (!depthwise.lines) return;
   struct Work {
     const Depthwise& d;
-    const Convolve convolve;
+    const Functions& functions;
     const int64_t pieces;  // of each line
   };
   const Depthwise& d = depthwise;
   const int64_t work = times(d.lines * d.y_columns * d.width(), plus(times(d.window_rows, d.window_columns), 4));
   const int64_t wanted = threads < 2 ? 1 : std::clamp<int64_t>(work / kWorthAThread, 1, 4 * threads);
-  const Work all{d, convolve, std::min((wanted + d.lines - 1) / d.lines, d.y_columns)};
+  const Work all{d, functions, std::min((wanted + d.lines - 1) / d.lines, d.y_columns)};
   auto task = [](const void* context, int64_t i) {
     const Work& w = *static_cast<const Work*>(context);
     const int64_t piece = i % w.pieces, columns = w.d.y_columns;
-    w.convolve(w.d, i / w.pieces, piece * columns / w.pieces, (piece + 1) * columns / w.pieces);
+    w.functions.depthwise(w.d, i / w.pieces, piece * columns / w.pieces, (piece + 1) * columns / w.pieces);
   };
   parallel(d.lines * all.pieces, std::min(threads, wanted), task, &all);
 }
 
-void run(const Pooling& pooling, int64_t threads, Pool pool) {
+void run(const Pooling& pooling, int64_t threads, const Functions& functions) {
   struct Work {
     const Pooling& pooling;
-    const Pool pool;
-  } const work{pooling, pool};
+    const Functions& functions;
+  } const work{pooling, functions};
   auto task = [](const void* context, int64_t line) {
     const Work& work = *static_cast<const Work*>(context);
-    work.pool(work.pooling, line);
+    work.functions.pooling(work.pooling, line);
   };
   parallel(pooling.lines, threads, task, &work);
 }
@@ -135,35 +137,36 @@ void run(const Pooling& pooling, int64_t threads, Pool pool) {
 namespace {
 
 // Images whose numbers are rounded one by one: cut into equal parts.
-void run_flat(const Images& m, int64_t threads, Round round) {
+void run_flat(const Images& m, int64_t threads, const Functions& functions) {
   const int64_t count = m.lines * m.columns * m.channels;
   struct Work {
     const Runs all;
     const int64_t parts;
-    const Round round;
-  } const work{{m.type, m.x, m.y, 1, count, count, m.options.scale, m.options.zero},
-               std::clamp<int64_t>(count / kFewNumbers, 1, 4 * threads), round};
+    const Functions& functions;
+  } const work{{m.type, m.x, m.y, 1, count, count, m.options.scale, m.options.zero_point},
+               std::clamp<int64_t>(count / kFewNumbers, 1, 4 * threads),
+               functions};
   auto task = [](const void* context, int64_t i) {
     const Work& w = *static_cast<const Work*>(context);
     const int64_t from = i * w.all.run / w.parts, to = (i + 1) * w.all.run / w.parts;
     Runs part = w.all;
     part.x += from, part.run = part.wide = to - from;
     part.y = static_cast<char*>(part.y) + from * size_of(part.type);
-    w.round(part);
+    w.functions.rounding(part);
   };
   parallel(work.parts, threads, task, &work);
 }
 
 }  // namespace
 
-void run(const Images& images, int64_t threads, Round round) {
+void run(const Images& images, int64_t threads, const Functions& functions) {
   if (images.rows == images.y_rows && images.columns == images.y_columns && images.channels == images.y_channels) {
-    return run_flat(images, threads, round);
+    return run_flat(images, threads, functions);
   }
   struct Work {
     const Images& images;
-    const Round round;
-  } const work{images, round};
+    const Functions& functions;
+  } const work{images, functions};
   auto task = [](const void* context, int64_t i) {
     const Work& work = *static_cast<const Work*>(context);
     const Images& m = work.images;
@@ -171,21 +174,36 @@ void run(const Images& images, int64_t threads, Round round) {
     const int64_t wide = m.y_columns * m.y_channels, size = size_of(m.type);
     char* y = static_cast<char*>(m.y) + i * wide * size;
     auto fill = [&](char* from, char* end) {
-      std::memset(from, size == 1 ? static_cast<int>(m.options.zero) : 0, end - from);
+      std::memset(from, size == 1 ? static_cast<int>(m.options.zero_point) : 0, end - from);
     };
     if (row < 0 || row >= m.rows) return fill(y, y + wide * size);
     const float* x = m.x + (image * m.rows + row) * m.columns * m.channels;
     char* from = y + m.options.left * m.y_channels * size;
     fill(y, from);
-    Runs runs{m.type, x, from, m.columns, m.channels, m.y_channels, m.options.scale, m.options.zero};
+    Runs runs{m.type, x, from, m.columns, m.channels, m.y_channels, m.options.scale, m.options.zero_point};
     if (m.channels == m.y_channels) runs.count = 1, runs.run = runs.wide = m.columns * m.channels;
-    work.round(runs);
+    work.functions.rounding(runs);
     fill(from + m.columns * m.y_channels * size, y + wide * size);
   };
   parallel(images.lines, threads, task, &work);
 }
 
-bool run(const Attention& a, int64_t threads, Attend attend) {
+void run(const Normalization& normalization, int64_t threads, const Functions& functions) {
+  struct Work {
+    const Normalization& n;
+    const int64_t parts;
+    const Functions& functions;
+  };
+  const Normalization& n = normalization;
+  const Work all{n, std::clamp<int64_t>(n.rows * n.columns / kFewNumbers, 1, 4 * threads), functions};
+  auto task = [](const void* context, int64_t i) {
+    const Work& w = *static_cast<const Work*>(context);
+    w.functions.normalization(w.n, i * w.n.rows / w.parts, (i + 1) * w.n.rows / w.parts);
+  };
+  parallel(all.parts, threads, task, &all);
+}
+
+bool run(const Attention& a, int64_t threads, const Functions& functions) {
   const int64_t heads = a.all_heads();
   const int64_t wanted = (4 * threads + heads - 1) / heads;
   const int64_t pieces = std::clamp<int64_t>(a.queries / kFewQueries, 1, wanted);  // of each head
@@ -197,13 +215,14 @@ bool run(const Attention& a, int64_t threads, Attend attend) {
   std::atomic<int64_t> taken{0};
   struct Work {
     const Attention& a;
-    const Attend attend;
+    const Functions& functions;
     const int64_t call, pieces, needed;
     float* const scratch;  // a part for each thread
     std::atomic<int64_t>& taken;
   };
-  float* const aligned = memory.get() + (line - reinterpret_cast<uintptr_t>(memory.get()) / sizeof(float) % line) % line;
-  const Work work{a, attend, ++calls, pieces, needed, aligned, taken};
+  float* const aligned =
+      memory.get() + (line - reinterpret_cast<uintptr_t>(memory.get()) / sizeof(float) % line) % line;
+  const Work work{a, functions, ++calls, pieces, needed, aligned, taken};
   auto task = [](const void* context, int64_t i) {
     const Work& w = *static_cast<const Work*>(context);
     thread_local struct {
@@ -215,7 +234,7 @@ bool run(const Attention& a, int64_t threads, Attend attend) {
     if (mine.call != w.call) mine.scratch = w.scratch + w.taken++ * w.needed;
     mine.call = w.call, mine.head = head;
     const int64_t first = piece * w.a.queries / w.pieces, last = (piece + 1) * w.a.queries / w.pieces;
-    w.attend(w.a, head, first, last, mine.scratch, packed);
+    w.functions.attention(w.a, head, first, last, mine.scratch, packed);
   };
   parallel(heads * pieces, threads, task, &work);
   return true;

@@ -20,7 +20,7 @@ from sa_plus_plus.sparse.files.serialization import NETWORK, kind_of
 from sa_plus_plus.sparse.ops import native
 
 FORMAT = 2  # 1: programs that call the compiled kernel with other options
-PERMITTED = frozenset({*native.TARGETS, "ApproxTopK"})  # custom calls of any program; XLA itself expands the last
+PERMITTED = frozenset({*native.CALL_TARGETS, "ApproxTopK"})  # custom calls of any program; XLA itself expands the last
 _DIALECTS = ("builtin", "func", "stablehlo", "chlo", "sdy")
 _TALKING = ("stablehlo.infeed", "stablehlo.outfeed", "stablehlo.send", "stablehlo.recv")  # would wait for the host
 _ABOUT = {
@@ -51,7 +51,7 @@ class Stored(NamedTuple):
 
 def exported(run: Any, weights: Any, examples: Sequence[Any]) -> jax.export.Exported:
     """`run(weights, *examples)` as a program, without the names of source files: the same bytes wherever it is made."""
-    allowed = [jax.export.DisabledSafetyCheck.custom_call(target) for target in native.TARGETS]
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(target) for target in native.CALL_TARGETS]
     with _without_tracebacks():
         return jax.export.export(jax.jit(run), disabled_checks=allowed)(weights, *examples)
 
@@ -94,7 +94,7 @@ def write(path: str | os.PathLike[str], stored: Stored) -> int:
         "jax": jax.__version__,
         "platforms": programs[0].platforms,
         "calling_convention": programs[0].calling_convention_version,
-        "compiled": any(_contents(program).calls & {*native.TARGETS} for program in programs),
+        "compiled": any(_contents(program).calls & {*native.CALL_TARGETS} for program in programs),
         "inputs": [[str(a) for a in program.in_avals[len(w) :]] for program, w in zip(programs, weights, strict=True)],
         "outputs": [[str(a) for a in program.out_avals] for program in programs],
         "networks": networks,
@@ -207,7 +207,7 @@ def _program(
         )
     if unfit:
         raise ValueError(f"{path} is damaged: a program {unfit}")
-    if contents.calls & {*native.TARGETS} and (why := native.unavailable_reason()):
+    if contents.calls & {*native.CALL_TARGETS} and (why := native.unavailable_reason()):
         raise RuntimeError(f"{path} needs the compiled kernel for CPUs, and there is none: {why}")
     if any(_is_narrowed(aval.dtype) for aval in program.in_avals):
         raise ValueError(f"{path} computes in 64 bits: call jax.config.update('jax_enable_x64', True) first")

@@ -2,7 +2,9 @@
 
 import ctypes
 import functools
+import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -16,15 +18,18 @@ from sa_plus_plus.sparse.array import Layout
 from sa_plus_plus.sparse.ops.activation import Activation
 from sa_plus_plus.sparse.ops.inference import inference
 
-CONV, DEPTHWISE, ATTENTION, MAX_POOL, SUM_POOL, ROUND = TARGETS = (
+CONV, DEPTHWISE, ATTENTION, LAYER_NORM, MAX_POOL, SUM_POOL, ROUND = CALL_TARGETS = (
     "sa_plus_plus_block_sparse_conv",
     "sa_plus_plus_depthwise_conv",
     "sa_plus_plus_attention",
+    "sa_plus_plus_layer_norm",
     "sa_plus_plus_max_pool",
     "sa_plus_plus_sum_pool",
     "sa_plus_plus_round_images",
 )
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
+_X_DTYPES = (*DTYPES, np.dtype(np.uint8))  # in the order in which the compiled kernel numbers them
+LIMIT = "SAPP_TARGET"  # in the environment: see `limit_targets`
 ACTIVATIONS = get_args(Activation)  # in the order in which the compiled kernel numbers them
 _UNDERIVED = (
     "the compiled kernel, which is for inference: differentiate the function that `specialize` was given, or a product "
@@ -42,7 +47,7 @@ def unavailable_reason() -> str | None:
     try:
         library = ctypes.CDLL(str(built[-1]))
         made_for, here = library.sa_plus_plus_ffi_version(), _ffi_version()
-        handlers = {target: getattr(library, target) for target in TARGETS}
+        handlers = {target: getattr(library, target) for target in CALL_TARGETS}
     except (OSError, AttributeError, TypeError) as error:
         return f"{built[-1].name} cannot be loaded: {error}"
     # With a kernel built for another interface, XLA's whole CPU backend would fail to start.
@@ -50,20 +55,86 @@ def unavailable_reason() -> str | None:
         return f"{built[-1].name} was compiled for version {made_for} of XLA's interface, this jaxlib has {here}"
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
-    library.sa_plus_plus_kernel.restype = ctypes.c_char_p
-    for code, dtype in enumerate((np.float32, jnp.bfloat16, np.uint8)):
-        _ISA[np.dtype(dtype).name] = library.sa_plus_plus_kernel(code).decode()
+    if limit := os.environ.get(LIMIT):
+        _limit(library, limit)
     return None
 
 
-_ISA: dict[str, str] = {}
+class Target(NamedTuple):
+    """A set of instructions that the kernel is compiled for: a row of `csrc/targets.def`.
+
+    Attributes:
+      name: of the target.
+      extends: the target whose instructions it adds to.
+      supported: whether this processor has them.
+      dtypes: of `x` in products.
+      start: a block costs its rows and as many more as are this many bytes of `x`, at least one.
+    """
+
+    name: str
+    extends: str
+    supported: bool
+    dtypes: tuple[np.dtype, ...]
+    start: int
+
+    def cost(self, rows: int, itemsize: int) -> int:
+        """How long a block takes, in rows.
+
+        Args:
+          rows: of the block.
+          itemsize: bytes of an entry of `x`.
+        """
+        return rows + max(1, self.start // itemsize)
 
 
-def isa(dtype: Any) -> str:
-    """The instruction set used for matmuls, by the type of `x`: float32, bfloat16 or uint8."""
-    if why := unavailable_reason():
-        raise RuntimeError(f"there is no compiled kernel: {why}")
-    return _ISA[np.dtype(dtype).name]
+@functools.cache
+def targets() -> tuple[Target, ...]:
+    """The table of targets, the best first."""
+    return _table(_library())
+
+
+def _table(library: ctypes.CDLL) -> tuple[Target, ...]:
+    library.sa_plus_plus_targets.restype = ctypes.c_char_p
+    rows = json.loads(library.sa_plus_plus_targets())
+    dtypes = [tuple(_X_DTYPES[code] for code in row["types"]) for row in rows]
+    return tuple(
+        Target(row["name"], row["extends"], bool(row["supported"]), types, row["start"])
+        for row, types in zip(rows, dtypes, strict=True)
+    )
+
+
+def target(dtype: Any) -> Target:
+    """The target that products run in.
+
+    Args:
+      dtype: of `x`: float32, bfloat16 or uint8.
+
+    Raises:
+      RuntimeError: if there is no compiled kernel.
+      ValueError: for another type.
+    """
+    if np.dtype(dtype) not in _X_DTYPES:
+        raise ValueError(f"products are of x in float32, bfloat16 or uint8, not {np.dtype(dtype)}")
+    return targets()[_library().sa_plus_plus_target(_X_DTYPES.index(np.dtype(dtype)))]
+
+
+def limit_targets(name: str | None) -> None:
+    """Use no other targets from now on than one and those that it extends.
+
+    Args:
+      name: of the target, or None for no limit. The environment variable `SAPP_TARGET` is the limit at first.
+
+    Raises:
+      RuntimeError: if there is no compiled kernel.
+      ValueError: if this processor does not support it.
+    """
+    _limit(_library(), name)
+
+
+def _limit(library: ctypes.CDLL, name: str | None) -> None:
+    if not library.sa_plus_plus_limit_targets(name and name.encode()):
+        supported = ", ".join(target.name for target in _table(library) if target.supported)
+        raise ValueError(f"there is no target {name!r} here: this processor supports {supported}")
 
 
 @functools.cache
@@ -274,6 +345,34 @@ def attention(
     options = {"sizes": np.array(sizes, np.int64), "strides": flat, "scale": np.float32(scale)}
     y = _called(ATTENTION, out, (q, k, v, bias), options)
     return _varying(y, q, k, v, bias)
+
+
+def layer_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    epsilon: float,
+    centred: bool,
+    dtype: Any,
+    factor: float = 1.0,
+    zero: int = 0,
+) -> jax.Array:
+    """`(x - mean) / sqrt(variance + epsilon) * scale + shift` along the last axis.
+
+    Args:
+      x: float32 or bfloat16, of one axis or more.
+      scale: float32, one for each entry of the last axis.
+      shift: like `scale`.
+      epsilon: as above.
+      centred: whether the mean is subtracted; otherwise it counts as 0, in the variance too.
+      dtype: of the result: float32, bfloat16, or uint8, which holds `round(. / factor) + zero`, clamped to 0 to 255.
+      factor: the value of 1 in uint8.
+      zero: the zero point in uint8.
+    """
+    options: dict[str, Any] = {"centred": np.int64(centred), "epsilon": np.float32(epsilon)}
+    options |= {"factor": np.float32(1 / factor), "zero": np.float32(zero)}
+    y = _called(LAYER_NORM, jax.ShapeDtypeStruct(x.shape, dtype), (x, scale, shift), options)
+    return _varying(y, x, scale, shift)
 
 
 def max_pool(

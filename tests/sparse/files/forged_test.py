@@ -75,7 +75,7 @@ def test_programs_call_this_package_alone(target, within, tmp_path, monkeypatch)
         if within
         else lambda weights, x: call(x)
     )
-    monkeypatch.setattr(native, "TARGETS", (*native.TARGETS, target))  # or the forger's `save` would refuse
+    monkeypatch.setattr(native, "CALL_TARGETS", (*native.CALL_TARGETS, target))  # or the forger's `save` would refuse
     serve.save(tmp_path / "file", Forged(fn))
     monkeypatch.undo()
     want = f"{tmp_path}/file calls {target!r}, with which a forged file could crash the process"

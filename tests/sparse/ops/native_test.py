@@ -1,11 +1,13 @@
 """The compiled kernel against NumPy: exact in integers, and what follows each product."""
 
+import platform
 import types
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import kernel_fuzz
 import numpy as np
 import problems
 import pytest
@@ -243,9 +245,50 @@ def test_bfloat16_pays_where_it_is_faster(monkeypatch, single, half, pays):
     assert native.bf16_is_faster.__wrapped__() is pays
 
 
-def test_instructions():
-    assert {native.isa(t) for t in (np.float32, jnp.bfloat16, np.uint8)} <= {
-        *("amx", "avx512_vnni", "avx512_bf16", "avx512", "avx_vnni", "avx2", "baseline")
-    }
-    with jax.enable_x64(True), pytest.raises(KeyError):
-        native.isa(np.float64)
+X_DTYPES = np.dtype(np.float32), np.dtype(jnp.bfloat16), np.dtype(np.uint8)
+
+
+def test_the_best_target_that_knows_the_type_is_chosen():
+    for dtype in X_DTYPES:
+        assert native.target(dtype) == next(t for t in native.targets() if t.supported and dtype in t.dtypes)
+    *_, last = native.targets()
+    assert (last.name, last.supported, last.dtypes) == ("baseline", True, X_DTYPES)
+    names = [target.name for target in native.targets()]
+    for i, target in enumerate(native.targets()[:-1]):
+        assert target.extends in names[i + 1 :]
+    with jax.enable_x64(True), pytest.raises(ValueError, match="float64"):
+        native.target(np.float64)
+
+
+@pytest.mark.parametrize("name", kernel_fuzz.target_flags(platform.machine()))
+@pytest.mark.parametrize("dtype", X_DTYPES, ids=str)
+def test_products_in_each_target(name, dtype):
+    """Of integers, which are exact in each."""
+    (target,) = (target for target in native.targets() if target.name == name)
+    if not target.supported:
+        pytest.skip("not supported by this processor")
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(0, 255, (1, 1, 37, 64)), rng.integers(-7, 8, (64, 48))
+    w *= np.kron(rng.integers(0, 2, (4, 3)), np.ones((16, 16), int))
+    if dtype != np.uint8:
+        x -= 127
+    sparse = BlockSparse.fromdense(w.astype(np.int8 if dtype == np.uint8 else dtype), (16, 16))
+    blocks = np.asarray(sparse.blocks)
+    blocks = blocks if dtype == np.float32 else native.interleave_rows(blocks)
+    try:
+        native.limit_targets(target.name)
+        assert native.target(dtype).name in _chain(target)
+        got = native.conv(jnp.asarray(x.astype(dtype)), blocks, sparse.layout)
+    finally:
+        native.limit_targets(None)
+    np.testing.assert_array_equal(got, x @ w)
+
+
+def _chain(target):
+    by_name = {row.name: row for row in native.targets()}
+    return [target.name, *(_chain(by_name[target.extends]) if target.extends in by_name else [])]
+
+
+def test_a_limit_that_is_no_target_is_refused():
+    with pytest.raises(ValueError, match=r"no target 'avx3' here: this processor supports .*baseline"):
+        native.limit_targets("avx3")

@@ -1,16 +1,16 @@
-// What is asked for, and whether it fits the arrays that come with it. Knows nothing of XLA, so that it can be tested alone.
-// All attributes may come from a file that somebody forged: any number of 64 bits.
+// What is asked for, and whether it fits the arrays that come with it. Knows nothing of XLA, so that it can be tested
+// alone. All attributes may come from a file that somebody forged: any number of 64 bits.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "kernel.h"
+#include "params.h"
 
 namespace sa_plus_plus {
 
-// An operand or a result: the numbers at `data`, as many as the product of its sizes, none of which is negative. One of no
-// numbers may have sizes beyond all memory.
+// An operand or a result: the numbers at `data`, as many as the product of its sizes, none of which is negative. One of
+// no numbers may have sizes beyond all memory.
 struct Array {
   Type type;
   void* data;
@@ -47,7 +47,7 @@ inline int64_t plus(int64_t a, int64_t b) {
 struct ConvolutionOptions {
   int64_t window_rows, window_columns, stride_down, stride_across, top, bottom, left, right;
   int64_t activation;
-  float residual_scale, residual_zero, y_zero, y_unit;
+  float residual_scale, residual_zero_point, y_zero_point, y_unit;
 };
 
 struct Convolution {
@@ -72,10 +72,10 @@ struct Windows {
 
 const char* prepare(const Array& x, const Array& y, const Windows& windows, bool sums, Pooling* pooling);
 
-// Images as they are, in bfloat16, or in bytes as round(x * scale) + zero, with borders and more channels, both zeros.
+// Images as `Runs` rounds them, with borders and more channels, both zeros.
 struct Rounding {
   int64_t top, left;
-  float scale, zero;
+  float scale, zero_point;
 };
 
 struct Images {
@@ -102,6 +102,20 @@ struct DepthwiseArrays {
 
 const char* prepare(const DepthwiseArrays& arrays, const DepthwiseOptions& options, Depthwise* depthwise);
 
+struct NormalizationOptions {
+  int64_t centred;
+  float epsilon, factor, zero_point;
+};
+
+struct NormalizationArrays {
+  Array x;
+  List<float> scale, shift;
+  Array y;
+};
+
+const char* prepare(const NormalizationArrays& arrays, const NormalizationOptions& options,
+                    Normalization* normalization);
+
 // `sizes`: three of heads, queries, keys, depth, width, `seen`; `strides`: four each of q, k, v, bias and y.
 struct AttentionArrays {
   Array q, k, v, bias, y;  // bias may be empty, for none
@@ -110,11 +124,11 @@ struct AttentionArrays {
 const char* prepare(const AttentionArrays& arrays, List<int64_t> sizes, List<int64_t> strides, float scale,
                     Attention* attention);
 
-// The fault of a product whose sizes are those of its arrays, or null: kernels check nothing again.
-const char* complaint(const Product& product);
+// What is wrong with a product whose sizes are those of its arrays, or null: kernels check nothing again.
+const char* validate(const Product& product);
 
 // What is wrong with attention, or null. `counts` are the numbers in q, k, v, bias and y.
-const char* complaint(const Attention& attention, const int64_t counts[5]);
+const char* validate(const Attention& attention, const int64_t counts[5]);
 
 // How many floats the scratch memory of a thread holds.
 int64_t scratch_of(const Attention& attention);

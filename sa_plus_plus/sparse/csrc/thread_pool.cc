@@ -1,5 +1,5 @@
-// The threads of pool.h: started at the first job, asleep between jobs.
-#include "pool.h"
+// The threads of thread_pool.h: started at the first job, asleep between jobs.
+#include "thread_pool.h"
 
 #include <algorithm>
 #include <atomic>
@@ -53,8 +53,8 @@ struct Job {
 
 class Pool {
  public:
-  // The job is over when all its parts are taken and nobody works for it any more: so it ends even where no helper comes,
-  // as in a process that was forked from one that had some.
+  // The job is over when all its parts are taken and nobody works for it any more: so it ends even where no helper
+  // comes, as in a process that was forked from one that had some.
   void run(Job& job, int64_t helpers) {
     std::unique_lock<std::mutex> mine(owner_, std::try_to_lock);
     if (!mine) return job.work(0);

@@ -1,5 +1,5 @@
-// The checks of checks.h, in arithmetic that cannot overflow.
-#include "checks.h"
+// The checks of validate.h, in arithmetic that cannot overflow.
+#include "validate.h"
 
 #include <algorithm>
 #include <utility>
@@ -31,7 +31,8 @@ const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o
   if (x.rank != 4 || y.rank != 4) return "x and y need four dimensions";
   const int64_t *in = x.sizes, *out = y.sizes, *kept = blocks.sizes, channels = in[3];
   const char* const misfit = "the result does not fit the images";
-  if (o.window_rows < 1 || o.window_columns < 1 || o.stride_down < 1 || o.stride_across < 1 || in[0] != out[0]) return misfit;
+  if (o.window_rows < 1 || o.window_columns < 1 || o.stride_down < 1 || o.stride_across < 1 || in[0] != out[0])
+    return misfit;
   if (std::min({o.top, o.bottom, o.left, o.right}) < 0 || o.top > out[1] || o.bottom > out[1] - o.top ||
       o.left > out[2] || o.right > out[2] - o.left) {
     return misfit;
@@ -39,10 +40,12 @@ const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o
   Product& p = convolution->product = {};
   p.top = o.top, p.bottom = o.bottom, p.left = o.left, p.right = o.right;
   p.lines = out[1] - o.top - o.bottom, p.line = out[2] - o.left - o.right;
-  if (!fit(p.lines, o.stride_down, o.window_rows, in[1]) || !fit(p.line, o.stride_across, o.window_columns, in[2])) return misfit;
+  if (!fit(p.lines, o.stride_down, o.window_rows, in[1]) || !fit(p.line, o.stride_across, o.window_columns, in[2]))
+    return misfit;
   p.x_type = x.type, p.w_type = blocks.type, p.y_type = y.type, p.y = y.data;
-  p.residual_scale = o.residual_scale, p.residual_zero = o.residual_zero, p.y_zero = o.y_zero, p.y_unit = o.y_unit;
-  if (p.y_type == Type::kByte && !is_byte(o.y_zero)) return "the zero point is not a byte";
+  p.residual_scale = o.residual_scale, p.residual_zero_point = o.residual_zero_point, p.y_zero_point = o.y_zero_point,
+  p.y_unit = o.y_unit;
+  if (p.y_type == Type::kByte && !is_byte(o.y_zero_point)) return "the zero point is not a byte";
   if (o.activation < 0 || o.activation >= static_cast<int64_t>(Activation::kCount)) return "an unknown activation";
   p.activation = static_cast<Activation>(o.activation);
   if (blocks.rank != (p.grouped() ? 4 : 3)) return "blocks have the wrong number of dimensions";
@@ -58,7 +61,8 @@ const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o
     p.height = 0, p.b_r = p.group(), p.b_c = std::min(p.b_c, (p.width + kWide - 1) / kWide * kWide);
   }
   p.x = x.data, p.blocks = blocks.data, p.rows = arrays.rows.data, p.starts = arrays.starts.data;
-  if (arrays.rows.count != p.kept || arrays.starts.count != p.grid_c() + 1) return "rows and starts do not match the number of blocks";
+  if (arrays.rows.count != p.kept || arrays.starts.count != p.grid_c() + 1)
+    return "rows and starts do not match the number of blocks";
   for (const List<float>& numbers : {arrays.scale, arrays.bias}) {
     if (numbers.count && numbers.count != p.width) return "scale and bias need one number for each column of y";
   }
@@ -78,7 +82,7 @@ const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o
   p.run = images_adjoin ? p.batch : lines_adjoin ? p.lines * p.line : p.line;
   p.runs = lines_adjoin ? 1 : p.lines;
   p.run_stride = down * line, p.runs_stride = in[1] * line;
-  if (const char* why = complaint(p)) return why;
+  if (const char* why = validate(p)) return why;
   if (p.height && across % p.b_r && o.window_rows > 1) return "a block spans two rows of the window";
   convolution->down.resize(p.grid_r());
   for (int64_t i = 0; i < p.grid_r(); ++i) convolution->down[i] = i * p.b_r / across * line + i * p.b_r % across;
@@ -86,7 +90,7 @@ const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o
   return nullptr;
 }
 
-const char* complaint(const Product& p) {
+const char* validate(const Product& p) {
   if (p.batch < 0 || p.height < 0 || p.width < 1 || p.b_r < 1 || p.b_c < 1 || p.kept < 0 || p.run < 1 || p.runs < 1 ||
       p.line < 1 || p.lines < 1 || p.top < 0 || p.bottom < 0 || p.left < 0 || p.right < 0) {
     return "a size is out of range";
@@ -98,14 +102,17 @@ const char* complaint(const Product& p) {
   bool wrong = false;
   for (int64_t j = 0; j < grid_c; ++j) wrong |= p.starts[j] > p.starts[j + 1];
   if (wrong) return "starts must be non-decreasing";
-  for (int64_t at = 0; at < p.kept; ++at) wrong |= p.rows[at] < 0 || p.rows[at] >= grid_r;
+  uint32_t most = 0;  // a negative row is among the largest without a sign
+  for (int64_t at = 0; at < p.kept; ++at) most = std::max(most, static_cast<uint32_t>(p.rows[at]));
+  wrong = p.kept && most >= std::min<int64_t>(grid_r, int64_t{1} << 31);
   return wrong ? "the row of a block is outside the grid" : nullptr;
 }
 
 const char* prepare(const Array& x, const Array& y, const Windows& o, bool sums, Pooling* pooling) {
   if (x.rank != 4 || y.rank != 4) return "x and y need four dimensions";
   const int64_t *in = x.sizes, *out = y.sizes;
-  if (in[0] != out[0] || in[3] != out[3] || x.type != y.type || (sums && x.type != Type::kFloat)) return "x and y have incompatible shapes or types";
+  if (in[0] != out[0] || in[3] != out[3] || x.type != y.type || (sums && x.type != Type::kFloat))
+    return "x and y have incompatible shapes or types";
   if (std::min({o.window_rows, o.window_columns, o.stride_down, o.stride_across}) < 1 || std::min(o.top, o.left) < 0) {
     return "a window, stride or padding is out of range";
   }
@@ -127,29 +134,37 @@ const char* prepare(const Array& x, const Array& y, const Windows& o, bool sums,
 const char* prepare(const DepthwiseArrays& arrays, const DepthwiseOptions& o, Depthwise* depthwise) {
   const Array &x = arrays.x, &y = arrays.y, &kernel = arrays.kernel;
   if (x.rank != 4 || y.rank != 4 || kernel.rank != 3) return "x and y need four dimensions, the kernel three";
-  if (x.type != Type::kFloat || kernel.type != Type::kFloat || y.type != Type::kFloat) return "x, the kernel and y need to be float32";
+  if (x.type != Type::kFloat || kernel.type != Type::kFloat || y.type != Type::kFloat)
+    return "x, the kernel and y need to be float32";
   if (o.activation < 0 || o.activation >= static_cast<int64_t>(Activation::kCount)) return "an unknown activation";
   const int64_t *in = x.sizes, *out = y.sizes, *window = kernel.sizes;
   if (in[0] != out[0] || window[2] != out[3]) return "x, the kernel and y have incompatible shapes";
   Depthwise& d = *depthwise = {};
   if (!y.count()) return nullptr;
   const char* const misfit = "a window, stride, dilation or padding is out of range";
-  if (std::min({window[0], window[1], o.stride_down, o.stride_across, o.dilation_down, o.dilation_across}) < 1) return misfit;
+  if (std::min({window[0], window[1], o.stride_down, o.stride_across, o.dilation_down, o.dilation_across}) < 1)
+    return misfit;
   if (std::min(o.top, o.left) < 0 || std::max(o.top, o.left) > kFar) return misfit;
-  const int64_t reach_down = times(window[0] - 1, o.dilation_down), reach_across = times(window[1] - 1, o.dilation_across);
-  if (!fit(out[1], o.stride_down, plus(reach_down, 1), kFar) || !fit(out[2], o.stride_across, plus(reach_across, 1), kFar)) return misfit;
+  const int64_t reach_down = times(window[0] - 1, o.dilation_down),
+                reach_across = times(window[1] - 1, o.dilation_across);
+  if (!fit(out[1], o.stride_down, plus(reach_down, 1), kFar) ||
+      !fit(out[2], o.stride_across, plus(reach_across, 1), kFar))
+    return misfit;
   if (!in[3] || out[3] % in[3]) return "the outputs are not a multiple of the channels";
   const bool empty = !x.count();  // then all sums are
   d.rows = empty ? 0 : in[1], d.columns = empty ? 0 : in[2], d.channels = in[3], d.multiplier = out[3] / in[3];
-  d.lines = out[0] * out[1], d.y_rows = out[1], d.y_columns = out[2], d.window_rows = window[0], d.window_columns = window[1];
+  d.lines = out[0] * out[1], d.y_rows = out[1], d.y_columns = out[2], d.window_rows = window[0],
+  d.window_columns = window[1];
   d.stride_down = out[1] > 1 ? o.stride_down : 1, d.stride_across = out[2] > 1 ? o.stride_across : 1;
   d.dilation_down = window[0] > 1 ? o.dilation_down : 1, d.dilation_across = window[1] > 1 ? o.dilation_across : 1;
   d.top = o.top, d.left = o.left, d.activation = static_cast<Activation>(o.activation);
-  d.x = static_cast<const float*>(x.data), d.kernel = static_cast<const float*>(kernel.data), d.y = static_cast<float*>(y.data);
+  d.x = static_cast<const float*>(x.data), d.kernel = static_cast<const float*>(kernel.data),
+  d.y = static_cast<float*>(y.data);
   if (arrays.bias.count && arrays.bias.count != out[3]) return "the bias needs one number for each channel of y";
   d.bias = arrays.bias.count ? arrays.bias.data : nullptr;
   if (const int64_t n = arrays.residual.count()) {
-    if (n != y.count() || arrays.residual.type != Type::kFloat) return "the residual does not have the size and type of y";
+    if (n != y.count() || arrays.residual.type != Type::kFloat)
+      return "the residual does not have the size and type of y";
     d.residual = static_cast<const float*>(arrays.residual.data);
   }
   return nullptr;
@@ -162,10 +177,28 @@ const char* prepare(const Array& x, const Array& y, const Rounding& o, Images* i
       std::min(o.top, o.left) < 0 || o.top > out[1] - in[1] || o.left > out[2] - in[2]) {
     return "x and y have incompatible shapes or types";
   }
-  if (y.type == Type::kByte && !is_byte(o.zero)) return "the zero point is not a byte";
+  if (y.type == Type::kByte && !is_byte(o.zero_point)) return "the zero point is not a byte";
   const int64_t lines = y.count() ? out[0] * out[1] : 0;  // so that all sizes are real where there are any
   *images = {y.type, static_cast<const float*>(x.data), y.data, lines, in[1], in[2], in[3], out[1], out[2], out[3], o};
   return nullptr;
+}
+
+const char* prepare(const NormalizationArrays& arrays, const NormalizationOptions& o, Normalization* normalization) {
+  const Array &x = arrays.x, &y = arrays.y;
+  if (x.rank < 1 || x.rank != y.rank || !std::equal(x.sizes, x.sizes + x.rank, y.sizes)) {
+    return "x and y have incompatible shapes";
+  }
+  if (x.type == Type::kByte) return "x is neither float32 nor bfloat16";
+  if (y.type == Type::kByte && !is_byte(o.zero_point)) return "the zero point is not a byte";
+  Normalization& n = *normalization = {};
+  n.x_type = x.type, n.y_type = y.type, n.x = x.data, n.y = y.data;
+  n.centred = o.centred, n.epsilon = o.epsilon, n.factor = o.factor, n.zero_point = o.zero_point;
+  const int64_t count = y.count();
+  if (!count) return nullptr;
+  n.columns = x.sizes[x.rank - 1], n.rows = count / n.columns;
+  n.scale = arrays.scale.data, n.shift = arrays.shift.data;
+  const bool fit = arrays.scale.count == n.columns && arrays.shift.count == n.columns;
+  return fit ? nullptr : "scale and shift need one number for each column of y";
 }
 
 const char* prepare(const AttentionArrays& arrays, List<int64_t> sizes, List<int64_t> strides, float scale,
@@ -189,7 +222,7 @@ const char* prepare(const AttentionArrays& arrays, List<int64_t> sizes, List<int
   a.q = q->data, a.k = k->data, a.v = v->data, a.y = y->data;
   const int64_t counts[] = {q->count(), k->count(), v->count(), arrays.bias.count(), y->count()};
   a.bias = counts[3] ? static_cast<const float*>(arrays.bias.data) : nullptr;
-  return complaint(a, counts);
+  return validate(a, counts);
 }
 
 namespace {
@@ -197,8 +230,8 @@ namespace {
 // Whether rows of `last` numbers in each head are all of an array, each number once: in order of its stride, each axis
 // begins where those before it end.
 bool covers(const Attention& a, const Attention::Place& place, int64_t rows, int64_t last, int64_t count) {
-  std::pair<int64_t, int64_t> axes[] = {{place.head[0], a.heads[0]}, {place.head[1], a.heads[1]},
-                                        {place.head[2], a.heads[2]}, {place.row, rows}};
+  std::pair<int64_t, int64_t> axes[] = {
+      {place.head[0], a.heads[0]}, {place.head[1], a.heads[1]}, {place.head[2], a.heads[2]}, {place.row, rows}};
   std::sort(std::begin(axes), std::end(axes));
   for (const auto& [stride, size] : axes) {
     if (size == 1) continue;
@@ -210,7 +243,7 @@ bool covers(const Attention& a, const Attention::Place& place, int64_t rows, int
 
 }  // namespace
 
-const char* complaint(const Attention& a, const int64_t counts[5]) {
+const char* validate(const Attention& a, const int64_t counts[5]) {
   if (a.type == Type::kByte) return "q, k, v and y are neither float32 nor bfloat16";
   const int64_t least = std::min({a.heads[0], a.heads[1], a.heads[2], a.queries, a.keys, a.depth, a.width, a.seen});
   if (least < 1 || a.seen > a.keys) return "an axis is empty, or the number of keys that a query sees is out of range";
