@@ -33,7 +33,7 @@ from experiments.models import EfficientNetLite0, MobileNetV2, ResNet18, ResNet3
 from experiments.outputs import progress, report
 from experiments.utils import registry
 from experiments.utils.timing import difference
-from sa_plus_plus import planning
+from sa_plus_plus import plan_options
 from sa_plus_plus.contrib.transformers.encoder import Encoder
 
 NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {  # and the shape of an input
@@ -54,7 +54,7 @@ TOLERANCE = {
 NETWORK = flags.DEFINE_enum("network", "resnet50", list(NETWORKS), "What is served.")
 BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Batch sizes.")
 BLOCKS = flags.DEFINE_list("blocks", ["16"], "Blocks: `16` for a square, or rows and columns, `4x16`.")
-MIN_BLOCKS = flags.DEFINE_integer("min_blocks", planning.MIN_BLOCKS, "Kernels with fewer blocks stay dense.")
+MIN_BLOCKS = flags.DEFINE_integer("min_blocks", plan_options.MIN_BLOCKS, "Kernels with fewer blocks stay dense.")
 MICROBATCHES = flags.DEFINE_list("microbatches", ["2", "4"], "Microbatch sizes to try with larger batches.")
 SPARSITIES = flags.DEFINE_list("sparsities", ["0", "0.8", "0.9"], "Sparsities of our networks; 0 is the dense network.")
 PRECISIONS = flags.DEFINE_list("precisions", list(runtimes.PRECISIONS), "Precisions to compare.")
@@ -147,7 +147,7 @@ def drawn(model: nn.Module, x: np.ndarray) -> dict[str, Any]:
 
 
 def random_blocks(
-    variables: Any, block: int | tuple[int, int], sparsity: float, min_blocks: int = planning.MIN_BLOCKS
+    variables: Any, block: int | tuple[int, int], sparsity: float, min_blocks: int = plan_options.MIN_BLOCKS
 ) -> dict[str, Any]:
     """The variables with random blocks set to zero, in the kernels that would be pruned."""
     sp = sapp.random(block=block, sparsity=sparsity, phases=sapp.phases.random(1), min_blocks=min_blocks)

@@ -16,7 +16,7 @@ from sa_plus_plus import dynamic_sparsity, planning, select
 from sa_plus_plus._composed import IDENTITY, Composed, Parametrisation, ProximalStep, Score, traced_once
 from sa_plus_plus.dynamic_sparsity import Regrowth
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
-from sa_plus_plus.planning import Overrides, Views
+from sa_plus_plus.plan_options import Overrides, Views
 from sa_plus_plus.sparsifier import Sparsifier
 
 __all__ = ["IDENTITY", "Parametrisation", "PlanOptions", "PruningOptions", "check_phases", "check_start", "compose"]

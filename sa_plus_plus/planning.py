@@ -5,27 +5,21 @@ import difflib
 import fnmatch
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import layouts, select, views
+from sa_plus_plus.cut_off import last_layers, warn_of_outputs_cut_off
 from sa_plus_plus.names import named_as_kernel, non_kernel_kind
-from sa_plus_plus.plans import OUTPUTS, VECTORS, LeafPlan, Plan, kept
+from sa_plus_plus.plan_options import MIN_BLOCKS, Overrides, Views, check_options
+from sa_plus_plus.plans import OUTPUTS, VECTORS, LeafPlan, Plan
 from sa_plus_plus.views import View
 
-_NUMBERS = (int, float, Fraction, np.generic, np.ndarray, jax.Array)
 _OUTPUTS_FIRST = ("weight", "weight_ih", "weight_hh")  # attributes of Equinox's modules
-MIN_BLOCKS = 100  # C.1: layers with fewer blocks stay dense
-
-Overrides = Mapping[str, Mapping[str, Any]]
-Views = Mapping[str, views.Viewable]
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -179,7 +173,13 @@ def _plan_leaves(
             if not any(_matches(path, pattern) for path in paths):
                 raise ValueError(f"{what} {pattern!r} matches no leaf{_nearest(pattern, paths)}")
     readings = _readings(leaves, views, overrides)
-    last = _last(leaves, readings)
+    last = last_layers(
+        {
+            leaf.path: (reading.view, leaf.shape)
+            for leaf in leaves
+            if (reading := readings.get(leaf.path)) and reading.view and not non_kernel_kind(leaf.path)
+        }
+    )
     layers = []
     for leaf in leaves:
         override = next((o for pattern, o in overrides.items() if _matches(leaf.path, pattern)), {})
@@ -203,67 +203,8 @@ def _plan_leaves(
             "blocks, a smaller min_blocks or another predicate. Leaves of 2 and more dimensions:\n"
             + "\n".join(dense or ["  none"])
         )
-    _warn_of_outputs_cut_off(result)
+    warn_of_outputs_cut_off(result)
     return result
-
-
-def _last(leaves: Sequence[_Leaf], readings: "Mapping[str, _Reading]") -> set[str]:
-    """The kernels whose outputs, by their number, are no kernel's inputs, in a network of several kernels."""
-    kernels = {
-        leaf.path: (reading.view, leaf.shape)
-        for leaf in leaves
-        if (reading := readings.get(leaf.path)) and reading.view and not non_kernel_kind(leaf.path)
-    }
-    inputs = collections.Counter(
-        size
-        for view, shape in kernels.values()
-        for size in {view.matrix(shape)[0], *(shape[axis] for axis in view.rows)}
-    )
-    return {path for path, (view, shape) in kernels.items() if len(kernels) > 1 and not inputs[view.matrix(shape)[1]]}
-
-
-def _warn_of_outputs_cut_off(plan: Plan) -> None:
-    lost = [(layer, layer.cut_off[1]) for layer in plan.pruned.values() if layer.cut_off[1]]
-    if not lost:
-        return
-    named = [
-        f"{layer.path} keeps {kept(layer)}: no weight for at least {outputs:,} of its "
-        f"{blk.matrix_shape(layer.shape, layer.view)[1]:,} outputs"
-        for layer, outputs in lost[:3]
-    ]
-    more = [f"{len(lost) - 3} more (print the plan)"] if lost[3:] else []
-    warnings.warn(
-        f'outputs without any weight are constant. {"; ".join(named + more)}. Set min_kept="{OUTPUTS}" there (see '
-        "`overrides`) to keep a block for each, use smaller blocks or a lower sparsity, or leave the layer out by "
-        "`where`",
-        UserWarning,
-        stacklevel=6,  # the caller of `plan`
-    )
-
-
-def check_options(
-    block: int | Sequence[int | None],
-    sparsity: float,
-    min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = named_as_kernel,
-    overrides: Overrides | None = None,
-    views: Views | None = None,
-    min_kept: int | str | None = None,
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Refuse invalid options of `plan`; return the common ones, and those of the overrides by pattern."""
-    if not callable(where):
-        raise TypeError(f"where must be a predicate on the path of a leaf, such as lambda path: ..., got {where!r}")
-    defaults = {
-        "block": blk.as_sides(block),
-        "sparsity": _checked_sparsity(sparsity, "sparsity"),
-        "min_blocks": _checked_min_blocks(min_blocks, "min_blocks"),
-        "min_kept": _checked_min_kept(min_kept, "min_kept"),
-    }
-    if overrides is not None and not isinstance(overrides, Mapping):
-        raise ValueError(f'overrides must be a mapping such as {{"*/kernel": {{"sparsity": 0.5}}}}, got {overrides!r}')
-    if views is not None and not isinstance(views, Mapping):
-        raise ValueError(f'views must be a mapping such as {{"*/query/kernel": "d (h k)"}}, got {views!r}')
-    return defaults, {pattern: _checked_override(pattern, o) for pattern, o in (overrides or {}).items()}
 
 
 def stays_dense(path: str, leaf: Any, skip_reason: str) -> LeafPlan:
@@ -378,48 +319,6 @@ def _layer(
     if kept_each > select.kept_blocks(each, sparsity):
         sparsity = 1 - kept_each / each
     return layer._replace(kept=kept_each * math.prod(layer.stack), sparsity=sparsity)
-
-
-def _checked_sparsity(sparsity: float, name: str) -> float:
-    if isinstance(sparsity, bool) or np.ndim(sparsity) or not isinstance(sparsity, _NUMBERS) or not 0 <= sparsity < 1:
-        raise ValueError(f"{name} is the share of blocks to remove and must be in [0, 1), got {sparsity!r}")
-    # For an array scalar, the intended decimal number: float(np.float32(0.8)) is more than 0.8.
-    return float(str(sparsity)) if hasattr(sparsity, "dtype") else float(sparsity)
-
-
-def _checked_override(pattern: str, override: Any) -> dict[str, Any]:
-    if not isinstance(override, Mapping):
-        raise ValueError(f'override {pattern!r} must be a mapping such as {{"sparsity": 0.5}}, got {override!r}')
-    unknown = set(override) - {"block", "sparsity", "min_blocks", "min_kept"}
-    if unknown:
-        raise ValueError(
-            f"override {pattern!r} may set `block`, `sparsity`, `min_blocks` and `min_kept`, got {sorted(unknown)}"
-        )
-    checked: dict[str, Any] = {}
-    if "block" in override:
-        checked["block"] = blk.as_sides(override["block"])
-    if "sparsity" in override:
-        checked["sparsity"] = _checked_sparsity(override["sparsity"], f"sparsity of override {pattern!r}")
-    if "min_blocks" in override:
-        checked["min_blocks"] = _checked_min_blocks(override["min_blocks"], f"min_blocks of override {pattern!r}")
-    if "min_kept" in override:
-        checked["min_kept"] = _checked_min_kept(override["min_kept"], f"min_kept of override {pattern!r}")
-    return checked
-
-
-def _checked_min_blocks(min_blocks: int, name: str) -> int:
-    if isinstance(min_blocks, bool) or not isinstance(min_blocks, int | np.integer) or min_blocks < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {min_blocks!r}")
-    return int(min_blocks)
-
-
-def _checked_min_kept(min_kept: int | str | None, name: str) -> int | str | None:
-    if min_kept is None or (isinstance(min_kept, str) and min_kept == OUTPUTS):
-        return min_kept
-    whole = isinstance(min_kept, int | np.integer) and not isinstance(min_kept, bool)
-    if not whole or min_kept < 0:  # type: ignore[operator]
-        raise ValueError(f'{name} must be a number of blocks of at least 0, or "{OUTPUTS}", got {min_kept!r}')
-    return int(min_kept)
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import select
-from sa_plus_plus.planning import check_options
+from sa_plus_plus.plan_options import check_options
 from sa_plus_plus.views import View, Viewable, as_view
 
 

@@ -19,7 +19,8 @@ class MLP(nn.Module):
     inputs_by_table: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, training: bool = False) -> jax.Array:
+        del training  # models with state are told; this one's does not change
         x = x.reshape(x.shape[0], -1)
         if self.inputs_by_table:
             x = x[:, self.variable("tables", "places", jnp.arange, x.shape[1]).value]

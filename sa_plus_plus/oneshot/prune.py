@@ -112,7 +112,8 @@ def one_shot(
       refit: for `"magnitude"` and `"wanda"`: adjust the remaining weights as `refit` does.
       damping: added to the diagonal of `X^T X`, as a multiple of its mean.
       reorder: whether `sapp.reorder` first permutes the axes that can be, by the scores of the method. The parameters
-        returned are in this order.
+        returned are in this order. Not for `"magnitude"` where inputs differ much in size: large weights on small ones
+        come to lie together then, and stay.
       **options: as `plan` takes them: `min_blocks`, `where`, `overrides`, `views`, `min_kept`.
 
     Returns:

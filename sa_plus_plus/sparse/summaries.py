@@ -8,7 +8,8 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus.checks import occupied
-from sa_plus_plus.planning import LeafPlan, Views, readings
+from sa_plus_plus.plan_options import Views
+from sa_plus_plus.planning import LeafPlan, readings
 from sa_plus_plus.plans import by, read_as
 from sa_plus_plus.sparse.array import BlockSparse
 from sa_plus_plus.sparse.compiler.infer_blocks import pruned_in

@@ -233,3 +233,33 @@ def test_kept_blocks_of_repeating_fractions():
 def test_thresholds_by_digits_of_any_width(digit, scores, k):
     keys = np.asarray(ordered_bits(scores)).ravel()
     assert kth_largest(keys, k, digit) == np.sort(keys)[-k]
+
+
+@jax.jit
+def keeping_outputs(scores, k, among, kept):
+    chosen = select.keeping(select.top_k_per_layer, {"w": "outputs"})
+    return chosen({"w": scores}, {"w": k}, {"w": among}, {"w": kept})["w"]
+
+
+@hypothesis.given(selection=selections(), seed=st.integers(0, 9))
+def test_each_column_keeps_its_best_block_first(selection, seed):
+    """Of columns without one that stays anyway; then the best of all others, as many as without this."""
+    scores, k, among = selection
+    kept = np.random.default_rng(seed).random(scores.shape) < 0.1
+    best = np.zeros(scores.shape, bool)
+    for j in np.flatnonzero(~kept.any(0) & (among & ~kept).any(0)):
+        rows = np.flatnonzero(among[:, j] & ~kept[:, j])
+        best[rows[np.argmax(scores[rows, j])], j] = True
+    first = oracle(scores, k, best)
+    want = first | oracle(scores, k - first.sum(), among & ~first)
+    np.testing.assert_array_equal(keeping_outputs(scores, k, among, kept), want)
+
+
+def test_layers_keep_their_number_of_blocks_in_a_global_choice():
+    rng = np.random.default_rng(0)
+    scores = {"small": jnp.asarray(rng.random((2, 4, 3)) * 1e-3), "large": jnp.asarray(rng.random((6, 5)))}
+    chosen = select.keeping(select.top_k_global, {"small": 2})(scores, {"small": 3, "large": 6})
+    assert jnp.sum(chosen["small"], (1, 2)).tolist() == [2, 2]
+    assert int(jnp.sum(chosen["large"])) == 2 * 3 + 6 - 4
+    for matrix, mask in zip(scores["small"], chosen["small"], strict=True):
+        np.testing.assert_array_equal(mask, oracle(matrix, 2))

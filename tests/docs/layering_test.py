@@ -19,6 +19,8 @@ LIBRARY = (
     "select",
     "phases",
     "plans",
+    "plan_options",
+    "cut_off",
     "planning",
     "pruning",
     "sharding",

@@ -144,14 +144,23 @@ def test_units_change_places_at_a_boundary_of_phases_and_a_run_is_resumed_with_t
 
 
 def test_seeds_side_by_side_have_orders_of_their_own(tmp_path):
-    together = loop.train(program.compiled(prepared(reordering()), 2), [3, 4])
-    orders = [outcome.reorderings[0].permutations["Dense_0/kernel axis 1"] for outcome in together]
+    """Of their pixels too, by a table in the model's state."""
+    c = reordering(seed=4)
+    with c.unlocked():
+        c.model_options.inputs_by_table = True
+    setup = prepared(c)
+    together = loop.train(program.compiled(setup, 2), [3, 4])
+    name = "params/Dense_0/kernel axis 1"
+    orders = [outcome.reorderings[0].permutations[name] for outcome in together]
     assert orders[0] != orders[1]
-    result = runs.run(prepared(reordering(seed=4)), tmp_path, progress.console())
+    places = [np.asarray(outcome.model_state["tables"]["places"]) for outcome in together]
+    assert not np.array_equal(*places)
+    assert np.array_equal(np.sort(places[0]), np.arange(784))
+    result = runs.run(setup, tmp_path, progress.console())
     assert result["metric"] == pytest.approx(together[1].test["test_accuracy"], abs=0.02)
     saved = json.loads((tmp_path / "orders.json").read_text())
     assert [each["step"] for each in saved] == [each["step"] for each in result["reordered"]] == [20, 30]
-    assert saved[0]["permutations"]["Dense_0/kernel axis 1"] == orders[1]
+    assert saved[0]["permutations"][name] == orders[1]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import planning
+from sa_plus_plus import plan_options, planning
 from sa_plus_plus.contrib.commands import functions
 from sa_plus_plus.names import named_as_kernel
 from sa_plus_plus.planning import Plan
@@ -65,7 +65,7 @@ def add_plan(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
         default=(16, 16),
         help="inputs and outputs of a block: 16,16 (the default), 4,16; all for a whole side, 1,all",
     )
-    add("--min-blocks", type=int, default=planning.MIN_BLOCKS, help="kernels with fewer stay dense, by default 100")
+    add("--min-blocks", type=int, default=plan_options.MIN_BLOCKS, help="kernels with fewer stay dense, by default 100")
     add(
         "--where",
         action="append",

@@ -9,6 +9,7 @@ import numpy as np
 import problems
 import pytest
 
+import sa_plus_plus as sapp
 from configs import mnist
 from experiments.training import loop, program, sharding
 from experiments.training.setup import prepare
@@ -45,6 +46,20 @@ def test_eight_devices_equal_one(name, fsdp):
     for a, b in zip(masks, many_masks, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
     assert one.test == pytest.approx(many.test, abs=1e-5)
+
+
+def test_units_that_are_split_over_devices_are_reordered():
+    c = config("gradual_magnitude", 4)
+    c.sparsifier.schedule = (("dense", 10), ("sparsification", 10), ("sparse", 10))
+    plain, _ = trained(c, 8)
+    c.sparsifier.reorder = ("sparsification",)
+    outcome, _ = trained(c, 8)
+    (found,) = outcome.reorderings
+    assert found.step == 10
+    assert all(after >= before for before, after, _ in found.shares.values())
+    for a, b in zip(outcome.rows[:11], plain.rows, strict=False):  # that of step 11 has the loss before the step
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+    sapp.check_pruned(outcome.params, outcome.plan)
 
 
 def test_fsdp_splits_parameters_logits_and_moments():
