@@ -141,7 +141,14 @@ void one() {
     starts.push_back(rows.size());
   }
   p.kept = rows.size();
-  const auto x = numbers(size, p.x_type, false), w = numbers(p.kept * p.b_r * p.b_c, p.w_type);
+  auto x = numbers(size, p.x_type, false), w = numbers(p.kept * p.b_r * p.b_c, p.w_type);
+  p.narrow = between(0, 1);
+  if (p.narrow && p.w_type == Type::kByte) {
+    const double most = sa_plus_plus::kNarrow;
+    const bool extreme = between(0, 3) == 0;  // the largest sums of two products
+    for (double& number : w) number = extreme ? (between(0, 1) ? most : -most) : std::clamp(number, -most, most);
+    if (extreme) std::fill(x.begin(), x.end(), 255);
+  }
   const auto residual = numbers(p.batch * p.width, p.residual_type, false);
   auto grouped = w;  // `group` rows of each column together
   for (int64_t i = 0; i < static_cast<int64_t>(w.size()); ++i) {

@@ -66,8 +66,8 @@ struct Table {
   }
 
   Target rows[kTargets] = {
-#define TARGET(name, extends, flags, supported, types, lanes, registers, rows, tall, start) \
-  {#name, #extends, supported, types, {lanes, registers, rows, tall}, start, &name::functions},
+#define TARGET(name, extends, flags, supported, types, lanes, registers, rows, tall, start, limit) \
+  {#name, #extends, supported, types, {lanes, registers, rows, tall}, start, limit, &name::functions},
 #include "targets.def"
 #undef TARGET
   };
