@@ -1,6 +1,6 @@
 // Random products, and random attention, through each target that this processor supports, against sums in double, with
 // every buffer allocated to its exact size: an address sanitizer then sees any access beyond one. Prints the number of
-// products, or what failed.
+// products and the targets, or what failed.
 //
 //     fuzz PRODUCTS [SEED]
 #include <algorithm>
@@ -321,5 +321,9 @@ int main(int argc, char** argv) {
   const int products = argc > 1 ? std::atoi(argv[1]) : 0;
   if (argc > 2) generator.state = std::atoll(argv[2]);
   for (int i = 0; i < products; ++i) i % 8 ? one() : attend_one();
-  std::printf("%d products\n", products);
+  std::printf("%d products in", products);
+  for (const Target& target : sa_plus_plus::all_targets()) {
+    if (target.supported) std::printf(" %s", target.name);
+  }
+  std::printf("\n");
 }
