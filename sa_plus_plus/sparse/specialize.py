@@ -20,6 +20,7 @@ from sa_plus_plus.sparse.compiler.frontend import layers_fused
 from sa_plus_plus.sparse.compiler.infer_blocks import planned_blocks
 from sa_plus_plus.sparse.compiler.ir import Layer, Traced, Variable
 from sa_plus_plus.sparse.compiler.passes.fuse_attention import fuse_attention
+from sa_plus_plus.sparse.compiler.passes.fuse_normalization import expanded, fuse_normalizations, without_calls
 from sa_plus_plus.sparse.compiler.passes.pooling import fuse_pooling
 from sa_plus_plus.sparse.compiler.planned import PlannedStep
 from sa_plus_plus.sparse.compiler.unsupported import weights_among
@@ -62,7 +63,8 @@ def specialize(
     Attention, `softmax(q kᵀ * scale + bias) v`, is one step in the compiled kernel if it is written as two products
     with a softmax as in `jax.nn.softmax` between them, in float32 or bfloat16: in any order of axes, with masks and
     biases, at least 8 queries and keys, up to three axes of heads and a depth of up to 512. It cannot be
-    differentiated.
+    differentiated. So is layer normalisation and RMS normalisation over the last axis, in float32 or with float32
+    between bfloat16, however it is written.
 
     In `"int8"`, the kernels of layers are rounded to 8 bits with one scale per output, and their inputs with one scale
     per tensor, from the minimum and maximum over the calibration data. Sums are exact, in 32 bits. The first and the
@@ -145,7 +147,7 @@ def specialized(
     _check_plan(traced, plan)
     batches = None if calibration is None else batches_of(traced, calibration, pieces)
     compiled = compiled and mode != "never"
-    traced = fuse_attention(traced) if compiled else traced
+    traced = fuse_normalizations(fuse_attention(traced)) if compiled else traced
     tuner = Autotuner(
         mode,
         implementation,
@@ -154,7 +156,9 @@ def specialized(
     )
     planned = tuner.plan(traced.steps)
     if any(p.x_type is not None or isinstance(p.step, Attention) for p in planned):  # it needs the compiled kernel
-        planned = [p._replace(step=fuse_pooling(p.step)) for p in planned]
+        planned = [p._replace(step=fuse_pooling(without_calls(p.step))) for p in planned]
+    else:
+        planned = [p._replace(step=step) for p in planned for step in expanded(p.step)]
     if not traced.layers:
         _warn(traced, any(p.choices for p in planned))
     traced = traced._replace(steps=[p.step for p in planned])

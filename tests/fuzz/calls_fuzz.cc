@@ -13,6 +13,7 @@
 #include <cmath>
 #include <csignal>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -426,6 +427,55 @@ Outcome round_some() {
   return y.count() ? kComputed : kEmpty;
 }
 
+// A normalisation by its definition, as far as the type of y holds it.
+void check_normalized(const NormalizationArrays& a, const NormalizationOptions& o) {
+  const int64_t columns = a.x.sizes[a.x.rank - 1], count = a.y.count();
+  for (int64_t first = 0; first < count; first += columns) {
+    double mean = 0, variance = 0;
+    for (int64_t k = 0; o.centred && k < columns; ++k) mean += value(a.x, first + k) / columns;
+    for (int64_t k = 0; k < columns; ++k) variance += std::pow(value(a.x, first + k) - mean, 2) / columns;
+    for (int64_t k = 0; k < columns; ++k) {
+      double want =
+          (value(a.x, first + k) - mean) / std::sqrt(variance + o.epsilon) * a.scale.data[k] + a.shift.data[k];
+      double most = 1e-4;
+      if (a.y.type == Type::kBfloat16) most += std::ldexp(std::abs(want), -8);
+      if (a.y.type == Type::kByte) want = std::clamp(want * o.factor + o.zero_point, 0.0, 255.0), most = 0.51;
+      if (!(std::abs(value(a.y, first + k) - want) <= most)) fail("a wrong number of a normalisation");
+    }
+  }
+}
+
+Outcome normalize() {
+  NormalizationOptions o{between(0, 1), std::ldexp(1.0f, between(-10, 1)), 1, 0};
+  std::vector<int64_t> sizes(between(0, 3));
+  for (int64_t& size : sizes) size = between(0, 4);
+  sizes.push_back(one_in(4) ? between(60, 150) : between(0, 40));
+  const Type type = any_type();
+  Held x(one_in(2) ? Type::kFloat : Type::kBfloat16, sizes), y(type, sizes);
+  if (type == Type::kByte) o.factor = between(1, 32), o.zero_point = between(0, 255);
+  Listed<float> scale{std::vector<float>(sizes.back(), 0.5f), {}}, shift{std::vector<float>(sizes.back(), 2.0f), {}};
+  bool plain = true;
+  for (int64_t i = between(0, 3); i > 0; --i) {
+    switch (between(0, 6)) {
+      case 0: x.spoil(); break;
+      case 1: y.spoil(); break;
+      case 2: x.spoil(), y.sizes = x.sizes; break;
+      case 3: (one_in(2) ? scale : shift).numbers.resize(between(0, 41), 1.0f); break;
+      case 4: (one_in(2) ? x : y).array.type = any_type(), plain = false; break;
+      case 5: (one_in(3) ? o.epsilon : one_in(2) ? o.factor : o.zero_point) = wild_float(), plain = false; break;
+      default: spoil(o, 1);
+    }
+  }
+  const NormalizationArrays arrays{x.made(), scale.made(), shift.made(), y.made()};
+  Normalization prepared;
+  if (prepare(arrays, o, &prepared)) return kRefused;
+  const Functions& functions = any_target(kAll);
+  const int64_t threads = between(1, 4);
+  run_twice(arrays.y, [&] { run(prepared, threads, functions); });
+  if (plain && y.count()) check_normalized(arrays, o);
+  return y.count() ? kComputed : kEmpty;
+}
+
 Outcome attend() {
   const Type type = one_in(20) ? Type::kByte : one_in(2) ? Type::kFloat : Type::kBfloat16;
   std::vector<int64_t> sizes{between(1, 3), between(1, 2), between(1, 2), between(1, 9),
@@ -483,16 +533,14 @@ int main(int argc, char** argv) {
     const char* name;
     Outcome (*one)();
     long long checked, accepted, computed;
-  } kinds[] = {{"convolution", convolve, 0, 0, 0},
-               {"depthwise", convolve_each, 0, 0, 0},
-               {"pooling", pool, 0, 0, 0},
-               {"rounding", round_some, 0, 0, 0},
-               {"attention", attend, 0, 0, 0}};
+  } kinds[] = {
+      {"convolution", convolve, 0, 0, 0}, {"depthwise", convolve_each, 0, 0, 0}, {"pooling", pool, 0, 0, 0},
+      {"rounding", round_some, 0, 0, 0},  {"normalization", normalize, 0, 0, 0}, {"attention", attend, 0, 0, 0}};
   const long long calls = argc > 1 ? std::atoll(argv[1]) : 0, first = argc > 2 ? std::atoll(argv[2]) : 0;
   for (number = first; number < first + calls; ++number) {
     if (number % 1024 == 0) alarm(100);
     fuzz::generator.state = static_cast<uint64_t>(number) * 0x2545f4914f6cdd1d;
-    auto& kind = kinds[number % 5];
+    auto& kind = kinds[number % std::size(kinds)];
     const Outcome outcome = kind.one();
     ++kind.checked, kind.accepted += outcome != kRefused, kind.computed += outcome == kComputed;
   }

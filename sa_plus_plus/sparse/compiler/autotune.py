@@ -16,7 +16,7 @@ from sa_plus_plus.sparse.compiler.conv_geometry import window_of
 from sa_plus_plus.sparse.compiler.depthwise import DepthwiseKernel, depthwise_of, lower_depthwise, pack_depthwise
 from sa_plus_plus.sparse.compiler.executor import run_by_blocks
 from sa_plus_plus.sparse.compiler.infer_blocks import pruned_in
-from sa_plus_plus.sparse.compiler.ir import Layer, Step, Variable
+from sa_plus_plus.sparse.compiler.ir import Call, Layer, Step, Variable
 from sa_plus_plus.sparse.compiler.lowering import lower_alone, pack_kernel
 from sa_plus_plus.sparse.compiler.measure import Contender, compiled, lowered, noise, seconds_of
 from sa_plus_plus.sparse.compiler.planned import Choice, PackedKernel, PlannedStep
@@ -77,6 +77,8 @@ class Autotuner:
             return self._layer(step)
         if isinstance(step, Attention):
             return self._attention(step)
+        if not isinstance(step, Call):
+            return Candidates([PlannedStep(step)])
         rows = [Choice(name, kernel, 0, None, float("nan"), note=note) for name, kernel, note in unsupported(step)]
         return Candidates([PlannedStep(step, choices=tuple(rows))])
 
@@ -105,7 +107,8 @@ class Autotuner:
         traced = [PlannedStep(layer, choices=(choice,))]
         if self.mode == "never" or packed is None:
             return Candidates(traced)
-        runs = "dense" if block is None or depthwise else "sparse"
+        in_full = isinstance(packed, PackedKernel) and packed.w.layout.density == 1
+        runs = "dense" if block is None or depthwise or in_full else "sparse"
         fast = choice._replace(runs=runs, precision=choice.precision if dtype is None else _NAMES[dtype])
         shapes = spec.x.shape, spec.activation, spec.residual is None, layer.shift is None, fast.precision
         key = (*about[:4], _density_class(density), *shapes)

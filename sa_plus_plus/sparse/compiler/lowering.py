@@ -29,6 +29,7 @@ from sa_plus_plus.sparse.ops import native
 
 REGISTER_BYTES = 64  # part of a block's column that matrix registers process at once
 DENSE_ROWS, DENSE_COLUMNS = 128, 32  # largest blocks for packing an unpruned float32 kernel
+FLOAT32_COLUMNS = (8, 16)  # of blocks that narrower ones are joined to
 
 Encodings = Mapping[Variable, Encoding]
 Ranges = Mapping[Variable, tuple[float, float]]
@@ -129,21 +130,42 @@ def ungrouped(kernel: np.ndarray, groups: int) -> np.ndarray:
 
 
 def pack_float32(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
-    """A float32 kernel by its blocks; an unpruned one in large blocks.
+    """A float32 kernel in the blocks with which the compiled kernel is fastest; in full if that is faster.
+
+    Blocks narrower than its vectors are joined with their neighbours: of a column alone, with so many others that
+    hardly any is zero.
 
     Args:
       kernel: `(k_h, k_w, channels, outputs)`.
       block: in which it is pruned, or None.
     """
     line = kernel.shape[1] * kernel.shape[2]
-    if block is None:
-        rows = max(n for n in range(1, min(line, DENSE_ROWS) + 1) if line % n == 0)
-        block = (rows, DENSE_COLUMNS)
-        grid = blk.grid_shape(kernel.shape, block)
-        return BlockSparse.fromdense(kernel, block, np.ones(grid, bool))
-    if kernel.shape[0] > 1 and line % block[0]:  # a block may not reach into the next line of the window
-        block = (math.gcd(line, block[0]), block[1])
-    return BlockSparse.fromdense(kernel, block)
+    rows = max(n for n in range(1, min(line, DENSE_ROWS) + 1) if line % n == 0)
+    full = (rows, DENSE_COLUMNS)
+    if block is not None:
+        if kernel.shape[0] > 1 and line % block[0]:  # a block may not reach into the next line of the window
+            block = (math.gcd(line, block[0]), block[1])
+        wider = [columns for columns in FLOAT32_COLUMNS if columns > block[1]]
+        kept = {
+            (block[0], columns): np.count_nonzero(occupied(kernel != 0, (block[0], columns)))
+            for columns in (block[1], *wider)
+        }
+        costs = {block: count * cost_of(block) for block, count in kept.items()}
+        best = min(costs, key=costs.__getitem__)
+        if costs[best] <= math.prod(blk.grid_shape(kernel.shape, full)) * cost_of(full):
+            return BlockSparse.fromdense(kernel, best)
+    return BlockSparse.fromdense(kernel, full, np.ones(blk.grid_shape(kernel.shape, full), bool))
+
+
+def cost_of(block: blk.Block) -> float:
+    """Time of a float32 block in the compiled kernel, in that of a row of it as wide as a vector.
+
+    Measured with AVX-512 for 32 rows of `x`: to begin a block takes as long as half a row of it, and up to 8 columns
+    two thirds of the time of 16.
+    """
+    rows, columns = block
+    whole, rest = divmod(columns, native.WIDE)
+    return (rows + 0.5) * (whole + (0 if not rest else 0.65 if rest <= native.WIDE // 2 else 1))
 
 
 def pack_interleaved(kernel: np.ndarray, dtype: np.dtype) -> BlockSparse:

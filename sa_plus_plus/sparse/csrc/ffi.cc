@@ -106,6 +106,19 @@ ffi::Error round_images(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi:
   return ffi::Error::Success();
 }
 
+ffi::Error layer_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR1<ffi::F32> scale,
+                      ffi::BufferR1<ffi::F32> shift, ffi::Result<ffi::AnyBuffer> y,
+                      const NormalizationOptions& options) {
+  constexpr char what[] = "layer normalisation";
+  NormalizationArrays arrays{};
+  if (!describe(x, &arrays.x) || !describe(*y, &arrays.y)) return refused(what, kUnknown);
+  arrays.scale = list(scale), arrays.shift = list(shift);
+  Normalization prepared;
+  if (const char* why = prepare(arrays, options, &prepared)) return refused(what, why);
+  run(prepared, threads_of(pool), *target_for_all().functions);
+  return ffi::Error::Success();
+}
+
 using Integers = ffi::Span<const int64_t>;
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer bias,
@@ -136,6 +149,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_round_images, sa_plus_plus::round_ima
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attrs<sa_plus_plus::Rounding>());
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sa_plus_plus::NormalizationOptions, ffi::StructMember<int64_t>("centred"),
+                                      ffi::StructMember<float>("epsilon"), ffi::StructMember<float>("factor"),
+                                      ffi::StructMember<float>("zero"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_layer_norm, sa_plus_plus::layer_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR1<ffi::F32>>()
+                                  .Arg<ffi::BufferR1<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attrs<sa_plus_plus::NormalizationOptions>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_attention, sa_plus_plus::attention,
                               ffi::Ffi::Bind()

@@ -125,6 +125,22 @@ struct Runs {
   float scale, zero_point;
 };
 
+// Layer normalisation of each of `rows` rows, with the mean and the variance of the row; the mean counts as 0 unless
+// they are `centred`:
+//
+//     out = (x - mean) / sqrt(variance + epsilon) * scale + shift
+//     y = out                                              in float types
+//     y = clamp(round(out * factor) + zero_point, 0, 255)  in bytes
+struct Normalization {
+  Type x_type, y_type;  // x: float or bfloat16
+  const void* x;
+  const float *scale, *shift;  // (columns)
+  void* y;
+  int64_t rows, columns;
+  bool centred;
+  float epsilon, factor, zero_point;
+};
+
 // softmax(scale q kᵀ + bias) v in each head: q is (heads, queries, depth), k (heads, keys, depth), v (heads, keys,
 // width), bias (heads, queries, keys) and y (heads, queries, width). Heads have three axes of their own. In memory, all
 // axes may be in any order except the last, which is contiguous.

@@ -1,4 +1,5 @@
-// The parts into which products, depthwise convolutions, attention, pooling and rounding are cut for threads.
+// The parts into which products, depthwise convolutions, attention, normalisation, pooling and rounding are cut for
+// threads.
 #include "run.h"
 
 #include <algorithm>
@@ -185,6 +186,21 @@ void run(const Images& images, int64_t threads, const Functions& functions) {
     fill(from + m.columns * m.y_channels * size, y + wide * size);
   };
   parallel(images.lines, threads, task, &work);
+}
+
+void run(const Normalization& normalization, int64_t threads, const Functions& functions) {
+  struct Work {
+    const Normalization& n;
+    const int64_t parts;
+    const Functions& functions;
+  };
+  const Normalization& n = normalization;
+  const Work all{n, std::clamp<int64_t>(n.rows * n.columns / kFewNumbers, 1, 4 * threads), functions};
+  auto task = [](const void* context, int64_t i) {
+    const Work& w = *static_cast<const Work*>(context);
+    w.functions.normalization(w.n, i * w.n.rows / w.parts, (i + 1) * w.n.rows / w.parts);
+  };
+  parallel(all.parts, threads, task, &all);
 }
 
 bool run(const Attention& a, int64_t threads, const Functions& functions) {

@@ -13,6 +13,7 @@ void run(const Convolution& convolution, int64_t threads, const Functions& funct
 void run(const Depthwise& depthwise, int64_t threads, const Functions& functions);
 void run(const Pooling& pooling, int64_t threads, const Functions& functions);
 void run(const Images& images, int64_t threads, const Functions& functions);
+void run(const Normalization& normalization, int64_t threads, const Functions& functions);
 bool run(const Attention& attention, int64_t threads,
          const Functions& functions);  // false: no memory for keys and values
 

@@ -5,6 +5,7 @@
 
 #include "attention.inc"
 #include "depthwise.inc"
+#include "normalization.inc"
 #include "pooling.inc"
 #if defined(__AMX_TILE__)
 #include "amx.inc"
@@ -17,8 +18,8 @@ namespace {
 
 template <int types>
 constexpr Functions compiled() {
-  if constexpr (types == kAll) return {gemm, depthwise, pooling, rounding, attention};
-  else return {gemm, nullptr, nullptr, nullptr, nullptr};
+  if constexpr (types == kAll) return {gemm, depthwise, pooling, rounding, normalization, attention};
+  else return {gemm, nullptr, nullptr, nullptr, nullptr, nullptr};
 }
 
 }  // namespace

@@ -102,7 +102,9 @@ const char* validate(const Product& p) {
   bool wrong = false;
   for (int64_t j = 0; j < grid_c; ++j) wrong |= p.starts[j] > p.starts[j + 1];
   if (wrong) return "starts must be non-decreasing";
-  for (int64_t at = 0; at < p.kept; ++at) wrong |= p.rows[at] < 0 || p.rows[at] >= grid_r;
+  uint32_t most = 0;  // a negative row is among the largest without a sign
+  for (int64_t at = 0; at < p.kept; ++at) most = std::max(most, static_cast<uint32_t>(p.rows[at]));
+  wrong = p.kept && most >= std::min<int64_t>(grid_r, int64_t{1} << 31);
   return wrong ? "the row of a block is outside the grid" : nullptr;
 }
 
@@ -179,6 +181,24 @@ const char* prepare(const Array& x, const Array& y, const Rounding& o, Images* i
   const int64_t lines = y.count() ? out[0] * out[1] : 0;  // so that all sizes are real where there are any
   *images = {y.type, static_cast<const float*>(x.data), y.data, lines, in[1], in[2], in[3], out[1], out[2], out[3], o};
   return nullptr;
+}
+
+const char* prepare(const NormalizationArrays& arrays, const NormalizationOptions& o, Normalization* normalization) {
+  const Array &x = arrays.x, &y = arrays.y;
+  if (x.rank < 1 || x.rank != y.rank || !std::equal(x.sizes, x.sizes + x.rank, y.sizes)) {
+    return "x and y have incompatible shapes";
+  }
+  if (x.type == Type::kByte) return "x is neither float32 nor bfloat16";
+  if (y.type == Type::kByte && !is_byte(o.zero_point)) return "the zero point is not a byte";
+  Normalization& n = *normalization = {};
+  n.x_type = x.type, n.y_type = y.type, n.x = x.data, n.y = y.data;
+  n.centred = o.centred, n.epsilon = o.epsilon, n.factor = o.factor, n.zero_point = o.zero_point;
+  const int64_t count = y.count();
+  if (!count) return nullptr;
+  n.columns = x.sizes[x.rank - 1], n.rows = count / n.columns;
+  n.scale = arrays.scale.data, n.shift = arrays.shift.data;
+  const bool fit = arrays.scale.count == n.columns && arrays.shift.count == n.columns;
+  return fit ? nullptr : "scale and shift need one number for each column of y";
 }
 
 const char* prepare(const AttentionArrays& arrays, List<int64_t> sizes, List<int64_t> strides, float scale,

@@ -103,6 +103,20 @@ struct DepthwiseArrays {
 
 const char* prepare(const DepthwiseArrays& arrays, const DepthwiseOptions& options, Depthwise* depthwise);
 
+struct NormalizationOptions {
+  int64_t centred;
+  float epsilon, factor, zero_point;
+};
+
+struct NormalizationArrays {
+  Array x;
+  List<float> scale, shift;
+  Array y;
+};
+
+const char* prepare(const NormalizationArrays& arrays, const NormalizationOptions& options,
+                    Normalization* normalization);
+
 // `sizes`: three of heads, queries, keys, depth, width, `seen`; `strides`: four each of q, k, v, bias and y.
 struct AttentionArrays {
   Array q, k, v, bias, y;  // bias may be empty, for none

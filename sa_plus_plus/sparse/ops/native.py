@@ -18,11 +18,12 @@ from sa_plus_plus.sparse.array import Layout
 from sa_plus_plus.sparse.ops.activation import Activation
 from sa_plus_plus.sparse.ops.inference import inference
 
-CONV, NARROW_CONV, DEPTHWISE, ATTENTION, MAX_POOL, SUM_POOL, ROUND = CALL_TARGETS = (
+CONV, NARROW_CONV, DEPTHWISE, ATTENTION, LAYER_NORM, MAX_POOL, SUM_POOL, ROUND = CALL_TARGETS = (
     "sa_plus_plus_block_sparse_conv",
     "sa_plus_plus_narrow_block_sparse_conv",
     "sa_plus_plus_depthwise_conv",
     "sa_plus_plus_attention",
+    "sa_plus_plus_layer_norm",
     "sa_plus_plus_max_pool",
     "sa_plus_plus_sum_pool",
     "sa_plus_plus_round_images",
@@ -350,6 +351,34 @@ def attention(
     options = {"sizes": np.array(sizes, np.int64), "strides": flat, "scale": np.float32(scale)}
     y = _called(ATTENTION, out, (q, k, v, bias), options)
     return _varying(y, q, k, v, bias)
+
+
+def layer_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    epsilon: float,
+    centred: bool,
+    dtype: Any,
+    factor: float = 1.0,
+    zero: int = 0,
+) -> jax.Array:
+    """`(x - mean) / sqrt(variance + epsilon) * scale + shift` along the last axis.
+
+    Args:
+      x: float32 or bfloat16, of one axis or more.
+      scale: float32, one for each entry of the last axis.
+      shift: like `scale`.
+      epsilon: as above.
+      centred: whether the mean is subtracted; otherwise it counts as 0, in the variance too.
+      dtype: of the result: float32, bfloat16, or uint8, which holds `round(. / factor) + zero`, clamped to 0 to 255.
+      factor: the value of 1 in uint8.
+      zero: the zero point in uint8.
+    """
+    options: dict[str, Any] = {"centred": np.int64(centred), "epsilon": np.float32(epsilon)}
+    options |= {"factor": np.float32(1 / factor), "zero": np.float32(zero)}
+    y = _called(LAYER_NORM, jax.ShapeDtypeStruct(x.shape, dtype), (x, scale, shift), options)
+    return _varying(y, x, scale, shift)
 
 
 def max_pool(
