@@ -199,6 +199,7 @@ Outcome convolve() {
     o.activation = between(0, static_cast<int64_t>(Activation::kCount) - 1);
     o.y_zero_point = between(0, 255), o.y_unit = 0.5, o.residual_scale = 2, o.residual_zero_point = 3;
   }
+  o.narrow = one_in(2);  // all numbers are
   const int64_t images = between(0, 2), lines = between(0, 4), line = between(0, one_in(4) ? 40 : 6),
                 width = between(0, 40);
   const int64_t channels = one_in(20) ? 0 : group * between(1, 6);

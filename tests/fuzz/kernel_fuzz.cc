@@ -1,6 +1,6 @@
 // Random products, and random attention, through each target that this processor supports, against sums in double, with
 // every buffer allocated to its exact size: an address sanitizer then sees any access beyond one. Prints the number of
-// products, or what failed.
+// products and the targets, or what failed.
 //
 //     fuzz PRODUCTS [SEED]
 #include <algorithm>
@@ -141,7 +141,14 @@ void one() {
     starts.push_back(rows.size());
   }
   p.kept = rows.size();
-  const auto x = numbers(size, p.x_type, false), w = numbers(p.kept * p.b_r * p.b_c, p.w_type);
+  auto x = numbers(size, p.x_type, false), w = numbers(p.kept * p.b_r * p.b_c, p.w_type);
+  p.narrow = between(0, 1);
+  if (p.narrow && p.w_type == Type::kByte) {
+    const double most = sa_plus_plus::kNarrow;
+    const bool extreme = between(0, 3) == 0;  // the largest sums of two products
+    for (double& number : w) number = extreme ? (between(0, 1) ? most : -most) : std::clamp(number, -most, most);
+    if (extreme) std::fill(x.begin(), x.end(), 255);
+  }
   const auto residual = numbers(p.batch * p.width, p.residual_type, false);
   auto grouped = w;  // `group` rows of each column together
   for (int64_t i = 0; i < static_cast<int64_t>(w.size()); ++i) {
@@ -314,5 +321,9 @@ int main(int argc, char** argv) {
   const int products = argc > 1 ? std::atoi(argv[1]) : 0;
   if (argc > 2) generator.state = std::atoll(argv[2]);
   for (int i = 0; i < products; ++i) i % 8 ? one() : attend_one();
-  std::printf("%d products\n", products);
+  std::printf("%d products in", products);
+  for (const Target& target : sa_plus_plus::all_targets()) {
+    if (target.supported) std::printf(" %s", target.name);
+  }
+  std::printf("\n");
 }

@@ -47,6 +47,7 @@ class CompiledLayer(NamedTuple):
       y: encoding of its result.
       residual: encoding of its residual, if it has one: any type, without a border.
       in_place: whether its result may overwrite the residual.
+      narrow: whether its kernel is int8 of so few bits that some targets are faster.
     """
 
     spec: LayerSpec
@@ -56,6 +57,7 @@ class CompiledLayer(NamedTuple):
     y: Encoding
     residual: Encoding | None
     in_place: bool = False
+    narrow: bool = False
 
     def run(self, x: Any, residual: Any, blocks: Any, scale: Any, bias: Any) -> Any:
         """The layer's result in the encoding `y`, from arrays in the encodings `x` and `residual`."""
@@ -76,8 +78,8 @@ class CompiledLayer(NamedTuple):
             border=self.y.border,
         )
         operands: dict[str, Any] = {"scale": scale, "bias": bias, "residual": residual, "epilogue": epilogue}
-        strides, in_place = self.window.strides, self.in_place
-        y = native.conv(x, blocks, self.layout, strides=strides, in_place=in_place, **operands)
+        options: dict[str, Any] = {"strides": self.window.strides, "in_place": self.in_place, "narrow": self.narrow}
+        y = native.conv(x, blocks, self.layout, **options, **operands)
         return y if self.y.border != NO_BORDER else y.reshape(self.spec.output.shape)
 
 
@@ -102,7 +104,7 @@ def pack_kernel(layer: Layer, window: Window, dtype: np.dtype, block: blk.Block 
     group, scales = (2 if dtype == BFLOAT16 else 4), None
     kernel = np.pad(kernel, [(0, 0), (0, 0), (0, -kernel.shape[2] % group), (0, 0)])
     if dtype == UINT8:
-        kernel, scales = quantize_kernel(kernel)
+        kernel, scales = quantize_kernel(kernel, native.target(UINT8).limit)
         if overflows(kernel):
             return pack_kernel(layer, window, fallback_type(), block)
     else:
@@ -209,8 +211,11 @@ def lower(
     plain = x.dtype != UINT8 and y.dtype != UINT8
     scale = None if plain else jax.device_put(np.float32(scales / y.scale))
     bias = None if plain and layer.shift is None else jax.device_put(np.float32(shift / y.scale))
-    blocks = w.blocks if x.dtype == FLOAT32 else jax.device_put(native.interleave_rows(np.asarray(w.blocks)))
-    return CompiledLayer(layer.spec, packed.window, w.layout, x, y, residual), (blocks, scale, bias)
+    blocks = np.asarray(w.blocks)
+    narrow = x.dtype == UINT8 and bool((np.abs(blocks, dtype=np.int16) <= native.NARROW).all())
+    blocks = blocks if x.dtype == FLOAT32 else native.interleave_rows(blocks)
+    compiled = CompiledLayer(layer.spec, packed.window, w.layout, x, y, residual, narrow=narrow)
+    return compiled, (jax.device_put(blocks), scale, bias)
 
 
 def lower_in_network(

@@ -44,16 +44,17 @@ def quantized(low: float, high: float) -> Encoding:
     return Encoding(UINT8, max(high / (255 - zero), -low / zero if zero else 0.0), zero)
 
 
-def quantize_kernel(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_kernel(kernel: np.ndarray, limit: int = 127) -> tuple[np.ndarray, np.ndarray]:
     """A kernel in int8, symmetric for each output channel: `kernel ~ quantized * scales`.
 
     Args:
       kernel: outputs last.
+      limit: the largest magnitude of an entry.
 
     Returns:
       int8 of the same shape; and `(outputs,)` float32.
     """
-    quantized, scales = round_to_int8(kernel, tuple(range(kernel.ndim - 1)))
+    quantized, scales = round_to_int8(kernel, tuple(range(kernel.ndim - 1)), limit)
     return quantized, scales.reshape(-1)
 
 

@@ -53,6 +53,16 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer bl
   return ffi::Error::Success();
 }
 
+// The same where no weight in bytes is beyond -kNarrow to kNarrow.
+ffi::Error narrow_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer blocks,
+                              ffi::BufferR1<ffi::S32> rows, ffi::BufferR1<ffi::S32> starts,
+                              ffi::BufferR1<ffi::F32> scale, ffi::BufferR1<ffi::F32> bias, ffi::AnyBuffer residual,
+                              ffi::Result<ffi::AnyBuffer> y, const ConvolutionOptions& options) {
+  ConvolutionOptions narrow = options;
+  narrow.narrow = true;
+  return convolution(pool, x, blocks, rows, starts, scale, bias, residual, y, narrow);
+}
+
 ffi::Error depthwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::BufferR1<ffi::F32> bias,
                      ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> y, const DepthwiseOptions& options) {
   constexpr char what[] = "depthwise convolution";
@@ -189,18 +199,23 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sa_plus_plus::ConvolutionOptions, ffi::Str
                                       ffi::StructMember<float>("residual_zero"), ffi::StructMember<float>("y_zero"),
                                       ffi::StructMember<float>("y_unit"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_block_sparse_conv, sa_plus_plus::convolution,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::BufferR1<ffi::S32>>()
-                                  .Arg<ffi::BufferR1<ffi::S32>>()
-                                  .Arg<ffi::BufferR1<ffi::F32>>()
-                                  .Arg<ffi::BufferR1<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attrs<sa_plus_plus::ConvolutionOptions>());
+static auto convolution_operands() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::BufferR1<ffi::S32>>()
+      .Arg<ffi::BufferR1<ffi::S32>>()
+      .Arg<ffi::BufferR1<ffi::F32>>()
+      .Arg<ffi::BufferR1<ffi::F32>>()
+      .Arg<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Attrs<sa_plus_plus::ConvolutionOptions>();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_block_sparse_conv, sa_plus_plus::convolution, convolution_operands());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_narrow_block_sparse_conv, sa_plus_plus::narrow_convolution,
+                              convolution_operands());
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sa_plus_plus::DepthwiseOptions, ffi::StructMember<int64_t>("stride_down"),
                                       ffi::StructMember<int64_t>("stride_across"),
@@ -234,7 +249,8 @@ extern "C" const char* sa_plus_plus_targets() {
       if (json->size() > 1) *json += ", ";
       *json += std::string("{\"name\": \"") + target.name + "\", \"extends\": \"" + target.extends;
       *json += "\", \"supported\": " + std::to_string(target.supported) + ", \"types\": [" + types;
-      *json += "], \"start\": " + std::to_string(target.start) + "}";
+      *json += "], \"start\": " + std::to_string(target.start);
+      *json += ", \"limit\": " + std::to_string(target.limit) + "}";
     }
     *json += "]";
     return json;

@@ -53,6 +53,7 @@ struct Product {
   const void* residual;   // (batch, width) in any type, or null; may be y, if that is of the same type without borders
   float residual_scale, residual_zero_point, y_zero_point, y_unit;
   Activation activation;
+  bool narrow;  // no weight in bytes is beyond -kNarrow to kNarrow
   void* y;
   int64_t run, stride;                    // rows in a run, and from one of them to the next
   int64_t runs, run_stride, runs_stride;  // from run to run, and from each `runs` of them to the next
@@ -78,6 +79,7 @@ struct Product {
   }
 };
 
+constexpr int kNarrow = 64;         // 2 * 255 * kNarrow < 2^15: two products with bytes of x add up in 16 bits
 constexpr int64_t kWide = 16;       // columns of grouped blocks come in so many
 constexpr int64_t kMostRows = 224;  // in a part
 

@@ -12,6 +12,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace sa_plus_plus {
 namespace {
@@ -50,6 +56,26 @@ constexpr int kTargets =
     ;
 #undef TARGET
 
+#if defined(__aarch64__) && defined(__linux__)
+bool has_dot() { return getauxval(AT_HWCAP) >> 20 & 1; }    // HWCAP_ASIMDDP
+bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }  // HWCAP2_I8MM
+bool has_bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }  // HWCAP2_BF16
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has(const char* feature) {
+  int value = 0;
+  size_t size = sizeof value;
+  return !sysctlbyname(feature, &value, &size, nullptr, 0) && value;
+}
+
+bool has_dot() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
+bool has_bf16() { return has("hw.optional.arm.FEAT_BF16"); }
+#elif defined(__aarch64__)
+bool has_dot() { return false; }
+bool has_i8mm() { return false; }
+bool has_bf16() { return false; }
+#endif
+
 // The rows of targets.def; each extends a later one.
 struct Table {
   Table() {
@@ -66,8 +92,8 @@ struct Table {
   }
 
   Target rows[kTargets] = {
-#define TARGET(name, extends, flags, supported, types, lanes, registers, rows, tall, start) \
-  {#name, #extends, supported, types, {lanes, registers, rows, tall}, start, &name::functions},
+#define TARGET(name, extends, flags, supported, types, lanes, registers, vectors, rows, tall, start, limit) \
+  {#name, #extends, supported, types, {lanes, registers, vectors, rows, tall}, start, limit, &name::functions},
 #include "targets.def"
 #undef TARGET
   };

@@ -30,7 +30,7 @@ struct Functions {
 
 // What the processor's registers hold.
 struct Tile {
-  int lanes, registers, rows, tall;
+  int lanes, registers, vectors, rows, tall;
 };
 
 constexpr int bit(Type type) { return 1 << static_cast<int>(type); }
@@ -43,18 +43,19 @@ struct Target {
   bool supported;  // by this processor
   int types;       // of x in products: a `bit` for each
   Tile tile;
-  int start;
+  int start, limit;
   const Functions* functions;
 
   bool multiplies(Type x_type) const { return types & bit(x_type); }
 };
 
 // Each target in a namespace of its own, so that the linker cannot take a function of one for that of another.
-#define TARGET(name, extends, flags, supported, types, lanes, registers, rows, tall, start) \
-  namespace name {                                                                          \
-  constexpr int kTypes = types;                                                             \
-  constexpr Tile kTile{lanes, registers, rows, tall};                                       \
-  extern const Functions functions;                                                         \
+#define TARGET(name, extends, flags, supported, types, lanes, registers, vectors, rows, tall, start, limit) \
+  namespace name {                                                                                          \
+  constexpr int kTypes = types;                                                                             \
+  constexpr Tile kTile{lanes, registers, vectors, rows, tall};                                              \
+  constexpr int kLimit = limit;                                                                             \
+  extern const Functions functions;                                                                         \
   }
 #include "targets.def"
 #undef TARGET

@@ -47,7 +47,7 @@ const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o
   p.y_unit = o.y_unit;
   if (p.y_type == Type::kByte && !is_byte(o.y_zero_point)) return "the zero point is not a byte";
   if (o.activation < 0 || o.activation >= static_cast<int64_t>(Activation::kCount)) return "an unknown activation";
-  p.activation = static_cast<Activation>(o.activation);
+  p.activation = static_cast<Activation>(o.activation), p.narrow = o.narrow;
   if (blocks.rank != (p.grouped() ? 4 : 3)) return "blocks have the wrong number of dimensions";
   convolution->count = y.count();
   if (!convolution->count || !p.lines || !p.line) return nullptr;

@@ -48,6 +48,7 @@ struct ConvolutionOptions {
   int64_t window_rows, window_columns, stride_down, stride_across, top, bottom, left, right;
   int64_t activation;
   float residual_scale, residual_zero_point, y_zero_point, y_unit;
+  bool narrow = false;  // the caller's word that no weight in bytes is beyond -kNarrow to kNarrow
 };
 
 struct Convolution {

@@ -18,8 +18,9 @@ from sa_plus_plus.sparse.array import Layout
 from sa_plus_plus.sparse.ops.activation import Activation
 from sa_plus_plus.sparse.ops.inference import inference
 
-CONV, DEPTHWISE, ATTENTION, LAYER_NORM, MAX_POOL, SUM_POOL, ROUND = CALL_TARGETS = (
+CONV, NARROW_CONV, DEPTHWISE, ATTENTION, LAYER_NORM, MAX_POOL, SUM_POOL, ROUND = CALL_TARGETS = (
     "sa_plus_plus_block_sparse_conv",
+    "sa_plus_plus_narrow_block_sparse_conv",
     "sa_plus_plus_depthwise_conv",
     "sa_plus_plus_attention",
     "sa_plus_plus_layer_norm",
@@ -35,6 +36,7 @@ _UNDERIVED = (
     "the compiled kernel, which is for inference: differentiate the function that `specialize` was given, or a product "
     "by `block_sparse_matmul`, which has first derivatives"
 )
+NARROW = 64  # the largest magnitude in int8 blocks of 7 bits
 WIDE = 16  # columns of a block in bfloat16 and int8: a multiple of this many
 
 
@@ -69,6 +71,7 @@ class Target(NamedTuple):
       supported: whether this processor has them.
       dtypes: of `x` in products.
       start: a block costs its rows and as many more as are this many bytes of `x`, at least one.
+      limit: int8 blocks are fastest if no entry is larger: 64 where products are summed in 16 bits, otherwise 127.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Target(NamedTuple):
     supported: bool
     dtypes: tuple[np.dtype, ...]
     start: int
+    limit: int
 
     def cost(self, rows: int, itemsize: int) -> int:
         """How long a block takes, in rows.
@@ -98,7 +102,7 @@ def _table(library: ctypes.CDLL) -> tuple[Target, ...]:
     rows = json.loads(library.sa_plus_plus_targets())
     dtypes = [tuple(_X_DTYPES[code] for code in row["types"]) for row in rows]
     return tuple(
-        Target(row["name"], row["extends"], bool(row["supported"]), types, row["start"])
+        Target(row["name"], row["extends"], bool(row["supported"]), types, row["start"], row["limit"])
         for row, types in zip(rows, dtypes, strict=True)
     )
 
@@ -216,6 +220,7 @@ def conv(
     residual: jax.Array | None = None,
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
     in_place: bool = False,
+    narrow: bool = False,
 ) -> jax.Array:
     """Convolution of already padded images with an epilogue; patches are never materialised.
 
@@ -232,6 +237,7 @@ def conv(
       epilogue: the operations that follow the product.
       in_place: whether the result may overwrite the residual, which is in the caches, if it has the same type and no
         borders. XLA copies a residual that is needed later.
+      narrow: whether no entry of int8 blocks is beyond -64 to 64, which some targets make use of.
 
     Returns:
       `(batch, rows + top + bottom, columns + left + right, outputs)`.
@@ -252,7 +258,7 @@ def conv(
     elif in_place := in_place and (residual.size, residual.dtype) == (math.prod(shape), epilogue.dtype):
         residual = residual.reshape(shape)
     y = _called(
-        CONV,
+        NARROW_CONV if narrow else CONV,
         jax.ShapeDtypeStruct(shape, epilogue.dtype),
         (x, blocks, layout.indices, layout.indptr, scale, bias, residual),
         _in_64_bits(integers) | {name: np.float32(n) for name, n in floats.items()},

@@ -74,6 +74,30 @@ def test_signed_activations_and_wide_outputs():
     assert np.linalg.norm(fast(x) - want) < 0.03 * np.linalg.norm(want)
 
 
+def test_weights_have_7_bits_where_products_are_summed_in_16():
+    first, second, third = kernel(20, 36), kernel(36, 24), kernel(24, 9)
+
+    def network(x):
+        return jnp.tanh(jnp.tanh(x @ first) @ second) @ third
+
+    x = RNG.normal(size=(5, 20)).astype(np.float32)
+    exact = native.target(np.uint8)
+    limited = next(t for t in native.targets() if t.supported and t.limit == native.NARROW)
+    wanted = {limited.name: (native.NARROW, native.NARROW_CONV), exact.name: (exact.limit, native.CONV)}
+    for name, (limit, call) in wanted.items():
+        native.limit_targets(name)
+        try:
+            assert native.target(np.uint8).limit == limit
+            fast = sapp.specialize(network, x, mode="always", precision="int8", calibration=[x])
+        finally:
+            native.limit_targets(None)
+        (blocks,) = (a for a in jax.tree.leaves(fast.weights) if a.dtype == np.int8)
+        assert int(np.abs(np.asarray(blocks, np.int32)).max()) == limit
+        assert f"@{call}(" in jax.jit(fast.fn).lower(fast.weights, x).as_text()
+        want = network(jnp.asarray(x))
+        assert np.linalg.norm(fast(x) - want) < 0.03 * np.linalg.norm(want)
+
+
 def test_other_batches_set_the_scale():
     """Values beyond those of the calibration data are clamped to them."""
     w = jnp.eye(16)

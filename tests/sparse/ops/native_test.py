@@ -261,9 +261,9 @@ def test_the_best_target_that_knows_the_type_is_chosen():
 
 
 @pytest.mark.parametrize("name", kernel_fuzz.target_flags(platform.machine()))
-@pytest.mark.parametrize("dtype", X_DTYPES, ids=str)
-def test_products_in_each_target(name, dtype):
-    """Of integers, which are exact in each."""
+@pytest.mark.parametrize(("dtype", "narrow"), [*((t, False) for t in X_DTYPES), (np.uint8, True)])
+def test_products_in_each_target(name, dtype, narrow):
+    """Of integers, which are exact in each; weights of 7 bits with the largest bytes, whose sums just fit 16 bits."""
     (target,) = (target for target in native.targets() if target.name == name)
     if not target.supported:
         pytest.skip("not supported by this processor")
@@ -272,13 +272,15 @@ def test_products_in_each_target(name, dtype):
     w *= np.kron(rng.integers(0, 2, (4, 3)), np.ones((16, 16), int))
     if dtype != np.uint8:
         x -= 127
+    if narrow:
+        x[..., :16], w = 255, np.sign(w) * native.NARROW
     sparse = BlockSparse.fromdense(w.astype(np.int8 if dtype == np.uint8 else dtype), (16, 16))
     blocks = np.asarray(sparse.blocks)
     blocks = blocks if dtype == np.float32 else native.interleave_rows(blocks)
     try:
         native.limit_targets(target.name)
         assert native.target(dtype).name in _chain(target)
-        got = native.conv(jnp.asarray(x.astype(dtype)), blocks, sparse.layout)
+        got = native.conv(jnp.asarray(x.astype(dtype)), blocks, sparse.layout, narrow=narrow)
     finally:
         native.limit_targets(None)
     np.testing.assert_array_equal(got, x @ w)

@@ -4,6 +4,8 @@ import functools
 import inspect
 import json
 import math
+import os
+import shutil
 import subprocess
 import warnings
 
@@ -313,21 +315,39 @@ def test_the_kernel_refuses_wrong_buffers(change, wanted):
         jax.block_until_ready(kernel(x, call["blocks"], rows, starts, none, call["bias"], call["residual"], **options))
 
 
+def fuzzed(programs, directory, machine, supported, each=10_000, emulator=()):
+    """Both programs without a complaint of a sanitizer, in all of the supported targets; `each` calls of each kind."""
+    for name in kernel_fuzz.target_flags(machine):
+        assert not kernel_fuzz.shared_symbols(directory / f"target_{name}.o", name)
+    products, calls = programs
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"} if emulator else None
+    run = subprocess.run([*emulator, products, str(each // 25)], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout == f"{each // 25} products in {' '.join(supported)}\n"
+    run = subprocess.run([*emulator, calls, str(6 * each)], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    counts = json.loads(run.stdout)
+    assert set(counts) == {"convolution", "depthwise", "pooling", "rounding", "normalization", "attention"}
+    for kind in counts.values():
+        assert kind["checked"] == each > kind["accepted"] >= kind["computed"] > each // 10
+
+
 @pytest.mark.long
 def test_the_kernel_stays_within_its_memory(tmp_path):
     """Its source under the address and undefined-behaviour sanitizers, on random products and calls, without XLA."""
     try:
-        products, calls = kernel_fuzz.build(tmp_path)
+        programs = kernel_fuzz.build(tmp_path)
     except LookupError as missing:
         pytest.skip(str(missing))
-    for target in native.targets():
-        assert not kernel_fuzz.shared_symbols(tmp_path / f"target_{target.name}.o", target.name)
-    run = subprocess.run([products, "400"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout == "400 products\n"
-    run = subprocess.run([calls, "60000"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    counts = json.loads(run.stdout)
-    assert set(counts) == {"convolution", "depthwise", "pooling", "rounding", "normalization", "attention"}
-    for each in counts.values():
-        assert each["checked"] == 10_000 > each["accepted"] >= each["computed"] > 1000
+    fuzzed(programs, tmp_path, os.uname().machine, [target.name for target in native.targets() if target.supported])
+
+
+@pytest.mark.long
+def test_targets_of_arm_stay_within_their_memory(tmp_path):
+    """The same for another machine, in an emulator: `apt install g++-aarch64-linux-gnu qemu-user`."""
+    compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64")
+    if not shutil.which(compiler) or emulator is None:
+        pytest.skip(f"{compiler} or qemu-aarch64 is not installed")
+    programs = kernel_fuzz.build(tmp_path, compiler=compiler)
+    command = [emulator, "-L", "/usr/aarch64-linux-gnu", "-cpu", "max"]
+    fuzzed(programs, tmp_path, "aarch64", kernel_fuzz.target_flags("aarch64"), 2000, command)
