@@ -15,7 +15,7 @@ from sa_plus_plus.sparse.compiler.measure import alternated, compiled, normal
 from sa_plus_plus.sparse.compiler.planned import Choice
 
 WORTH = 1.1  # as many times as fast, or it is not worth it
-_ROUND_SECONDS = 0.1
+_ROUND_SECONDS = 0.05
 
 
 class Comparison(NamedTuple):

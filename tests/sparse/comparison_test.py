@@ -9,6 +9,7 @@ import sa_plus_plus as sapp
 from sa_plus_plus.sparse import Choice, comparison
 from sa_plus_plus.sparse.comparison import Comparison, difference, notes
 from sa_plus_plus.sparse.compiler import autotune, measure
+from sa_plus_plus.sparse.compiler.ir import Variable
 
 MS = 1e-3
 
@@ -144,6 +145,48 @@ def test_a_program_runs_a_step_as_often_as_it_is_told():
             x = min(max(y, 0.0), 1.0)
             y = x * 0.5 + 0.25
         assert program(count, (jnp.asarray([[2.0]]), jnp.asarray([[0.25]])), w) == y
+
+
+def contender(x_shape, dtype, weights, run):
+    return measure.Contender(run, lambda drawn: [drawn(Variable(1, x_shape, np.dtype(dtype)))], weights)
+
+
+def test_a_program_runs_the_contender_that_it_is_told():
+    """Of any shape and type, with inputs that no other contender takes."""
+    shapes = [
+        ((3, 5), "float32"),
+        ((0, 4), "float32"),
+        ((2, 3, 7), "bfloat16"),
+        ((1 << 16,), "uint8"),
+        ((70000,), "f4"),
+    ]
+    contenders = [
+        contender(shape, dtype, jnp.asarray(float(i)), lambda inputs, w: inputs[0].astype(jnp.float32) * 0 + w)
+        for i, (shape, dtype) in enumerate(shapes)
+    ]
+    program = measure.lowered([contenders[:2], contenders[2:]]).compile()
+    noise, weights = measure.normal(1 << 16), [one.weights for one in contenders]
+    for which, (shape, _) in enumerate(shapes):
+        got = [float(program(np.int32(which), np.int32(count), noise, weights)) for count in (0, 1, 3)]
+        assert got == [0.0, which if 0 not in shape else 0.0, which if 0 not in shape else 0.0]
+
+
+def test_inputs_are_normal_values_that_repeat():
+    seen = contender((70000,), "float32", (), lambda inputs, _: inputs[0])
+    values = seen.inputs(lambda v: measure._drawn(measure.normal(1 << 16), v))[0]
+    np.testing.assert_array_equal(values, measure.normal(70000))
+    assert abs(float(values.mean())) < 0.02
+    assert abs(float(values.std()) - 1) < 0.02
+
+
+def test_steps_share_a_program_up_to_its_size(monkeypatch):
+    monkeypatch.setattr(measure, "TOGETHER", 4)
+    monkeypatch.setattr(measure, "TOGETHER_BYTES", 100)
+    sizes = [5, 5, 5, 20, 5, 30, 1]  # floats of each of two contenders
+    steps = [[contender((1,), "float32", np.zeros(n, np.float32), None)] * 2 for n in sizes]
+    groups = measure.together(steps)
+    assert [[len(step[0].weights) for step in group] for group in groups] == [[5, 5], [5], [20], [5], [30], [1]]
+    assert measure.together([]) == []
 
 
 @pytest.mark.parametrize(

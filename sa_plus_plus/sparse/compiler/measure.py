@@ -23,7 +23,6 @@ SMALL_BYTES = 1 << 20  # weights that stay in a core's cache while the rest of t
 CACHE_BYTES = 1 << 26  # more than the caches hold
 TOGETHER, TOGETHER_BYTES = 16, 1 << 28  # as many contenders are one program, if their weights are not larger
 _NOISE = 1 << 16  # different numbers
-_IDLE_CALLS, _MOST_IDLE = 5, 20
 
 
 class Contender(NamedTuple):
@@ -171,27 +170,21 @@ def _count(timer: Timer, round_seconds: float) -> int:
 
 
 def _timer(program: Any, which: int, weights: Sequence[Any], copies: int) -> Timer:
-    """The timer of one of a program's contenders, without what a call of the program takes.
+    """The timer of one of a program's contenders.
 
-    Weights larger than a core's cache come from further away in a network each time that it runs: here each run takes
-    another copy.
+    The call itself and the making of the inputs are in its time, in that of every contender of a step. Weights larger
+    than a core's cache come from further away in a network each time that it runs: here each run takes another copy.
     """
     others = [jax.tree.map(lambda a: jax.device_put(np.array(a)), weights[which]) for _ in range(copies - 1)]
     several = itertools.cycle([weights, *([*weights[:which], other, *weights[which + 1 :]] for other in others)])
     noise, number = jax.device_put(normal(_NOISE)), np.int32(which)
 
-    def seconds(runs: int, calls: int = 1) -> float:
+    def timer(count: int) -> float:
+        runs, calls = (count, 1) if copies == 1 else (1, count)
         began = time.perf_counter()
         for _ in range(calls):
             jax.block_until_ready(program(number, np.int32(runs), noise, next(several)))
         return time.perf_counter() - began
-
-    idle = min(seconds(0) for _ in range(_IDLE_CALLS))
-
-    def timer(count: int) -> float:
-        calls = 1 if copies == 1 else count
-        elapsed = seconds(count // calls, calls)
-        return max(elapsed - calls * idle, elapsed / _MOST_IDLE)  # a disturbed call is no sign of a step without work
 
     return timer
 
