@@ -17,7 +17,7 @@ from jax import lax
 from sa_plus_plus import progress
 from sa_plus_plus.sparse.compiler.ir import Variable
 
-ROUND_SECONDS = 0.005  # a step is repeated for at least so long
+ROUND_SECONDS = 0.01  # a step is repeated for at least so long
 ROUNDS, CLEAR_ROUNDS, CLEAR = 5, 3, 1.5  # fewer rounds if in each of them one takes so many times as long
 SMALL_BYTES = 1 << 20  # weights that stay in a core's cache while the rest of the network runs
 CACHE_BYTES = 1 << 26  # more than the caches hold
