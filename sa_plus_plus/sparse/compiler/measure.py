@@ -17,7 +17,7 @@ from jax import lax
 from sa_plus_plus import progress
 from sa_plus_plus.sparse.compiler.ir import Variable
 
-ROUND_SECONDS = 0.005  # a step is repeated for at least so long
+ROUND_SECONDS = 0.01  # a step is repeated for at least so long
 ROUNDS, CLEAR_ROUNDS, CLEAR = 5, 3, 1.5  # fewer rounds if in each of them one takes so many times as long
 SMALL_BYTES = 1 << 20  # weights that stay in a core's cache while the rest of the network runs
 CACHE_BYTES = 1 << 26  # more than the caches hold
@@ -81,13 +81,14 @@ def repeated(run: Callable[[Sequence[Any], Any], Any]) -> Callable[..., Any]:
 def together(steps: Sequence[Sequence[Contender]]) -> list[list[Sequence[Contender]]]:
     """Steps, in order, in groups whose contenders become one program, for XLA takes a multiple of the time for many."""
     groups: list[list[Sequence[Contender]]] = []
-    contenders = size = 0
+    room = contenders = 0
     for step in steps:
-        contenders, size = contenders + len(step), size + sum(_bytes(one.weights) for one in step)
-        if not groups or contenders > TOGETHER or size > TOGETHER_BYTES:
+        size, alone = sum(_bytes(one.weights) for one in step), _bytes(step[0].weights) > SMALL_BYTES
+        if alone or size > room or len(step) > contenders:
             groups.append([])
-            contenders, size = len(step), sum(_bytes(one.weights) for one in step)
+            room, contenders = TOGETHER_BYTES, TOGETHER
         groups[-1].append(step)
+        room, contenders = (0, 0) if alone else (room - size, contenders - len(step))  # a call of it is one run
     return groups
 
 
@@ -177,13 +178,13 @@ def _timer(program: Any, which: int, weights: Sequence[Any], copies: int) -> Tim
     """
     others = [jax.tree.map(lambda a: jax.device_put(np.array(a)), weights[which]) for _ in range(copies - 1)]
     several = itertools.cycle([weights, *([*weights[:which], other, *weights[which + 1 :]] for other in others)])
-    noise, number = jax.device_put(normal(_NOISE)), np.int32(which)
+    noise, number, one = jax.device_put((normal(_NOISE), np.int32(which), np.int32(1)))
 
     def timer(count: int) -> float:
-        runs, calls = (count, 1) if copies == 1 else (1, count)
+        runs, calls = (np.int32(count), 1) if copies == 1 else (one, count)
         began = time.perf_counter()
         for _ in range(calls):
-            jax.block_until_ready(program(number, np.int32(runs), noise, next(several)))
+            jax.block_until_ready(program(number, runs, noise, next(several)))
         return time.perf_counter() - began
 
     return timer
