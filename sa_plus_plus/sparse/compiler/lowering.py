@@ -211,11 +211,10 @@ def lower(
     plain = x.dtype != UINT8 and y.dtype != UINT8
     scale = None if plain else jax.device_put(np.float32(scales / y.scale))
     bias = None if plain and layer.shift is None else jax.device_put(np.float32(shift / y.scale))
-    blocks = np.asarray(w.blocks)
-    narrow = x.dtype == UINT8 and bool((np.abs(blocks, dtype=np.int16) <= native.NARROW).all())
-    blocks = blocks if x.dtype == FLOAT32 else native.interleave_rows(blocks)
+    narrow = x.dtype == UINT8 and bool((np.abs(np.asarray(w.blocks), dtype=np.int16) <= native.NARROW).all())
+    blocks = w.blocks if x.dtype == FLOAT32 else jax.device_put(native.interleave_rows(np.asarray(w.blocks)))
     compiled = CompiledLayer(layer.spec, packed.window, w.layout, x, y, residual, narrow=narrow)
-    return compiled, (jax.device_put(blocks), scale, bias)
+    return compiled, (blocks, scale, bias)
 
 
 def lower_in_network(
