@@ -6,8 +6,8 @@ ranks the blocks, and the *phases* say when they are chosen. `compose` builds a 
 `algorithms.py` has the algorithms themselves.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -16,30 +16,10 @@ from sa_plus_plus import dynamic_sparsity, planning, select
 from sa_plus_plus._composed import IDENTITY, Composed, Parametrisation, ProximalStep, Score, traced_once
 from sa_plus_plus.dynamic_sparsity import Regrowth
 from sa_plus_plus.phases import DENSE, SPARSE, Phases
-from sa_plus_plus.plan_options import Overrides, Views
+from sa_plus_plus.plan_options import PlanOptions
 from sa_plus_plus.sparsifier import Sparsifier
 
-__all__ = ["IDENTITY", "Parametrisation", "PlanOptions", "PruningOptions", "check_phases", "check_start", "compose"]
-
-
-class PlanOptions(TypedDict, total=False):
-    """Options that say which leaves are pruned, besides `block` and `sparsity`; see `plan`.
-
-    Attributes:
-      min_blocks: kernels with fewer blocks stay dense (default 100; paper, C.1).
-      where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings, biases, scales, low-rank
-        factors and batch statistics. Depthwise kernels stay dense whatever it says.
-      overrides: other `block`, `sparsity`, `min_blocks` or `min_kept` by path or pattern.
-      views: how leaves are read as matrices, by path or pattern: `{"*/query/kernel": "d (h k)"}`.
-      min_kept: number of blocks that each matrix keeps at least, or `"outputs"` for one in each column of the grid: the
-        default for last layers.
-    """
-
-    min_blocks: int
-    where: Callable[[str], bool]
-    overrides: Overrides | None
-    views: Views | None
-    min_kept: int | str | None
+__all__ = ["IDENTITY", "Parametrisation", "PruningOptions", "check_phases", "check_start", "compose"]
 
 
 class PruningOptions(PlanOptions, total=False):

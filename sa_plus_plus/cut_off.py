@@ -1,6 +1,7 @@
-"""Outputs without any weight: which layers are to keep a block for each, and a warning of those that do not."""
+"""Outputs without any weight: which layers are to keep a block for each, and a warning about those that do not."""
 
 import collections
+import sys
 import warnings
 from collections.abc import Mapping
 
@@ -39,9 +40,17 @@ def warn_of_outputs_cut_off(plan: Plan) -> None:
     ]
     more = [f"{len(lost) - 3} more (print the plan)"] if lost[3:] else []
     warnings.warn(
-        f'outputs without any weight are constant. {"; ".join(named + more)}. Set min_kept="{OUTPUTS}" there (see '
+        f'outputs without any weight are constant: {"; ".join(named + more)}. Set min_kept="{OUTPUTS}" there (see '
         "`overrides`) to keep a block for each, use smaller blocks or a lower sparsity, or leave the layer out by "
         "`where`",
         UserWarning,
-        stacklevel=6,  # the caller of `plan`
+        stacklevel=_level_of_user(),
     )
+
+
+def _level_of_user() -> int:
+    """The `stacklevel` of the line that called this package, directly or in a function that JAX transforms."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("sa_plus_plus", "jax"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -17,6 +17,26 @@ _NUMBERS = (int, float, Fraction, np.generic, np.ndarray, jax.Array)
 
 Overrides = Mapping[str, Mapping[str, Any]]
 Views = Mapping[str, views.Viewable]
+
+
+class PlanOptions(TypedDict, total=False):
+    """Options that say which leaves are pruned, besides `block` and `sparsity`; see `plan`.
+
+    Attributes:
+      min_blocks: kernels with fewer blocks stay dense (default 100; paper, C.1).
+      where: predicate on the path of a leaf, `Dense_0/kernel`; by default all but embeddings, biases, scales, low-rank
+        factors and batch statistics. Depthwise kernels stay dense whatever it says.
+      overrides: other `block`, `sparsity`, `min_blocks` or `min_kept` by path or pattern.
+      views: how leaves are read as matrices, by path or pattern: `{"*/query/kernel": "d (h k)"}`.
+      min_kept: number of blocks that each matrix keeps at least, or `"outputs"` for one in each column of the grid: the
+        default for last layers.
+    """
+
+    min_blocks: int
+    where: Callable[[str], bool]
+    overrides: Overrides | None
+    views: Views | None
+    min_kept: int | str | None
 
 
 def check_options(

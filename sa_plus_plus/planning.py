@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus import layouts, select, views
 from sa_plus_plus.cut_off import last_layers, warn_of_outputs_cut_off
 from sa_plus_plus.names import named_as_kernel, non_kernel_kind
-from sa_plus_plus.plan_options import MIN_BLOCKS, Overrides, Views, check_options
+from sa_plus_plus.plan_options import MIN_BLOCKS, Overrides, PlanOptions, Views, check_options
 from sa_plus_plus.plans import OUTPUTS, VECTORS, LeafPlan, Plan
 from sa_plus_plus.views import View
 
@@ -98,11 +98,7 @@ def planner(
     *,
     block: int | Sequence[int | None],
     sparsity: float,
-    min_blocks: int = MIN_BLOCKS,
-    where: Callable[[str], bool] = named_as_kernel,
-    overrides: Overrides | None = None,
-    views: Views | None = None,
-    min_kept: int | str | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Callable[[Any], Plan]:
     """`plan` with these options as a function of the parameters, which computes the plan of a tree only once.
 
@@ -113,11 +109,12 @@ def planner(
     Raises:
       ValueError, TypeError: see `plan`.
     """
-    defaults, checked = check_options(block, sparsity, min_blocks, where, overrides, views, min_kept)
+    defaults, checked = check_options(block, sparsity, **options)
+    where, views = options.get("where", named_as_kernel), options.get("views") or {}
 
     @functools.lru_cache(maxsize=8)
     def plan_leaves(leaves: tuple[_Leaf, ...]) -> Plan:
-        return _plan_leaves(leaves, defaults, where, checked, views or {})
+        return _plan_leaves(leaves, defaults, where, checked, views)
 
     return lambda params: plan_leaves(_leaves(params))
 
@@ -306,7 +303,7 @@ def _layer(
         return layer._replace(skip_reason=f"fewer than {min_blocks} blocks")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"{path} has dtype {leaf.dtype}: only floating-point kernels can be pruned, see `where`")
-    if min_kept is None:  # of a last layer; not where a block is all that an output has
+    if min_kept is None:  # a last layer: but where a block is all that an output has, to prune is to cut outputs off
         min_kept = OUTPUTS if grid[0] > 1 else 0
     layer = layer._replace(min_kept=min_kept)
     kept_each = layer.kept_each_at(sparsity)

@@ -8,7 +8,7 @@ The text has a sentence a line, and a line of pairs ends with a query and the te
 default both are from the docstrings of Python's standard library. Every stage can be interrupted and goes on where it
 was; any number of processes share the training. `--stages=page` draws what there is so far. Nothing else should run
 beside the stage `speed`, which needs no trained network: it times untrained ones with as many layers, units and blocks.
-Of networks that the directory lacks, the quality stays that of the results there are, if these are of the same scale.
+Networks that the directory lacks keep the quality in the results that are there, if those are of the same scale.
 """
 
 import json
@@ -146,7 +146,7 @@ def _earlier(results: pathlib.Path) -> dict[str, Any]:
 
 
 def _in_order(every: Sequence[Contender], *rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of networks in the order of the contenders; of several of a network the last."""
+    """The rows in the order of the contenders; where a network has several, the last."""
     by_folder = {row["folder"]: row for some in rows for row in some}
     order = [networks.PUBLISHED, *(str(each.folder) for each in every)]
     return [by_folder[folder] for folder in order if folder in by_folder]

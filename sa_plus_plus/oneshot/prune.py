@@ -12,7 +12,6 @@ import numpy as np
 
 import sa_plus_plus.oneshot.layers as layers
 from sa_plus_plus import planning, progress
-from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.alps import alps
 from sa_plus_plus.oneshot.capture import Visited, matrices_of, visit_layers
 from sa_plus_plus.oneshot.layers import DAMPING, Choose, Problem, Solved, problem_of
@@ -20,6 +19,7 @@ from sa_plus_plus.oneshot.obs import obs
 from sa_plus_plus.oneshot.reorder import SCORES
 from sa_plus_plus.oneshot.reorder import reorder as reordered
 from sa_plus_plus.oneshot.uses import Use
+from sa_plus_plus.plan_options import PlanOptions
 from sa_plus_plus.planning import LeafPlan, Plan
 from sa_plus_plus.reordering.orders import Order
 from sa_plus_plus.sparse.arguments import listed

@@ -8,10 +8,10 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning, select
-from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.capture import visit_layers
 from sa_plus_plus.oneshot.layers import DAMPING, problem_of
 from sa_plus_plus.oneshot.uses import Use
+from sa_plus_plus.plan_options import PlanOptions
 from sa_plus_plus.planning import Plan, path_string
 from sa_plus_plus.reordering import axes
 from sa_plus_plus.reordering.orders import Order

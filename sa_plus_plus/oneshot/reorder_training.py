@@ -66,7 +66,7 @@ def reorder_training(
     scores: str = "magnitude",
     damping: float = DAMPING,
 ) -> ReorderedTraining:
-    """Reorder a network in the midst of its training: parameters, the optimizer's state, logits and masks.
+    """Reorder a network during training: parameters, the optimizer's state, logits and masks.
 
     For a loop with `sparsify`, between two steps and outside `jit`, before the blocks are chosen: at the end of a dense
     phase, when the weights have scores, or during a sparsification phase. Nothing compiled has to be compiled again.

@@ -10,11 +10,11 @@ import numpy as np
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import planning, progress
-from sa_plus_plus.compose import PlanOptions
 from sa_plus_plus.oneshot.capture import visit_layers
 from sa_plus_plus.oneshot.layers import DAMPING, problem_of
 from sa_plus_plus.oneshot.prune import changes, changes_in, relative, solver, warn_of_unreached
 from sa_plus_plus.oneshot.uses import Use
+from sa_plus_plus.plan_options import PlanOptions
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
 from sa_plus_plus.sparse.arguments import listed
 from sa_plus_plus.text import table

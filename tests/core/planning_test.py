@@ -573,16 +573,26 @@ LENET = {"a": leaf(64, 96), "b": leaf(96, 64), "last": leaf(64, 10)}
 
 def test_a_plan_that_cuts_outputs_off_is_said_once_with_the_numbers():
     make = planner(block=8, sparsity=0.95, min_blocks=17, min_kept=0)
-    text = r"^outputs without any weight are constant\. a keeps 4 blocks of 8×12: no weight for at least 64 of its 96 "
+    text = r"^outputs without any weight are constant: a keeps 4 blocks of 8×12: no weight for at least 64 of its 96 "
     text += r"outputs; b keeps 4 blocks of 12×8: .* 32 of its 64 outputs\. Set min_kept=\"outputs\" there"
     with pytest.warns(UserWarning, match=text) as warned:
         plan = make(LENET)
     assert len(warned) == 1
+    assert warned[0].filename == __file__
     with warnings.catch_warnings(action="error"):
         assert make(LENET) is plan
     assert plan.pruned["a"].cut_off == (32, 64)
     assert "\na keeps 4 blocks of 8×12: no weight for at least 64 of 96 outputs\n" in str(plan)
     assert str(plan).endswith("b keeps 4 blocks of 12×8: no weight for at least 64 of 96 rows")
+
+
+@pytest.mark.parametrize("init", [lambda sp: sp.init, lambda sp: jax.jit(sp.init)], ids=["plain", "jit"])
+def test_the_warning_points_at_the_line_that_called_an_algorithm(init):
+    sp = sapp.magnitude(block=8, sparsity=0.95, min_blocks=17, phases=sapp.phases.magnitude(10))
+    params = {path: jnp.ones(x.shape) for path, x in LENET.items()}
+    with pytest.warns(UserWarning, match="outputs without any weight are constant") as warned:
+        init(sp)(params)
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 @pytest.mark.filterwarnings("error")

@@ -118,11 +118,13 @@ def compiled(programs: Iterable[Any]) -> list[Any]:
 
 
 def seconds_of(program: Any, group: Sequence[Sequence[Contender]], network_bytes: int) -> Iterator[tuple[float, ...]]:
-    """Of each step, seconds that a run of each contender takes in a network, in the fastest round; they take turns.
+    """Seconds that a run of each contender of a step takes in a network, for one step after another.
+
+    Contenders take turns, and the fastest round counts.
 
     Args:
       program: of the group, compiled.
-      group: of each step two or more contenders; the first has the weights in full.
+      group: the steps, each with two or more contenders; the first has the weights in full.
       network_bytes: of all weights of the network, in full.
     """
     weights, number = [one.weights for step in group for one in step], itertools.count()

@@ -58,7 +58,7 @@ def unavailable_reason() -> str | None:
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     if limit := os.environ.get(LIMIT):
-        _limit(library, limit)
+        _limit(library, limit, f"{LIMIT}={limit}: ")
     return None
 
 
@@ -135,10 +135,10 @@ def limit_targets(name: str | None) -> None:
     _limit(_library(), name)
 
 
-def _limit(library: ctypes.CDLL, name: str | None) -> None:
+def _limit(library: ctypes.CDLL, name: str | None, given: str = "") -> None:
     if not library.sa_plus_plus_limit_targets(name and name.encode()):
         supported = ", ".join(target.name for target in _table(library) if target.supported)
-        raise ValueError(f"there is no target {name!r} here: this processor supports {supported}")
+        raise ValueError(f"{given}there is no target {name!r} here: this processor supports {supported}")
 
 
 @functools.cache

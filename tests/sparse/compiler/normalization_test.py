@@ -98,6 +98,7 @@ FORMS = {
     "groups": (module(nn.GroupNorm(4)), None),
     "and the mean": (lambda x: plain(x) + x.mean(-1, keepdims=True), "layer_norm"),
     "and a scale of each row": (lambda x: plain(x) * normal(7, 1), "layer_norm"),
+    "and a mask of rows": (lambda x: plain(x) * (jnp.arange(7) != 6)[:, None], "layer_norm"),
 }
 
 

@@ -4,6 +4,7 @@ The operations from a value to its normalisation depend on nothing else but cons
 by numbers: scale and shift are read off their results, then results for other inputs are compared with the formula.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ _ALLOWED = (
     *(*_POWERS, "add", "div", "max", "neg", "sqrt", "rsqrt", "pow", "reduce_sum", "select_n", "squeeze", "gt"),
     "stop_gradient",
 )
+_PROBES = 61  # different rows of random numbers
 _TOLERANCE = 5e-5  # of the formula's terms; more than rounding to float32, less than another divisor of the variance
 
 Makers = Mapping[Variable, Call]
@@ -112,24 +114,27 @@ def _recognised(x: Variable, calls: Sequence[Call]) -> Normalization | None:
     rounds = last.name in _CASTS and last.inputs[0].dtype == np.float32  # scale and shift are read before it
     exact, columns = (before if rounds else calls), x.shape[-1]
 
-    def results(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of rows of numbers: as `x` has them, and the results."""
+    def results(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of numbers, repeated until `x` is full: as `x` has them, and the result of every row."""
         with jax.ensure_compile_time_eval():
-            value = jnp.asarray(numbers, x.dtype)
-            return np.asarray(value, np.float64), np.asarray(_computed(exact, {x: value}), np.float64)
+            given = jnp.asarray(rows[: math.prod(x.shape[:-1])], x.dtype)
+            y = _computed(exact, {x: jnp.resize(given, x.shape)})
+            return np.asarray(given, np.float64), np.asarray(y, np.float32).reshape(-1, columns)
 
     def formula(numbers: np.ndarray, centred: bool) -> np.ndarray:
         numbers = numbers - numbers.mean(-1, keepdims=True) * centred
         return numbers / np.sqrt((numbers**2).mean(-1, keepdims=True) + epsilon)
 
     with np.errstate(all="ignore"):
-        shift = results(np.zeros(x.shape))[1].reshape(-1, columns)[0]
-        numbers, got = results(np.broadcast_to(_balanced(columns), x.shape))
-        scale = ((got - shift) / formula(numbers, True)).reshape(-1, columns)[0]
-        numbers, got = results(_probes(x.shape, epsilon))
+        shift = results(np.zeros((1, columns)))[1][0].astype(np.float64)
+        numbers, got = results(_balanced(columns)[None])
+        scale = (got[0] - shift) / formula(numbers[0], True)
+        numbers, got = results(_probes(columns, epsilon))
         for centred in (True, False):
             terms = scale * formula(numbers, centred)
-            if np.all(np.abs(got - terms - shift) <= _TOLERANCE * (np.abs(terms) + np.abs(scale) + np.abs(shift))):
+            most = _TOLERANCE * (np.abs(terms) + np.abs(scale) + np.abs(shift))
+            want, most = (np.resize(a.astype(np.float32), got.shape) for a in (terms + shift, most))
+            if np.all(np.abs(got - want) <= most):
                 constants = [Constant(a.astype(np.float32), a.shape) for a in (scale, shift)]
                 return Normalization((x, *constants), calls[-1].outputs, epsilon, centred, tuple(calls))  # type: ignore[arg-type]
     return None
@@ -163,8 +168,8 @@ def _balanced(columns: int) -> np.ndarray:
     return 1024 * signs
 
 
-def _probes(shape: Sequence[int], epsilon: float) -> np.ndarray:
+def _probes(columns: int, epsilon: float) -> np.ndarray:
     """Rows of random numbers, in some of which the variance is about as small as `epsilon`."""
-    rng, each = np.random.default_rng(0), (*shape[:-1], 1)
+    rng, each = np.random.default_rng(0), (_PROBES, 1)
     scale = np.sqrt(max(epsilon, 1e-12)) ** rng.choice([0.0, 0.5, 1.0], each) * rng.uniform(0.5, 2, each)
-    return scale * (rng.standard_normal(shape) + 0.3)
+    return scale * (rng.standard_normal((_PROBES, columns)) + 0.3)
