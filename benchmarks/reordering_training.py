@@ -11,7 +11,7 @@ goes on there; the report is a table for `docs/training.md`.
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -83,8 +83,22 @@ def measured(known: list[Row]) -> Iterator[Row]:
         }
 
 
+class _Mean(NamedTuple):
+    """A mean over seeds, and its standard error."""
+
+    value: float
+    error: float
+
+
+def _mean(values: np.ndarray) -> _Mean:
+    return _Mean(values.mean(), values.std(ddof=1) / np.sqrt(len(values)))
+
+
 def table(rows: list[Row]) -> str:
-    """Accuracy of each way, and by how much of the gap to single weights it is ahead of the recipe as it is."""
+    """Accuracy of each way, and by how much of the gap to single weights it is ahead of the recipe as it is.
+
+    The latter only where there is a gap, of more than two standard errors.
+    """
     found = {(row["block"], row["sparsity"], row["variant"]): np.array(row["values"]) for row in rows}
     lines = []
     for block, sparsity in CELLS:
@@ -97,10 +111,9 @@ def table(rows: list[Row]) -> str:
             if values is None:
                 continue
             line[variant] = f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
-            if variant not in (AS_IT_IS, SINGLE):
-                ahead, gap = values - plain, single.mean() - plain.mean()
-                error = ahead.std(ddof=1) / np.sqrt(len(ahead))
-                line[variant] += f" ({ahead.mean() / gap:.0%} ± {error / abs(gap):.0%})"
+            if variant not in (AS_IT_IS, SINGLE) and (gap := _mean(single - plain)).value > 2 * gap.error:
+                ahead = _mean(values - plain)
+                line[variant] += f" ({ahead.value / gap.value:.0%} ± {ahead.error / gap.value:.0%})"
         lines.append(line)
     return markdown(lines)
 
