@@ -38,7 +38,7 @@ PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "worth_it.md"
 _SCALE = flags.DEFINE_enum("scale", "small", list(SCALES), "How long it takes.")
 _STAGES = flags.DEFINE_list("stages", list(STAGES), "What to do.")
 _GROUPS = flags.DEFINE_list("groups", list(GROUPS), "Which networks to train.")
-_ONLY = flags.DEFINE_string("only", "", "Train only networks whose directory has this in its name.")
+_ONLY = flags.DEFINE_list("only", [], "Train only networks whose directory has one of these in its name.")
 _TEXT = flags.DEFINE_string("text", "", "Sentences to learn from.")
 _PAIRS = flags.DEFINE_string("pairs", "", "Pairs to measure on.")
 _MODEL = flags.DEFINE_string("model", "", "Directory of the published encoder; by default that of its package.")
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         changes = {"targets": str(directory / "published_embeddings")}
         changes |= {"data.local": _TEXT.value} if _TEXT.value else {}
         changes |= {"data.options.model": _MODEL.value} if _MODEL.value else {}
-        wanted = [each for each in every if each.group in _GROUPS.value and _ONLY.value in str(each.folder)]
+        wanted = [each for each in every if each.group in _GROUPS.value and _chosen(str(each.folder))]
         for each, result in training.train(wanted, scale, changes, directory, console):
             console.print(f"{each.group}: {each.name}: cosine {result['metric']:.4f}", highlight=False)
     published = networks.published(judge.encoder)
@@ -90,6 +90,10 @@ def main(argv: list[str]) -> None:
         _page(rows, json.loads(file.read_text()) if file.exists() else earlier["speed"], output, console)
     if failed := [str(each.folder) for each in every if (directory / each.folder / work.FAILED).exists()]:
         cli.fail(f"{', '.join(failed)} failed: see {work.FAILED} there, below {directory}", status=1)
+
+
+def _chosen(folder: str) -> bool:
+    return not _ONLY.value or any(part in folder for part in _ONLY.value)
 
 
 def _qualities(

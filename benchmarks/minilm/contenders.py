@@ -24,7 +24,8 @@ ALGORITHMS: dict[str, Mapping[str, Any]] = {
     "RigL": {"name": "rigl"},
     "one-shot": {"name": "magnitude", "schedule": (("sparse", 1.0),)},  # of the networks that `one_shot` leaves
 }
-LAYERS, HIDDEN = "fewer layers", "fewer hidden units"  # families of dense networks
+LAYERS, LONGER, HIDDEN = "fewer layers", "fewer layers, trained twice as long", "fewer hidden units"
+SMALLER = (LAYERS, LONGER, HIDDEN)  # families of dense networks
 ALL = 6  # layers of the published network
 _COLUMNS = "*/up/kernel"  # whole hidden units of the feed-forward layers
 
@@ -75,7 +76,7 @@ class Scale(NamedTuple):
 _SMOKE = {"batch_size": 8, "eval_batch_size": 8, "log_every": 2, "eval_every": 4, "checkpoint_every": 4}
 _SMOKE |= {"data.options.length": 8, "sparsifier.min_blocks": 1}
 SCALES = {
-    "smoke": Scale(30, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, (ALL,), 40, (Setting(1, 16),), 1),
+    "smoke": Scale(30, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, (ALL, 2), 40, (Setting(1, 16),), 1),
     "small": Scale(250, 1000, (0.5, 0.7, 0.8), ((4, 16), (16, 16)), pairs=2000, rounds=5),
     "full": Scale(500, 4000, (0.5, 0.6, 0.7, 0.8, 0.9), ((4, 16), (16, 16))),
 }
@@ -95,6 +96,8 @@ class Contender(NamedTuple):
       one_shot: whether it begins with a network that `one_shot` pruned.
       budget: whether that has a sparsity for each layer.
       reorder: whether that reorders the network first.
+      after: the family of the dense network of as many layers that it begins with once that is trained; by default it
+        begins with the published network.
       model: options of the model that differ from the published ones.
     """
 
@@ -105,6 +108,7 @@ class Contender(NamedTuple):
     one_shot: bool = False
     budget: bool = False
     reorder: bool = False
+    after: str = ""
     model: Mapping[str, Any] = {}
 
     @property
@@ -114,7 +118,12 @@ class Contender(NamedTuple):
     @property
     def folder(self) -> pathlib.Path:
         """Below the campaign's directory."""
-        return pathlib.Path(self.group, re.sub(r"[^A-Za-z0-9+.]+", "_", self.name).strip("_"))
+        return _folder(self.group, self.name)
+
+    @property
+    def origin(self) -> pathlib.Path | None:
+        """Where the trained network that it begins with is; None for the published one."""
+        return _folder(self.group, f"{self.after}, {self.model['layers']}") if self.after else None
 
     @property
     def start(self) -> pathlib.Path:
@@ -124,7 +133,11 @@ class Contender(NamedTuple):
     @property
     def dense(self) -> bool:
         """Whether what comes of it is a smaller dense network."""
-        return self.family in (LAYERS, HIDDEN)
+        return self.family in SMALLER
+
+
+def _folder(group: str, name: str) -> pathlib.Path:
+    return pathlib.Path(group, re.sub(r"[^A-Za-z0-9+.]+", "_", name).strip("_"))
 
 
 def contenders(scale: Scale) -> list[Contender]:
@@ -132,6 +145,7 @@ def contenders(scale: Scale) -> list[Contender]:
     compare, (first, *others) = functools.partial(_pruned, "compared", COMPARED, scale.compared), scale.blocks
     of_picture = functools.partial(_pruned, "picture", steps=scale.steps, name="SA++")
     found = [_dense("picture", n, scale.steps) for n in scale.layers]
+    found += [_dense("picture", n, 2 * scale.steps, LONGER) for n in scale.layers]
     for sparsity in scale.sparsities:
         found += [of_picture(sparsity, block=first, layers=n) for n in scale.pruned_layers]
         found.append(_pruned("picture", sparsity, scale.steps, "one-shot", first, one_shot=True))
@@ -139,6 +153,10 @@ def contenders(scale: Scale) -> list[Contender]:
             _pruned, "picture", sparsity, scale.steps, "one-shot", one_shot=True, reorder=True
         )
         found += [reordered(block) for block in others]
+        smaller = [n for n in scale.pruned_layers if n in scale.layers]
+        found += [
+            reordered(block, layers=n, reorder=block != first, after=LAYERS) for n in smaller for block in scale.blocks
+        ]
     found += [compare(name, first) for name in ALGORITHMS if name != "one-shot"]
     found += [compare("one-shot", first, one_shot=True, budget=budget) for budget in (False, True)]
     found += [compare("SA++", block) for block in others]
@@ -157,21 +175,22 @@ def _pruned(
     one_shot: bool = False,
     budget: bool = False,
     reorder: bool = False,
+    after: str = "",
 ) -> Contender:
     changes = {f"sparsifier.{key}": value for key, value in ALGORITHMS[name].items()}
     changes |= {"sparsifier.block": block, "sparsifier.sparsity": sparsity, "steps": steps}
     changes |= _rate(steps)
     family = f"{name}{' with a budget' if budget else ''}, {'reordered ' * reorder}blocks {block[0]} × {block[1]}"
     model = {} if layers == ALL else {"layers": layers}
-    family += f", {layers} layers" if model else ""
+    family += f", {layers}{' trained' * bool(after)} layers" if model else ""
     family += ", then trained" if one_shot else ""
-    return Contender(group, family, f"{sparsity:.0%}", changes, one_shot, budget, reorder, model)
+    return Contender(group, family, f"{sparsity:.0%}", changes, one_shot, budget, reorder, after, model)
 
 
-def _dense(group: str, layers: int, steps: int) -> Contender:
+def _dense(group: str, layers: int, steps: int, family: str = LAYERS) -> Contender:
     changes = {"sparsifier.name": "dense", "steps": steps, "optimizer.learning_rate": DENSE_RATE}
     changes["optimizer.warmup_steps"] = 0
-    return Contender(group, LAYERS, str(layers), changes, model={"layers": layers})
+    return Contender(group, family, str(layers), changes, model={"layers": layers})
 
 
 def _narrow(share: float, steps: int) -> Contender:

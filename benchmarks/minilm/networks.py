@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sa_plus_plus as sapp
-from benchmarks.minilm.contenders import HIDDEN, LAYERS, Contender, Scale, config_of
+from benchmarks.minilm.contenders import HIDDEN, SMALLER, Contender, Scale, config_of
 from experiments import retrieval
 from experiments.data.sentences import tokenize
 from experiments.engines import runtimes
@@ -47,7 +47,7 @@ class Network(NamedTuple):
     @property
     def dense(self) -> bool:
         """Whether the dense engines serve it: a smaller network, or the published one."""
-        return self.family in (PUBLISHED, LAYERS, HIDDEN)
+        return self.family in (PUBLISHED, *SMALLER)
 
     def runs(self, batches: Sequence[np.ndarray], precisions: Sequence[str], engines: bool = True) -> dict[str, Run]:
         """By engine and precision, `run(tokens)` of batches of one shape.

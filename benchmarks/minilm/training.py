@@ -59,10 +59,17 @@ def train(
       directory: of the campaign.
       console: where the runs show their progress.
     """
-    for one_shot, some in itertools.groupby(contenders, lambda contender: contender.one_shot):
+    for (one_shot, origin), group in itertools.groupby(contenders, lambda each: (each.one_shot, each.origin)):
+        some = list(group)
+        if origin and workdir.result_of(directory / origin) is None:
+            waiting = ", ".join(str(each.folder) for each in some)
+            console.print(f"left out until {origin} is trained: {waiting}", highlight=False)
+            continue
         cells = [Cell(contender, scale, given, directory) for contender in some]
-        for contender in (cell.contender for cell in cells if one_shot):
+        for contender in some if one_shot else ():
             config = config_of(contender, scale, given)
+            if origin:
+                config.init_from = str(directory / origin / workdir.WEIGHTS)
             start = directory / contender.start
             if (done := workdir.once(start, functools.partial(_one_shot, contender, config, start))) is not None:
                 console.print(f"{contender.start}: {done['seconds']:.0f} s", highlight=False)

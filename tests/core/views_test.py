@@ -22,6 +22,7 @@ from sa_plus_plus.views import View
 
 # A random key is of the leaf's path.
 SEEDLESS = [name for name in problems.NAMES if name not in ("dense", "random", "rigl", "sparse_evolutionary")]
+QUICK = ("sequential_attention", "gradual_magnitude", "powerpropagation")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,11 @@ def trained(sp, cut, params):
 
 @pytest.mark.parametrize(
     ("name", "scope"),
-    [*((name, "layer") for name in SEEDLESS), ("sequential_attention", "global"), ("movement", "global")],
+    [
+        *((name, "layer") for name in QUICK),
+        *(pytest.param(name, "layer", marks=pytest.mark.long) for name in SEEDLESS if name not in QUICK),
+        *((name, "global") for name in ("sequential_attention", "movement")),
+    ],
 )
 def test_a_view_is_pruned_as_its_matrices_are(name, scope):
     make = functools.partial(problems.sparsifier, name, 40, block=(3, 4), sparsity=0.7, min_blocks=1, scope=scope)

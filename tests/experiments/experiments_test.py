@@ -259,6 +259,7 @@ def test_a_dense_twin_shares_the_data_and_may_diverge_too(tmp_path, monkeypatch)
     assert json.loads((tmp_path / "result.json").read_text())["dense_twin"] == {"metric": None, "loss": None}
 
 
+@pytest.mark.long
 def test_main_from_the_command_line(tmp_path):
     arguments = ["--config.steps=60", "--config.sparsifier.name=acdc", f"--workdir={tmp_path / 'run'}"]
     done = commands.run("experiments.main", *arguments, real=True)

@@ -485,7 +485,7 @@ def test_tfds_reads_large_images_as_needed(tfds_builder, tmp_path):
     assert isinstance(catalog.tfds("of_any_size", str(tmp_path), download=True).train, data.Records)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_tfds_batches_are_the_same_from_memory_threads_and_processes(tiny, workers):
     memory, disk = (catalog.tfds("tiny", tiny, memory=memory) for memory in (True, False))
     expected = take(data.train_iterator(memory.train, 6, 5, 1, 2), 14)

@@ -164,6 +164,7 @@ def test_a_uniform_model_takes_8_bits_per_byte(file):
     assert set(means) == {"bits_per_byte", "loss", "accuracy"}
 
 
+@pytest.mark.long
 def test_the_config_trains_prunes_and_resumes(file, tmp_path, monkeypatch):
     """And what it reports is what the weights that it leaves behind give, byte by byte."""
     setup = prepare(small(file), sharding.make_mesh(devices=jax.devices()[:1]))

@@ -134,6 +134,7 @@ def test_a_run_reports_loss_auc_and_calibration(tmp_path):
     assert [row["path"] for row in result["layers"] if not row["skip_reason"]] == ["hidden1/kernel"]
 
 
+@pytest.mark.long
 def test_metrics_of_seeds_side_by_side_against_scikit_learn():
     config = small()
     run = program.compiled(prepare(config, sharding.make_mesh(devices=jax.devices()[:4])), 2)

@@ -149,6 +149,7 @@ def test_bad_input_is_named(folder, tmp_path):
         text.tokenizer_of(other)
 
 
+@pytest.mark.long
 def test_learning_from_the_published_embeddings(folder, tmp_path, monkeypatch):
     (tmp_path / "lines.txt").write_text("\n".join(LINES))
     config = minilm.get_config()

@@ -161,6 +161,7 @@ def test_full_disk_stops_the_run_and_loses_nothing(uninterrupted, tmp_path):
         subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.long
 def test_profile_writes_a_trace(tmp_path):
     done = run(tmp_path, "--profile")
     assert done.returncode == 0, done.output
