@@ -76,6 +76,7 @@ LIBRARY = (
     "sparse.compiler.passes.pooling",
     "sparse.compiler.frontend",
     "sparse.compiler.lowering",
+    "sparse.compiler.sequences",
     "sparse.compiler.executor",
     "sparse.compiler.calibration",
     "sparse.compiler.measure",

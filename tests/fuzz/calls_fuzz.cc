@@ -19,6 +19,7 @@
 
 #include "fuzz.h"
 #include "run.h"
+#include "sequence.h"
 #include "thread_pool.h"
 
 // So that every failure of a sanitizer ends in a signal.
@@ -524,6 +525,104 @@ Outcome attend() {
   return kComputed;
 }
 
+// A step on a matrix, by itself; what `in_sequence` computes at once.
+void alone(Step kind, const std::vector<float>& x, std::vector<float>& y, int64_t columns,
+           const std::vector<float>& vector, const std::vector<float>& block) {
+  const int64_t rows = x.size() / columns, image[] = {1, 1, rows, columns}, shape[] = {1, columns, columns};
+  auto array = [](const std::vector<float>& from, int64_t rank, const int64_t* sizes) {
+    return Array{Type::kFloat, const_cast<float*>(from.data()), rank, sizes};
+  };
+  const Array in = array(x, 4, image), out = array(y, 4, image);
+  const List<float> numbers{vector.data(), columns};
+  const int64_t zero[] = {0};
+  const char* why = nullptr;
+  if (kind == Step::kConvolution) {
+    const int32_t positions[] = {0, 0, 1};
+    const Array residual{Type::kFloat, nullptr, 1, zero};
+    const ConvolutionArrays arrays{
+        in, array(block, 3, shape), {positions, 1}, {positions + 1, 2}, {}, numbers, residual, out};
+    Convolution prepared;
+    why = prepare(arrays, {1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 1}, &prepared);
+    if (!why) run(prepared, 1, *target_for(Type::kFloat).functions);
+  } else if (kind == Step::kNormalization) {
+    Normalization prepared;
+    why = prepare(NormalizationArrays{in, numbers, numbers, out}, {1, 1, 1, 0}, &prepared);
+    if (!why) run(prepared, 1, *target_for_all().functions);
+  } else if (kind == Step::kMaxPooling) {
+    Pooling prepared;
+    why = prepare(in, out, {1, 2, 1, 1, 0, 1}, false, &prepared);
+    if (!why) run(prepared, 1, *target_for_all().functions);
+  } else {
+    Images prepared;
+    why = prepare(in, out, Rounding{0, 0, 1, 0}, &prepared);
+    if (!why) run(prepared, 1, *target_for_all().functions);
+  }
+  if (why) fail(why);
+}
+
+Outcome in_sequence() {
+  const int64_t rows = between(1, 5), columns = between(1, 20), size = rows * columns, bytes = size * sizeof(float);
+  auto drawn = [](int64_t count) {
+    std::vector<float> numbers(count);
+    for (float& each : numbers) each = between(-8, 8);
+    return numbers;
+  };
+  const std::vector<float> x = drawn(size), vector = drawn(columns), block = drawn(columns * columns);
+  const std::vector<int32_t> positions{0, 0, 1};
+  std::vector<std::unique_ptr<char[]>> held;
+  std::vector<Buffer> buffers;
+  auto buffer = [&](const void* from, int64_t count) {  // of exactly its size
+    held.push_back(std::make_unique<char[]>(count));
+    if (from) std::memcpy(held.back().get(), from, count);
+    buffers.push_back({held.back().get(), count});
+  };
+  buffer(x.data(), bytes), buffer(vector.data(), columns * sizeof(float));
+  buffer(block.data(), block.size() * sizeof(float)), buffer(positions.data(), sizeof(int32_t) * 3);
+  buffer(nullptr, bytes), buffer(nullptr, 2 * bytes);
+
+  std::vector<int64_t> program;
+  auto put = [&](std::initializer_list<int64_t> numbers) { program.insert(program.end(), numbers); };
+  constexpr int64_t one = 0x3f800000;  // 1.0f
+  std::vector<float> now = x, next(size);
+  int64_t at[] = {0, 0};  // where the value is: buffer and offset
+  const int64_t steps = between(1, 5);
+  for (int64_t i = 0; i < steps; ++i) {
+    const Step kinds[] = {Step::kConvolution, Step::kNormalization, Step::kMaxPooling, Step::kRounding};
+    const Step kind = kinds[between(0, 3)];
+    const bool last = i + 1 == steps;
+    const int64_t to[] = {last ? 4 : 5, last ? 0 : i % 2 * bytes};
+    put({static_cast<int64_t>(kind), at[0], at[1], 0, 4, 1, 1, rows, columns});
+    if (kind == Step::kConvolution) {
+      put({2, 0, 0, 3, 1, columns, columns, 3, 0, 3, 1, 1, 3, 4, 3, 1, 2, 0, 0, 0, 1, 0, 1, 0, 0, 1, columns});
+      put({0, 0, 0, 1, 0});
+    }
+    if (kind == Step::kNormalization) put({1, 0, 0, 1, columns, 1, 0, 0, 1, columns});
+    put({to[0], to[1], 0, 4, 1, 1, rows, columns});
+    if (kind == Step::kConvolution) put({1, 0, 0, one, 0, 0, 1, 1, 0, 1, 1, one, 0});
+    if (kind == Step::kNormalization) put({1, one, one, 0});
+    if (kind == Step::kMaxPooling) put({1, 1, 1, 0, 2, 1});
+    if (kind == Step::kRounding) put({0, one, 0, 0});
+    alone(kind, now, next, columns, vector, block);
+    std::swap(now, next);
+    at[0] = to[0], at[1] = to[1];
+  }
+  const int64_t changes = between(0, 2);
+  for (int64_t i = 0; i < changes; ++i) {
+    int64_t& number = program[between(0, program.size() - 1)];
+    number = one_in(2) ? wild(number) : between(0, 6);
+  }
+  if (changes && one_in(4)) program.resize(between(0, program.size()));
+  auto exact = std::make_unique<int64_t[]>(program.size());
+  std::copy(program.begin(), program.end(), exact.get());
+  const char* why = run_sequence({exact.get(), static_cast<int64_t>(program.size())}, buffers, 4, 1);
+  if (std::memcmp(buffers[0].data, x.data(), bytes) || std::memcmp(buffers[3].data, positions.data(), 12))
+    fail("an operand is overwritten");
+  if (changes) return why ? kRefused : kComputed;
+  if (why) fail(why);
+  if (std::memcmp(buffers[4].data, now.data(), bytes)) fail("a sequence that differs from its steps");
+  return kComputed;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -535,7 +634,8 @@ int main(int argc, char** argv) {
     long long checked, accepted, computed;
   } kinds[] = {
       {"convolution", convolve, 0, 0, 0}, {"depthwise", convolve_each, 0, 0, 0}, {"pooling", pool, 0, 0, 0},
-      {"rounding", round_some, 0, 0, 0},  {"normalization", normalize, 0, 0, 0}, {"attention", attend, 0, 0, 0}};
+      {"rounding", round_some, 0, 0, 0},  {"normalization", normalize, 0, 0, 0}, {"attention", attend, 0, 0, 0},
+      {"sequence", in_sequence, 0, 0, 0}};
   const long long calls = argc > 1 ? std::atoll(argv[1]) : 0, first = argc > 2 ? std::atoll(argv[2]) : 0;
   for (number = first; number < first + calls; ++number) {
     if (number % 1024 == 0) alarm(100);

@@ -1,5 +1,6 @@
 """A network without its weights as a program of executable steps, and how to run it."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from sa_plus_plus.sparse.compiler.ir import Constant, Layer, LayerSpec, Step, Tr
 from sa_plus_plus.sparse.compiler.lowering import CompiledLayer, Ranges, lower_in_network
 from sa_plus_plus.sparse.compiler.planned import PackedKernel, PlannedStep
 from sa_plus_plus.sparse.compiler.quantization import Encoding, convert
+from sa_plus_plus.sparse.compiler.sequences import run_joined
 from sa_plus_plus.sparse.ops.activation import activate
 from sa_plus_plus.sparse.ops.convolution import block_sparse_conv
 from sa_plus_plus.sparse.ops.matmul import Implementation, block_sparse_matmul
@@ -120,10 +122,11 @@ def run(program: Program, weights: Sequence[Any], *inputs: Any) -> Any:
       weights: those that `assemble` returned with it.
       *inputs: the network's arguments.
     """
+    run_once = functools.partial(run_joined, functools.partial(_run_once, program))
     if program.pieces == 1:
-        return _run_once(program, weights, inputs)
+        return run_once(weights, inputs)
     pieces = jax.tree.map(lambda x: jnp.reshape(x, (program.pieces, -1, *x.shape[1:])), inputs)
-    results = jax.lax.map(lambda piece: _run_once(program, weights, piece), pieces)
+    results = jax.lax.map(lambda piece: run_once(weights, piece), pieces)
     return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), results)
 
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "run.h"
+#include "sequence.h"
 #include "thread_pool.h"
 #include "validate.h"
 #include "xla/ffi/api/ffi.h"
@@ -136,8 +137,23 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention: no memory for keys and values");
 }
 
+Buffer whole(const ffi::AnyBuffer& b) { return {b.untyped_data(), static_cast<int64_t>(b.size_bytes())}; }
+
+ffi::Error sequence(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results, Integers program) {
+  std::vector<Buffer> buffers;
+  for (size_t i = 0; i < operands.size(); ++i) buffers.push_back(whole(*operands.get<ffi::AnyBuffer>(i)));
+  for (size_t i = 0; i < results.size(); ++i) buffers.push_back(whole(**results.get<ffi::AnyBuffer>(i)));
+  const List<int64_t> steps{program.begin(), static_cast<int64_t>(program.size())};
+  const char* why = run_sequence(steps, buffers, operands.size(), threads_of(pool));
+  return why ? refused("sequence of kernels", why) : ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace sa_plus_plus
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    sa_plus_plus_sequence, sa_plus_plus::sequence,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<ffi::Span<const int64_t>>("program"));
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sa_plus_plus::Rounding, ffi::StructMember<int64_t>("top"),
                                       ffi::StructMember<int64_t>("left"), ffi::StructMember<float>("scale"),

@@ -83,7 +83,7 @@ void fill_borders(const Product& p, const Part& part) {
 }
 
 constexpr int64_t kFewQueries = 48;       // in a part, so that packing keys and values is little beside them
-constexpr int64_t kFewNumbers = 1 << 13;  // fewer are not worth another thread
+constexpr int64_t kFewNumbers = 1 << 11;  // half a microsecond: fewer are not worth another thread
 
 }  // namespace
 

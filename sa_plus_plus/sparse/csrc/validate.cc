@@ -85,7 +85,11 @@ const char* prepare(const ConvolutionArrays& arrays, const ConvolutionOptions& o
   if (const char* why = validate(p)) return why;
   if (p.height && across % p.b_r && o.window_rows > 1) return "a block spans two rows of the window";
   convolution->down.resize(p.grid_r());
-  for (int64_t i = 0; i < p.grid_r(); ++i) convolution->down[i] = i * p.b_r / across * line + i * p.b_r % across;
+  int64_t at = 0, top = 0;  // in a row of the window, and where that begins
+  for (int64_t& down : convolution->down) {
+    down = top + at;
+    if ((at += p.b_r) >= across) at = 0, top += line;
+  }
   p.down = convolution->down.data();
   return nullptr;
 }

@@ -18,7 +18,8 @@ from sa_plus_plus.sparse.array import Layout
 from sa_plus_plus.sparse.ops.activation import Activation
 from sa_plus_plus.sparse.ops.inference import inference
 
-CONV, NARROW_CONV, DEPTHWISE, ATTENTION, LAYER_NORM, MAX_POOL, SUM_POOL, ROUND = CALL_TARGETS = (
+# In the order in which the compiled kernel numbers them in a sequence.
+CONV, NARROW_CONV, DEPTHWISE, ATTENTION, LAYER_NORM, MAX_POOL, SUM_POOL, ROUND = KINDS = (
     "sa_plus_plus_block_sparse_conv",
     "sa_plus_plus_narrow_block_sparse_conv",
     "sa_plus_plus_depthwise_conv",
@@ -28,6 +29,8 @@ CONV, NARROW_CONV, DEPTHWISE, ATTENTION, LAYER_NORM, MAX_POOL, SUM_POOL, ROUND =
     "sa_plus_plus_sum_pool",
     "sa_plus_plus_round_images",
 )
+SEQUENCE = "sa_plus_plus_sequence"
+CALL_TARGETS = (*KINDS, SEQUENCE)
 DTYPES = (np.dtype(np.float32), np.dtype(jnp.bfloat16))
 _X_DTYPES = (*DTYPES, np.dtype(np.uint8))  # in the order in which the compiled kernel numbers them
 LIMIT = "SAPP_TARGET"  # in the environment: see `limit_targets`
@@ -440,6 +443,23 @@ def round_images(
     scale, shift = map(np.float32, (1 / factor, zero) if dtype == np.uint8 else (1, 0))
     options = _in_64_bits({"top": border[0][0], "left": border[1][0]}) | {"scale": scale, "zero": shift}
     return _called(ROUND, out, (x,), options)
+
+
+def sequence(program: np.ndarray, operands: Sequence[jax.Array], out: Sequence[jax.ShapeDtypeStruct]) -> Any:
+    """Several calls of the kernel in one.
+
+    Args:
+      program: int64, as `csrc/sequence.h` describes it; operands and results are its buffers.
+      operands: of any types.
+      out: shapes and dtypes of the results.
+    """
+    found = _called(SEQUENCE, out, operands, {"program": program})
+    return [_varying(y, *operands) for y in found]
+
+
+def code_of(dtype: Any) -> int:
+    """The number of a type in a program: bytes have one, with a sign or without."""
+    return (*_X_DTYPES, np.dtype(np.int32)).index(np.dtype(np.uint8 if dtype == np.int8 else dtype))
 
 
 def interleave_rows(blocks: np.ndarray) -> np.ndarray:

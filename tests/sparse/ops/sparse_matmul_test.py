@@ -324,10 +324,10 @@ def fuzzed(programs, directory, machine, supported, each=10_000, emulator=()):
     run = subprocess.run([*emulator, products, str(each // 25)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout == f"{each // 25} products in {' '.join(supported)}\n"
-    run = subprocess.run([*emulator, calls, str(6 * each)], capture_output=True, text=True, env=environment)
+    run = subprocess.run([*emulator, calls, str(7 * each)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     counts = json.loads(run.stdout)
-    assert set(counts) == {"convolution", "depthwise", "pooling", "rounding", "normalization", "attention"}
+    assert set(counts) == {"convolution", "depthwise", "pooling", "rounding", "normalization", "attention", "sequence"}
     for kind in counts.values():
         assert kind["checked"] == each > kind["accepted"] >= kind["computed"] > each // 10
 

@@ -1,0 +1,44 @@
+// Several kernels in one call. Knows nothing of XLA, so that it can be tested alone.
+//
+// A program is a list of numbers of 64 bits, which may come from a file that somebody forged. Each of its steps has
+//
+//     kind, operands..., result, attributes...
+//
+// with the attributes in the alphabetical order of their names, a float as its 32 bits, and a list after its length. An
+// operand or result is a part of a buffer,
+//
+//     buffer, offset in bytes, type, rank, sizes...
+//
+// where the types are those of `Type`, and 3 for int32.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "validate.h"
+
+namespace sa_plus_plus {
+
+struct Buffer {
+  void* data;
+  int64_t bytes;
+};
+
+// In a program the number of its kind; files have these numbers: new ones come last.
+enum class Step {
+  kConvolution,
+  kNarrowConvolution,
+  kDepthwise,
+  kAttention,
+  kNormalization,
+  kMaxPooling,
+  kSumPooling,
+  kRounding,
+  kCount
+};
+
+// Runs the steps one after another, on at most `threads` threads, or says what is wrong; then those before it have run.
+// The first `operands` of the buffers are never written.
+const char* run_sequence(List<int64_t> program, const std::vector<Buffer>& buffers, int64_t operands, int64_t threads);
+
+}  // namespace sa_plus_plus

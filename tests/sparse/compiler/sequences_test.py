@@ -1,0 +1,123 @@
+"""Calls of the compiled kernel as sequences: the same numbers, few calls, and a place in memory for every value."""
+
+import itertools
+import math
+import types
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+from hypothesis import strategies as st
+
+import sa_plus_plus as sapp
+from sa_plus_plus.sparse.compiler import executor, sequences
+from sa_plus_plus.sparse.compiler.ir import Call, Variable
+from sa_plus_plus.sparse.ops import native
+
+pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason="no compiled kernel")
+RNG = np.random.default_rng(0)
+NUMBERS = np.dtype(np.float32)
+
+
+def kernel(rows, columns):
+    return jnp.asarray(RNG.normal(size=(rows, columns)) / math.sqrt(rows), jnp.float32)
+
+
+UP, DOWN, QUERY, OTHER = kernel(16, 48), kernel(48, 16), kernel(16, 16), kernel(16, 16)
+
+
+def blocks_with_residuals(x):
+    """Layers, a residual, a normalisation and attention; what is between two of them is a view."""
+    for _ in range(2):
+        q = (x @ QUERY).reshape(2, 9, 2, 8)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, q) / 3
+        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), q).reshape(2, 9, 16)
+        x = x + y @ OTHER
+        x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        x = x + jax.nn.gelu(x @ UP) @ DOWN
+    return x, y
+
+
+def interrupted(x):
+    """Operations of XLA's between the layers, on one of two branches."""
+    y = jnp.tanh(x @ UP) @ DOWN
+    return (jax.nn.relu(x @ QUERY) @ OTHER + y).sum(0), y
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("network", [blocks_with_residuals, interrupted])
+def test_the_numbers_are_those_of_single_calls(network, precision):
+    x = jnp.asarray(RNG.normal(size=(2, 9, 16)), jnp.float32)
+    fast = sapp.specialize(network, x, mode="always", precision=precision, calibration=[x])
+    want = executor._run_once(fast._program, fast.weights, (x,))
+    for got in (fast(x), jax.vmap(lambda x: fast.fn(fast.weights, x))(x[None])):
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a.reshape(b.shape), b)
+
+
+def test_what_follows_one_another_is_one_call():
+    x = jnp.ones((2, 9, 16))
+    for network, count in ((blocks_with_residuals, 1), (interrupted, 2)):
+        fast = sapp.specialize(network, x, mode="always")
+        text = jax.jit(fast.fn).lower(fast.weights, x).as_text()
+        assert text.count(f"@{native.SEQUENCE}(") == count
+        assert not any(f"@{kind}(" in text for kind in native.KINDS)
+
+
+def test_small_weights_are_constants_of_the_compiled_call():
+    w, bias = kernel(80, 64), jnp.ones(64)
+    fast = sapp.specialize(lambda x: jax.nn.relu(x @ w + bias[None]), jnp.ones((3, 80)), mode="always")
+    sizes = sorted(a.nbytes for a in jax.tree.leaves(fast.weights))
+    assert sizes == [bias.nbytes, w.nbytes]
+    inputs = jax.tree.leaves(fast.lower().in_avals)
+    assert [a.size for a in inputs] == [w.size, 240]
+
+
+def test_a_network_that_is_split_over_devices():
+    """Within `shard_map` the calls stay single ones; so they know over which devices a value varies."""
+    mesh = jax.make_mesh((4,), ("d",))
+    w, spec = kernel(16, 16), jax.sharding.PartitionSpec("d")
+    fast = sapp.specialize(lambda x: jax.nn.relu(x @ w) @ w, jnp.ones((2, 16)), mode="always")
+    split = jax.shard_map(lambda x: fast.fn(fast.weights, x), mesh=mesh, in_specs=spec, out_specs=spec)
+    x = jnp.asarray(RNG.normal(size=(8, 16)), jnp.float32)
+    placed = jax.device_put(x, jax.NamedSharding(mesh, spec))
+    np.testing.assert_allclose(jax.jit(split)(placed), jax.nn.relu(x @ w) @ w, rtol=1e-5, atol=1e-5)
+
+
+@st.composite
+def calls(draw):
+    """Calls on values of any size, some of which may overwrite one of these."""
+    known, found = [Variable(0, (4,), NUMBERS)], []
+    for number in range(1, draw(st.integers(1, 12)) + 1):
+        inputs = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
+        over = draw(st.booleans())
+        output = Variable(number, inputs[-1].shape if over else (draw(st.integers(0, 60)),), NUMBERS)
+        aliases = ((len(inputs) - 1, 0),) if over else ()
+        params = {"target_name": native.CONV, "input_output_aliases": aliases}
+        found.append(Call(types.SimpleNamespace(name="ffi_call"), params, tuple(inputs), (output,)))
+        known.append(output)
+    results = draw(st.sets(st.sampled_from([call.outputs[0] for call in found])))
+    return found, results
+
+
+@hypothesis.given(calls())
+@problems.examples(100)
+def test_values_that_are_alive_have_places_of_their_own(drawn):
+    found, results = drawn
+    offsets, memory = sequences._offsets(found, {}, results)
+    assert set(offsets) == {call.outputs[0] for call in found} - results
+    begin = {call.outputs[0]: number for number, call in enumerate(found)}
+    end = dict(begin)
+    for number, call in enumerate(found):
+        end |= {v: number for v in call.inputs if v in begin}
+    for a, b in itertools.combinations(offsets, 2):  # a is before b
+        (ends_a, ends_b), size = (offsets[v] + 4 * math.prod(v.shape) for v in (a, b)), math.prod(a.shape)
+        assert offsets[a] % 64 == 0 <= offsets[a] <= ends_a <= memory
+        call = found[begin[b]]
+        if end[a] == begin[b] and any(call.inputs[i] == a for i, _ in call.params["input_output_aliases"]):
+            assert offsets[a] == offsets[b]
+        elif end[a] >= begin[b] and size:
+            assert ends_a <= offsets[b] or ends_b <= offsets[a]
