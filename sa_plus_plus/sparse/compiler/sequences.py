@@ -4,19 +4,20 @@ A call costs XLA more than a microsecond, as long as a small layer takes. In a s
 the values between its steps share one piece of memory.
 """
 
+import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sa_plus_plus.sparse.compiler.ir import Call, Constant, Traced, Value, Variable, users_of, variables
-from sa_plus_plus.sparse.compiler.trace import trace
+from sa_plus_plus.sparse.compiler.trace import recorded
 from sa_plus_plus.sparse.ops import native
 
 _LINE = 64  # bytes of a line of a cache, to which values in the common memory are aligned
-_VIEWS = ("reshape", "squeeze", "expand_dims")
 
 
 class Place(NamedTuple):
@@ -43,18 +44,23 @@ class Joined(NamedTuple):
 
 
 def run_joined(fn: Callable[..., Any], *arguments: Any) -> Any:
-    """`fn(*arguments)`, the compiled kernel's calls joined.
+    """`fn(*arguments)`, the compiled kernel's calls joined. The same where `fn` has effects, whose order would change.
 
     Args:
-      fn: of arrays, without effects.
-      *arguments: trees of arrays, to be traced or not.
+      fn: of trees of arrays.
+      *arguments: trees of arrays and numbers, to be traced or not.
     """
-    leaves = jax.tree.leaves(arguments)
-    if any(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves):  # which a trace of shapes forgets
+    leaves, tree = jax.tree.flatten(arguments)
+    types = [jax.typeof(leaf) for leaf in leaves]
+    if any(t.manual_axis_type.varying for t in types):  # which a trace of shapes forgets
         return fn(*arguments)
+    shapes = [jax.ShapeDtypeStruct(t.shape, t.dtype, weak_type=t.weak_type) for t in types]
     with jax.ensure_compile_time_eval():  # constants get their values, in `jax.jit` too
-        traced = trace(fn, *jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments))
-    if not any(map(_kind, traced.steps)) or any("callback" in step.name for step in traced.steps):
+        closed, result = jax.make_jaxpr(fn, return_shape=True)(*jax.tree.unflatten(tree, shapes))
+        if closed.effects:
+            return fn(*arguments)
+        traced = recorded(closed, (), tree, jax.tree.structure(result))
+    if not any(map(_is_kernel, traced.steps)):
         return fn(*arguments)
     known: dict[Variable, Any] = dict(zip(traced.inputs, leaves, strict=True))
 
@@ -64,56 +70,65 @@ def run_joined(fn: Callable[..., Any], *arguments: Any) -> Any:
     for step in joined(traced):
         if isinstance(step, Joined):
             outs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in step.results]
-            outs += [jax.ShapeDtypeStruct((step.memory,), np.uint8)] * (step.memory > 0)
-            found = native.sequence(step.program, [value(v) for v in step.operands], outs)
-            known |= dict(zip(step.results, found, strict=False))
+            found = native.sequence(step.program, [value(v) for v in step.operands], outs, step.memory)
+            known |= dict(zip(step.results, found, strict=True))
         else:
-            known |= dict(zip(step.outputs, step.run(*map(value, step.inputs)), strict=True))
+            run = native.underived(step.run) if _is_kernel(step) else step.run
+            known |= dict(zip(step.outputs, run(*map(value, step.inputs)), strict=True))
     return jax.tree.unflatten(traced.output_tree, [value(v) for v in traced.outputs])
 
 
 def joined(traced: Traced) -> list[Call | Joined]:
     """The steps in an order in which few sequences hold all calls of the compiled kernel.
 
+    In turn, all that can be run without the kernel, and all that can then be run by it. Views go with either.
+
     Args:
       traced: a network of `Call`s.
     """
     users = users_of(traced.steps, traced.outputs)
+    missing = [len({*variables(step)} - {*traced.inputs}) for step in traced.steps]
+    kernels: list[int] = []  # what is ready, as heaps
+    views: list[int] = []
+    others: list[int] = []
+
+    def ready(number: int) -> None:
+        step = traced.steps[number]
+        heapq.heappush(kernels if _is_kernel(step) else views if _is_view(step) else others, number)
+
+    def taken(*heaps: list[int]) -> list[int]:
+        """All from these heaps, and what is ready after these."""
+        found = []
+        while full := [heap for heap in heaps if heap]:
+            found.append(number := heapq.heappop(min(full)))
+            for value in traced.steps[number].outputs:
+                for user in sorted({*users.get(value, ())} - {len(traced.steps)}):
+                    missing[user] -= 1
+                    if not missing[user]:
+                        ready(user)
+        return found
+
+    for number, count in enumerate(missing):
+        if not count:
+            ready(number)
     found: list[Call | Joined] = []
-    ready, rest = set(traced.inputs), list(enumerate(traced.steps))
-    while rest:
-        others, rest = _taken(rest, ready, lambda step: not _kind(step))
-        found += [step for _, step in others]
-        group, rest = _taken(rest, ready, lambda step: _kind(step) or step.name in _VIEWS)
-        if group:
-            inside = {number for number, _ in group}
-            needed = {v for _, step in group for v in step.outputs if not inside.issuperset(users.get(v, ()))}
-            found += _sequence([step for _, step in group], needed)
+    while others or views or kernels:
+        found += [traced.steps[number] for number in taken(others, views)]
+        group = taken(kernels, views)
+        inside, steps = set(group), [traced.steps[number] for number in group]
+        needed = {v for step in steps for v in step.outputs if not inside.issuperset(users.get(v, ()))}
+        found += _sequence(steps, needed)
     return found
 
 
-def _taken(
-    steps: Iterable[tuple[int, Call]], ready: set[Variable], wanted: Callable[[Call], Any]
-) -> tuple[list[tuple[int, Call]], list[tuple[int, Call]]]:
-    """The wanted steps that can be run next, one after another, and the rest; adds to `ready` what the former give."""
-    taken, rest = [], []
-    for number, step in steps:
-        if wanted(step) and ready.issuperset(variables(step)):
-            ready.update(step.outputs)
-            taken.append((number, step))
-        else:
-            rest.append((number, step))
-    return taken, rest
-
-
-def _sequence(steps: Sequence[Call], needed: set[Variable]) -> list[Call | Joined]:
-    """A sequence of calls, and the views of its results that are needed."""
-    calls = [step for step in steps if _kind(step)]
-    if not calls:
-        return list(steps)
+def _sequence(steps: Sequence[Call], needed: set[Variable]) -> Sequence[Call | Joined]:
+    """A sequence of calls, and the views of its results that are needed; one call alone stays as it is."""
+    calls = [step for step in steps if _is_kernel(step)]
+    if len(calls) < 2:
+        return steps
     whole: dict[Variable, Variable] = {}  # what a view is a view of
     for step in steps:
-        if not _kind(step):
+        if not _is_kernel(step):
             (v,) = variables(step)
             whole[step.outputs[0]] = whole.get(v, v)
 
@@ -133,7 +148,7 @@ def _sequence(steps: Sequence[Call], needed: set[Variable]) -> list[Call | Joine
     places |= {v: Place(len(buffers), offset) for v, offset in offsets.items()}
 
     def encoded(value: Value) -> list[int]:
-        place = places.get(_key(root(value)), Place(0, 0))  # the latter: of no numbers
+        place = places[_key(root(value))] if math.prod(value.shape) else Place(0, 0)
         return [*place, native.code_of(value.dtype), len(value.shape), *value.shape]
 
     program: list[int] = []
@@ -145,7 +160,7 @@ def _sequence(steps: Sequence[Call], needed: set[Variable]) -> list[Call | Joine
             program += _attribute(attribute)
     views: list[Call | Joined] = []
     for step in reversed(steps):
-        if not _kind(step) and step.outputs[0] in needed:
+        if not _is_kernel(step) and step.outputs[0] in needed:
             needed = needed.union(step.inputs)  # which may be a view too
             views.insert(0, step)
     return [Joined(np.array(program, np.int64), tuple(operands.values()), results, memory), *views]
@@ -156,18 +171,16 @@ def _offsets(
 ) -> tuple[dict[Variable, int], int]:
     """Where in the common memory each value is that only these calls take, and how large that is.
 
-    A value's place is free once the last call has taken it. A result may take the place of the residual if it is the
-    last to take that, as `native.conv` says.
+    A value's place is free once the last call has taken it. A result may take the place of the residual, as
+    `native.conv` says, if no later call takes that, and this one takes it as nothing else.
 
     Args:
       calls: in order.
       whole: by view, the value that it is a view of.
       results: which have buffers of their own.
     """
-    last: dict[Variable, int] = {}
-    for number, call in enumerate(calls):
-        for value in variables(call):
-            last[whole.get(value, value)] = number
+    taken = [Counter(whole.get(v, v) for v in variables(call)) for call in calls]
+    last = {value: number for number, values in enumerate(taken) for value in values}
     offsets: dict[Variable, int] = {}
     held: list[tuple[int, int, Variable]] = []  # beginning and end of what is in use, in order
     memory = 0
@@ -177,7 +190,7 @@ def _offsets(
             size = math.prod(output.shape) * output.dtype.itemsize
             given = [call.inputs[i] for i, _ in call.params["input_output_aliases"]]
             over = [whole.get(v, v) for v in given if isinstance(v, Variable)]
-            if over and over[0] in offsets and last[over[0]] == number:
+            if over and over[0] in offsets and last[over[0]] == number and taken[number][over[0]] == 1:
                 begin = offsets[over[0]]
                 held = [(b, e, output if v == over[0] else v) for b, e, v in held]
             else:
@@ -193,9 +206,20 @@ def _offsets(
     return offsets, memory
 
 
-def _kind(step: Call) -> bool:
-    """Whether it is a call of the compiled kernel."""
-    return step.name == "ffi_call" and step.params["target_name"] in native.KINDS
+def _is_kernel(step: Call) -> bool:
+    """Whether it is a call of the compiled kernel, and has something to compute."""
+    return (
+        step.name == "ffi_call" and step.params["target_name"] in native.KINDS and math.prod(step.outputs[0].shape) > 0
+    )
+
+
+def _is_view(step: Call) -> bool:
+    """Whether it gives the numbers of a value in another shape, in the same order."""
+    if step.name == "reshape" and step.params.get("dimensions") is not None:  # in another order
+        return False
+    if step.name not in ("reshape", "squeeze", "broadcast_in_dim") or len(step.inputs) > 1:
+        return False
+    return math.prod(step.inputs[0].shape) == math.prod(step.outputs[0].shape)
 
 
 def _key(value: Value) -> Any:

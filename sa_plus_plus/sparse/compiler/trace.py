@@ -25,7 +25,7 @@ def trace(fn: Callable[..., Any], *examples: Any) -> Traced:
     closed, result = jax.make_jaxpr(fn, return_shape=True)(*examples)
     if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
         raise TypeError("weights must have values to look at: specialize a network outside jit, vmap and grad")
-    return _recorded(closed, (), jax.tree.structure(examples), jax.tree.structure(result))
+    return recorded(closed, (), jax.tree.structure(examples), jax.tree.structure(result))
 
 
 def tracer_with_origins(
@@ -54,13 +54,20 @@ def tracer_with_origins(
 
     def traced(params: Any) -> Traced:
         weights = [leaf(path_string(keys), x) for keys, x in jax.tree_util.tree_leaves_with_path(params)]
-        return _recorded(closed, weights, *structures)
+        return recorded(closed, weights, *structures)
 
     return traced
 
 
-def _recorded(closed: Any, weights: Sequence[Constant], input_tree: Any, output_tree: Any) -> Traced:
-    """The steps of a jaxpr whose first arguments are the weights."""
+def recorded(closed: Any, weights: Sequence[Constant], input_tree: Any, output_tree: Any) -> Traced:
+    """The steps of a jaxpr whose first arguments are the weights.
+
+    Args:
+      closed: of a function's leaves.
+      weights: its first arguments; the others are inputs.
+      input_tree: the structure of the inputs.
+      output_tree: that of the results.
+    """
     builder = Builder()
     inputs = [builder.variable(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars[len(weights) :]]
 

@@ -137,15 +137,27 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention: no memory for keys and values");
 }
 
-Buffer whole(const ffi::AnyBuffer& b) { return {b.untyped_data(), static_cast<int64_t>(b.size_bytes())}; }
+// False for a type of which several numbers may share a byte.
+bool add(const ffi::AnyBuffer& b, std::vector<Buffer>* buffers) {
+  const ffi::DataType type = b.element_type();
+  const bool known = type == ffi::F32 || type == ffi::BF16 || type == ffi::S8 || type == ffi::U8 || type == ffi::S32;
+  buffers->push_back({b.untyped_data(), static_cast<int64_t>(b.size_bytes())});
+  return known;
+}
 
 ffi::Error sequence(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results, Integers program) {
+  constexpr char what[] = "sequence of kernels";
   std::vector<Buffer> buffers;
-  for (size_t i = 0; i < operands.size(); ++i) buffers.push_back(whole(*operands.get<ffi::AnyBuffer>(i)));
-  for (size_t i = 0; i < results.size(); ++i) buffers.push_back(whole(**results.get<ffi::AnyBuffer>(i)));
+  bool known = true;
+  for (size_t i = 0; i < operands.size(); ++i) known &= add(*operands.get<ffi::AnyBuffer>(i), &buffers);
+  for (size_t i = 0; i < results.size(); ++i) known &= add(**results.get<ffi::AnyBuffer>(i), &buffers);
+  if (!known) return refused(what, "an operand or a result is neither float32, bfloat16, bytes nor int32");
   const List<int64_t> steps{program.begin(), static_cast<int64_t>(program.size())};
-  const char* why = run_sequence(steps, buffers, operands.size(), threads_of(pool));
-  return why ? refused("sequence of kernels", why) : ffi::Error::Success();
+  const Failure failure = run_sequence(steps, buffers, operands.size(), threads_of(pool));
+  if (!failure.why) return ffi::Error::Success();
+  const std::string where =
+      std::string(what) + ", step " + std::to_string(failure.number) + " (" + failure.kind + "): " + failure.why;
+  return ffi::Error(failure.memory ? ffi::ErrorCode::kResourceExhausted : ffi::ErrorCode::kInvalidArgument, where);
 }
 
 }  // namespace
@@ -266,7 +278,8 @@ extern "C" const char* sa_plus_plus_targets() {
       *json += std::string("{\"name\": \"") + target.name + "\", \"extends\": \"" + target.extends;
       *json += "\", \"supported\": " + std::to_string(target.supported) + ", \"types\": [" + types;
       *json += "], \"start\": " + std::to_string(target.start);
-      *json += ", \"limit\": " + std::to_string(target.limit) + "}";
+      *json += ", \"limit\": " + std::to_string(target.limit);
+      *json += ", \"columns\": " + std::to_string(target.tile.lanes * target.tile.vectors) + "}";
     }
     *json += "]";
     return json;

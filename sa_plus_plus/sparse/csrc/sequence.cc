@@ -8,7 +8,17 @@
 namespace sa_plus_plus {
 namespace {
 
-constexpr int64_t kMostRank = 8, kIntegers = 3;  // the latter: the type of int32
+constexpr int64_t kIntegers = 3;  // the type of int32
+constexpr char kNoMemory[] = "no memory for keys and values";
+constexpr const char* kNames[] = {"product",
+                                  "product of narrow weights",
+                                  "depthwise convolution",
+                                  "attention",
+                                  "normalization",
+                                  "max pooling",
+                                  "sum pooling",
+                                  "rounding"};
+static_assert(sizeof kNames / sizeof *kNames == static_cast<size_t>(Step::kCount));
 
 // Takes a program apart. What it cannot read is zero or empty, and `wrong` says why.
 class Reader {
@@ -57,11 +67,18 @@ class Reader {
     return wrong ? List<float>{nullptr, 0} : List<float>{static_cast<const float*>(array.data), array.count()};
   }
 
-  // Of a buffer that no step writes: what was checked must not change while it is used.
+  // In memory that no step writes: what was checked must not change while it is used.
   List<int32_t> positions() {
     int64_t type;
     const Array array = part(&type, false);
     if (!wrong && (type != kIntegers || !constant_)) refuse("positions that are not an operand of the call in int32");
+    const char* const from = static_cast<const char*>(array.data);
+    for (size_t i = operands_; !wrong && i < buffers_.size(); ++i) {
+      const char* const written = static_cast<const char*>(buffers_[i].data);
+      if (from < written + buffers_[i].bytes && written < from + array.count() * sizeof(int32_t)) {
+        refuse("positions in the memory of a result");
+      }
+    }
     return wrong ? List<int32_t>{nullptr, 0} : List<int32_t>{static_cast<const int32_t*>(array.data), array.count()};
   }
 
@@ -81,7 +98,7 @@ class Reader {
     constant_ = buffer < operands_;
     if (written && constant_) return refuse("a result in an operand of the call"), array;
     if (*type >= 0 && *type < kIntegers) array.type = static_cast<Type>(*type);
-    if (rank < 0 || rank > kMostRank || rank > program_.count - at_) return refuse("a wrong number of sizes"), array;
+    if (rank < 0 || rank > program_.count - at_) return refuse("a wrong number of sizes"), array;
     array.rank = rank, array.sizes = program_.data + at_;
     at_ += rank;
     for (int64_t i = 0; i < rank; ++i) {
@@ -140,7 +157,7 @@ const char* attention(Reader& r, int64_t threads) {
   Attention prepared;
   if (r.wrong) return r.wrong;
   if (const char* why = prepare(a, sizes, strides, scale, &prepared)) return why;
-  return run(prepared, threads, *target_for_all().functions) ? nullptr : "no memory for keys and values";
+  return run(prepared, threads, *target_for_all().functions) ? nullptr : kNoMemory;
 }
 
 const char* normalization(Reader& r, int64_t threads) {
@@ -178,8 +195,8 @@ const char* rounding(Reader& r, int64_t threads) {
   return nullptr;
 }
 
-const char* step(Reader& r, int64_t threads) {
-  switch (static_cast<Step>(r.integer())) {
+const char* step(Reader& r, int64_t kind, int64_t threads) {
+  switch (static_cast<Step>(kind)) {
     case Step::kConvolution: return convolution(r, false, threads);
     case Step::kNarrowConvolution: return convolution(r, true, threads);
     case Step::kDepthwise: return depthwise(r, threads);
@@ -188,18 +205,22 @@ const char* step(Reader& r, int64_t threads) {
     case Step::kMaxPooling: return pooling(r, false, threads);
     case Step::kSumPooling: return pooling(r, true, threads);
     case Step::kRounding: return rounding(r, threads);
-    default: return "a step of an unknown kind";
+    default: return "there is no such step";
   }
 }
 
 }  // namespace
 
-const char* run_sequence(List<int64_t> program, const std::vector<Buffer>& buffers, int64_t operands, int64_t threads) {
+Failure run_sequence(List<int64_t> program, const std::vector<Buffer>& buffers, int64_t operands, int64_t threads) {
   Reader reader(program, buffers, operands);
-  while (!reader.done()) {
-    if (const char* why = step(reader, threads)) return why;
+  for (int64_t number = 0; !reader.done(); ++number) {
+    const int64_t kind = reader.integer();
+    if (const char* why = step(reader, kind, threads)) {
+      const bool known = kind >= 0 && kind < static_cast<int64_t>(Step::kCount);
+      return {why, number, known ? kNames[kind] : "unknown", why == kNoMemory};
+    }
   }
-  return reader.wrong;
+  return {};
 }
 
 }  // namespace sa_plus_plus

@@ -37,8 +37,16 @@ enum class Step {
   kCount
 };
 
-// Runs the steps one after another, on at most `threads` threads, or says what is wrong; then those before it have run.
-// The first `operands` of the buffers are never written.
-const char* run_sequence(List<int64_t> program, const std::vector<Buffer>& buffers, int64_t operands, int64_t threads);
+// What is wrong with a step, or null; which one, counted from 0, and what it is called.
+struct Failure {
+  const char* why;
+  int64_t number;
+  const char* kind;
+  bool memory;  // whether there was too little
+};
+
+// Runs the steps one after another, on at most `threads` threads, up to one with which something is wrong. The first
+// `operands` of the buffers are not written, unless they are in the memory of others.
+Failure run_sequence(List<int64_t> program, const std::vector<Buffer>& buffers, int64_t operands, int64_t threads);
 
 }  // namespace sa_plus_plus

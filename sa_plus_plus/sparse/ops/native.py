@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -75,6 +75,7 @@ class Target(NamedTuple):
       dtypes: of `x` in products.
       start: a block costs its rows and as many more as are this many bytes of `x`, at least one.
       limit: int8 blocks are fastest if no entry is larger: 64 where products are summed in 16 bits, otherwise 127.
+      columns: of blocks in bfloat16 and int8 that are multiplied the fastest: `WIDE` or more.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Target(NamedTuple):
     dtypes: tuple[np.dtype, ...]
     start: int
     limit: int
+    columns: int
 
     def cost(self, rows: int, itemsize: int) -> int:
         """How long a block takes, in rows.
@@ -105,7 +107,15 @@ def _table(library: ctypes.CDLL) -> tuple[Target, ...]:
     rows = json.loads(library.sa_plus_plus_targets())
     dtypes = [tuple(_X_DTYPES[code] for code in row["types"]) for row in rows]
     return tuple(
-        Target(row["name"], row["extends"], bool(row["supported"]), types, row["start"], row["limit"])
+        Target(
+            row["name"],
+            row["extends"],
+            bool(row["supported"]),
+            types,
+            row["start"],
+            row["limit"],
+            max(WIDE, row["columns"]),
+        )
         for row, types in zip(rows, dtypes, strict=True)
     )
 
@@ -312,7 +322,7 @@ def _called(
 ) -> Any:
     """A call of the compiled kernel; under `jax.vmap` one after the other."""
     call = jax.ffi.ffi_call(target, out, vmap_method="sequential", input_output_aliases=aliases)
-    return inference(functools.partial(call, **options), _UNDERIVED)(*operands)
+    return underived(functools.partial(call, **options))(*operands)
 
 
 def _in_64_bits(options: Mapping[str, int]) -> dict[str, Any]:
@@ -445,16 +455,30 @@ def round_images(
     return _called(ROUND, out, (x,), options)
 
 
-def sequence(program: np.ndarray, operands: Sequence[jax.Array], out: Sequence[jax.ShapeDtypeStruct]) -> Any:
+def sequence(
+    program: np.ndarray, operands: Sequence[jax.Array], out: Sequence[jax.ShapeDtypeStruct], memory: int
+) -> list[jax.Array]:
     """Several calls of the kernel in one.
 
     Args:
-      program: int64, as `csrc/sequence.h` describes it; operands and results are its buffers.
+      program: int64, as `csrc/sequence.h` describes it. Its buffers are the operands, the results, and the memory.
       operands: of any types.
       out: shapes and dtypes of the results.
+      memory: bytes that the steps use, 0 for none.
     """
-    found = _called(SEQUENCE, out, operands, {"program": program})
-    return [_varying(y, *operands) for y in found]
+    scratch = [jax.ShapeDtypeStruct((memory,), np.uint8)] * (memory > 0)
+    call = jax.ffi.ffi_call(SEQUENCE, [*out, *scratch])
+
+    @jax.custom_batching.sequential_vmap  # here, so that a batch does not have as many memories
+    def run(*operands: jax.Array) -> list[jax.Array]:
+        return list(call(*operands, program=program)[: len(out)])
+
+    return [_varying(y, *operands) for y in underived(run)(*operands)]
+
+
+def underived(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the compiled kernel's, which says in a sentence that it has no derivative."""
+    return inference(run, _UNDERIVED)
 
 
 def code_of(dtype: Any) -> int:

@@ -8,7 +8,7 @@ import problems
 import pytest
 
 import sa_plus_plus as sapp
-from sa_plus_plus.sparse.compiler.lowering import cost_of, pack_float32
+from sa_plus_plus.sparse.compiler.lowering import cost_of, pack_float32, pack_interleaved
 from sa_plus_plus.sparse.ops import native
 
 compiled = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
@@ -58,6 +58,18 @@ def test_blocks(block, density, wanted):
     full = pack_float32(kernel, None).layout
     assert got.block == (wanted or full.block)
     assert got.nse * cost_of(got.block) <= full.nse * cost_of(full.block)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
+def test_columns_of_a_block_in_low_precision(dtype):
+    """Of an unpruned kernel as many as a tile has, of a pruned one no more than lie together."""
+    entries = np.int8 if dtype == jnp.uint8 else jnp.bfloat16
+    for density, columns in ((1.0, native.target(dtype).columns), (0.5, native.WIDE)):
+        kernel = (10 * pruned(64, 192, (16, 16), density)).astype(entries)[None, None]
+        packed = pack_interleaved(kernel, kernel.dtype)
+        assert packed.layout.block[1] == columns
+        np.testing.assert_array_equal(np.asarray(packed.todense(), np.float32), kernel.astype(np.float32))
 
 
 @compiled

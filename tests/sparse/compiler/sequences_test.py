@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import sa_plus_plus as sapp
 from sa_plus_plus.sparse.compiler import executor, sequences
 from sa_plus_plus.sparse.compiler.ir import Call, Variable
+from sa_plus_plus.sparse.compiler.trace import recorded
 from sa_plus_plus.sparse.ops import native
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason="no compiled kernel")
@@ -89,8 +90,8 @@ def test_a_network_that_is_split_over_devices():
 
 @st.composite
 def calls(draw):
-    """Calls on values of any size, some of which may overwrite one of these."""
-    known, found = [Variable(0, (4,), NUMBERS)], []
+    """Calls on values of any size and their views, some of which may overwrite one of these."""
+    known, found, whole = [Variable(0, (4,), NUMBERS)], [], {}
     for number in range(1, draw(st.integers(1, 12)) + 1):
         inputs = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
         over = draw(st.booleans())
@@ -99,25 +100,124 @@ def calls(draw):
         params = {"target_name": native.CONV, "input_output_aliases": aliases}
         found.append(Call(types.SimpleNamespace(name="ffi_call"), params, tuple(inputs), (output,)))
         known.append(output)
+        if draw(st.booleans()):
+            known.append(view := Variable(100 + number, (*output.shape, 1), NUMBERS))
+            whole[view] = output
     results = draw(st.sets(st.sampled_from([call.outputs[0] for call in found])))
-    return found, results
+    return found, whole, results
 
 
 @hypothesis.given(calls())
 @problems.examples(100)
 def test_values_that_are_alive_have_places_of_their_own(drawn):
-    found, results = drawn
-    offsets, memory = sequences._offsets(found, {}, results)
+    found, whole, results = drawn
+    offsets, memory = sequences._offsets(found, whole, results)
     assert set(offsets) == {call.outputs[0] for call in found} - results
     begin = {call.outputs[0]: number for number, call in enumerate(found)}
-    end = dict(begin)
-    for number, call in enumerate(found):
-        end |= {v: number for v in call.inputs if v in begin}
+    taken = [[whole.get(v, v) for v in call.inputs] for call in found]
+    end = begin | {v: number for number, values in enumerate(taken) for v in values if v in begin}
     for a, b in itertools.combinations(offsets, 2):  # a is before b
         (ends_a, ends_b), size = (offsets[v] + 4 * math.prod(v.shape) for v in (a, b)), math.prod(a.shape)
         assert offsets[a] % 64 == 0 <= offsets[a] <= ends_a <= memory
-        call = found[begin[b]]
-        if end[a] == begin[b] and any(call.inputs[i] == a for i, _ in call.params["input_output_aliases"]):
+        number = begin[b]
+        over = [taken[number][i] for i, _ in found[number].params["input_output_aliases"]]
+        if end[a] == number and over == [a] and taken[number].count(a) == 1:
             assert offsets[a] == offsets[b]
-        elif end[a] >= begin[b] and size:
+        elif end[a] >= number and size:
             assert ends_a <= offsets[b] or ends_b <= offsets[a]
+
+
+def shared_root(x):
+    """A layer whose input and residual are views of one value."""
+    a = jax.nn.relu(x @ WIDE)
+    return jax.nn.relu(a.reshape(4, 512) @ SQUARE + a.reshape(4, 512)) @ SQUARE
+
+
+def in_another_order(x):
+    return jax.lax.reshape(jax.nn.relu(x @ UP), (48, 8), (1, 0)) @ THIN
+
+
+def no_numbers(x):
+    return jax.nn.relu(x @ UP) @ DOWN, jax.nn.relu(x[:0] @ UP) @ DOWN
+
+
+def of_nine_axes(x):
+    y = x.reshape(1, 1, 1, 1, 1, 1, 2, 4, 16)
+    y = (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + 1e-5)
+    return y @ UP @ DOWN
+
+
+def with_new_axes(x):
+    return jax.nn.relu(jax.nn.relu(x @ UP)[:, None] @ DOWN)[..., 0, :] @ UP
+
+
+WIDE, SQUARE, THIN = kernel(16, 256), kernel(512, 512), kernel(8, 8)
+
+
+@pytest.mark.parametrize("network", [shared_root, in_another_order, no_numbers, of_nine_axes, with_new_axes])
+def test_views_sizes_and_ranks(network):
+    x = jnp.asarray(RNG.normal(size=(8, 16)), jnp.float32)
+    fast = sapp.specialize(network, x, mode="always")
+    got, want = (jax.tree.leaves(each) for each in (fast(x), network(x)))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    if network is with_new_axes:
+        assert jax.jit(fast.fn).lower(fast.weights, x).as_text().count(f"@{native.SEQUENCE}(") == 1
+
+
+def test_effects_keep_their_order():
+    w, found = kernel(16, 16), []
+
+    def network(x):
+        jax.debug.callback(lambda y: found.append("first"), jax.nn.relu(x @ w) @ w, ordered=True)
+        jax.debug.callback(lambda y: found.append("second"), x, ordered=True)
+        return x @ w
+
+    fast = sapp.specialize(network, jnp.ones((2, 16)), mode="always")
+    jax.block_until_ready(fast(jnp.ones((2, 16))))
+    jax.effects_barrier()
+    assert found == ["first", "second"]
+
+
+def test_numbers_are_arguments_too():
+    w = kernel(16, 16)
+    fast = sapp.specialize(lambda x, factor: jax.nn.relu(x @ w) @ w * factor, jnp.ones((2, 16)), 1.0, mode="always")
+    x = jnp.asarray(RNG.normal(size=(2, 16)), jnp.float32)
+    np.testing.assert_allclose(fast.fn(fast.weights, x, 2.0), jax.nn.relu(x @ w) @ w * 2, rtol=1e-5, atol=1e-5)
+
+
+ATTRIBUTES = {  # in the order in which `csrc/sequence.cc` reads them
+    native.CONV: "activation bottom left residual_scale residual_zero right stride_across stride_down top "
+    "window_columns window_rows y_unit y_zero",
+    native.DEPTHWISE: "activation dilation_across dilation_down left stride_across stride_down top",
+    native.ATTENTION: "scale sizes strides",
+    native.LAYER_NORM: "centred epsilon factor zero",
+    native.MAX_POOL: "left stride_across stride_down top window_columns window_rows",
+    native.SUM_POOL: "left stride_across stride_down top window_columns window_rows",
+    native.ROUND: "left scale top zero",
+}
+
+
+def test_the_order_of_attributes():
+    ones = jnp.ones(4)
+    w = sapp.sparse.BlockSparse.fromdense(jnp.ones((1, 1, 4, 4)), (4, 4))
+    heads = jax.ShapeDtypeStruct((9, 4), jnp.float32)
+    run = {
+        native.CONV: lambda image: native.conv(image, w.blocks, w.layout),
+        native.DEPTHWISE: lambda image: native.depthwise_conv(
+            image, jnp.ones((3, 3, 4)), strides=(1, 1), dilation=(1, 1), padding=((1, 1), (1, 1))
+        ),
+        native.ATTENTION: lambda image: native.attention(
+            *(image.reshape(-1, 4)[:9],) * 3, None, 1.0, heads, (1, 1, 1, 9, 9, 4, 4, 9), [(0, 0, 0, 4)] * 5
+        ),
+        native.LAYER_NORM: lambda image: native.layer_norm(image, ones, ones, 1e-5, True, jnp.float32),
+        native.MAX_POOL: lambda image: native.max_pool(image, (2, 2), (2, 2), ((0, 0), (0, 0))),
+        native.SUM_POOL: lambda image: native.sum_pool(image, (2, 2), (2, 2), ((0, 0), (0, 0))),
+        native.ROUND: lambda image: native.round_images(image, jnp.float32),
+    }
+    assert set(run) == set(native.KINDS) - {native.NARROW_CONV}
+    for kind, call in run.items():
+        traced = recorded(jax.make_jaxpr(call)(jnp.ones((1, 6, 6, 4))), (), None, None)
+        steps = [step for step in traced.steps if step.name == "ffi_call"]
+        assert [step.params["target_name"] for step in steps] == [kind]
+        assert [name for name, _ in sorted(steps[0].params["attributes"])] == ATTRIBUTES[kind].split()
