@@ -147,8 +147,13 @@ def _row(
 
 
 def difference(pruned: np.ndarray, dense: np.ndarray, digits: int, lower_is_better: bool) -> str:
-    """Mean difference by seed and its standard error, in bold where it exceeds two of them, with who is better then."""
+    """Mean difference by seed and its standard error, in bold where it exceeds two of them, with who is better then.
+
+    Of one seed the difference alone, which decides nothing.
+    """
     each = pruned - dense
+    if len(each) == 1:
+        return f"{each[0]:+.{digits}f}, {_UNDECIDED}"
     mean, error = each.mean(), each.std(ddof=1) / len(each) ** 0.5
     text = f"{mean:+.{digits}f} ± {error:.{digits}f}"
     if abs(mean) <= 2 * error:
@@ -157,16 +162,19 @@ def difference(pruned: np.ndarray, dense: np.ndarray, digits: int, lower_is_bett
 
 
 def _mean_deviation(values: np.ndarray, digits: int) -> str:
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
 def summary(rows: Sequence[Mapping[str, str]]) -> str:
     """How often which is ahead."""
+    if all(row["SA++ minus narrow"].endswith(_UNDECIDED) for row in rows):
+        return "One seed decides nothing."
     pruned, level, dense = (sum(row["SA++ minus narrow"].endswith(end) for row in rows) for end in _ENDINGS)
     return f"The pruned network is ahead in {pruned} of {len(rows)} cells, level in {level}, behind in {dense}."
 
 
 _ENDINGS = ("pruned**", "level", "narrow**")
+_UNDECIDED = "one seed"
 
 
 def others_rows() -> list[dict[str, str]]:
@@ -177,7 +185,7 @@ def others_rows() -> list[dict[str, str]]:
         verdicts: dict[str, list[str]] = {}
         for (variant, block, sparsity), each in found.items():
             smaller = [found[key] for v in SMALLER.values() if (key := (v, block, sparsity)) in found]
-            if smaller and variant not in SMALLER.values():
+            if smaller and variant not in SMALLER.values() and len(each.values) > 1:
                 verdicts.setdefault(variant, []).append(
                     difference(each.values, _best(smaller, lower).values, network.digits, lower)
                 )
@@ -290,7 +298,9 @@ def plot() -> Any:
 
 
 def _line(axis: Any, measured: Iterable[Measured], **style: Any) -> None:
-    each = sorted({(m.weights, m.mean, float(np.std(m.values, ddof=1))) for m in measured})
+    each = sorted(
+        {(m.weights, m.mean, float(np.std(m.values, ddof=1)) if len(m.values) > 1 else 0.0) for m in measured}
+    )
     x, y, spread = zip(*each, strict=True)
     axis.errorbar(x, y, spread, ms=4, lw=1, capsize=2, **style)
 

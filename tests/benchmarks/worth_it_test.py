@@ -42,6 +42,11 @@ def test_differences_are_judged_by_two_standard_errors(pruned, lower, text):
     assert worth_it.difference(np.array(pruned), dense, 2, lower) == text
 
 
+def test_one_seed_decides_nothing():
+    assert worth_it.difference(np.array([3.0]), np.array([2.0]), 2, False) == "+1.00, one seed"
+    assert worth_it.summary([{"SA++ minus narrow": "+1.00, one seed"}]) == "One seed decides nothing."
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
