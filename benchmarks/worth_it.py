@@ -149,7 +149,7 @@ def _row(
 def difference(pruned: np.ndarray, dense: np.ndarray, digits: int, lower_is_better: bool) -> str:
     """Mean difference by seed and its standard error, in bold where it exceeds two of them, with who is better then.
 
-    Of one seed the difference alone, which decides nothing.
+    With one seed, which decides nothing, the difference alone.
     """
     each = pruned - dense
     if len(each) == 1:

@@ -303,7 +303,7 @@ def _layer(
         return layer._replace(skip_reason=f"fewer than {min_blocks} blocks")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"{path} has dtype {leaf.dtype}: only floating-point kernels can be pruned, see `where`")
-    if min_kept is None:  # a last layer: but where a block is all that an output has, to prune is to cut outputs off
+    if min_kept is None:  # a last layer; in a grid of one row, each pruned block cuts its outputs off
         min_kept = OUTPUTS if grid[0] > 1 else 0
     layer = layer._replace(min_kept=min_kept)
     kept_each = layer.kept_each_at(sparsity)

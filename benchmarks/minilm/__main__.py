@@ -32,7 +32,7 @@ from experiments.sweeps import work
 from experiments.utils import files, registry
 
 STAGES = ("train", "quality", "speed", "page")
-GROUPS = ("compared", "picture")
+GROUPS = ("compared", "picture", "repeated")
 SPEED, RESULTS = "speed.json", "minilm.json"
 PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "worth_it.md"
 _SCALE = flags.DEFINE_enum("scale", "small", list(SCALES), "How long it takes.")
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     earlier = _earlier(output / RESULTS)
     rows = _in_order(every, earlier["networks"], _measured(directory, served, every))
     if "speed" in _STAGES.value:
-        timed = {row["folder"] for row in rows if not row["folder"].startswith("compared")}
+        timed = {row["folder"] for row in rows if _in_picture(row["folder"])}
         alike = networks.untrained([each for each in every if str(each.folder) in timed], scale, _MODEL.value)
         files.write_json(directory / SPEED, _timed([published, *alike], judge.encoder.tokenizer, pairs[1], console))
     if "page" in _STAGES.value:
@@ -90,6 +90,10 @@ def main(argv: list[str]) -> None:
         _page(rows, json.loads(file.read_text()) if file.exists() else earlier["speed"], output, console)
     if failed := [str(each.folder) for each in every if (directory / each.folder / work.FAILED).exists()]:
         cli.fail(f"{', '.join(failed)} failed: see {work.FAILED} there, below {directory}", status=1)
+
+
+def _in_picture(folder: str) -> bool:
+    return folder.startswith(("picture", networks.PUBLISHED))
 
 
 def _chosen(folder: str) -> bool:
@@ -108,7 +112,7 @@ def _qualities(
             return retrieval.runner(network.model, network.params)
 
         yield network, "float32", judge(folder / "quality-float32.json", in_float32)
-        if network.folder.startswith("compared"):
+        if not _in_picture(network.folder):
             continue
         runs = networks.in_int8(network, judge.encoder.tokenizer, texts, _ENGINES.value)
         for engine, run in runs.items():
@@ -126,7 +130,7 @@ def _measured(directory: pathlib.Path, served: Sequence[Network], every: Sequenc
             continue
         names = [file.stem.removeprefix("quality-").replace("-", " ") for file in files_of]
         quality = {n: json.loads(f.read_text())["quality"] for n, f in zip(names, files_of, strict=True)}
-        about = {key: getattr(network, key) for key in ("folder", "family", "label", "dense")}
+        about = {key: getattr(network, key) for key in ("folder", "family", "label", "dense", "seed")}
         own = changes.get(network.folder, {})
         block = None if network.dense else own["sparsifier.block"]
         about |= {"steps": own.get("steps", 0), **networks.sizes(network, block, directory)}
@@ -161,8 +165,10 @@ def _page(found: Sequence[dict[str, Any]], timed: dict[str, Any], output: pathli
     output.mkdir(parents=True, exist_ok=True)
     files.write_json(output / RESULTS, {"scale": _SCALE.value, "networks": found, "speed": timed})
     compared = [row for row in found if row["folder"].startswith(("compared", networks.PUBLISHED))]
-    shown = [row for row in found if not row["folder"].startswith("compared")]
+    shown = [row for row in found if _in_picture(row["folder"])]
+    again = [row for row in found if not row["folder"].startswith("compared")]
     lines = {"minilm compared": picture.compared(compared), "minilm served": picture.served(shown, timed["rows"])}
+    lines["minilm repeated"] = picture.repeated(again)
     for title, rows in lines.items():
         if rows:
             console.print(progress.table(title, rows))

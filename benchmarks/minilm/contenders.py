@@ -24,10 +24,12 @@ ALGORITHMS: dict[str, Mapping[str, Any]] = {
     "RigL": {"name": "rigl"},
     "one-shot": {"name": "magnitude", "schedule": (("sparse", 1.0),)},  # of the networks that `one_shot` leaves
 }
-LAYERS, LONGER, HIDDEN = "fewer layers", "fewer layers, trained twice as long", "fewer hidden units"
-SMALLER = (LAYERS, LONGER, HIDDEN)  # families of dense networks
+LAYERS, LONGER = "fewer layers", "fewer layers, trained twice as long"
 ALL = 6  # layers of the published network
-_COLUMNS = "*/up/kernel"  # whole hidden units of the feed-forward layers
+# Hidden units of the feed-forward layers: columns of the first kernel, or rows of the second, whose inputs are the
+# units' values, so that Optimal Brain Surgeon can let the remaining units replace the others.
+_COLUMNS: Mapping[str, Any] = {"sparsifier.include": "*/up/kernel", "sparsifier.block": (None, 1)}
+_ROWS: Mapping[str, Any] = {"sparsifier.include": "*/down/kernel", "sparsifier.block": (1, None)}
 
 
 class Setting(NamedTuple):
@@ -52,12 +54,13 @@ class Scale(NamedTuple):
       sparsities: of the picture.
       blocks: of the picture, the first also of the comparison.
       layers: of the smaller dense networks.
-      hidden: shares of the feed-forward layers' hidden units that are removed.
+      hidden: shares of the feed-forward layers' hidden units that are pruned.
       changes: to the config.
       pruned_layers: layers of the pruned networks of the picture, of the first shape of block.
       pairs: how many are measured, 0 for all.
       settings: what is timed.
       rounds: of timing.
+      seeds: of the best dense network and of the best pruned one; the others have one.
     """
 
     compared: int
@@ -71,12 +74,13 @@ class Scale(NamedTuple):
     pairs: int = 0
     settings: tuple[Setting, ...] = SETTINGS
     rounds: int = 9
+    seeds: int = 3
 
 
 _SMOKE = {"batch_size": 8, "eval_batch_size": 8, "log_every": 2, "eval_every": 4, "checkpoint_every": 4}
 _SMOKE |= {"data.options.length": 8, "sparsifier.min_blocks": 1}
 SCALES = {
-    "smoke": Scale(30, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, (ALL, 2), 40, (Setting(1, 16),), 1),
+    "smoke": Scale(30, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, (ALL, 2), 40, (Setting(1, 16),), 1, 2),
     "small": Scale(250, 1000, (0.5, 0.7, 0.8), ((4, 16), (16, 16)), pairs=2000, rounds=5),
     "full": Scale(500, 4000, (0.5, 0.6, 0.7, 0.8, 0.9), ((4, 16), (16, 16))),
 }
@@ -89,16 +93,18 @@ class Contender(NamedTuple):
     """A network that is trained.
 
     Attributes:
-      group: `compared` or `picture`; all of a group have the same number of steps.
+      group: `compared`, `picture`, or `repeated` by other seeds; all of a group have the same number of steps.
       family: what has one line in the picture.
       label: what distinguishes it in its family.
       changes: to `configs/minilm.py`, flat.
       one_shot: whether it begins with a network that `one_shot` pruned.
       budget: whether that has a sparsity for each layer.
       reorder: whether that reorders the network first.
-      after: the family of the dense network of as many layers that it begins with once that is trained; by default it
-        begins with the published network.
+      after: the family of the trained dense network, of as many layers, that it begins with; by default it begins with
+        the published network.
       model: options of the model that differ from the published ones.
+      units: whether whole hidden units are pruned; they are removed then.
+      seed: of the order of the text.
     """
 
     group: str
@@ -110,10 +116,12 @@ class Contender(NamedTuple):
     reorder: bool = False
     after: str = ""
     model: Mapping[str, Any] = {}
+    units: bool = False
+    seed: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.family}, {self.label}"
+        return f"{self.family}, {self.label}{f', seed {self.seed}' * bool(self.seed)}"
 
     @property
     def folder(self) -> pathlib.Path:
@@ -133,7 +141,7 @@ class Contender(NamedTuple):
     @property
     def dense(self) -> bool:
         """Whether what comes of it is a smaller dense network."""
-        return self.family in SMALLER
+        return self.units or self.family in (LAYERS, LONGER)
 
 
 def _folder(group: str, name: str) -> pathlib.Path:
@@ -148,21 +156,26 @@ def contenders(scale: Scale) -> list[Contender]:
     found += [_dense("picture", n, 2 * scale.steps, LONGER) for n in scale.layers]
     for sparsity in scale.sparsities:
         found += [of_picture(sparsity, block=first, layers=n) for n in scale.pruned_layers]
-        found.append(_pruned("picture", sparsity, scale.steps, "one-shot", first, one_shot=True))
-        reordered = functools.partial(
-            _pruned, "picture", sparsity, scale.steps, "one-shot", one_shot=True, reorder=True
-        )
-        found += [reordered(block) for block in others]
+        one_shot = functools.partial(_pruned, "picture", sparsity, scale.steps, "one-shot", one_shot=True)
+        found += [one_shot(block, reorder=block != first) for block in scale.blocks]
         smaller = [n for n in scale.pruned_layers if n in scale.layers]
         found += [
-            reordered(block, layers=n, reorder=block != first, after=LAYERS) for n in smaller for block in scale.blocks
+            one_shot(block, layers=n, reorder=block != first, after=LAYERS) for n in smaller for block in scale.blocks
         ]
     found += [compare(name, first) for name in ALGORITHMS if name != "one-shot"]
     found += [compare("one-shot", first, one_shot=True, budget=budget) for budget in (False, True)]
     found += [compare("SA++", block) for block in others]
     found += [_dense("compared", n, scale.compared) for n in scale.layers]
-    found += [_narrow(share, scale.steps) for share in scale.hidden]
-    return found + [of_picture(sparsity, block=block) for block in others for sparsity in scale.sparsities]
+    found += [
+        _units(group, share, steps, name)
+        for group, steps in (("compared", scale.compared), ("picture", scale.steps))
+        for share in scale.hidden
+        for name in ("SA++", "gradual magnitude", "one-shot")
+    ]
+    found += [of_picture(sparsity, block=block) for block in others for sparsity in scale.sparsities]
+    repeated = [_dense("repeated", scale.layers[0], scale.steps)]
+    repeated += [_units("repeated", share, scale.steps, "SA++") for share in scale.hidden]
+    return found + [each._replace(seed=seed) for seed in range(1, scale.seeds) for each in repeated]
 
 
 def _pruned(
@@ -193,11 +206,14 @@ def _dense(group: str, layers: int, steps: int, family: str = LAYERS) -> Contend
     return Contender(group, family, str(layers), changes, model={"layers": layers})
 
 
-def _narrow(share: float, steps: int) -> Contender:
-    """Whole columns of the kernels before the activation are pruned, gradually and by SequentialAttention++."""
-    whole: dict[str, Any] = {"sparsifier.include": _COLUMNS, "sparsifier.block": (None, 1), "sparsifier.min_blocks": 1}
-    whole |= _rate(steps)
-    return Contender("picture", HIDDEN, f"{share:.0%} fewer", whole | {"sparsifier.sparsity": share, "steps": steps})
+def _units(group: str, share: float, steps: int, name: str) -> Contender:
+    """The same number of hidden units are pruned in every layer."""
+    one_shot = name == "one-shot"
+    changes = {f"sparsifier.{key}": value for key, value in ALGORITHMS[name].items()}
+    changes |= {**(_ROWS if one_shot else _COLUMNS), "sparsifier.min_blocks": 1, "sparsifier.sparsity": share}
+    changes |= {"steps": steps, **_rate(steps)}
+    family = f"{name}, hidden units{', then trained' * one_shot}"
+    return Contender(group, family, f"{share:.0%}", changes, one_shot=one_shot, units=True)
 
 
 def _rate(steps: int) -> dict[str, Any]:
@@ -216,7 +232,7 @@ def config_of(contender: Contender, scale: Scale, given: Mapping[str, Any]) -> m
     config = minilm.get_config()
     with config.model_options.unlocked():
         config.model_options.update(contender.model)
-    config.update_from_flattened_dict({**scale.changes, **given, **contender.changes})
+    config.update_from_flattened_dict({**scale.changes, **given, **contender.changes, "seed": contender.seed})
     for key in ("eval_every", "log_every"):
         config[key] = min(config[key], config.steps)
     return config

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sa_plus_plus as sapp
-from benchmarks.minilm.contenders import HIDDEN, SMALLER, Contender, Scale, config_of
+from benchmarks.minilm.contenders import Contender, Scale, config_of
 from experiments import retrieval
 from experiments.data.sentences import tokenize
 from experiments.engines import runtimes
@@ -35,19 +35,19 @@ class Network(NamedTuple):
       family: of the contender.
       label: of the contender.
       model: the encoder.
+      dense: whether the dense engines serve it: a smaller network, or the published one.
+      seed: of the contender.
+      model: the encoder.
       params: its parameters.
     """
 
     folder: str
     family: str
     label: str
+    dense: bool
+    seed: int
     model: Bert
     params: Any
-
-    @property
-    def dense(self) -> bool:
-        """Whether the dense engines serve it: a smaller network, or the published one."""
-        return self.family in (PUBLISHED, *SMALLER)
 
     def runs(self, batches: Sequence[np.ndarray], precisions: Sequence[str], engines: bool = True) -> dict[str, Run]:
         """By engine and precision, `run(tokens)` of batches of one shape.
@@ -74,20 +74,26 @@ class Network(NamedTuple):
 
 def published(encoder: SentenceEncoder) -> Network:
     """The network that all begin with."""
-    return Network(PUBLISHED, PUBLISHED, "6 layers", encoder.model, jax.tree.map(jnp.asarray, encoder.params))
+    params = jax.tree.map(jnp.asarray, encoder.params)
+    return Network(PUBLISHED, PUBLISHED, "6 layers", True, 0, encoder.model, params)
 
 
 def trained(contenders: Sequence[Contender], directory: pathlib.Path, model: str) -> list[Network]:
-    """The networks that are done; those with fewer hidden units with smaller kernels."""
+    """The networks that are done; those with fewer hidden units have smaller kernels."""
     found = []
     for each in contenders:
         if workdir.result_of(directory / each.folder) is None:
             continue
         bert, params = retrieval.of_run(directory / each.folder, model)
-        if each.family == HIDDEN:
-            bert, params = narrowed(bert, params)
-        found.append(Network(str(each.folder), each.family, each.label, bert, jax.tree.map(jnp.asarray, params)))
+        found.append(_network(each, bert, params))
     return found
+
+
+def _network(contender: Contender, bert: Bert, params: Any) -> Network:
+    if contender.units:
+        bert, params = narrowed(bert, params)
+    about = str(contender.folder), contender.family, contender.label, contender.dense, contender.seed
+    return Network(*about, bert, jax.tree.map(jnp.asarray, params))
 
 
 def untrained(contenders: Sequence[Contender], scale: Scale, path: str) -> list[Network]:
@@ -107,9 +113,7 @@ def untrained(contenders: Sequence[Contender], scale: Scale, path: str) -> list[
         if options.name != "dense":
             planned = factories.plan_options(options) | {"sparsity": options.sparsity}
             params = _largest(params, sapp.plan(params, **planned))
-        if each.family == HIDDEN:
-            bert, params = narrowed(bert, params)
-        found.append(Network(str(each.folder), each.family, each.label, bert, jax.tree.map(jnp.asarray, params)))
+        found.append(_network(each, bert, params))
     return found
 
 
@@ -124,9 +128,9 @@ def _largest(params: Any, plan: sapp.Plan) -> Any:
 
 
 def narrowed(model: Bert, params: Mapping[str, Any]) -> tuple[Bert, dict[str, Any]]:
-    """The same network without the hidden units whose weights into them are all zero.
+    """The same network without the hidden units whose weights on one side are all zero.
 
-    Such a unit gives `gelu(bias)` whatever the input, which is added to the bias of the next layer.
+    If those into it are, a unit gives `gelu(bias)` whatever the input, which is added to the bias of the next layer.
 
     Raises:
       ValueError: if the layers keep different numbers of units.
@@ -135,7 +139,7 @@ def narrowed(model: Bert, params: Mapping[str, Any]) -> tuple[Bert, dict[str, An
     for name in (f"layer{i + 1}" for i in range(model.layers)):
         up, down = params[name]["up"], params[name]["down"]
         kernel, bias, after = (np.asarray(a) for a in (up["kernel"], up["bias"], down["kernel"]))
-        left = kernel.any(0)
+        left = kernel.any(0) & after.any(1)
         constant = np.asarray(jax.nn.gelu(bias[~left], approximate=model.approximate)) @ after[~left]
         small_up = {"kernel": kernel[:, left], "bias": bias[left]}
         small_down = {"kernel": after[left], "bias": np.asarray(down["bias"]) + constant}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 
@@ -100,12 +101,30 @@ def compared(networks: Rows) -> list[dict[str, str]]:
     return [_cells(network) for network in mine]
 
 
+def repeated(networks: Rows) -> list[dict[str, str]]:
+    """The table of what was trained with several seeds: mean ± standard deviation."""
+    lines = []
+    for name in dict.fromkeys((network["family"], network["label"]) for network in networks):
+        mine = [network for network in networks if (network["family"], network["label"]) == name]
+        if len(mine) > 1:
+            line = {"network": ", ".join(name), "seeds": str(len(mine)), "weights": _millions(mine[0])}
+            for measure in mine[0]["quality"]["float32"]:
+                each = [network["quality"]["float32"][measure] for network in mine]
+                line[measure] = f"{np.mean(each):.3f} ± {np.std(each, ddof=1):.3f}"
+            lines.append(line)
+    return lines
+
+
+def _millions(network: Mapping[str, Any]) -> str:
+    return f"{network['weights'] / 1e6:.2f} M"
+
+
 def _cells(network: Mapping[str, Any]) -> dict[str, str]:
     measured = {name: f"{x:.3f}" for name, x in network["quality"]["float32"].items()}
     return {
         "network": f"{network['family']}, {network['label']}",
         "steps": f"{network['steps']:,}",
-        "weights": f"{network['weights'] / 1e6:.2f} M",
+        "weights": _millions(network),
         "MB": f"{network['bytes'] / 1e6:.1f}",
         **measured,
     }

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sa_plus_plus.sparse.arguments import batch_of, instead, shape_and_type, shapes
+from sa_plus_plus.sparse.arguments import batch_of, instead, jitted, shape_and_type, shapes
 from sa_plus_plus.sparse.comparison import Comparison, notes
 from sa_plus_plus.sparse.compiler.executor import Program, run
 from sa_plus_plus.sparse.compiler.lowering import CompiledLayer
@@ -16,8 +16,6 @@ from sa_plus_plus.sparse.compiler.planned import Choice
 from sa_plus_plus.sparse.files import serve
 from sa_plus_plus.sparse.ops import native
 from sa_plus_plus.text import table
-
-_SMALL = 2**14  # bytes
 
 
 class Network:
@@ -39,18 +37,7 @@ class Network:
         self.weights = weights
         self.fn = functools.partial(run, program)
         self._wanted = [(batch_of(v.shape, program.pieces), v.dtype) for v in program.inputs]
-        # Small weights are constants of the compiled program, for a call takes a third of a microsecond per argument.
-        # The others are flat, so that it does not flatten the weights' tree again.
-        arrays, structure = jax.tree.flatten(self.weights)
-        large = [a.nbytes > _SMALL for a in arrays]
-        self._arrays = [a for a, passed in zip(arrays, large, strict=True) if passed]
-
-        def called(given: Sequence[Any], *inputs: Any) -> Any:
-            rest = iter(given)
-            every = [next(rest) if passed else a for a, passed in zip(arrays, large, strict=True)]
-            return self.fn(jax.tree.unflatten(structure, every), *inputs)
-
-        self._jitted = jax.jit(called)
+        self._jitted, self._arrays = jitted(self.fn, self.weights)
 
     def __call__(self, *inputs: Any) -> Any:
         leaves, tree = jax.tree.flatten(inputs)

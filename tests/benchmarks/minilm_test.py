@@ -46,7 +46,7 @@ def test_all_stages_by_command(tmp_path):
     assert by_folder["published"]["quality"]["float32"]["cosine"] == pytest.approx(1, abs=1e-6)
     assert by_folder["published"]["quality"]["ours int8"]["cosine"] > 0.98
     for each in trained:
-        if each.family != contenders.HIDDEN:  # whose zeros are gone from the kernel after them too
+        if not each.units:  # whose zeros are gone from the other kernel too
             kept = load(directory / each.folder / "pruned.safetensors")["params"]
             assert by_folder[str(each.folder)]["weights"] == nonzero(todense(kept))
     before = {file: file.stat().st_mtime_ns for file in directory.rglob("*.json")}
@@ -66,7 +66,9 @@ def test_hidden_units_without_weights_are_removed_exactly(tmp_path):
     encoder = sentences.load(tiny_encoder.write(tmp_path))
     params, rng = jax.tree.map(np.array, encoder.params), np.random.default_rng(0)
     for i in range(4):
-        params[f"layer{i + 1}"]["up"]["kernel"][:, rng.permutation(32)[:20]] = 0
+        units = rng.permutation(32)[:20]
+        params[f"layer{i + 1}"]["up"]["kernel"][:, units[:15]] = 0
+        params[f"layer{i + 1}"]["down"]["kernel"][units[10:]] = 0
     model, small = networks.narrowed(encoder.model, params)
     assert model.hidden == 12
     assert small["layer1"]["down"]["kernel"].shape == (12, 16)
@@ -86,10 +88,29 @@ def test_networks_that_are_timed_have_the_sizes_of_the_trained_ones(tmp_path):
     assert [each.folder for each in found] == [str(each.folder) for each in every]
     for network, each in zip(found, every, strict=True):
         share = network.model.layers / 4 * (1 if network.dense else 1 - each.changes["sparsifier.sparsity"])
-        if each.family == contenders.HIDDEN:
+        if each.units:
             assert network.model.hidden == 16  # half
         else:
             assert nonzero(network.params) == share * whole
+
+
+def test_seeds_are_shown_together():
+    measured = {0: 0.7, 1: 0.8, 2: 0.9}
+    about = {"family": "f", "label": "l", "weights": 2e6}
+    rows = [about | {"quality": {"float32": {"mrr": mrr}}} for mrr in measured.values()]
+    rows.insert(1, about | {"family": "once", "quality": {"float32": {"mrr": 0.5}}})
+    want = {"network": "f, l", "seeds": "3", "weights": "2.00 M", "mrr": "0.800 ± 0.100"}
+    assert picture.repeated(rows) == [want]
+    scale = contenders.SCALES["smoke"]
+    every = contenders.contenders(scale)
+    repeated = [each for each in every if each.group == "repeated"]
+    assert {each.seed for each in repeated} == {1}
+    for each in repeated:
+        (first,) = (c for c in every if (c.group, c.family, c.label) == ("picture", each.family, each.label))
+        configs = [contenders.config_of(c, scale, {}).to_dict() for c in (first, each)]
+        assert [config.pop("seed") for config in configs] == [0, 1]
+        assert configs[0] == configs[1]
+    assert len({each.folder for each in every}) == len(every)
 
 
 def test_every_network_is_shown_in_its_fastest_engine():

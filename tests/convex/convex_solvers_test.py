@@ -419,7 +419,7 @@ def test_the_scale_of_the_data_does_not_matter():
     """In float32, which ends at 1e-38 and 3e38: NumPy's least squares, and the conditions for a minimum."""
     x, y = regression()
     supports = {}
-    for c, d in [(1, 1), (1e-10, 1e10), (1e10, 1e-10)]:
+    for c, d in [(1, 1), (1e10, 1e10), (1e-10, 1e10), (1e10, 1e-10), (1e-10, 1e-10)]:
         lam, results = at_scale(c, d)
         for name, found in results.items():
             assert found.converged, (name, c, d)

@@ -235,12 +235,13 @@ def test_explicit_use_equals_one_line(name, dtype, separate_logits):
     state = tx.init(params)
     params = sp.apply(state.trainable, state.prune)  # only matters where a schedule begins sparse
     # bfloat16: both round their effective weights alike, but not the gradients that led there.
-    for i in range(problems.STEPS if dtype == "float32" else 10):
+    steps = problems.STEPS if dtype == "float32" else 10
+    for i in range(steps):
         data = problems.batch(i, dtype)
         run = step(run, data)
         with jax.numpy_dtype_promotion("standard"):  # optax: schedules, and bfloat16 plus float32
             params, state = one_line(params, state, data)
-        if i % 4 and i + 1 < problems.STEPS:
+        if i % 4 and i + 1 < steps:
             continue
         chex.assert_trees_all_equal(state.prune, run.prune)
         tolerance = {"atol": 1e-5} if dtype == "float32" else {"atol": 2e-2, "rtol": 2e-2}

@@ -29,8 +29,8 @@ from sa_plus_plus.sparse.compiler.quantization import (
 from sa_plus_plus.sparse.ops import native
 
 REGISTER_BYTES = 64  # part of a block's column that matrix registers process at once
-DENSE_ROWS, DENSE_COLUMNS = 128, 32  # largest blocks for packing an unpruned float32 kernel
-WIDER = 0.93  # time of a column in a wider block of bfloat16 or int8, where such are faster; measured with AVX-512
+DENSE_ROWS = 128  # of the largest blocks for packing an unpruned float32 kernel
+WIDER = 0.93  # relative time of a column in the wider blocks; with AVX-512 in bfloat16, and nearer to 1 in int8
 FLOAT32_COLUMNS = (8, 16)  # of blocks that narrower ones are joined to
 
 Encodings = Mapping[Variable, Encoding]
@@ -143,7 +143,7 @@ def pack_float32(kernel: np.ndarray, block: blk.Block | None) -> BlockSparse:
     """
     line = kernel.shape[1] * kernel.shape[2]
     rows = max(n for n in range(1, min(line, DENSE_ROWS) + 1) if line % n == 0)
-    full = (rows, DENSE_COLUMNS)
+    full = (rows, native.target(FLOAT32).columns)
     if block is not None:
         if kernel.shape[0] > 1 and line % block[0]:  # a block may not reach into the next line of the window
             block = (math.gcd(line, block[0]), block[1])

@@ -1,4 +1,4 @@
-"""Calls of the compiled kernel joined to sequences: one call for all that follow one another.
+"""Consecutive calls of the compiled kernel joined into sequences: one call for all of them.
 
 A call costs XLA more than a microsecond, as long as a small layer takes. In a sequence only the first one does, and
 the values between its steps share one piece of memory.
@@ -34,7 +34,7 @@ class Joined(NamedTuple):
       program: the steps, as `csrc/sequence.h` describes them.
       operands: of the call.
       results: of the call, each the value of a step.
-      memory: bytes for the values that no other step takes.
+      memory: bytes for the values that only these steps take.
     """
 
     program: np.ndarray
@@ -44,21 +44,21 @@ class Joined(NamedTuple):
 
 
 def run_joined(fn: Callable[..., Any], *arguments: Any) -> Any:
-    """`fn(*arguments)`, the compiled kernel's calls joined. The same where `fn` has effects, whose order would change.
+    """`fn(*arguments)` with the compiled kernel's calls joined; without, if `fn` has effects, whose order would change.
 
     Args:
-      fn: of trees of arrays.
-      *arguments: trees of arrays and numbers, to be traced or not.
+      fn: a function of trees of arrays.
+      *arguments: trees of arrays and numbers, or tracers.
     """
     leaves, tree = jax.tree.flatten(arguments)
     types = [jax.typeof(leaf) for leaf in leaves]
     if any(t.manual_axis_type.varying for t in types):  # which a trace of shapes forgets
         return fn(*arguments)
     shapes = [jax.ShapeDtypeStruct(t.shape, t.dtype, weak_type=t.weak_type) for t in types]
+    closed, result = jax.make_jaxpr(fn, return_shape=True)(*jax.tree.unflatten(tree, shapes))
+    if closed.effects:
+        return fn(*arguments)
     with jax.ensure_compile_time_eval():  # constants get their values, in `jax.jit` too
-        closed, result = jax.make_jaxpr(fn, return_shape=True)(*jax.tree.unflatten(tree, shapes))
-        if closed.effects:
-            return fn(*arguments)
         traced = recorded(closed, (), tree, jax.tree.structure(result))
     if not any(map(_is_kernel, traced.steps)):
         return fn(*arguments)
@@ -79,16 +79,17 @@ def run_joined(fn: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def joined(traced: Traced) -> list[Call | Joined]:
-    """The steps in an order in which few sequences hold all calls of the compiled kernel.
+    """The steps, reordered so that few sequences hold all calls of the compiled kernel.
 
-    In turn, all that can be run without the kernel, and all that can then be run by it. Views go with either.
+    Everything that can run without the kernel comes first, then everything that the kernel can run after it, and so
+    on. Views belong to either.
 
     Args:
       traced: a network of `Call`s.
     """
-    users = users_of(traced.steps, traced.outputs)
-    missing = [len({*variables(step)} - {*traced.inputs}) for step in traced.steps]
-    kernels: list[int] = []  # what is ready, as heaps
+    users, inputs = users_of(traced.steps, traced.outputs), {*traced.inputs}
+    missing = [len({*variables(step)} - inputs) for step in traced.steps]  # operands that are not yet computed
+    kernels: list[int] = []  # heaps of the steps that are ready, by number
     views: list[int] = []
     others: list[int] = []
 
@@ -97,7 +98,7 @@ def joined(traced: Traced) -> list[Call | Joined]:
         heapq.heappush(kernels if _is_kernel(step) else views if _is_view(step) else others, number)
 
     def taken(*heaps: list[int]) -> list[int]:
-        """All from these heaps, and what is ready after these."""
+        """Everything from these heaps, and what gets ready on the way."""
         found = []
         while full := [heap for heap in heaps if heap]:
             found.append(number := heapq.heappop(min(full)))
@@ -169,10 +170,10 @@ def _sequence(steps: Sequence[Call], needed: set[Variable]) -> Sequence[Call | J
 def _offsets(
     calls: Sequence[Call], whole: Mapping[Variable, Variable], results: set[Variable]
 ) -> tuple[dict[Variable, int], int]:
-    """Where in the common memory each value is that only these calls take, and how large that is.
+    """Offsets in the common memory of the values that only these calls take, and its size in bytes.
 
-    A value's place is free once the last call has taken it. A result may take the place of the residual, as
-    `native.conv` says, if no later call takes that, and this one takes it as nothing else.
+    A value's place is free after the last call that takes it. A result may overwrite the residual, as in
+    `native.conv`, if no later call takes the residual, and this one takes it as nothing else.
 
     Args:
       calls: in order.
@@ -214,12 +215,11 @@ def _is_kernel(step: Call) -> bool:
 
 
 def _is_view(step: Call) -> bool:
-    """Whether it gives the numbers of a value in another shape, in the same order."""
-    if step.name == "reshape" and step.params.get("dimensions") is not None:  # in another order
-        return False
+    """Whether its result has the numbers of its operand in the same order, in another shape."""
     if step.name not in ("reshape", "squeeze", "broadcast_in_dim") or len(step.inputs) > 1:
         return False
-    return math.prod(step.inputs[0].shape) == math.prod(step.outputs[0].shape)
+    permutes = step.name == "reshape" and step.params.get("dimensions") is not None
+    return not permutes and math.prod(step.inputs[0].shape) == math.prod(step.outputs[0].shape)
 
 
 def _key(value: Value) -> Any:

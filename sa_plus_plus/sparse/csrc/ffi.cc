@@ -20,6 +20,12 @@ ffi::Error refused(const char* what, const char* why) {
   return ffi::Error::InvalidArgument(std::string(what) + ": " + why);
 }
 
+ffi::Error outcome(const char* what, const char* why) {
+  if (!why) return ffi::Error::Success();
+  const auto code = why == kNoMemory ? ffi::ErrorCode::kResourceExhausted : ffi::ErrorCode::kInvalidArgument;
+  return ffi::Error(code, std::string(what) + ": " + why);
+}
+
 int64_t threads_of(const ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
 
 // False for a type that no kernel knows; bytes are `byte`, with a sign or without.
@@ -48,10 +54,7 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer bl
     return refused(what, kUnknown);
   }
   arrays.rows = list(rows), arrays.starts = list(starts), arrays.scale = list(scale), arrays.bias = list(bias);
-  Convolution prepared;
-  if (const char* why = prepare(arrays, options, &prepared)) return refused(what, why);
-  run(prepared, threads_of(pool), *target_for(arrays.x.type).functions);
-  return ffi::Error::Success();
+  return outcome(what, compute(arrays, options, threads_of(pool)));
 }
 
 // The same where no weight in bytes is beyond -kNarrow to kNarrow.
@@ -73,20 +76,14 @@ ffi::Error depthwise(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kern
     return refused(what, kUnknown);
   }
   arrays.bias = list(bias);
-  Depthwise prepared;
-  if (const char* why = prepare(arrays, options, &prepared)) return refused(what, why);
-  run(prepared, threads_of(pool), *target_for_all().functions);
-  return ffi::Error::Success();
+  return outcome(what, compute(arrays, options, threads_of(pool)));
 }
 
 // The largest number, or the sum, of each window of images; positions outside the images are ignored.
 ffi::Error pool_images(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y, const Windows& windows, bool sums) {
   Array from{}, to{};
-  Pooling prepared;
   if (!describe(x, &from) || !describe(y, &to)) return refused("pooling", kUnknown);
-  if (const char* why = prepare(from, to, windows, sums, &prepared)) return refused("pooling", why);
-  run(prepared, threads_of(pool), *target_for_all().functions);
-  return ffi::Error::Success();
+  return outcome("pooling", compute(from, to, windows, sums, threads_of(pool)));
 }
 
 ffi::Error max_pool(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y, const Windows& windows) {
@@ -100,11 +97,8 @@ ffi::Error sum_pool(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::Any
 ffi::Error round_images(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y,
                         const Rounding& rounding) {
   Array from{}, to{};
-  Images prepared;
   if (!describe(x, &from) || !describe(*y, &to)) return refused("round_images", kUnknown);
-  if (const char* why = prepare(from, to, rounding, &prepared)) return refused("round_images", why);
-  run(prepared, threads_of(pool), *target_for_all().functions);
-  return ffi::Error::Success();
+  return outcome("round_images", compute(from, to, rounding, threads_of(pool)));
 }
 
 ffi::Error layer_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR1<ffi::F32> scale,
@@ -114,10 +108,7 @@ ffi::Error layer_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR1<ffi:
   NormalizationArrays arrays{};
   if (!describe(x, &arrays.x) || !describe(*y, &arrays.y)) return refused(what, kUnknown);
   arrays.scale = list(scale), arrays.shift = list(shift);
-  Normalization prepared;
-  if (const char* why = prepare(arrays, options, &prepared)) return refused(what, why);
-  run(prepared, threads_of(pool), *target_for_all().functions);
-  return ffi::Error::Success();
+  return outcome(what, compute(arrays, options, threads_of(pool)));
 }
 
 using Integers = ffi::Span<const int64_t>;
@@ -131,10 +122,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   }
   const List<int64_t> lengths{sizes.begin(), static_cast<int64_t>(sizes.size())};
   const List<int64_t> steps{strides.begin(), static_cast<int64_t>(strides.size())};
-  Attention prepared;
-  if (const char* why = prepare(arrays, lengths, steps, scale, &prepared)) return refused("attention", why);
-  if (run(prepared, threads_of(pool), *target_for_all().functions)) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "attention: no memory for keys and values");
+  return outcome("attention", compute(arrays, lengths, steps, scale, threads_of(pool)));
 }
 
 // False for a type of which several numbers may share a byte.
@@ -155,9 +143,8 @@ ffi::Error sequence(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Rema
   const List<int64_t> steps{program.begin(), static_cast<int64_t>(program.size())};
   const Failure failure = run_sequence(steps, buffers, operands.size(), threads_of(pool));
   if (!failure.why) return ffi::Error::Success();
-  const std::string where =
-      std::string(what) + ", step " + std::to_string(failure.number) + " (" + failure.kind + "): " + failure.why;
-  return ffi::Error(failure.memory ? ffi::ErrorCode::kResourceExhausted : ffi::ErrorCode::kInvalidArgument, where);
+  const std::string step = std::string(what) + ", step " + std::to_string(failure.number) + " (" + failure.kind + ")";
+  return outcome(step.c_str(), failure.why);
 }
 
 }  // namespace

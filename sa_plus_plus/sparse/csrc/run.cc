@@ -240,4 +240,48 @@ bool run(const Attention& a, int64_t threads, const Functions& functions) {
   return true;
 }
 
+const char kNoMemory[] = "no memory for keys and values";
+
+const char* compute(const ConvolutionArrays& arrays, const ConvolutionOptions& options, int64_t threads) {
+  Convolution prepared;
+  const char* why = prepare(arrays, options, &prepared);
+  if (!why) run(prepared, threads, *target_for(arrays.x.type).functions);
+  return why;
+}
+
+const char* compute(const DepthwiseArrays& arrays, const DepthwiseOptions& options, int64_t threads) {
+  Depthwise prepared;
+  const char* why = prepare(arrays, options, &prepared);
+  if (!why) run(prepared, threads, *target_for_all().functions);
+  return why;
+}
+
+const char* compute(const Array& x, const Array& y, const Windows& windows, bool sums, int64_t threads) {
+  Pooling prepared;
+  const char* why = prepare(x, y, windows, sums, &prepared);
+  if (!why) run(prepared, threads, *target_for_all().functions);
+  return why;
+}
+
+const char* compute(const Array& x, const Array& y, const Rounding& rounding, int64_t threads) {
+  Images prepared;
+  const char* why = prepare(x, y, rounding, &prepared);
+  if (!why) run(prepared, threads, *target_for_all().functions);
+  return why;
+}
+
+const char* compute(const NormalizationArrays& arrays, const NormalizationOptions& options, int64_t threads) {
+  Normalization prepared;
+  const char* why = prepare(arrays, options, &prepared);
+  if (!why) run(prepared, threads, *target_for_all().functions);
+  return why;
+}
+
+const char* compute(const AttentionArrays& arrays, List<int64_t> sizes, List<int64_t> strides, float scale,
+                    int64_t threads) {
+  Attention prepared;
+  if (const char* why = prepare(arrays, sizes, strides, scale, &prepared)) return why;
+  return run(prepared, threads, *target_for_all().functions) ? nullptr : kNoMemory;
+}
+
 }  // namespace sa_plus_plus

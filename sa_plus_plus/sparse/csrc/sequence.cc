@@ -9,7 +9,6 @@ namespace sa_plus_plus {
 namespace {
 
 constexpr int64_t kIntegers = 3;  // the type of int32
-constexpr char kNoMemory[] = "no memory for keys and values";
 constexpr const char* kNames[] = {"product",
                                   "product of narrow weights",
                                   "depthwise convolution",
@@ -46,19 +45,9 @@ class Reader {
     return {program_.data + at_ - count, count};
   }
 
-  Array operand() {
-    int64_t type;
-    const Array array = part(&type, false);
-    if (!wrong && (type < 0 || type >= kIntegers)) refuse("an operand of an unknown type");
-    return array;
-  }
+  Array operand() { return numbers(false); }
 
-  Array result() {
-    int64_t type;
-    const Array array = part(&type, true);
-    if (!wrong && (type < 0 || type >= kIntegers)) refuse("a result of an unknown type");
-    return array;
-  }
+  Array result() { return numbers(true); }
 
   List<float> floats() {
     int64_t type;
@@ -86,6 +75,14 @@ class Reader {
   int64_t refuse(const char* why) {
     if (!wrong) wrong = why;
     return 0;
+  }
+
+  // Of the types that kernels compute with.
+  Array numbers(bool written) {
+    int64_t type;
+    const Array array = part(&type, written);
+    if (!wrong && (type < 0 || type >= kIntegers)) refuse("an operand or a result of an unknown type");
+    return array;
   }
 
   Array part(int64_t* type, bool written) {
@@ -129,11 +126,7 @@ const char* convolution(Reader& r, bool narrow, int64_t threads) {
   o.stride_across = r.integer(), o.stride_down = r.integer(), o.top = r.integer();
   o.window_columns = r.integer(), o.window_rows = r.integer();
   o.y_unit = r.number(), o.y_zero_point = r.number(), o.narrow = narrow;
-  Convolution prepared;
-  if (r.wrong) return r.wrong;
-  if (const char* why = prepare(a, o, &prepared)) return why;
-  run(prepared, threads, *target_for(a.x.type).functions);
-  return nullptr;
+  return r.wrong ? r.wrong : compute(a, o, threads);
 }
 
 const char* depthwise(Reader& r, int64_t threads) {
@@ -142,11 +135,7 @@ const char* depthwise(Reader& r, int64_t threads) {
   DepthwiseOptions o{};
   o.activation = r.integer(), o.dilation_across = r.integer(), o.dilation_down = r.integer(), o.left = r.integer();
   o.stride_across = r.integer(), o.stride_down = r.integer(), o.top = r.integer();
-  Depthwise prepared;
-  if (r.wrong) return r.wrong;
-  if (const char* why = prepare(a, o, &prepared)) return why;
-  run(prepared, threads, *target_for_all().functions);
-  return nullptr;
+  return r.wrong ? r.wrong : compute(a, o, threads);
 }
 
 const char* attention(Reader& r, int64_t threads) {
@@ -154,10 +143,7 @@ const char* attention(Reader& r, int64_t threads) {
   a.q = r.operand(), a.k = r.operand(), a.v = r.operand(), a.bias = r.operand(), a.y = r.result();
   const float scale = r.number();
   const List<int64_t> sizes = r.integers(), strides = r.integers();
-  Attention prepared;
-  if (r.wrong) return r.wrong;
-  if (const char* why = prepare(a, sizes, strides, scale, &prepared)) return why;
-  return run(prepared, threads, *target_for_all().functions) ? nullptr : kNoMemory;
+  return r.wrong ? r.wrong : compute(a, sizes, strides, scale, threads);
 }
 
 const char* normalization(Reader& r, int64_t threads) {
@@ -165,11 +151,7 @@ const char* normalization(Reader& r, int64_t threads) {
   a.x = r.operand(), a.scale = r.floats(), a.shift = r.floats(), a.y = r.result();
   NormalizationOptions o{};
   o.centred = r.integer(), o.epsilon = r.number(), o.factor = r.number(), o.zero_point = r.number();
-  Normalization prepared;
-  if (r.wrong) return r.wrong;
-  if (const char* why = prepare(a, o, &prepared)) return why;
-  run(prepared, threads, *target_for_all().functions);
-  return nullptr;
+  return r.wrong ? r.wrong : compute(a, o, threads);
 }
 
 const char* pooling(Reader& r, bool sums, int64_t threads) {
@@ -177,22 +159,14 @@ const char* pooling(Reader& r, bool sums, int64_t threads) {
   Windows o{};
   o.left = r.integer(), o.stride_across = r.integer(), o.stride_down = r.integer(), o.top = r.integer();
   o.window_columns = r.integer(), o.window_rows = r.integer();
-  Pooling prepared;
-  if (r.wrong) return r.wrong;
-  if (const char* why = prepare(x, y, o, sums, &prepared)) return why;
-  run(prepared, threads, *target_for_all().functions);
-  return nullptr;
+  return r.wrong ? r.wrong : compute(x, y, o, sums, threads);
 }
 
 const char* rounding(Reader& r, int64_t threads) {
   const Array x = r.operand(), y = r.result();
   Rounding o{};
   o.left = r.integer(), o.scale = r.number(), o.top = r.integer(), o.zero_point = r.number();
-  Images prepared;
-  if (r.wrong) return r.wrong;
-  if (const char* why = prepare(x, y, o, &prepared)) return why;
-  run(prepared, threads, *target_for_all().functions);
-  return nullptr;
+  return r.wrong ? r.wrong : compute(x, y, o, threads);
 }
 
 const char* step(Reader& r, int64_t kind, int64_t threads) {
@@ -217,10 +191,10 @@ Failure run_sequence(List<int64_t> program, const std::vector<Buffer>& buffers, 
     const int64_t kind = reader.integer();
     if (const char* why = step(reader, kind, threads)) {
       const bool known = kind >= 0 && kind < static_cast<int64_t>(Step::kCount);
-      return {why, number, known ? kNames[kind] : "unknown", why == kNoMemory};
+      return {why, number, known ? kNames[kind] : "unknown"};
     }
   }
-  return {};
+  return {nullptr, 0, ""};
 }
 
 }  // namespace sa_plus_plus

@@ -24,7 +24,7 @@ struct Buffer {
   int64_t bytes;
 };
 
-// In a program the number of its kind; files have these numbers: new ones come last.
+// The kinds, by their numbers in a program. Files have these: new ones come last.
 enum class Step {
   kConvolution,
   kNarrowConvolution,
@@ -37,12 +37,11 @@ enum class Step {
   kCount
 };
 
-// What is wrong with a step, or null; which one, counted from 0, and what it is called.
+// What is wrong with a step, as `compute` says it, or null; which step, counted from 0, and what it is called.
 struct Failure {
   const char* why;
   int64_t number;
   const char* kind;
-  bool memory;  // whether there was too little
 };
 
 // Runs the steps one after another, on at most `threads` threads, up to one with which something is wrong. The first

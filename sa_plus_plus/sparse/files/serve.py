@@ -18,7 +18,7 @@ import jax
 import jax.export
 import numpy as np
 
-from sa_plus_plus.sparse.arguments import instead, shape_and_type, shapes
+from sa_plus_plus.sparse.arguments import instead, jitted, shape_and_type, shapes
 from sa_plus_plus.sparse.files import programs
 from sa_plus_plus.sparse.files.programs import Stored
 from sa_plus_plus.sparse.ops import native
@@ -48,7 +48,8 @@ class Loaded:
 
     def __init__(self, stored: Stored):
         self._stored = stored
-        self._calls = [jax.jit(_callable(program)) for program in stored.programs]
+        pairs = zip(stored.programs, stored.weights, strict=True)
+        self._calls = [jitted(_callable(program), weights) for program, weights in pairs]
         trees = [jax.tree.unflatten(program.in_tree, program.in_avals)[0] for program in stored.programs]
         self._inputs = [arguments[1:] for arguments in trees]
         self._input_tree: Any = jax.tree.structure(self._inputs[0])
@@ -83,7 +84,8 @@ class Loaded:
         return self._in_pieces(leaves, got)
 
     def _called(self, number: int, inputs: Any) -> Any:
-        return self._calls[number](self._stored.weights[number], *inputs)
+        call, weights = self._calls[number]
+        return call(weights, *inputs)
 
     def _in_pieces(self, leaves: list[Any], got: list[Any]) -> Any:
         """Run a batch of a size that was not saved."""

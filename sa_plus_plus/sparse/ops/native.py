@@ -75,7 +75,7 @@ class Target(NamedTuple):
       dtypes: of `x` in products.
       start: a block costs its rows and as many more as are this many bytes of `x`, at least one.
       limit: int8 blocks are fastest if no entry is larger: 64 where products are summed in 16 bits, otherwise 127.
-      columns: of blocks in bfloat16 and int8 that are multiplied the fastest: `WIDE` or more.
+      columns: width of the blocks that are multiplied the fastest, at least `WIDE`.
     """
 
     name: str
@@ -469,7 +469,7 @@ def sequence(
     scratch = [jax.ShapeDtypeStruct((memory,), np.uint8)] * (memory > 0)
     call = jax.ffi.ffi_call(SEQUENCE, [*out, *scratch])
 
-    @jax.custom_batching.sequential_vmap  # here, so that a batch does not have as many memories
+    @jax.custom_batching.sequential_vmap  # without the memory among the results: a batch would have one for each row
     def run(*operands: jax.Array) -> list[jax.Array]:
         return list(call(*operands, program=program)[: len(out)])
 
@@ -477,7 +477,7 @@ def sequence(
 
 
 def underived(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the compiled kernel's, which says in a sentence that it has no derivative."""
+    """The same function; where JAX differentiates it, an error says that the compiled kernel has no derivative."""
     return inference(run, _UNDERIVED)
 
 

@@ -261,11 +261,11 @@ def test_each_file_flipped_or_gone(two, caplog):
     assert restore(two).step == 200
 
 
-def test_a_byte_of_the_manifest_flipped(two, monkeypatch):
+def test_bytes_of_the_manifest_flipped(two, monkeypatch):
     monkeypatch.setattr(checkpoint, "sha256", functools.cache(checkpoint.sha256))  # the others stay as they are
     path = two / "200/manifest.json"
     content = path.read_bytes()
-    for position in range(0, len(content), 5):  # which meets every kind of character
+    for position in range(0, len(content), 5):
         flip(path, position)
         assert checkpoint.damage(two / "200"), position
         path.write_bytes(content)

@@ -63,7 +63,7 @@ def test_blocks(block, density, wanted):
 @compiled
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
 def test_columns_of_a_block_in_low_precision(dtype):
-    """Of an unpruned kernel as many as a tile has, of a pruned one no more than lie together."""
+    """An unpruned kernel has blocks as wide as a tile; a pruned one has narrower ones, or zeros would be multiplied."""
     entries = np.int8 if dtype == jnp.uint8 else jnp.bfloat16
     for density, columns in ((1.0, native.target(dtype).columns), (0.5, native.WIDE)):
         kernel = (10 * pruned(64, 192, (16, 16), density)).astype(entries)[None, None]

@@ -68,13 +68,16 @@ def test_what_follows_one_another_is_one_call():
         assert not any(f"@{kind}(" in text for kind in native.KINDS)
 
 
-def test_small_weights_are_constants_of_the_compiled_call():
+def test_small_weights_are_constants_of_the_compiled_call(tmp_path):
     w, bias = kernel(80, 64), jnp.ones(64)
     fast = sapp.specialize(lambda x: jax.nn.relu(x @ w + bias[None]), jnp.ones((3, 80)), mode="always")
     sizes = sorted(a.nbytes for a in jax.tree.leaves(fast.weights))
     assert sizes == [bias.nbytes, w.nbytes]
     inputs = jax.tree.leaves(fast.lower().in_avals)
     assert [a.size for a in inputs] == [w.size, 240]
+    fast.save(tmp_path / "network")
+    ((_, passed),) = sapp.serve.load(tmp_path / "network")._calls
+    assert [a.size for a in passed] == [w.size]
 
 
 def test_a_network_that_is_split_over_devices():
@@ -165,18 +168,22 @@ def test_views_sizes_and_ranks(network):
         assert jax.jit(fast.fn).lower(fast.weights, x).as_text().count(f"@{native.SEQUENCE}(") == 1
 
 
-def test_effects_keep_their_order():
+def test_effects_keep_their_order_and_their_time():
+    """One of them depends on no input: it is due at each call, not when the network is traced."""
     w, found = kernel(16, 16), []
 
     def network(x):
-        jax.debug.callback(lambda y: found.append("first"), jax.nn.relu(x @ w) @ w, ordered=True)
-        jax.debug.callback(lambda y: found.append("second"), x, ordered=True)
+        jax.debug.callback(lambda y: found.append("layer"), jax.nn.relu(x @ w) @ w, ordered=True)
+        jax.debug.callback(lambda: found.append("nothing"), ordered=True)
+        jax.debug.callback(lambda y: found.append("input"), x, ordered=True)
         return x @ w
 
     fast = sapp.specialize(network, jnp.ones((2, 16)), mode="always")
-    jax.block_until_ready(fast(jnp.ones((2, 16))))
+    found.clear()
+    for _ in range(2):
+        jax.block_until_ready(fast(jnp.ones((2, 16))))
     jax.effects_barrier()
-    assert found == ["first", "second"]
+    assert found == ["layer", "nothing", "input"] * 2
 
 
 def test_numbers_are_arguments_too():
