@@ -205,7 +205,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
     (
         "Whole networks: ResNet-50 on an EPYC with AVX2 only (Zen 3)",
         "serve_engines_resnet50_avx2",
-        "serve_engines --network=resnet50 --batches=1",
+        "serve_engines --network=resnet50 --batches=1 --blocks=16 --sparsities=0,0.8,0.9 --precisions=float32,int8",
         engines,
     ),
     (
@@ -223,7 +223,14 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
     (
         "Whole networks: BERT-base's shape on the EPYC with AVX2 only",
         "serve_engines_bert_avx2",
-        "serve_engines --network=bert --batches=1 --sparsities=0,0.9",
+        "serve_engines --network=bert --batches=1 --blocks=16 --sparsities=0,0.9 --precisions=float32,int8",
+        engines,
+    ),
+    (
+        "Whole networks: all-MiniLM-L6-v2's shape on the EPYC with AVX2 only",
+        "serve_engines_minilm_avx2",
+        "serve_engines --network=minilm --batches=1 --blocks=4x16,16 --sparsities=0,0.5,0.7,0.8 "
+        "--precisions=float32,int8",
         engines,
     ),
     (

@@ -4,6 +4,7 @@
     python -m benchmarks.serve_engines --network=resnet34 --batches=1,32 --sparsities=0
     python -m benchmarks.serve_engines --network=resnet18 --batches=1,32 --sparsities=0
     python -m benchmarks.serve_engines --network=mobilenetv2 --batches=1 --sparsities=0 --precisions=float32
+    python -m benchmarks.serve_resnets --precisions=float32,int8
     python -m benchmarks.resnets     # fills in the page from the results of these
 
 Accuracies are published ones; weights and multiply-adds are counted on our models; milliseconds are measured, of pruned
@@ -12,7 +13,7 @@ networks with as many blocks zeroed at random, since the time does not depend on
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,12 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "worth_it.md"
 TORCHVISION = {"ResNet18": 69.758, "ResNet34": 73.314, "ResNet50": 76.130, "MobileNetV2": 71.878}
 BLOCK = 16
 PRECISIONS, BATCHES = ("float32", "int8"), (1, 32)
+TOGETHER = "serve_resnets_avx2"  # the results of one run that alternates the networks
+# Networks of about equal accuracy, by their names: the pruned one, and a dense one.
+PAIRS = tuple(
+    (f"ResNet-50, {BLOCK} × {BLOCK}, {sparsity}", f"dense {dense}")
+    for sparsity, dense in (("80%", "ResNet-34"), ("90%", "ResNet-18"), ("90%", "MobileNetV2"))
+)
 
 
 class Network(NamedTuple):
@@ -108,6 +115,40 @@ def rows(every: Sequence[Network]) -> list[dict[str, str]]:
     return lines
 
 
+def together(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The table of the run that alternates: milliseconds in the fastest engine."""
+    top1, lines = {network.name: network.top1 for network in networks()}, []
+    for name in dict.fromkeys(row["network"] for row in found):
+        line = {"network": name, "top-1, %": f"{top1[name]:.1f}"}
+        for precision in PRECISIONS:
+            row = _fastest(found, name, precision)
+            line[precision] = "{median:.1f} [{q25:.1f}, {q75:.1f}] {engine}".format(**row["ms"], engine=_engine(row))
+        lines.append(line)
+    return lines
+
+
+def against(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """How many times as fast the pruned networks are as dense ones of about their accuracy, by round."""
+    lines = []
+    for pruned, dense in PAIRS:
+        line = {"pruned": pruned, "against": dense}
+        for precision in PRECISIONS:
+            slow, fast = (_fastest(found, name, precision)["rounds"] for name in (dense, pruned))
+            ratio = timing.spread(np.divide(slow, fast))
+            line[precision] = "{median:.2f} [{q25:.2f}, {q75:.2f}]".format(**ratio)
+        lines.append(line)
+    return lines
+
+
+def _fastest(found: Sequence[Mapping[str, Any]], name: str, precision: str) -> Mapping[str, Any]:
+    mine = [row for row in found if (row["network"], row["precision"]) == (name, precision)]
+    return min(mine, key=lambda row: row["ms"]["median"])
+
+
+def _engine(row: Mapping[str, Any]) -> str:
+    return str(row["engine"]).split()[0]
+
+
 def _kind(network: Network) -> bool | None:
     """Whether a ResNet is pruned; None for other networks."""
     return bool(network.sparsity) if network.architecture.startswith("ResNet") else None
@@ -141,7 +182,10 @@ def plot(every: Sequence[Network]) -> Any:
 
 def main() -> None:
     every = networks()
-    files.write_text(PAGE, filled(PAGE.read_text(), "resnet50", markdown(rows(every))))
+    page = filled(PAGE.read_text(), "resnet50", markdown(rows(every)))
+    found = json.loads((timing.RESULTS / f"{TOGETHER}.json").read_text())["rows"]
+    page = filled(page, "resnets together", markdown(together(found)))
+    files.write_text(PAGE, filled(page, "resnets against", markdown(against(found))))
     report.save_figure(timing.RESULTS / "resnets.png", plot(every))
     print(PAGE)
 

@@ -102,7 +102,7 @@ def measure(model: nn.Module, x: np.ndarray) -> tuple[list[dict[str, Any]], dict
         model, variables, x, engines=ENGINES.value, precisions=PRECISIONS.value, calibration=[x]
     )
     for name, call in dense.calls.items():
-        _check(name, call(), want)
+        check(name, call(), want, runtimes.precision(name))
     calls: Calls = {"jax float32": lambda: jax.block_until_ready(whole(variables, x)), **dense.calls}
     missing = dict(dense.missing)
     pairs = itertools.product(map(float, SPARSITIES.value), BLOCKS.value)
@@ -113,7 +113,7 @@ def measure(model: nn.Module, x: np.ndarray) -> tuple[list[dict[str, Any]], dict
         for precision in PRECISIONS.value:
             name = f"ours {precision} {sparsity:.0%}" + (f" blocks {block}" if sparsity else "")
             calls[name] = ours(model, pruned, x, precision)
-            _check(name, calls[name](), want)
+            check(name, calls[name](), want, precision)
     seconds = timing.alternate(calls, ROUNDS.value)
     return [row(name, seconds) for name in calls], missing
 
@@ -162,8 +162,13 @@ def row(name: str, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
     return {"name": name, "precision": precision, "ms": timing.spread(1e3 * seconds[name]), "to_engine": ratio}
 
 
-def _check(name: str, got: Any, want: Any) -> None:
-    error, most = difference(got, want), TOLERANCE[runtimes.precision(name)]
+def check(name: str, got: Any, want: Any, precision: str) -> None:
+    """Fail if a contender's result is not that of the model.
+
+    Raises:
+      RuntimeError: if they differ by more than rounding.
+    """
+    error, most = difference(got, want), TOLERANCE[precision]
     if not error < most:
         raise RuntimeError(f"results of {name!r} are {error:.1e} of the largest output away from the model's")
 

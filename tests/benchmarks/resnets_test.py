@@ -42,3 +42,26 @@ def test_the_page_is_that_of_the_results():
             *list(resnets.timed(network).values())[:-1],
             f"{[*resnets.timed(network).values()][-1]} |",
         ]
+
+
+def test_networks_that_took_turns_are_compared_by_round():
+    def row(network, engine, rounds):
+        ms = dict(zip(("q25", "median", "q75"), sorted(rounds), strict=True))
+        precision = engine.split()[1]
+        return {"network": network, "engine": engine, "precision": precision, "ms": ms, "rounds": rounds}
+
+    found = []
+    for pruned, dense in resnets.PAIRS:
+        for precision in resnets.PRECISIONS:
+            found += [row(dense, f"onnxruntime {precision}", [8.0, 6.0, 4.0])]
+            found += [row(dense, f"ours {precision}", [9.0, 7.0, 4.0]), row(pruned, f"ours {precision}", [4, 2, 1])]
+    assert resnets.against(found)[0] == {
+        "pruned": "ResNet-50, 16 × 16, 80%",
+        "against": "dense ResNet-34",
+        "float32": "3.00 [2.50, 3.50]",
+        "int8": "3.00 [2.50, 3.50]",
+    }
+    lines = {line["network"]: line for line in resnets.together(found)}
+    assert lines["dense ResNet-34"]["int8"] == "6.0 [4.0, 8.0] onnxruntime"
+    assert lines["ResNet-50, 16 × 16, 90%"]["float32"] == "2.0 [1.0, 4.0] ours"
+    assert lines["dense MobileNetV2"]["top-1, %"] == "71.9"

@@ -1,0 +1,72 @@
+"""ResNet-50 pruned and smaller dense networks, all in one run: whose milliseconds can be compared.
+
+    pip install -e '.[engines]'
+    python -m benchmarks.serve_resnets --precisions=float32,int8 --name=serve_resnets
+    python -m benchmarks.resnets     # fills in the page
+
+The networks are those of `benchmarks.resnets`, at 80 and 90%, for one image of 224 pixels: the dense ones in ONNX
+Runtime, OpenVINO and ours, the pruned ones, with as many blocks zeroed at random, in ours. All take turns on all cores.
+The flags are those of `benchmarks.serve_engines`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+
+from benchmarks import resnets, serve_engines, timing
+from experiments.engines import runtimes
+from experiments.outputs import progress
+
+_NAME = flags.DEFINE_string("name", "serve_resnets", "Name of the result file.")
+SPARSITIES = (0.0, 0.8, 0.9)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.WARNING)  # quantization tells of every tensor
+    console = progress.console()
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    x = np.random.default_rng(0).standard_normal((1, 224, 224, 3), np.float32)
+    for network in resnets.networks():
+        if network.sparsity in SPARSITIES:
+            console.print(f"preparing {network.name}", highlight=False)
+            calls |= {(network.name, engine): call for engine, call in contenders(network, x).items()}
+    seconds = timing.alternate(calls, serve_engines.ROUNDS.value)
+    rows = [
+        {
+            "network": network,
+            "engine": engine,
+            "precision": runtimes.precision(engine),
+            "ms": timing.spread(1e3 * each),
+            "rounds": [round(1e3 * s, 3) for s in each.tolist()],
+        }
+        for (network, engine), each in seconds.items()
+    ]
+    shown = [{**row, "ms": "{median:.2f} [{q25:.2f}, {q75:.2f}]".format(**row["ms"])} for row in rows]
+    columns = ("network", "engine", "ms")
+    console.print(progress.table("one image", [{key: row[key] for key in columns} for row in shown]))
+    content = {"rows": rows, "cores": runtimes.threads()}
+    console.print(f"Written: {timing.save(_NAME.value, content)}", highlight=False, soft_wrap=True)
+
+
+def contenders(network: resnets.Network, x: np.ndarray) -> serve_engines.Calls:
+    """By engine and precision, the network's calls."""
+    model, _ = serve_engines.NETWORKS[network.architecture.lower()]
+    variables, precisions = serve_engines.drawn(model, x), serve_engines.PRECISIONS.value
+    calls: serve_engines.Calls = {}
+    if network.sparsity:
+        variables = serve_engines.random_blocks(variables, resnets.BLOCK, network.sparsity)
+    else:
+        engines = serve_engines.ENGINES.value
+        calls |= runtimes.contenders(model, variables, x, engines=engines, precisions=precisions, calibration=[x]).calls
+    calls |= {f"ours {p}": serve_engines.ours(model, variables, x, p) for p in precisions}
+    want = model.apply(variables, x)
+    for name, call in calls.items():
+        serve_engines.check(f"{network.name}, {name}", call(), want, runtimes.precision(name))
+    return calls
+
+
+if __name__ == "__main__":
+    app.run(main)
