@@ -175,7 +175,7 @@ def _page(found: Sequence[dict[str, Any]], timed: dict[str, Any], output: pathli
     if output == timing.RESULTS:
         page = PAGE.read_text()
         for title, rows in lines.items():
-            page = tables.filled(page, title, tables.markdown(rows))
+            page = tables.filled(page, title, tables.markdown(rows)) if rows else page
         files.write_text(PAGE, page)
     if timed["rows"]:
         title = f"all-MiniLM-L6-v2, {timed['cores']} cores"
