@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
             console.print(f"preparing {network.name}", highlight=False)
             calls |= {(network.name, engine): call for engine, call in contenders(network, x).items()}
     seconds = timing.alternate(calls, serve_engines.ROUNDS.value)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "network": network,
             "engine": engine,
