@@ -41,8 +41,10 @@ def test_snippets_run(monkeypatch, tmp_path):
     finally:
         sapp.ALGORITHMS.pop("largest_weight", None)  # not for the tests that come after
     assert str(namespace["sp"].plan(namespace["params"])) in README.read_text()
-    assert losses["one line"] < 0.25 * np.square(np.sin(namespace["x"][:, :16]).sum(-1)).mean()  # of the output 0
-    assert losses["explicit"] == pytest.approx(losses["one line"], rel=0.1)  # rounding apart; contract_test.py is exact
+    of_zero = np.square(np.sin(namespace["x"][:, :16]).sum(-1)).mean()  # the loss of the output 0
+    # That both ways train alike is tested in contract_test.py: over as many steps, rounding tips which blocks are kept.
+    assert losses.keys() == {"one line", "explicit"}
+    assert max(losses.values()) < 0.25 * of_zero
 
 
 @pytest.mark.usefixtures("standard_promotion")
