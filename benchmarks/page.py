@@ -244,6 +244,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
     ("A feed-forward block on a GPU", "feed_forward_gpu", "feed_forward_gpu", feed_forward),
     ("Recipes", "recipes", "recipes", recipes),
     ("Accuracy of a served network", "serve_accuracy", "serve_accuracy", serve_accuracy),
+    (
+        "Accuracy of a served network with AVX2 only: int8 weights of 7 and of 8 bits",
+        "serve_accuracy_convnet",
+        "serve_accuracy --config=configs/cifar10.py --name=serve_accuracy_convnet",
+        serve_accuracy,
+    ),
     ("Pruning without training", "one_shot", "one_shot", one_shot),
     ("Table 1 at small scale", "table1_small", "experiments.reproduce table1 --scale=small", sweep),
     ("Table 2 at small scale", "table2_small", "experiments.reproduce table2 --scale=small", sweep),

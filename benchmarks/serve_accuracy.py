@@ -6,7 +6,7 @@ int8 weights have 7 or 8 bits, whichever is faster on a processor; both are meas
     python -m benchmarks.serve_accuracy --config=configs/cifar10_resnet20.py --config.data.local=cifar10.tar \
         --weights=runs/cifar/pruned.safetensors
 
-Scales are chosen on training images. Writes benchmarks/results/serve_accuracy.json.
+Scales are chosen on training images. Writes benchmarks/results/<name>.json.
 """
 
 import itertools
@@ -28,6 +28,7 @@ from sa_plus_plus.sparse.ops import native
 flags.declare_key_flag("config")
 _WEIGHTS = flags.DEFINE_string("weights", None, "A pruned.safetensors of a run with this config.", required=True)
 _CALIBRATION = flags.DEFINE_integer("calibration", 500, "Training images for choosing scales.")
+_NAME = flags.DEFINE_string("name", "serve_accuracy", "Name of the result file.")
 _BATCH = flags.DEFINE_integer("batch", 100, "Images at once.")
 
 
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
         "calibration_images": len(images) * _BATCH.value,
         "rows": rows,
     }
-    print(timing.save("serve_accuracy", content))
+    print(timing.save(_NAME.value, content))
 
 
 def contenders() -> dict[str, tuple[Precision, str | None]]:
