@@ -144,7 +144,7 @@ def recipes(content: Content) -> str:
 
 
 def serve_accuracy(content: Content) -> str:
-    """Accuracy of one network in three precisions."""
+    """Accuracy of one network in each precision."""
     rows = [
         [name.replace("model", "the model itself"), f"{r['top1']:.2f}", f"{r['changed']:.2f}"]
         for name, r in content["rows"].items()

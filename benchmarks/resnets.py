@@ -36,7 +36,6 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "worth_it.md"
 TORCHVISION = {"ResNet18": 69.758, "ResNet34": 73.314, "ResNet50": 76.130, "MobileNetV2": 71.878}
 BLOCK = 16
 PRECISIONS, BATCHES = ("float32", "int8"), (1, 32)
-TOGETHER = "serve_resnets_avx2"  # the results of one run that alternates the networks
 # Networks of about equal accuracy, by their names: the pruned one, and a dense one.
 PAIRS = tuple(
     (f"ResNet-50, {BLOCK} × {BLOCK}, {sparsity}", f"dense {dense}")
@@ -122,7 +121,7 @@ def together(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         line = {"network": name, "top-1, %": f"{top1[name]:.1f}"}
         for precision in PRECISIONS:
             row = _fastest(found, name, precision)
-            line[precision] = "{median:.1f} [{q25:.1f}, {q75:.1f}] {engine}".format(**row["ms"], engine=_engine(row))
+            line[precision] = "{median:.1f} [{q25:.1f}, {q75:.1f}] ".format(**row["ms"]) + row["engine"].split()[0]
         lines.append(line)
     return lines
 
@@ -143,10 +142,6 @@ def against(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def _fastest(found: Sequence[Mapping[str, Any]], name: str, precision: str) -> Mapping[str, Any]:
     mine = [row for row in found if (row["network"], row["precision"]) == (name, precision)]
     return min(mine, key=lambda row: row["ms"]["median"])
-
-
-def _engine(row: Mapping[str, Any]) -> str:
-    return str(row["engine"]).split()[0]
 
 
 def _kind(network: Network) -> bool | None:
@@ -181,11 +176,12 @@ def plot(every: Sequence[Network]) -> Any:
 
 
 def main() -> None:
-    every = networks()
-    page = filled(PAGE.read_text(), "resnet50", markdown(rows(every)))
-    found = json.loads((timing.RESULTS / f"{TOGETHER}.json").read_text())["rows"]
-    page = filled(page, "resnets together", markdown(together(found)))
-    files.write_text(PAGE, filled(page, "resnets against", markdown(against(found))))
+    every, page = networks(), PAGE.read_text()
+    found = json.loads((timing.RESULTS / "serve_resnets.json").read_text())["rows"]
+    lines = {"resnet50": rows(every), "resnets together": together(found), "resnets against": against(found)}
+    for name, each in lines.items():
+        page = filled(page, name, markdown(each))
+    files.write_text(PAGE, page)
     report.save_figure(timing.RESULTS / "resnets.png", plot(every))
     print(PAGE)
 

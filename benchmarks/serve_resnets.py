@@ -1,7 +1,7 @@
 """ResNet-50 pruned and smaller dense networks, all in one run: whose milliseconds can be compared.
 
     pip install -e '.[engines]'
-    python -m benchmarks.serve_resnets --precisions=float32,int8 --name=serve_resnets
+    python -m benchmarks.serve_resnets --precisions=float32,int8
     python -m benchmarks.resnets     # fills in the page
 
 The networks are those of `benchmarks.resnets`, at 80 and 90%, for one image of 224 pixels: the dense ones in ONNX
@@ -12,14 +12,14 @@ The flags are those of `benchmarks.serve_engines`.
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, logging
 
 from benchmarks import resnets, serve_engines, timing
 from experiments.engines import runtimes
 from experiments.outputs import progress
 
-_NAME = flags.DEFINE_string("name", "serve_resnets", "Name of the result file.")
 SPARSITIES = (0.0, 0.8, 0.9)
 
 
@@ -44,11 +44,11 @@ def main(argv: list[str]) -> None:
         }
         for (network, engine), each in seconds.items()
     ]
-    shown = [{**row, "ms": "{median:.2f} [{q25:.2f}, {q75:.2f}]".format(**row["ms"])} for row in rows]
-    columns = ("network", "engine", "ms")
-    console.print(progress.table("one image", [{key: row[key] for key in columns} for row in shown]))
+    text = "{median:.2f} [{q25:.2f}, {q75:.2f}]"
+    cells = [{"network": r["network"], "engine": r["engine"], "ms": text.format(**r["ms"])} for r in rows]
+    console.print(progress.table("one image", cells))
     content = {"rows": rows, "cores": runtimes.threads()}
-    console.print(f"Written: {timing.save(_NAME.value, content)}", highlight=False, soft_wrap=True)
+    console.print(f"Written: {timing.save('serve_resnets', content)}", highlight=False, soft_wrap=True)
 
 
 def contenders(network: resnets.Network, x: np.ndarray) -> serve_engines.Calls:
@@ -62,7 +62,7 @@ def contenders(network: resnets.Network, x: np.ndarray) -> serve_engines.Calls:
         engines = serve_engines.ENGINES.value
         calls |= runtimes.contenders(model, variables, x, engines=engines, precisions=precisions, calibration=[x]).calls
     calls |= {f"ours {p}": serve_engines.ours(model, variables, x, p) for p in precisions}
-    want = model.apply(variables, x)
+    want = jax.jit(model.apply)(variables, x)
     for name, call in calls.items():
         serve_engines.check(f"{network.name}, {name}", call(), want, runtimes.precision(name))
     return calls

@@ -130,7 +130,7 @@ def _measured(directory: pathlib.Path, served: Sequence[Network], every: Sequenc
             continue
         names = [file.stem.removeprefix("quality-").replace("-", " ") for file in files_of]
         quality = {n: json.loads(f.read_text())["quality"] for n, f in zip(names, files_of, strict=True)}
-        about = {key: getattr(network, key) for key in ("folder", "family", "label", "dense", "seed")}
+        about = {key: getattr(network, key) for key in ("folder", "family", "label", "dense")}
         own = changes.get(network.folder, {})
         block = None if network.dense else own["sparsifier.block"]
         about |= {"steps": own.get("steps", 0), **networks.sizes(network, block, directory)}

@@ -34,9 +34,7 @@ class Network(NamedTuple):
       folder: its name: where it is in the campaign's directory.
       family: of the contender.
       label: of the contender.
-      model: the encoder.
       dense: whether the dense engines serve it: a smaller network, or the published one.
-      seed: of the contender.
       model: the encoder.
       params: its parameters.
     """
@@ -45,7 +43,6 @@ class Network(NamedTuple):
     family: str
     label: str
     dense: bool
-    seed: int
     model: Bert
     params: Any
 
@@ -75,7 +72,7 @@ class Network(NamedTuple):
 def published(encoder: SentenceEncoder) -> Network:
     """The network that all begin with."""
     params = jax.tree.map(jnp.asarray, encoder.params)
-    return Network(PUBLISHED, PUBLISHED, "6 layers", True, 0, encoder.model, params)
+    return Network(PUBLISHED, PUBLISHED, "6 layers", True, encoder.model, params)
 
 
 def trained(contenders: Sequence[Contender], directory: pathlib.Path, model: str) -> list[Network]:
@@ -92,7 +89,7 @@ def trained(contenders: Sequence[Contender], directory: pathlib.Path, model: str
 def _network(contender: Contender, bert: Bert, params: Any) -> Network:
     if contender.units:
         bert, params = narrowed(bert, params)
-    about = str(contender.folder), contender.family, contender.label, contender.dense, contender.seed
+    about = str(contender.folder), contender.family, contender.label, contender.dense
     return Network(*about, bert, jax.tree.map(jnp.asarray, params))
 
 

@@ -95,9 +95,8 @@ def test_networks_that_are_timed_have_the_sizes_of_the_trained_ones(tmp_path):
 
 
 def test_seeds_are_shown_together():
-    measured = {0: 0.7, 1: 0.8, 2: 0.9}
     about = {"family": "f", "label": "l", "weights": 2e6}
-    rows = [about | {"quality": {"float32": {"mrr": mrr}}} for mrr in measured.values()]
+    rows = [about | {"quality": {"float32": {"mrr": mrr}}} for mrr in (0.7, 0.8, 0.9)]
     rows.insert(1, about | {"family": "once", "quality": {"float32": {"mrr": 0.5}}})
     want = {"network": "f, l", "seeds": "3", "weights": "2.00 M", "mrr": "0.800 ± 0.100"}
     assert picture.repeated(rows) == [want]

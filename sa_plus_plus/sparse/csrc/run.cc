@@ -249,32 +249,29 @@ const char* compute(const ConvolutionArrays& arrays, const ConvolutionOptions& o
   return why;
 }
 
-const char* compute(const DepthwiseArrays& arrays, const DepthwiseOptions& options, int64_t threads) {
-  Depthwise prepared;
-  const char* why = prepare(arrays, options, &prepared);
+// For all kernels but products, which have a target for each type.
+template <class Prepared, class... Arguments>
+const char* compute_as(int64_t threads, const Arguments&... arguments) {
+  Prepared prepared;
+  const char* why = prepare(arguments..., &prepared);
   if (!why) run(prepared, threads, *target_for_all().functions);
   return why;
+}
+
+const char* compute(const DepthwiseArrays& arrays, const DepthwiseOptions& options, int64_t threads) {
+  return compute_as<Depthwise>(threads, arrays, options);
 }
 
 const char* compute(const Array& x, const Array& y, const Windows& windows, bool sums, int64_t threads) {
-  Pooling prepared;
-  const char* why = prepare(x, y, windows, sums, &prepared);
-  if (!why) run(prepared, threads, *target_for_all().functions);
-  return why;
+  return compute_as<Pooling>(threads, x, y, windows, sums);
 }
 
 const char* compute(const Array& x, const Array& y, const Rounding& rounding, int64_t threads) {
-  Images prepared;
-  const char* why = prepare(x, y, rounding, &prepared);
-  if (!why) run(prepared, threads, *target_for_all().functions);
-  return why;
+  return compute_as<Images>(threads, x, y, rounding);
 }
 
 const char* compute(const NormalizationArrays& arrays, const NormalizationOptions& options, int64_t threads) {
-  Normalization prepared;
-  const char* why = prepare(arrays, options, &prepared);
-  if (!why) run(prepared, threads, *target_for_all().functions);
-  return why;
+  return compute_as<Normalization>(threads, arrays, options);
 }
 
 const char* compute(const AttentionArrays& arrays, List<int64_t> sizes, List<int64_t> strides, float scale,

@@ -21,6 +21,7 @@ def pruned(rows, columns, block, density, seed=0):
     return rng.normal(size=(rows, columns)).astype(np.float32) * np.kron(keep, np.ones(block))[:rows, :columns]
 
 
+@compiled
 @hypothesis.given(
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     block=st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -37,6 +38,7 @@ def test_nothing_is_lost(size, block, density, window):
         assert window[1] * channels % packed.layout.block[0] == 0
 
 
+@compiled
 @pytest.mark.parametrize(
     ("block", "density", "wanted"),
     [
@@ -57,6 +59,7 @@ def test_blocks(block, density, wanted):
     got = pack_float32(kernel, block).layout
     full = pack_float32(kernel, None).layout
     assert got.block == (wanted or full.block)
+    assert full.block == (128, native.target(np.float32).columns)
     assert got.nse * cost_of(got.block) <= full.nse * cost_of(full.block)
 
 

@@ -150,7 +150,7 @@ def test_the_largest_sums_of_int8_are_exact(sign):
 @pytest.mark.parametrize("pays", [False, True])
 @pytest.mark.parametrize("window", [1, 3])
 def test_layers_whose_sums_could_overflow_are_not_int8(monkeypatch, window, pays):
-    """A layer of more than 66,311 rows of weights of 127, as a product and as a convolution."""
+    """A layer of more than 66,311 rows of weights of 127, or twice as many of 64, as a product and as a convolution."""
     monkeypatch.setattr(native, "bf16_is_faster", lambda: pays)
     most = (2**31 - 1) // (255 * native.target(np.uint8).limit)  # twice as many where weights have 7 bits
     channels = -(-(most + 4) // window**2)
