@@ -1,10 +1,15 @@
 """What another order of units is worth before pruning by blocks: LeNet on Fashion-MNIST, and MiniLM.
 
     python -m benchmarks.reordering --data=path/to/fashion_mnist --model=path/to/all-MiniLM-L6-v2
+    python -m benchmarks.reordering --speed
 
 Each network is pruned without training: in the order in which it was trained, in one by `sapp.reorder`, for LeNet also
 with its pixels looked up in another order, and by single weights. Writes the accuracy on the test images, or the mean
 cosine to the embeddings before, and the layers' errors to benchmarks/results/reordering.json, row by row.
+
+`--speed` measures instead what it costs to look pixels up in another order: the milliseconds of LeNet, with random
+blocks set to zero, without a lookup, with one in the compiled kernel, and with one by XLA, in turn. Writes
+benchmarks/results/reordering_speed.json.
 """
 
 import json
@@ -19,6 +24,7 @@ import optax
 from absl import app, flags
 
 import sa_plus_plus as sapp
+from benchmarks import timing
 from benchmarks.page import RESULTS
 from experiments.data.from_files import idx_files
 from experiments.data.sentences import docstring_sentences
@@ -31,6 +37,7 @@ from sa_plus_plus.contrib.transformers.text import tokenize
 _DATA = flags.DEFINE_string("data", "", "Directory of Fashion-MNIST's four files; empty to leave LeNet out.")
 _MODEL = flags.DEFINE_string("model", "", "Directory of the encoder; empty to leave it out.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of LeNet.")
+_SPEED = flags.DEFINE_bool("speed", False, "Measure what a lookup costs.")
 METHODS = ("magnitude", "wanda", "obs")
 EPOCHS, BATCH = 8, 256
 Row = dict[str, Any]
@@ -123,8 +130,45 @@ def pruned(
     }
 
 
+def speed(batch: int, sparsity: float = 0.9, calls: int = 50) -> Row:
+    """Microseconds of a call, without a lookup, with one in the compiled kernel, and with one by XLA.
+
+    Args:
+      batch: number of images.
+      sparsity: of the kernels.
+      calls: that are measured together.
+    """
+    model, rng = LeNet300(), np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((batch, 784)), jnp.float32)
+    sp = sapp.random(block=16, sparsity=sparsity, phases=sapp.phases.random(1))
+    params = sp.finalize(*sp.init(jax.jit(model.init)(jax.random.key(0), x)))
+    places = rng.permutation(784)
+
+    def network(x: jax.Array) -> Any:
+        return model.apply(params, x)
+
+    plain = sapp.specialize(network, x, mode="always")
+    inside = sapp.specialize(lambda x: network(x[:, places]), x, mode="always")
+    outside = jax.jit(lambda x: plain.fn(plain.weights, x[:, places]))
+    runs: dict[str, Callable[[Any], Any]] = {"without": plain, "in the compiled kernel": inside, "by XLA": outside}
+
+    def repeated(run: Callable[[Any], Any]) -> Callable[[], Any]:
+        return lambda: jax.block_until_ready([run(x) for _ in range(calls)])
+
+    seconds = timing.alternate({name: repeated(run) for name, run in runs.items()}, rounds=31)
+    found = {name: timing.spread(1e6 * s / calls) for name, s in seconds.items()}
+    ratios = {name: timing.spread(s / seconds["without"]) for name, s in seconds.items()}
+    return {"batch": batch, "sparsity": sparsity, "microseconds": found, "to_without": ratios}
+
+
 def main(argv: list[str]) -> None:
     del argv
+    if _SPEED.value:
+        found = [speed(batch) for batch in (1, 32, 256)]
+        for row in found:
+            print(json.dumps(row), flush=True)
+        print(timing.save("reordering_speed", {"rows": found}))
+        return
     rows: list[Row] = []
 
     def measured() -> Iterator[Row]:

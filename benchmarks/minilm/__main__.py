@@ -32,7 +32,7 @@ from experiments.sweeps import work
 from experiments.utils import files, registry
 
 STAGES = ("train", "quality", "speed", "page")
-GROUPS = ("compared", "picture", "repeated")
+GROUPS = ("compared", "picture", "repeated", "longer")
 SPEED, RESULTS = "speed.json", "minilm.json"
 PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "worth_it.md"
 _SCALE = flags.DEFINE_enum("scale", "small", list(SCALES), "How long it takes.")
@@ -166,9 +166,10 @@ def _page(found: Sequence[dict[str, Any]], timed: dict[str, Any], output: pathli
     files.write_json(output / RESULTS, {"scale": _SCALE.value, "networks": found, "speed": timed})
     compared = [row for row in found if row["folder"].startswith(("compared", networks.PUBLISHED))]
     shown = [row for row in found if _in_picture(row["folder"])]
-    again = [row for row in found if not row["folder"].startswith("compared")]
+    again = [row for row in found if row["folder"].startswith(("picture", "repeated"))]
+    longer = [row for row in found if row["folder"].startswith(("longer", networks.PUBLISHED))]
     lines = {"minilm compared": picture.compared(compared), "minilm served": picture.served(shown, timed["rows"])}
-    lines["minilm repeated"] = picture.repeated(again)
+    lines |= {"minilm repeated": picture.repeated(again), "minilm longer": picture.compared(longer)}
     for title, rows in lines.items():
         if rows:
             console.print(progress.table(title, rows))

@@ -61,6 +61,7 @@ class Scale(NamedTuple):
       settings: what is timed.
       rounds: of timing.
       seeds: of the best dense network and of the best pruned one; the others have one.
+      longer: steps of the longest runs, of the best networks only.
     """
 
     compared: int
@@ -75,12 +76,13 @@ class Scale(NamedTuple):
     settings: tuple[Setting, ...] = SETTINGS
     rounds: int = 9
     seeds: int = 3
+    longer: int = 4000
 
 
 _SMOKE = {"batch_size": 8, "eval_batch_size": 8, "log_every": 2, "eval_every": 4, "checkpoint_every": 4}
 _SMOKE |= {"data.options.length": 8, "sparsifier.min_blocks": 1}
 SCALES = {
-    "smoke": Scale(30, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, (ALL, 2), 40, (Setting(1, 16),), 1, 2),
+    "smoke": Scale(30, 4, (0.5,), ((4, 4),), (2,), (0.5,), _SMOKE, (ALL, 2), 40, (Setting(1, 16),), 1, 2, 8),
     "small": Scale(250, 1000, (0.5, 0.7, 0.8), ((4, 16), (16, 16)), pairs=2000, rounds=5),
     "full": Scale(500, 4000, (0.5, 0.6, 0.7, 0.8, 0.9), ((4, 16), (16, 16))),
 }
@@ -93,7 +95,7 @@ class Contender(NamedTuple):
     """A network that is trained.
 
     Attributes:
-      group: `compared`, `picture`, or `repeated` by other seeds; all of a group have the same number of steps.
+      group: `compared`, `picture`, `repeated` by other seeds, or `longer`; all of a group have the same number of steps.
       family: what has one line in the picture.
       label: what distinguishes it in its family.
       changes: to `configs/minilm.py`, flat.
@@ -158,6 +160,7 @@ def contenders(scale: Scale) -> list[Contender]:
         found += [of_picture(sparsity, block=first, layers=n) for n in scale.pruned_layers]
         one_shot = functools.partial(_pruned, "picture", sparsity, scale.steps, "one-shot", one_shot=True)
         found += [one_shot(block, reorder=block != first) for block in scale.blocks]
+        found += [one_shot(first, budget=True)]
         smaller = [n for n in scale.pruned_layers if n in scale.layers]
         found += [
             one_shot(block, layers=n, reorder=block != first, after=LAYERS) for n in smaller for block in scale.blocks
@@ -175,7 +178,9 @@ def contenders(scale: Scale) -> list[Contender]:
     found += [of_picture(sparsity, block=block) for block in others for sparsity in scale.sparsities]
     repeated = [_dense("repeated", scale.layers[0], scale.steps)]
     repeated += [_units("repeated", share, scale.steps, "SA++") for share in scale.hidden]
-    return found + [each._replace(seed=seed) for seed in range(1, scale.seeds) for each in repeated]
+    longer = [_dense("longer", scale.layers[0], scale.longer)]
+    longer += [_units("longer", share, scale.longer, name) for share in scale.hidden for name in ("SA++", "one-shot")]
+    return found + longer + [each._replace(seed=seed) for seed in range(1, scale.seeds) for each in repeated]
 
 
 def _pruned(

@@ -21,6 +21,7 @@ from sa_plus_plus.sparse.compiler.infer_blocks import planned_blocks
 from sa_plus_plus.sparse.compiler.ir import Layer, Traced, Variable
 from sa_plus_plus.sparse.compiler.passes.fuse_attention import fuse_attention
 from sa_plus_plus.sparse.compiler.passes.fuse_normalization import expanded, fuse_normalizations, without_calls
+from sa_plus_plus.sparse.compiler.passes.look_up import fuse_look_up
 from sa_plus_plus.sparse.compiler.passes.pooling import fuse_pooling
 from sa_plus_plus.sparse.compiler.planned import PlannedStep
 from sa_plus_plus.sparse.compiler.unsupported import weights_among
@@ -156,7 +157,7 @@ def specialized(
     )
     planned = tuner.plan(traced.steps)
     if any(p.x_type is not None or isinstance(p.step, Attention) for p in planned):  # it needs the compiled kernel
-        planned = [p._replace(step=fuse_pooling(without_calls(p.step))) for p in planned]
+        planned = [p._replace(step=fuse_look_up(fuse_pooling(without_calls(p.step)))) for p in planned]
     else:
         planned = [p._replace(step=step) for p in planned for step in expanded(p.step)]
     if not traced.layers:

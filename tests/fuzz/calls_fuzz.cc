@@ -405,8 +405,9 @@ Outcome round_some() {
   const Type type = any_type();
   if (type == Type::kByte) r.scale = std::ldexp(1.0f, between(-3, 6)), r.zero_point = between(0, 255);
   if (one_in(2)) r.top = between(0, 2), r.left = between(0, 2);
-  const int64_t images = between(0, 2), rows = between(0, 4), columns = between(0, 4), channels = between(0, 20);
-  const int64_t more = one_in(2) ? 0 : between(0, 3);
+  const bool colours = one_in(4);  // which have a path of their own, with many columns and one more channel
+  const int64_t images = between(0, 2), rows = between(0, 4), columns = between(0, colours ? 40 : 4);
+  const int64_t channels = colours ? 3 : between(0, 20), more = colours ? 1 : one_in(2) ? 0 : between(0, 3);
   Held x(Type::kFloat, {images, rows, columns, channels});
   Held y(type, {images, r.top + rows + more, r.left + columns + more, channels + (one_in(2) ? more : 0)});
   bool finite = true;
@@ -425,6 +426,42 @@ Outcome round_some() {
   const int64_t threads = between(1, 4);
   run_twice(y.array, [&] { run(prepared, threads, functions); });
   if (finite && y.count()) check_rounded(x.array, y.array, r);
+  return y.count() ? kComputed : kEmpty;
+}
+
+Outcome look_some_up() {
+  std::vector<int64_t> sizes(between(0, 3));
+  for (int64_t& size : sizes) size = between(0, 6);
+  sizes.push_back(between(0, 20));
+  const int64_t columns = sizes.back();
+  const Type type = any_type();
+  Held x(type, sizes);
+  Listed<int32_t> places;
+  places.numbers.resize(columns ? between(0, 30) : 0);
+  for (int32_t& place : places.numbers) place = between(0, columns - 1);
+  sizes.back() = places.numbers.size();
+  Held y(type, sizes);
+  for (int64_t i = between(0, 3); i > 0; --i) {
+    switch (between(0, 4)) {
+      case 0: x.spoil(); break;
+      case 1: y.spoil(); break;
+      case 2: x.spoil(), y.sizes = x.sizes, y.sizes.back() = places.numbers.size(); break;
+      case 3: places.numbers.resize(between(0, 30), static_cast<int32_t>(wild(columns))); break;
+      default: (one_in(2) ? x : y).array.type = any_type();
+    }
+    if (y.count() > kMostNumbers) y.sizes[0] = 0;
+  }
+  const List<int32_t> list = places.made();
+  Lookup prepared;
+  x.made(), y.made();
+  if (prepare(x.array, list, y.array, &prepared)) return kRefused;
+  const Functions& functions = any_target(kAll);
+  const int64_t threads = between(1, 4);
+  run_twice(y.array, [&] { run(prepared, threads, functions); });
+  for (int64_t i = 0; i < y.count(); ++i) {
+    const int64_t row = i / list.count, place = list.data[i % list.count];
+    same(value(y.array, i), value(x.array, row * x.sizes.back() + place), "lookup");
+  }
   return y.count() ? kComputed : kEmpty;
 }
 
@@ -637,10 +674,10 @@ int main(int argc, char** argv) {
     const char* name;
     Outcome (*one)();
     long long checked, accepted, computed;
-  } kinds[] = {
-      {"convolution", convolve, 0, 0, 0}, {"depthwise", convolve_each, 0, 0, 0}, {"pooling", pool, 0, 0, 0},
-      {"rounding", round_some, 0, 0, 0},  {"normalization", normalize, 0, 0, 0}, {"attention", attend, 0, 0, 0},
-      {"sequence", in_sequence, 0, 0, 0}};
+  } kinds[] = {{"convolution", convolve, 0, 0, 0}, {"depthwise", convolve_each, 0, 0, 0},
+               {"pooling", pool, 0, 0, 0},         {"rounding", round_some, 0, 0, 0},
+               {"lookup", look_some_up, 0, 0, 0},  {"normalization", normalize, 0, 0, 0},
+               {"attention", attend, 0, 0, 0},     {"sequence", in_sequence, 0, 0, 0}};
   const long long calls = argc > 1 ? std::atoll(argv[1]) : 0, first = argc > 2 ? std::atoll(argv[2]) : 0;
   for (number = first; number < first + calls; ++number) {
     if (number % 1024 == 0) alarm(100);

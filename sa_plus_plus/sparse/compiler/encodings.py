@@ -10,7 +10,7 @@ from sa_plus_plus.sparse.compiler.ir import Layer, Step, Value, Variable, users_
 from sa_plus_plus.sparse.compiler.planned import PackedKernel, PlannedStep
 from sa_plus_plus.sparse.compiler.quantization import BFLOAT16, UINT8, Encoding, quantized
 
-_ANY_TYPE = ("reshape", "squeeze", "transpose", "slice", "reduce_window_max", "max_pool")
+_ANY_TYPE = ("reshape", "squeeze", "transpose", "slice", "reduce_window_max", "max_pool", "look_up")
 
 
 def keeps_type(step: Step) -> bool:

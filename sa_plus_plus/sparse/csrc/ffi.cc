@@ -101,6 +101,13 @@ ffi::Error round_images(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi:
   return outcome("round_images", compute(from, to, rounding, threads_of(pool)));
 }
 
+ffi::Error look_up(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR1<ffi::S32> places,
+                   ffi::Result<ffi::AnyBuffer> y) {
+  Array from{}, to{};
+  if (!describe(x, &from) || !describe(*y, &to)) return refused("lookup", kUnknown);
+  return outcome("lookup", compute(from, list(places), to, threads_of(pool)));
+}
+
 ffi::Error layer_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR1<ffi::F32> scale,
                       ffi::BufferR1<ffi::F32> shift, ffi::Result<ffi::AnyBuffer> y,
                       const NormalizationOptions& options) {
@@ -164,6 +171,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sa_plus_plus_round_images, sa_plus_plus::round_ima
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attrs<sa_plus_plus::Rounding>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    sa_plus_plus_look_up, sa_plus_plus::look_up,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::BufferR1<ffi::S32>>().Ret<ffi::AnyBuffer>());
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(sa_plus_plus::NormalizationOptions, ffi::StructMember<int64_t>("centred"),
                                       ffi::StructMember<float>("epsilon"), ffi::StructMember<float>("factor"),

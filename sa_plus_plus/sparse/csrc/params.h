@@ -125,6 +125,15 @@ struct Runs {
   float scale, zero_point;
 };
 
+// Rows with their numbers in another order: y[i, k] = x[i, places[k]].
+struct Lookup {
+  Type type;
+  const void* x;
+  const int32_t* places;  // (y_columns), each below `columns`
+  void* y;
+  int64_t rows, columns, y_columns;
+};
+
 // Layer normalisation of each of `rows` rows, with the mean and the variance of the row; the mean counts as 0 unless
 // they are `centred`:
 //

@@ -1,5 +1,5 @@
-// The parts into which products, depthwise convolutions, attention, normalisation, pooling and rounding are cut for
-// threads.
+// The parts into which products, depthwise convolutions, attention, normalisation, pooling, rounding and lookups are
+// cut for threads.
 #include "run.h"
 
 #include <algorithm>
@@ -188,19 +188,32 @@ void run(const Images& images, int64_t threads, const Functions& functions) {
   parallel(images.lines, threads, task, &work);
 }
 
-void run(const Normalization& normalization, int64_t threads, const Functions& functions) {
+namespace {
+
+// `kernel(first, last)` for all rows, in parts of as many numbers as are worth a thread.
+template <class Kernel>
+void run_rows(const Kernel& kernel, int64_t rows, int64_t columns, int64_t threads) {
   struct Work {
-    const Normalization& n;
-    const int64_t parts;
-    const Functions& functions;
-  };
-  const Normalization& n = normalization;
-  const Work all{n, std::clamp<int64_t>(n.rows * n.columns / kFewNumbers, 1, 4 * threads), functions};
+    const Kernel& kernel;
+    const int64_t rows, parts;
+  } const work{kernel, rows, std::clamp<int64_t>(rows * columns / kFewNumbers, 1, 4 * threads)};
   auto task = [](const void* context, int64_t i) {
     const Work& w = *static_cast<const Work*>(context);
-    w.functions.normalization(w.n, i * w.n.rows / w.parts, (i + 1) * w.n.rows / w.parts);
+    w.kernel(i * w.rows / w.parts, (i + 1) * w.rows / w.parts);
   };
-  parallel(all.parts, threads, task, &all);
+  parallel(work.parts, threads, task, &work);
+}
+
+}  // namespace
+
+void run(const Lookup& lookup, int64_t threads, const Functions& functions) {
+  auto kernel = [&](int64_t first, int64_t last) { functions.look_up(lookup, first, last); };
+  run_rows(kernel, lookup.rows, lookup.y_columns, threads);
+}
+
+void run(const Normalization& normalization, int64_t threads, const Functions& functions) {
+  auto kernel = [&](int64_t first, int64_t last) { functions.normalization(normalization, first, last); };
+  run_rows(kernel, normalization.rows, normalization.columns, threads);
 }
 
 bool run(const Attention& a, int64_t threads, const Functions& functions) {
@@ -268,6 +281,10 @@ const char* compute(const Array& x, const Array& y, const Windows& windows, bool
 
 const char* compute(const Array& x, const Array& y, const Rounding& rounding, int64_t threads) {
   return compute_as<Images>(threads, x, y, rounding);
+}
+
+const char* compute(const Array& x, List<int32_t> places, const Array& y, int64_t threads) {
+  return compute_as<Lookup>(threads, x, places, y);
 }
 
 const char* compute(const NormalizationArrays& arrays, const NormalizationOptions& options, int64_t threads) {

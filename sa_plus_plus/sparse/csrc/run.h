@@ -14,6 +14,7 @@ const char* compute(const ConvolutionArrays& arrays, const ConvolutionOptions& o
 const char* compute(const DepthwiseArrays& arrays, const DepthwiseOptions& options, int64_t threads);
 const char* compute(const Array& x, const Array& y, const Windows& windows, bool sums, int64_t threads);
 const char* compute(const Array& x, const Array& y, const Rounding& rounding, int64_t threads);
+const char* compute(const Array& x, List<int32_t> places, const Array& y, int64_t threads);
 const char* compute(const NormalizationArrays& arrays, const NormalizationOptions& options, int64_t threads);
 const char* compute(const AttentionArrays& arrays, List<int64_t> sizes, List<int64_t> strides, float scale,
                     int64_t threads);
@@ -23,6 +24,7 @@ void run(const Convolution& convolution, int64_t threads, const Functions& funct
 void run(const Depthwise& depthwise, int64_t threads, const Functions& functions);
 void run(const Pooling& pooling, int64_t threads, const Functions& functions);
 void run(const Images& images, int64_t threads, const Functions& functions);
+void run(const Lookup& lookup, int64_t threads, const Functions& functions);
 void run(const Normalization& normalization, int64_t threads, const Functions& functions);
 bool run(const Attention& attention, int64_t threads,
          const Functions& functions);  // false: no memory for keys and values

@@ -16,7 +16,8 @@ constexpr const char* kNames[] = {"product",
                                   "normalization",
                                   "max pooling",
                                   "sum pooling",
-                                  "rounding"};
+                                  "rounding",
+                                  "lookup"};
 static_assert(sizeof kNames / sizeof *kNames == static_cast<size_t>(Step::kCount));
 
 // Takes a program apart. What it cannot read is zero or empty, and `wrong` says why.
@@ -169,6 +170,13 @@ const char* rounding(Reader& r, int64_t threads) {
   return r.wrong ? r.wrong : compute(x, y, o, threads);
 }
 
+const char* look_up(Reader& r, int64_t threads) {
+  const Array x = r.operand();
+  const List<int32_t> places = r.positions();
+  const Array y = r.result();
+  return r.wrong ? r.wrong : compute(x, places, y, threads);
+}
+
 const char* step(Reader& r, int64_t kind, int64_t threads) {
   switch (static_cast<Step>(kind)) {
     case Step::kConvolution: return convolution(r, false, threads);
@@ -179,6 +187,7 @@ const char* step(Reader& r, int64_t kind, int64_t threads) {
     case Step::kMaxPooling: return pooling(r, false, threads);
     case Step::kSumPooling: return pooling(r, true, threads);
     case Step::kRounding: return rounding(r, threads);
+    case Step::kLookup: return look_up(r, threads);
     default: return "there is no such step";
   }
 }

@@ -34,6 +34,7 @@ enum class Step {
   kMaxPooling,
   kSumPooling,
   kRounding,
+  kLookup,
   kCount
 };
 

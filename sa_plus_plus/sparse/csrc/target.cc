@@ -5,6 +5,7 @@
 
 #include "attention.inc"
 #include "depthwise.inc"
+#include "lookup.inc"
 #include "normalization.inc"
 #include "pooling.inc"
 #if defined(__AMX_TILE__)
@@ -18,8 +19,8 @@ namespace {
 
 template <int types>
 constexpr Functions compiled() {
-  if constexpr (types == kAll) return {gemm, depthwise, pooling, rounding, normalization, attention};
-  else return {gemm, nullptr, nullptr, nullptr, nullptr, nullptr};
+  if constexpr (types == kAll) return {gemm, depthwise, pooling, rounding, look_up, normalization, attention};
+  else return {gemm};
 }
 
 }  // namespace

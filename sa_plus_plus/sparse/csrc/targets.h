@@ -8,13 +8,14 @@
 namespace sa_plus_plus {
 
 // A part of a product; the columns from `first` to `last` of a line of a depthwise convolution, and a line of pooling,
-// lines being counted through all images; the rows from `first` to `last` of a normalisation; the queries from `first` to `last` of a head. The scratch memory of
-// attention, best aligned to cache lines, is kept between calls: it is `packed` if the call before was for the same
-// head.
+// lines being counted through all images; the rows from `first` to `last` of a lookup or a normalisation; the queries
+// from `first` to `last` of a head. The scratch memory of attention, best aligned to cache lines, is kept between calls:
+// it is `packed` if the call before was for the same head.
 using GemmFunction = void (*)(const Product&, const Part&);
 using DepthwiseFunction = void (*)(const Depthwise&, int64_t line, int64_t first, int64_t last);
 using PoolingFunction = void (*)(const Pooling&, int64_t line);
 using RoundingFunction = void (*)(const Runs&);
+using LookupFunction = void (*)(const Lookup&, int64_t first, int64_t last);
 using NormalizationFunction = void (*)(const Normalization&, int64_t first, int64_t last);
 using AttentionFunction = void (*)(const Attention&, int64_t head, int64_t first, int64_t last, float* scratch,
                                    bool packed);
@@ -24,6 +25,7 @@ struct Functions {
   DepthwiseFunction depthwise;  // these are null in a target that has products alone
   PoolingFunction pooling;
   RoundingFunction rounding;
+  LookupFunction look_up;
   NormalizationFunction normalization;
   AttentionFunction attention;
 };

@@ -187,6 +187,18 @@ const char* prepare(const Array& x, const Array& y, const Rounding& o, Images* i
   return nullptr;
 }
 
+const char* prepare(const Array& x, List<int32_t> places, const Array& y, Lookup* lookup) {
+  const bool alike = x.rank >= 1 && x.rank == y.rank && x.type == y.type;
+  if (!alike || !std::equal(x.sizes, x.sizes + x.rank - 1, y.sizes)) return "x and y have incompatible shapes or types";
+  const int64_t columns = x.sizes[x.rank - 1], y_columns = y.sizes[y.rank - 1];
+  if (places.count != y_columns) return "places need one number for each column of y";
+  for (int64_t k = 0; k < places.count; ++k) {
+    if (places.data[k] < 0 || places.data[k] >= columns) return "a place is not a column of x";
+  }
+  *lookup = {x.type, x.data, places.data, y.data, y_columns ? y.count() / y_columns : 0, columns, y_columns};
+  return nullptr;
+}
+
 const char* prepare(const NormalizationArrays& arrays, const NormalizationOptions& o, Normalization* normalization) {
   const Array &x = arrays.x, &y = arrays.y;
   if (x.rank < 1 || x.rank != y.rank || !std::equal(x.sizes, x.sizes + x.rank, y.sizes)) {

@@ -89,6 +89,8 @@ struct Images {
 
 const char* prepare(const Array& x, const Array& y, const Rounding& rounding, Images* images);
 
+const char* prepare(const Array& x, List<int32_t> places, const Array& y, Lookup* lookup);
+
 struct DepthwiseOptions {
   int64_t stride_down, stride_across, dilation_down, dilation_across, top, left;
   int64_t activation;

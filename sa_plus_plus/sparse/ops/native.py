@@ -19,7 +19,7 @@ from sa_plus_plus.sparse.ops.activation import Activation
 from sa_plus_plus.sparse.ops.inference import inference
 
 # In the order in which the compiled kernel numbers them in a sequence.
-CONV, NARROW_CONV, DEPTHWISE, ATTENTION, LAYER_NORM, MAX_POOL, SUM_POOL, ROUND = KINDS = (
+CONV, NARROW_CONV, DEPTHWISE, ATTENTION, LAYER_NORM, MAX_POOL, SUM_POOL, ROUND, LOOK_UP = KINDS = (
     "sa_plus_plus_block_sparse_conv",
     "sa_plus_plus_narrow_block_sparse_conv",
     "sa_plus_plus_depthwise_conv",
@@ -28,6 +28,7 @@ CONV, NARROW_CONV, DEPTHWISE, ATTENTION, LAYER_NORM, MAX_POOL, SUM_POOL, ROUND =
     "sa_plus_plus_max_pool",
     "sa_plus_plus_sum_pool",
     "sa_plus_plus_round_images",
+    "sa_plus_plus_look_up",
 )
 SEQUENCE = "sa_plus_plus_sequence"
 CALL_TARGETS = (*KINDS, SEQUENCE)
@@ -453,6 +454,17 @@ def round_images(
     scale, shift = map(np.float32, (1 / factor, zero) if dtype == np.uint8 else (1, 0))
     options = _in_64_bits({"top": border[0][0], "left": border[1][0]}) | {"scale": scale, "zero": shift}
     return _called(ROUND, out, (x,), options)
+
+
+def look_up(x: jax.Array, places: jax.Array) -> jax.Array:
+    """`y[..., k] = x[..., places[k]]`.
+
+    Args:
+      x: `(..., columns)`, float32, bfloat16 or uint8.
+      places: `(k,)` int32, each from 0 to `columns - 1`.
+    """
+    out = jax.ShapeDtypeStruct((*x.shape[:-1], places.size), x.dtype)
+    return _varying(_called(LOOK_UP, out, (x, places), {}), x, places)
 
 
 def sequence(

@@ -64,6 +64,39 @@ def test_kernels_on_the_left_are_folded_and_not_transposed():
     assert names(fast) == ["transpose", "transpose"]
 
 
+PLACES = np.array([5, 0, 15, 3, 3, 8, 9, 1])
+LOOKUPS = {  # what is looked up, and whether that is in the compiled kernel
+    "columns": (lambda x: x[..., PLACES], True),
+    "counted from the end": (lambda x: x[..., PLACES - 16], True),
+    "of one axis": (lambda x: jax.vmap(lambda row: row[PLACES])(x[:, 0])[:, None], True),
+    "no mode": (lambda x: x.at[..., PLACES].get(mode="promise_in_bounds"), True),
+    "beyond the end": (lambda x: x.at[..., PLACES + 9].get(mode="fill", fill_value=0), False),
+    "rows": (lambda x: x[:, PLACES % 4, :8], False),
+    "pairs": (lambda x: x[:, PLACES % 4, PLACES][..., None, :], False),
+}
+
+
+@pytest.mark.parametrize("name", list(LOOKUPS))
+def test_lookups_of_columns_in_a_constant_order(name):
+    look_up, compiled = LOOKUPS[name]
+    w = normal(8, 16)
+    fast = check(lambda x: look_up(x) @ w, normal(6, 4, 16), [(8, 16)])
+    assert ("look_up" in names(fast), "gather" in names(fast)) == (compiled, not compiled)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_lookups_before_and_between_layers_of_low_precision(precision):
+    first, second, x = normal(8, 16), normal(8, 16), normal(20, 16)
+
+    def network(x):
+        return jax.nn.relu(x[:, PLACES] @ first)[:, PLACES] @ second
+
+    fast = sapp.specialize(network, x, mode="always", precision=precision, calibration=[x])
+    assert names(fast).count("look_up") == 2
+    want = network(x)
+    np.testing.assert_allclose(fast(x), want, atol=0.03 * np.abs(want).max())
+
+
 def test_experts_are_layers_each():
     first, second = normal(2, 2, 16, 12), normal(2, 2, 12, 16)
 

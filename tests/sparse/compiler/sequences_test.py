@@ -202,6 +202,7 @@ ATTRIBUTES = {  # in the order in which `csrc/sequence.cc` reads them
     native.MAX_POOL: "left stride_across stride_down top window_columns window_rows",
     native.SUM_POOL: "left stride_across stride_down top window_columns window_rows",
     native.ROUND: "left scale top zero",
+    native.LOOK_UP: "",
 }
 
 
@@ -221,6 +222,7 @@ def test_the_order_of_attributes():
         native.MAX_POOL: lambda image: native.max_pool(image, (2, 2), (2, 2), ((0, 0), (0, 0))),
         native.SUM_POOL: lambda image: native.sum_pool(image, (2, 2), (2, 2), ((0, 0), (0, 0))),
         native.ROUND: lambda image: native.round_images(image, jnp.float32),
+        native.LOOK_UP: lambda image: native.look_up(image, jnp.arange(4)[::-1]),
     }
     assert set(run) == set(native.KINDS) - {native.NARROW_CONV}
     for kind, call in run.items():

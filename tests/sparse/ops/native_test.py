@@ -161,6 +161,34 @@ def test_rounding_of_images():
     np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(np.float32))
 
 
+@pytest.mark.parametrize("columns", [1, 5, 6, 11, 24, 37])  # of which some, none and all fill vectors
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.uint8])
+def test_rounding_of_three_colours_to_four_channels(dtype, columns):
+    x = np.random.default_rng(columns).normal(0, 60, (2, 3, columns, 3)).astype(np.float32)
+    border = ((0, 1), (2, 1))
+    got = native.round_images(x, dtype, factor=0.5, zero=100, border=border, channels=4)
+    coded = np.clip(np.rint(x / 0.5) + 100, 0, 255) if dtype == np.uint8 else x.astype(dtype).astype(np.float32)
+    zero = 100 if dtype == np.uint8 else 0
+    want = np.pad(coded, ((0, 0), *border, (0, 1)), constant_values=zero)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), want)
+
+
+@hypothesis.given(st.data())
+def test_lookups(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    *rows, columns, count = data.draw(st.lists(st.integers(1, 20), min_size=2, max_size=4))
+    dtype = data.draw(st.sampled_from([np.float32, jnp.bfloat16, np.uint8]))
+    x, places = rng.integers(0, 256, (*rows, columns)).astype(dtype), rng.integers(0, columns, count, np.int32)
+    got = native.look_up(jnp.asarray(x), jnp.asarray(places))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), x[..., places].astype(np.float32))
+
+
+@pytest.mark.parametrize("place", [-1, 4, 2**31 - 1, -(2**31)])
+def test_a_place_that_is_no_column_is_refused(place):
+    with pytest.raises((ValueError, RuntimeError), match="a place is not a column of x"):
+        native.look_up(jnp.ones((2, 4)), jnp.array([0, place], jnp.int32)).block_until_ready()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.uint8])
 def test_a_result_that_is_border_alone_is_written(dtype):
     """Where there are no rows or no columns to compute, all of it is padding."""

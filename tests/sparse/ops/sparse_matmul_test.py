@@ -327,7 +327,8 @@ def fuzzed(programs, directory, machine, supported, each=10_000, emulator=()):
     run = subprocess.run([*emulator, calls, str(7 * each)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     counts = json.loads(run.stdout)
-    assert set(counts) == {"convolution", "depthwise", "pooling", "rounding", "normalization", "attention", "sequence"}
+    kinds = "convolution", "depthwise", "pooling", "rounding", "lookup", "normalization", "attention", "sequence"
+    assert set(counts) == {*kinds}
     for kind in counts.values():
         assert kind["checked"] == each > kind["accepted"] >= kind["computed"] > each // 10
 
