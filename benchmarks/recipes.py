@@ -7,7 +7,8 @@ A cell is a data set, a block size and a sparsity. On the cells of `CHOOSING` ev
 examples taken from the training set. The best variant of each family, by the mean position between a random mask (0)
 and the dense network (1), is then trained on the cells of `CONFIRMING` with other seeds and measured on the test set,
 beside the controls. All runs on a data set have the same number of steps. Each run has a directory in `--directory`,
-which is locked while it is trained: when a process dies, another takes over its run.
+which is locked while it is trained: when a process dies, another takes over its run. Runs that are in the results
+already, with the same options, are not trained again.
 """
 
 import functools
@@ -25,8 +26,10 @@ from matplotlib import pyplot as plt
 
 from benchmarks import timing
 from benchmarks.tables import filled, markdown
-from configs import fashion_mnist, planted
+from configs import bytes_gpt, fashion_mnist, planted
+from configs.reproduce import bytes as bytes_sweep
 from experiments import cli, data, tasks
+from experiments.data.from_text import Windows
 from experiments.data.sources import Arrays, in_memory
 from experiments.outputs import progress, report, workdir
 from experiments.training import loop, program
@@ -35,7 +38,8 @@ from experiments.utils import files
 
 _LOCAL = flags.DEFINE_string("local", "", "Directory with Fashion-MNIST's four files; empty for TensorFlow Datasets.")
 _DIRECTORY = flags.DEFINE_string("directory", "runs/recipes", "Where the results of the cells go.")
-_DATA = flags.DEFINE_list("data", ["fashion_mnist", "planted"], "Data sets.")
+_DATA = flags.DEFINE_list("data", ["fashion_mnist", "planted", "bytes"], "Data sets.")
+_ONLY = flags.DEFINE_list("only", [], "Train only runs whose directory has one of these in its name.")
 _STEPS = flags.DEFINE_integer("fashion_steps", 4000, "Steps on Fashion-MNIST.")
 _PLANTED_STEPS = flags.DEFINE_integer("planted_steps", 800, "Steps on planted features.")
 _REPORT = flags.DEFINE_bool("report", False, "Make the table and the picture instead of training.")
@@ -62,16 +66,22 @@ CHOOSING = (
     Cell("fashion_mnist", 16, 0.95),
     Cell("planted", 10, 0.95),
     Cell("planted", 20, 0.98),
+    Cell("bytes", 16, 0.9),
+    Cell("bytes", 32, 0.8),
 )
 CONFIRMING = (
     Cell("fashion_mnist", 8, 0.95),
     Cell("fashion_mnist", 16, 0.97),
     Cell("planted", 10, 0.98),
     Cell("planted", 20, 0.95),
+    Cell("bytes", 16, 0.8),
+    Cell("bytes", 32, 0.9),
 )
 SEEDS = {"choose": range(3), "confirm": range(10, 15)}
-METRIC = {"fashion_mnist": "test_accuracy", "planted": "test_auc"}
-HELD_OUT = {"fashion_mnist": 10_000, "planted": 100_000}  # training examples to choose on
+CONFIGS = {"fashion_mnist": fashion_mnist, "planted": planted, "bytes": bytes_gpt}
+METRIC = {"fashion_mnist": "test_accuracy", "planted": "test_auc", "bytes": "test_bits_per_byte"}
+PERCENT = ("fashion_mnist", "planted")  # of the metric; bits per byte, which are better lower, are shown as they are
+HELD_OUT = {"fashion_mnist": 10_000, "planted": 100_000, "bytes": 2_000}  # training examples to choose on
 
 
 def _rise(dense: int, sparse: int) -> Changes:
@@ -82,12 +92,14 @@ def _rise(dense: int, sparse: int) -> Changes:
 
 
 SCHEDULES: dict[str, Changes] = {"paper": {}} | {
-    f"rise {d}-{s}": _rise(d, s) for d, s in ((10, 15), (10, 40), (10, 60), (0, 50))
+    f"rise {d}-{s}": _rise(d, s) for d, s in ((10, 15), (10, 40), (10, 60), (0, 25), (0, 50))
 }
 RATES = {  # multiples of the weights' learning rate that the logits have, by score and schedule
     ("attention", "paper"): (1.0, 10.0),
     ("attention", "rise 10-40"): (1.0, 3.0, 10.0),
     ("effective", "paper"): (1.0,),
+    ("effective", "rise 10-15"): (1.0,),
+    ("effective", "rise 0-25"): (1.0,),
     ("effective", "rise 10-40"): (1.0, 3.0, 10.0),
     ("effective", "rise 10-60"): (1.0,),
     ("effective", "rise 0-50"): (1.0,),
@@ -144,9 +156,12 @@ def jobs(stage: str, found: Mapping[str, str] | None = None) -> list[Job]:
 
 
 def config_of(job: Job) -> ml_collections.ConfigDict:
-    config = (fashion_mnist if job.cell.data == "fashion_mnist" else planted).get_config()
-    config.data.local = _LOCAL.value if job.cell.data == "fashion_mnist" else ""
-    config.steps = _STEPS.value if job.cell.data == "fashion_mnist" else _PLANTED_STEPS.value
+    config = CONFIGS[job.cell.data].get_config()
+    if job.cell.data == "bytes":
+        config.update_from_flattened_dict(bytes_sweep.get_config().changes)
+    else:
+        config.data.local = _LOCAL.value if job.cell.data == "fashion_mnist" else ""
+        config.steps = _STEPS.value if job.cell.data == "fashion_mnist" else _PLANTED_STEPS.value
     config.log_every = config.eval_every = config.steps
     config.sparsifier.update({"block": (job.cell.block, job.cell.block), "sparsity": job.cell.sparsity})
     config.sparsifier.update_from_flattened_dict(job.changes)
@@ -158,9 +173,12 @@ def dataset(name: str, stage: str) -> data.Dataset:
     """The data set, or, for choosing, with the last of its training examples as the test set."""
     if stage == "choose":
         whole = dataset(name, "confirm")
+        if isinstance(whole.train, Windows):
+            train, test = whole.train.split(len(whole.train) - HELD_OUT[name])
+            return whole._replace(train=train, test=test)
         arrays, cut = in_memory(whole.train).arrays, len(whole.train) - HELD_OUT[name]
-        train, test = ({k: a[part] for k, a in arrays.items()} for part in (slice(cut), slice(cut, None)))
-        return whole._replace(train=Arrays(train), test=Arrays(test))
+        first, last = (Arrays({k: a[part] for k, a in arrays.items()}) for part in (slice(cut), slice(cut, None)))
+        return whole._replace(train=first, test=last)
     cell = next(cell for cell in CHOOSING if cell.data == name)
     return tasks.dataset_of(config_of(Job(stage, cell, "dense", CONTROLS["dense"])).data)
 
@@ -184,15 +202,36 @@ def done(job: Job) -> dict[str, Any] | None:
     return workdir.once(job.file.parent, lambda: measure(job))
 
 
+@functools.cache
+def earlier() -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The rows of the results that are there, by what tells a job from others."""
+    file = timing.RESULTS / f"{_NAME.value}.json"
+    found = json.loads(file.read_text()) if file.exists() else {"choosing": [], "confirming": []}
+    return {
+        (row["stage"], Cell(row["data"], row["block"], row["sparsity"]), row["variant"]): row
+        for row in (*found["choosing"], *found["confirming"])
+    }
+
+
+def result(job: Job) -> dict[str, Any] | None:
+    """The result of a job: of its run, or an earlier one with the same options."""
+    if job.file.exists():
+        return dict(json.loads(job.file.read_text()))
+    row = earlier().get(job[:3], {})
+    return row if row.get("changes") == json.loads(json.dumps(job.changes)) else None
+
+
 def results(stage: list[Job]) -> list[dict[str, Any]]:
     """The results so far."""
-    return [json.loads(job.file.read_text()) for job in stage if job.file.exists()]
+    return list(filter(None, map(result, stage)))
 
 
 def work(stage: list[Job]) -> Iterator[dict[str, Any]]:
-    """Do the jobs that no other process does, until all are done."""
-    while not all(job.file.exists() for job in stage):
-        yield from filter(None, map(done, stage))
+    """Do the jobs that are wanted and that no other process does, until all are done."""
+    names = _ONLY.value
+    mine = [job for job in stage if not names or any(name in job.file.parent.name for name in names)]
+    while missing := [job for job in mine if result(job) is None]:
+        yield from filter(None, map(done, missing))
         time.sleep(1)
 
 
@@ -208,34 +247,45 @@ def shares(rows: list[dict[str, Any]]) -> dict[str, dict[Cell, float]]:
 
 
 def chosen(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The best variant of each family, by the mean of `shares`."""
-    means = {variant: np.mean(list(own.values())) for variant, own in shares(rows).items() if own}
+    """The best variant of each family, by its mean share."""
+    means = mean_shares(rows)
     return {family: max((v for v in own if v in means), key=lambda v: means[v]) for family, own in variants().items()}
 
 
-def table(rows: list[dict[str, Any]], against: str) -> list[dict[str, str]]:
-    """Mean and standard error in percent: one line per variant, best first, one column per cell. In brackets, the mean
-    and standard error of the difference from `against`, paired by seed."""
-    base = {(r["data"], r["block"], r["sparsity"]): np.array(r["values"]) for r in rows if r["variant"] == against}
-    lines: dict[str, dict[str, str]] = {}
-    for row in rows:
-        cell, values = (row["data"], row["block"], row["sparsity"]), 100 * np.array(row["values"])
-        text = _mean_error(values)
-        if cell in base and row["variant"] != against:
-            text += f" ({_mean_error(values - 100 * base[cell], sign='+')})"
-        lines.setdefault(row["variant"], {"variant": row["variant"]})[str(Cell(*cell))] = text
+def mean_shares(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """By variant, the mean of `shares` over all cells, of those that were trained on as many as any."""
     found = {variant: list(own.values()) for variant, own in shares(rows).items()}
     complete = max(map(len, found.values()))
-    share = {v: float(np.mean(values)) for v, values in found.items() if values and len(values) == complete}
+    return {v: float(np.mean(values)) for v, values in found.items() if values and len(values) == complete}
+
+
+def table(rows: list[dict[str, Any]], against: str) -> list[dict[str, str]]:
+    """Mean and standard error: one line per variant, best first, one column per cell. In brackets, the mean and
+    standard error of the difference from `against`, paired by seed."""
+    base = {(r["data"], r["block"], r["sparsity"]): _shown(r) for r in rows if r["variant"] == against}
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell, values = (row["data"], row["block"], row["sparsity"]), _shown(row)
+        digits = 2 if row["data"] in PERCENT else 3
+        text = _mean_error(values, digits)
+        if cell in base and row["variant"] != against:
+            text += f" ({_mean_error(values - base[cell], digits, sign='+')})"
+        lines.setdefault(row["variant"], {"variant": row["variant"]})[str(Cell(*cell))] = text
+    share = mean_shares(rows)
     cells = dict.fromkeys(str(Cell(row["data"], row["block"], row["sparsity"])) for row in rows)
     order = sorted(lines, key=lambda variant: -share.get(variant, -math.inf))
     blank = dict.fromkeys(("variant", *cells), "-")
     return [{**blank, **lines[v], "share": f"{share[v]:.3f}" if v in share else "-"} for v in order]
 
 
-def _mean_error(values: np.ndarray, sign: str = "") -> str:
+def _shown(row: Mapping[str, Any]) -> np.ndarray:
+    """The metric of each seed, in percent if it is a share."""
+    return np.array(row["values"]) * (100 if row["data"] in PERCENT else 1)
+
+
+def _mean_error(values: np.ndarray, digits: int, sign: str = "") -> str:
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return f"{np.mean(values):{sign}.2f} ± {error:.2f}"
+    return f"{np.mean(values):{sign}.{digits}f} ± {error:.{digits}f}"
 
 
 def plot(rows: list[dict[str, Any]]) -> Any:
@@ -245,7 +295,7 @@ def plot(rows: list[dict[str, Any]]) -> Any:
     fig, axes = plt.subplots(1, len(cells), figsize=(3.4 * len(cells), 3.6), layout="constrained", squeeze=False)
     for cell, axis in zip(cells, axes[0], strict=True):
         for row in (r for r in rows if (r["data"], r["block"], r["sparsity"]) == cell):
-            values = 100 * np.array(row["values"])
+            values = _shown(row)
             if row["variant"] == "dense":
                 axis.axvline(values.mean(), color="black", ls=":", lw=0.8)
                 continue
@@ -254,8 +304,13 @@ def plot(rows: list[dict[str, Any]]) -> Any:
             axis.plot(values.mean(), y, "|", ms=14, color=f"C{y}")
         axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [""] * len(names))
         axis.invert_yaxis()
-        axis.set(title=str(Cell(*cell)).replace("_", " "), xlabel=f"{METRIC[cell[0]].removeprefix('test_')}, %")
+        axis.set(title=str(Cell(*cell)).replace("_", " "), xlabel=_label(cell[0]))
     return fig
+
+
+def _label(data_set: str) -> str:
+    name = METRIC[data_set].removeprefix("test_").replace("_", " ")
+    return f"{name}, %" if data_set in PERCENT else name
 
 
 def summarise(choosing: list[dict[str, Any]], confirming: list[dict[str, Any]]) -> None:

@@ -95,7 +95,7 @@ class Contender(NamedTuple):
     """A network that is trained.
 
     Attributes:
-      group: `compared`, `picture`, `repeated` by other seeds, or `longer`; all of a group have the same number of steps.
+      group: `compared`, `picture`, `repeated` by other seeds, or `longer`; all of a group have equally many steps.
       family: what has one line in the picture.
       label: what distinguishes it in its family.
       changes: to `configs/minilm.py`, flat.

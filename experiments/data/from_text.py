@@ -49,6 +49,12 @@ class Windows:
         length = np.minimum(last - starts, context).astype(np.int32)
         return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "length": length}
 
+    def split(self, windows: int) -> tuple["Windows", "Windows"]:
+        """The first so many windows' text, and the rest, whose windows stay where they are."""
+        at = windows * self._context
+        parts = self._text[1 : at + 1].tobytes(), self._text[at + 1 :].tobytes()
+        return Windows(parts[0], self._context, bool(self.draws)), Windows(parts[1], self._context)
+
 
 def text_files(path: str, context: int, held_out: float) -> Dataset:
     """Windows of a text file, whose end is held out, or of the text files below a folder, some of which are held out.

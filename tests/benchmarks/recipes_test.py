@@ -8,6 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from benchmarks import recipes, tables
+from experiments.data.from_text import Windows
 from experiments.data.sources import Arrays, Dataset
 from experiments.outputs import workdir
 
@@ -23,11 +24,14 @@ def rows(stage, values):
 
 
 @pytest.fixture(autouse=True)
-def directory(tmp_path):
+def directory(tmp_path, monkeypatch):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(recipes.timing, "RESULTS", tmp_path)  # without earlier results
+    recipes.earlier.cache_clear()
     with flagsaver.flagsaver(directory=str(tmp_path), data=["fashion_mnist", "planted"]):
         yield tmp_path
+    recipes.earlier.cache_clear()
 
 
 def test_the_best_of_each_family_by_its_mean_share_is_chosen():
@@ -87,7 +91,29 @@ def test_examples_to_choose_on_are_not_trained_on(monkeypatch):
     np.testing.assert_array_equal(choosing.train.arrays["n"], numbers[:10_000])
     np.testing.assert_array_equal(choosing.test.arrays["n"], numbers[10_000:])
     assert recipes.dataset("planted", "confirm") is whole
+    text = (numbers[:100_000] % 251).astype(np.uint8).tobytes()
+    whole = Dataset(Windows(text, 40, varied=True), Windows(b"test" * 10, 40), classes=256)
+    choosing = recipes.dataset("bytes", "choose")
+    cut = 40 * recipes.HELD_OUT["bytes"]
+    assert (len(choosing.train), len(choosing.test)) == (500, 2000)
+    rows = np.arange(2000)
+    targets = [
+        part.gather(rows[: len(part)])["targets"].reshape(-1).tolist() for part in (choosing.train, choosing.test)
+    ]
+    assert targets == [list(text[:-cut]), list(text[-cut:])]
+    assert choosing.train.draws and not choosing.test.draws
     recipes.dataset.cache_clear()
+
+
+def test_runs_in_the_results_are_not_trained_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(recipes, "measure", lambda job: {"variant": job.variant})
+    first, second, third = recipes.jobs("choose")[:3]
+    kept = {"stage": "choose", **first.cell._asdict(), "variant": first.variant, "changes": dict(first.changes)}
+    other = kept | {"variant": second.variant, "changes": {"name": "other options"}}
+    (tmp_path / "recipes.json").write_text(json.dumps({"choosing": [kept, other], "confirming": []}))
+    with flagsaver.flagsaver(only=[second.file.parent.name, first.file.parent.name]):
+        assert list(recipes.work([first, second, third])) == [{"variant": second.variant}]
+    assert recipes.results([first, second, third]) == [kept, {"variant": second.variant}]
 
 
 def test_tables_are_put_between_their_marks():
