@@ -1,16 +1,14 @@
 """ResNet-50 pruned, beside smaller dense networks: the table and picture of `docs/worth_it.md`.
 
-    python -m benchmarks.serve_engines --network=resnet50 --batches=1,32 --blocks=16 --sparsities=0,0.8,0.9
-    python -m benchmarks.serve_engines --network=resnet34 --batches=1,32 --sparsities=0
-    python -m benchmarks.serve_engines --network=resnet18 --batches=1,32 --sparsities=0
-    python -m benchmarks.serve_engines --network=mobilenetv2 --batches=1 --sparsities=0 --precisions=float32
     python -m benchmarks.serve_resnets --precisions=float32,int8
+    python -m benchmarks.serve_resnets --precisions=float32,int8 --batches=1 --name=serve_resnets_avx2  # elsewhere
     python -m benchmarks.resnets     # fills in the page from the results of these
 
 Accuracies are published ones; weights and multiply-adds are counted on our models; milliseconds are measured, of pruned
 networks with as many blocks zeroed at random, since the time does not depend on which.
 """
 
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -36,6 +34,8 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs" / "worth_it.md"
 TORCHVISION = {"ResNet18": 69.758, "ResNet34": 73.314, "ResNet50": 76.130, "MobileNetV2": 71.878}
 BLOCK = 16
 PRECISIONS, BATCHES = ("float32", "int8"), (1, 32)
+RESULTS = {"Zen 5": "serve_resnets.json", "AVX2": "serve_resnets_avx2.json"}  # by processor
+Rows = Sequence[Mapping[str, Any]]
 # Networks of about equal accuracy, by their names: the pruned one, and a dense one.
 PAIRS = tuple(
     (f"ResNet-50, {BLOCK} × {BLOCK}, {sparsity}", f"dense {dense}")
@@ -68,17 +68,15 @@ def networks() -> list[Network]:
     return sorted(found, key=lambda network: -network.top1)
 
 
-def milliseconds(network: Network, batch: int, precision: str) -> float | None:
-    """The median for a batch, in the fastest engine (ours included) if the network is dense; None if not measured."""
-    file = timing.RESULTS / f"serve_engines_{network.architecture.lower()}.json"
-    if not file.exists():
-        return None
-    pruned = f" {network.sparsity:.0%} blocks {BLOCK}"
-    rows = [
-        row for row in json.loads(file.read_text())["rows"] if (row["batch"], row["precision"]) == (batch, precision)
-    ]
-    found = [r for r in rows if (r["name"].endswith(pruned) if network.sparsity else "blocks" not in r["name"])]
-    return min((row["ms"]["median"] for row in found), default=None)
+def measured(processor: str) -> list[dict[str, Any]]:
+    """The rows of `benchmarks.serve_resnets` on a processor."""
+    return list(json.loads((timing.RESULTS / RESULTS[processor]).read_text())["rows"])
+
+
+def fastest(found: Rows, name: str, batch: int, precision: str) -> Mapping[str, Any] | None:
+    """The row of the fastest engine, ours included, that serves a network; None if none was measured."""
+    mine = [row for row in found if (row["network"], row["batch"], row["precision"]) == (name, batch, precision)]
+    return min(mine, key=lambda row: row["ms"]["median"], default=None)
 
 
 def cost(network: Network) -> tuple[int, int]:
@@ -96,52 +94,50 @@ def cost(network: Network) -> tuple[int, int]:
     return weights, sum(costs.multiply_adds(model, variables, image).values())
 
 
-def timed(network: Network) -> dict[str, str]:
-    """Columns of milliseconds."""
-    found = {(b, p): milliseconds(network, b, p) for b in BATCHES for p in PRECISIONS}
-    shown = {key: "-" if ms is None else f"{ms:.1f}" for key, ms in found.items()}
-    return {f"ms, batch {batch}, {precision}": ms for (batch, precision), ms in shown.items()}
+def timed(found: Rows, name: str) -> dict[str, str]:
+    """Columns of milliseconds in the fastest engine: median and quartiles."""
+    columns = {}
+    for batch, precision in itertools.product(BATCHES, PRECISIONS):
+        if any(row["batch"] == batch for row in found):
+            row = fastest(found, name, batch, precision)
+            digits = 1 if batch == 1 else 0
+            text = f"{{median:.{digits}f}} [{{q25:.{digits}f}}, {{q75:.{digits}f}}] {{engine}}"
+            shown = text.format(engine=row["engine"].split()[0], **row["ms"]) if row else "-"
+            columns[f"ms, batch {batch}, {precision}"] = shown
+    return columns
 
 
-def rows(every: Sequence[Network]) -> list[dict[str, str]]:
-    """The table."""
+def rows(every: Sequence[Network], found: Rows) -> list[dict[str, str]]:
+    """The table of all networks."""
     lines = []
     for network in every:
         weights, operations = cost(network)
         about = {"network": network.name, "top-1, %": f"{network.top1:.1f}"}
         about |= {"M weights": f"{weights / 1e6:.1f}", "G multiply-adds": f"{operations / 1e9:.2f}"}
-        lines.append(about | timed(network))
+        lines.append(about | timed(found, network.name))
     return lines
 
 
-def together(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The table of the run that alternates: milliseconds in the fastest engine."""
-    top1, lines = {network.name: network.top1 for network in networks()}, []
-    for name in dict.fromkeys(row["network"] for row in found):
-        line = {"network": name, "top-1, %": f"{top1[name]:.1f}"}
-        for precision in PRECISIONS:
-            row = _fastest(found, name, precision)
-            line[precision] = "{median:.1f} [{q25:.1f}, {q75:.1f}] ".format(**row["ms"]) + row["engine"].split()[0]
-        lines.append(line)
-    return lines
+def together(found: Rows) -> list[dict[str, str]]:
+    """The table of the networks that took turns."""
+    top1 = {network.name: network.top1 for network in networks()}
+    names = dict.fromkeys(row["network"] for row in found)
+    return [{"network": name, "top-1, %": f"{top1[name]:.1f}"} | timed(found, name) for name in names]
 
 
-def against(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def against(by_processor: Mapping[str, Rows]) -> list[dict[str, str]]:
     """How many times as fast the pruned networks are as dense ones of about their accuracy, by round."""
     lines = []
-    for pruned, dense in PAIRS:
-        line = {"pruned": pruned, "against": dense}
-        for precision in PRECISIONS:
-            slow, fast = (_fastest(found, name, precision)["rounds"] for name in (dense, pruned))
-            ratio = timing.spread(np.divide(slow, fast))
-            line[precision] = "{median:.2f} [{q25:.2f}, {q75:.2f}]".format(**ratio)
+    for (pruned, dense), (processor, found) in itertools.product(PAIRS, by_processor.items()):
+        line = {"pruned": pruned, "against": dense, "processor": processor}
+        for batch, precision in itertools.product(BATCHES, PRECISIONS):
+            slow, fast = (fastest(found, name, batch, precision) for name in (dense, pruned))
+            ratio = "{median:.2f} [{q25:.2f}, {q75:.2f}]"
+            both = slow is not None and fast is not None
+            shown = ratio.format(**timing.spread(np.divide(slow["rounds"], fast["rounds"]))) if both else "-"
+            line[f"batch {batch}, {precision}"] = shown
         lines.append(line)
     return lines
-
-
-def _fastest(found: Sequence[Mapping[str, Any]], name: str, precision: str) -> Mapping[str, Any]:
-    mine = [row for row in found if (row["network"], row["precision"]) == (name, precision)]
-    return min(mine, key=lambda row: row["ms"]["median"])
 
 
 def _kind(network: Network) -> bool | None:
@@ -149,7 +145,7 @@ def _kind(network: Network) -> bool | None:
     return bool(network.sparsity) if network.architecture.startswith("ResNet") else None
 
 
-def plot(every: Sequence[Network]) -> Any:
+def plot(every: Sequence[Network], found: Rows) -> Any:
     """Accuracy against milliseconds, a panel for each precision, one image."""
     fig, axes = plt.subplots(1, len(PRECISIONS), figsize=(9, 3.8), layout="constrained", sharey=True)
     for axis, precision in zip(axes, PRECISIONS, strict=True):
@@ -158,10 +154,10 @@ def plot(every: Sequence[Network]) -> Any:
             ("another dense network, likewise", None, "^"),
             ("ResNet-50, pruned; timed with zeros at random", True, "s--"),
         ):
-            points = [(milliseconds(n, 1, precision), n) for n in every if _kind(n) == pruned]
-            measured = [(ms, n) for ms, n in points if ms is not None]
-            axis.plot([ms for ms, _ in measured], [n.top1 for _, n in measured], style, label=label)
-            for ms, n in measured:
+            fast = [(fastest(found, n.name, 1, precision), n) for n in every if _kind(n) == pruned]
+            points = [(row["ms"]["median"], n) for row, n in fast if row]
+            axis.plot([ms for ms, _ in points], [n.top1 for _, n in points], style, label=label)
+            for ms, n in points:
                 text = f"{n.sparsity:.0%}" if pruned else n.name.removeprefix("dense ")
                 axis.annotate(text, (ms, n.top1), (5, -11 if not pruned else 5), textcoords="offset points", fontsize=8)
         axis.set(title=precision, xlabel="ms for one image, 224 × 224", xlim=(0, 1.25 * axis.dataLim.xmax))
@@ -177,12 +173,13 @@ def plot(every: Sequence[Network]) -> Any:
 
 def main() -> None:
     every, page = networks(), PAGE.read_text()
-    found = json.loads((timing.RESULTS / "serve_resnets.json").read_text())["rows"]
-    lines = {"resnet50": rows(every), "resnets together": together(found), "resnets against": against(found)}
+    found = {processor: measured(processor) for processor in RESULTS}
+    first, second = found.values()
+    lines = {"resnet50": rows(every, first), "resnets together": together(second), "resnets against": against(found)}
     for name, each in lines.items():
         page = filled(page, name, markdown(each))
     files.write_text(PAGE, page)
-    report.save_figure(timing.RESULTS / "resnets.png", plot(every))
+    report.save_figure(timing.RESULTS / "resnets.png", plot(every, first))
     print(PAGE)
 
 

@@ -73,6 +73,7 @@ LIBRARY = (
     "sparse.compiler.passes.fuse_activation",
     "sparse.compiler.passes.fuse_attention",
     "sparse.compiler.passes.fuse_normalization",
+    "sparse.compiler.passes.look_up",
     "sparse.compiler.passes.pooling",
     "sparse.compiler.frontend",
     "sparse.compiler.lowering",
