@@ -133,8 +133,7 @@ def against(by_processor: Mapping[str, Rows]) -> list[dict[str, str]]:
         for batch, precision in itertools.product(BATCHES, PRECISIONS):
             slow, fast = (fastest(found, name, batch, precision) for name in (dense, pruned))
             ratio = "{median:.2f} [{q25:.2f}, {q75:.2f}]"
-            both = slow is not None and fast is not None
-            shown = ratio.format(**timing.spread(np.divide(slow["rounds"], fast["rounds"]))) if both else "-"
+            shown = ratio.format(**timing.spread(np.divide(slow["rounds"], fast["rounds"]))) if slow and fast else "-"
             line[f"batch {batch}, {precision}"] = shown
         lines.append(line)
     return lines

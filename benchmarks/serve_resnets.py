@@ -5,8 +5,8 @@
     python -m benchmarks.resnets     # fills in the page
 
 The networks are those of `benchmarks.resnets`, at 80 and 90%, for images of 224 pixels: the dense ones in ONNX Runtime,
-OpenVINO and ours, the pruned ones, with as many blocks zeroed at random, in ours. All take turns on all cores. The other
-flags are those of `benchmarks.serve_engines`.
+OpenVINO and ours, the pruned ones, with as many blocks zeroed at random, in ours. All take turns on all cores. The
+other flags are those of `benchmarks.serve_engines`.
 """
 
 from collections.abc import Callable
