@@ -167,9 +167,11 @@ def _page(found: Sequence[dict[str, Any]], timed: dict[str, Any], output: pathli
     compared = [row for row in found if row["folder"].startswith(("compared", networks.PUBLISHED))]
     shown = [row for row in found if _in_picture(row["folder"])]
     again = [row for row in found if row["folder"].startswith(("picture", "repeated"))]
-    longer = [row for row in found if row["folder"].startswith(("longer", networks.PUBLISHED))]
+    dense = [
+        row for row in found if row["dense"] and (_in_picture(row["folder"]) or row["folder"].startswith("longer"))
+    ]
     lines = {"minilm compared": picture.compared(compared), "minilm served": picture.served(shown, timed["rows"])}
-    lines |= {"minilm repeated": picture.repeated(again), "minilm longer": picture.compared(longer)}
+    lines |= {"minilm repeated": picture.repeated(again), "minilm dense": picture.compared(dense)}
     for title, rows in lines.items():
         if rows:
             console.print(progress.table(title, rows))
