@@ -22,12 +22,12 @@ using AttentionFunction = void (*)(const Attention&, int64_t head, int64_t first
 
 struct Functions {
   GemmFunction gemm;
-  DepthwiseFunction depthwise;  // these are null in a target that has products alone
-  PoolingFunction pooling;
-  RoundingFunction rounding;
-  LookupFunction look_up;
-  NormalizationFunction normalization;
-  AttentionFunction attention;
+  DepthwiseFunction depthwise = nullptr;  // and so all others in a target that has products alone
+  PoolingFunction pooling = nullptr;
+  RoundingFunction rounding = nullptr;
+  LookupFunction look_up = nullptr;
+  NormalizationFunction normalization = nullptr;
+  AttentionFunction attention = nullptr;
 };
 
 // What the processor's registers hold.
