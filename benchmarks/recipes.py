@@ -349,6 +349,9 @@ def main(argv: list[str]) -> None:
     console = progress.console()
     for row in work(first):
         console.print(f"{row['seconds']:>6} s  {row['variant']}  {row['values']}", highlight=False, soft_wrap=True)
+    if missing := [job for job in first if result(job) is None]:
+        console.print(f"{len(missing)} runs to choose by are missing: nothing is confirmed yet", highlight=False)
+        return
     for row in work(jobs("confirm", chosen(results(first)))):
         console.print(f"{row['seconds']:>6} s  {row['variant']}  {row['values']}", highlight=False, soft_wrap=True)
 
