@@ -8,7 +8,7 @@ examples taken from the training set. The best variant of each family, by the me
 and the dense network (1), is then trained on the cells of `CONFIRMING` with other seeds and measured on the test set,
 beside the controls. All runs on a data set have the same number of steps. Each run has a directory in `--directory`,
 which is locked while it is trained: when a process dies, another takes over its run. Runs that are in the results
-already, with the same options, are not trained again.
+already, with the same options and number of steps, are not trained again.
 """
 
 import functools
@@ -214,11 +214,12 @@ def earlier() -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 def result(job: Job) -> dict[str, Any] | None:
-    """The result of a job: of its run, or an earlier one with the same options."""
+    """The result of a job: of its run, or of an earlier one with the same options and number of steps."""
     if job.file.exists():
         return dict(json.loads(job.file.read_text()))
     row = earlier().get(job[:3], {})
-    return row if row.get("changes") == json.loads(json.dumps(job.changes)) else None
+    options = json.loads(json.dumps(job.changes)), config_of(job).steps
+    return row if (row.get("changes"), row.get("steps")) == options else None
 
 
 def results(stage: list[Job]) -> list[dict[str, Any]]:

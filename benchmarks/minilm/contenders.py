@@ -61,7 +61,7 @@ class Scale(NamedTuple):
       settings: what is timed.
       rounds: of timing.
       seeds: of the best dense network and of the best pruned one; the others have one.
-      longer: steps of the longest runs, of the best networks only.
+      longer: steps of the longest runs, of the best networks only; none if the picture's are as long.
     """
 
     compared: int
@@ -180,7 +180,8 @@ def contenders(scale: Scale) -> list[Contender]:
     repeated += [_units("repeated", share, scale.steps, "SA++") for share in scale.hidden]
     longer = [_dense("longer", scale.layers[0], scale.longer)]
     longer += [_units("longer", share, scale.longer, name) for share in scale.hidden for name in ("SA++", "one-shot")]
-    return found + longer + [each._replace(seed=seed) for seed in range(1, scale.seeds) for each in repeated]
+    found += longer if scale.longer > scale.steps else []
+    return found + [each._replace(seed=seed) for seed in range(1, scale.seeds) for each in repeated]
 
 
 def _pruned(

@@ -50,7 +50,7 @@ class Windows:
         return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "length": length}
 
     def split(self, windows: int) -> tuple["Windows", "Windows"]:
-        """The first so many windows' text, and the rest, whose windows stay where they are."""
+        """The text of the first `windows` windows, varied as this one is, and that of the others, which is not."""
         at = windows * self._context
         parts = self._text[1 : at + 1].tobytes(), self._text[at + 1 :].tobytes()
         return Windows(parts[0], self._context, bool(self.draws)), Windows(parts[1], self._context)

@@ -109,11 +109,14 @@ def test_runs_in_the_results_are_not_trained_again(monkeypatch, tmp_path):
     monkeypatch.setattr(recipes, "measure", lambda job: {"variant": job.variant})
     first, second, third = recipes.jobs("choose")[:3]
     kept = {"stage": "choose", **first.cell._asdict(), "variant": first.variant, "changes": dict(first.changes)}
+    kept["steps"] = 4000
     other = kept | {"variant": second.variant, "changes": {"name": "other options"}}
     (tmp_path / "recipes.json").write_text(json.dumps({"choosing": [kept, other], "confirming": []}))
     with flagsaver.flagsaver(only=[second.file.parent.name, first.file.parent.name]):
         assert list(recipes.work([first, second, third])) == [{"variant": second.variant}]
     assert recipes.results([first, second, third]) == [kept, {"variant": second.variant}]
+    with flagsaver.flagsaver(fashion_steps=100):
+        assert recipes.result(first) is None
 
 
 def test_tables_are_put_between_their_marks():

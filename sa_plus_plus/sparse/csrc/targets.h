@@ -22,7 +22,7 @@ using AttentionFunction = void (*)(const Attention&, int64_t head, int64_t first
 
 struct Functions {
   GemmFunction gemm;
-  DepthwiseFunction depthwise = nullptr;  // and so all others in a target that has products alone
+  DepthwiseFunction depthwise = nullptr;  // null, like all that follow, in a target that has products alone
   PoolingFunction pooling = nullptr;
   RoundingFunction rounding = nullptr;
   LookupFunction look_up = nullptr;
