@@ -60,9 +60,9 @@ def build(directory: pathlib.Path, optimisation: str = "-O0", compiler: str | No
     jobs = [
         subprocess.Popen([compiler, *flags, *strict, "-c", *sources[name], "-o", objects[name]]) for name in sources
     ]
-    for job in jobs:
-        if job.wait():
-            raise subprocess.CalledProcessError(job.returncode, job.args)
+    failed = [job for job in jobs if job.wait()]
+    if failed:
+        raise subprocess.CalledProcessError(failed[0].returncode, failed[0].args)
     shared = [path for name, path in objects.items() if name not in PROGRAMS]
     for name in PROGRAMS:
         linked = [*shared, objects[name], "-pthread", "-o", directory / name]
