@@ -60,6 +60,7 @@ SPARSITIES = flags.DEFINE_list("sparsities", ["0", "0.8", "0.9"], "Sparsities of
 PRECISIONS = flags.DEFINE_list("precisions", list(runtimes.PRECISIONS), "Precisions to compare.")
 ENGINES = flags.DEFINE_list("engines", list(runtimes.ENGINES), "Dense inference engines.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of alternating measurement.")
+COLD = flags.DEFINE_bool("cold", False, "Time single calls with empty caches too.")
 SAVE = flags.DEFINE_bool("save", True, "Write benchmarks/results/serve_engines_<network>.json and .png.")
 
 Calls = dict[str, Callable[[], Any]]
@@ -115,7 +116,11 @@ def measure(model: nn.Module, x: np.ndarray) -> tuple[list[dict[str, Any]], dict
             calls[name] = ours(model, pruned, x, precision)
             check(name, calls[name](), want, precision)
     seconds = timing.alternate(calls, ROUNDS.value)
-    return [row(name, seconds) for name in calls], missing
+    rows = [row(name, seconds) for name in calls]
+    if COLD.value:
+        seconds = timing.alternate_cold(calls, ROUNDS.value)
+        rows = [{**warm, "cold": _timed(warm["name"], seconds)} for warm in rows]
+    return rows, missing
 
 
 def ours(model: nn.Module, variables: Any, x: np.ndarray, precision: str) -> Callable[[], Any]:
@@ -156,10 +161,13 @@ def random_blocks(
 
 def row(name: str, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
     """Milliseconds of a contender, and its speed-up over the fastest engine of its precision."""
-    precision = runtimes.precision(name)
-    best = runtimes.fastest(seconds, precision)
+    return {"name": name, "precision": runtimes.precision(name), **_timed(name, seconds)}
+
+
+def _timed(name: str, seconds: dict[str, np.ndarray]) -> dict[str, Any]:
+    best = runtimes.fastest(seconds, runtimes.precision(name))
     ratio = timing.spread(seconds[best] / seconds[name]) if best else None
-    return {"name": name, "precision": precision, "ms": timing.spread(1e3 * seconds[name]), "to_engine": ratio}
+    return {"ms": timing.spread(1e3 * seconds[name]), "to_engine": ratio}
 
 
 def check(name: str, got: Any, want: Any, precision: str) -> None:
@@ -177,8 +185,12 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     if "missing" in row:
         return {"contender": row["name"], "ms": row["missing"], "times as fast as the engine": ""}
     text = "{median:.2f} [{q25:.2f}, {q75:.2f}]"
-    ratio = text.format(**row["to_engine"]) if row["to_engine"] else "no engine"
-    return {"contender": row["name"], "ms": text.format(**row["ms"]), "times as fast as the engine": ratio}
+    cells = {"contender": row["name"]}
+    for title, timed in (("", row), ("cold: ", row.get("cold"))):
+        if timed:
+            ratio = text.format(**timed["to_engine"]) if timed["to_engine"] else "no engine"
+            cells |= {f"{title}ms": text.format(**timed["ms"]), f"{title}times as fast as the engine": ratio}
+    return cells
 
 
 def plot(rows: list[dict[str, Any]]) -> Any:

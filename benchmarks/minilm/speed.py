@@ -6,8 +6,7 @@ the former; one whose process or machine does other work between two requests, t
 """
 
 import functools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +16,6 @@ from benchmarks import timing
 from benchmarks.minilm.contenders import Setting
 from benchmarks.minilm.networks import PRECISIONS, Network, Run, batches_of
 
-_BUFFER = 2**28  # bytes, more than any cache
-_COLD = 5  # calls a round
 _CALIBRATION = 8  # batches
 Call = Callable[[], Any]
 
@@ -41,7 +38,7 @@ def measure(
     for network in networks:
         for engine, run in network.runs(batches, PRECISIONS, engines).items():
             calls[network.folder, engine] = functools.partial(_done, run, batches[0])
-    warm, cold = timing.alternate(calls, rounds), _cold(calls, rounds)
+    warm, cold = timing.alternate(calls, rounds), timing.alternate_cold(calls, rounds)
     return [
         {
             **{"network": name, "engine": engine, "batch": setting.batch, "length": setting.length},
@@ -54,20 +51,3 @@ def measure(
 
 def _done(run: Run, x: np.ndarray) -> Any:
     return jax.block_until_ready(run(x))
-
-
-def _cold(calls: Mapping[Any, Call], rounds: int) -> dict[Any, np.ndarray]:
-    """Seconds of a call after the caches were emptied: the median of each round."""
-    buffer = np.zeros(_BUFFER // 4, np.float32)
-    found: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            call()  # the threads of the one before go to sleep
-            taken = []
-            for _ in range(_COLD):
-                buffer += 1
-                started = time.perf_counter()
-                call()
-                taken.append(time.perf_counter() - started)
-            found[name].append(float(np.median(taken)))
-    return {name: np.array(seconds) for name, seconds in found.items()}

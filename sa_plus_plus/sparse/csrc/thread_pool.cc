@@ -16,6 +16,7 @@ namespace sa_plus_plus {
 namespace {
 
 constexpr std::chrono::microseconds kSpin{500};  // longer than JAX takes between two calls of a network
+constexpr int kPauses = 256;  // some microseconds, before other threads of XLA's may run, if there are any
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -25,84 +26,118 @@ inline void pause() {
 #endif
 }
 
-constexpr int64_t kMostShares = 64;
+constexpr int64_t kMostThreads = 64;
 
-// Each thread has a share of consecutive parts, the same in jobs of as many, and then takes what others have left.
 struct Job {
-  int64_t shares, count;
-  void (*task)(const void*, int64_t);
+  void (*task)(const void* context, int64_t i);
   const void* context;
-  struct alignas(64) {
-    std::atomic<int64_t> next;
-  } share[kMostShares];
+  int64_t count, each;  // tasks in all, and in a part
 
-  Job(int64_t shares, int64_t count, void (*task)(const void*, int64_t), const void* context)
-      : shares(shares), count(count), task(task), context(context) {
-    for (int64_t s = 0; s < shares; ++s) share[s].next.store(start(s), std::memory_order_relaxed);
+  int64_t parts() const { return (count + each - 1) / each; }
+
+  void run(int64_t part) const {
+    for (int64_t i = part * each; i < std::min(count, (part + 1) * each); ++i) task(context, i);
   }
+};
 
-  int64_t start(int64_t s) const { return s * count / shares; }
+// Which parts of a share are left, and how many threads the job may have, as one number.
+struct Left {
+  static constexpr int kBits = 28;
+  static constexpr int64_t kMost = (int64_t{1} << kBits) - 1;
+  uint64_t number;
 
-  void work(int64_t mine) {
-    for (int64_t n = 0; n < shares; ++n) {
-      const int64_t s = (mine + n) % shares, end = start(s + 1);
-      for (int64_t i; (i = share[s].next.fetch_add(1, std::memory_order_relaxed)) < end;) task(context, i);
-    }
+  static Left of(int64_t next, int64_t end, int64_t threads) {
+    return {static_cast<uint64_t>(next | end << kBits | threads << 2 * kBits)};
   }
+  int64_t next() const { return number & kMost; }
+  int64_t end() const { return number >> kBits & kMost; }
+  int64_t threads() const { return number >> 2 * kBits; }
+  bool any() const { return next() < end(); }
+};
+
+// What one thread does first of a job: consecutive parts, the same in jobs of as many. A thread that waits finds all
+// that it needs to begin in one cache line: from core to core that takes some 50 ns, 200 where they share no cache.
+struct alignas(64) Share {
+  // Whoever replaces `left` by the next number has a part of `job`, which stays what it is until that part is done.
+  std::atomic<uint64_t> left{0};
+  Job job{};
+  alignas(64) std::atomic<int64_t> done{0};  // parts that this thread ever did, of any share
 };
 
 class Pool {
  public:
-  // The job is over when all its parts are taken and nobody works for it any more: so it ends even where no helper
-  // comes, as in a process that was forked from one that had some.
-  void run(Job& job, int64_t helpers) {
+  // All parts are done when this returns, also where no helper comes, as in a process that was forked from one that
+  // had some.
+  void run(const Job& job, int64_t threads) {
+    const int64_t parts = job.parts();
     std::unique_lock<std::mutex> mine(owner_, std::try_to_lock);
-    if (!mine) return job.work(0);
-    while (threads_ < helpers) std::thread(&Pool::help, this, threads_++).detach();
-    wanted_ = helpers;
-    job_ = &job;
-    ++round_;
+    if (!mine) {
+      for (int64_t i = 0; i < parts; ++i) job.run(i);
+      return;
+    }
+    for (; started_ < threads; ++started_) {
+      if (started_) std::thread(&Pool::help, this, started_).detach();  // the first is the one that is here
+    }
+    for (int64_t s = threads - 1; s >= 0; --s) {
+      shares_[s].job = job;
+      shares_[s].left = Left::of(s * parts / threads, (s + 1) * parts / threads, threads).number;
+    }
     if (asleep_ > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
-    job.work(0);
-    job_ = nullptr;
-    for (int64_t i = 0; busy_ > 0; ++i) i % 64 ? pause() : std::this_thread::yield();
+    work(0, threads);
+    wanted_ += parts;
+    for (int64_t i = 1; done() != wanted_; ++i) i % kPauses ? pause() : std::this_thread::yield();
   }
 
  private:
-  void help(int64_t number) {
+  // The thread's own share, and then what others have left of theirs.
+  void work(int64_t thread, int64_t threads) {
+    Share& own = shares_[thread];
+    for (int64_t n = 0; n < threads; ++n) {
+      Share& share = shares_[(thread + n) % threads];
+      int64_t taken = 0;
+      for (Left left{share.left}; left.any() && thread < left.threads();) {
+        if (!share.left.compare_exchange_weak(left.number, left.number + 1)) continue;
+        share.job.run(left.next());
+        ++left.number, ++taken;
+      }
+      if (taken) own.done.store(own.done.load(std::memory_order_relaxed) + taken, std::memory_order_release);
+    }
+  }
+
+  int64_t done() const {
+    int64_t sum = 0;
+    for (int64_t s = 0; s < started_; ++s) sum += shares_[s].done.load(std::memory_order_acquire);
+    return sum;
+  }
+
+  void help(int64_t thread) {
 #if defined(__linux__)
     pthread_setname_np(pthread_self(), "sa_plus_plus");  // as `top -H` shows it
 #endif
-    for (uint64_t seen = 0;;) {
-      seen = after(seen);
-      ++busy_;  // before the job is looked at: its owner clears that and then waits for those who are busy
-      if (Job* job = job_; job && number < wanted_) job->work(number + 1);
-      --busy_;
-    }
+    for (;;) work(thread, wait(shares_[thread]).threads());
   }
 
-  uint64_t after(uint64_t seen) {
-    const auto until = std::chrono::steady_clock::now() + kSpin;
-    while (round_ == seen) {
-      for (int i = 0; i < 64 && round_ == seen; ++i) pause();
-      std::this_thread::yield();  // to other threads of XLA's, if there are any to run
+  Left wait(const Share& share) {
+    const auto any = [&] { return Left{share.left}.any(); };
+    for (auto until = std::chrono::steady_clock::now() + kSpin; !any();) {
+      for (int i = 0; i < kPauses && !any(); ++i) pause();
+      std::this_thread::yield();
       if (std::chrono::steady_clock::now() < until) continue;
       std::unique_lock<std::mutex> lock(mutex_);
       ++asleep_;
-      wake_.wait(lock, [&] { return round_ != seen; });
+      wake_.wait(lock, any);
       --asleep_;
     }
-    return round_;
+    return {share.left};
   }
 
   std::mutex owner_;
-  int64_t threads_ = 0;  // owner_'s
-  std::atomic<int64_t> wanted_{0}, busy_{0}, asleep_{0};
-  std::atomic<Job*> job_{nullptr};
-  std::atomic<uint64_t> round_{0};
+  int64_t started_ = 0, wanted_ = 0;  // owner_'s: threads, the owner's own included, and parts of all jobs
+  Share shares_[kMostThreads];
+  std::atomic<int64_t> asleep_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
 };
@@ -116,9 +151,9 @@ void set_threads(int64_t threads) { most = threads; }
 void parallel(int64_t count, int64_t threads, void (*task)(const void*, int64_t), const void* context) {
   static Pool& pool = *new Pool;  // never destroyed: its threads outlive main
   if (const int64_t limit = most) threads = std::min(threads, limit);
-  threads = std::max<int64_t>(1, std::min({threads, count, kMostShares}));
-  Job job(threads, count, task, context);
-  threads > 1 ? pool.run(job, threads - 1) : job.work(0);
+  threads = std::max<int64_t>(1, std::min({threads, count, kMostThreads}));
+  if (threads > 1) return pool.run({task, context, count, count / Left::kMost + 1}, threads);
+  for (int64_t i = 0; i < count; ++i) task(context, i);
 }
 
 }  // namespace sa_plus_plus

@@ -1,6 +1,8 @@
 """The compiled kernel against NumPy: exact in integers, and what follows each product."""
 
 import platform
+import shutil
+import subprocess
 import types
 
 import hypothesis
@@ -322,3 +324,19 @@ def _chain(target):
 def test_a_limit_that_is_no_target_is_refused():
     with pytest.raises(ValueError, match=r"no target 'avx3' here: this processor supports .*baseline"):
         native.limit_targets("avx3")
+
+
+def test_threads_share_jobs_without_races(tmp_path):
+    """Random jobs under the thread sanitizer, also from several threads at once and after a fork."""
+    compiler, program = shutil.which("g++") or shutil.which("clang++"), tmp_path / "fuzz"
+    flags = ["-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-pthread", "-fsanitize=thread"]
+    (tmp_path / "probe.cc").write_text("int main() {}")
+    probe = [compiler, *flags, tmp_path / "probe.cc", "-o", tmp_path / "probe"]
+    if compiler is None or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("no C++ compiler with a thread sanitizer")
+    if subprocess.run([tmp_path / "probe"], capture_output=True).returncode:
+        pytest.skip("the thread sanitizer does not run on this kernel")
+    sources = [kernel_fuzz.ROOT / "tests/fuzz/threads_fuzz.cc", kernel_fuzz.SOURCE / "thread_pool.cc"]
+    subprocess.run([compiler, *flags, f"-I{kernel_fuzz.SOURCE}", *sources, "-o", program], check=True)
+    run = subprocess.run([program, "5000"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stdout + run.stderr
