@@ -1,17 +1,22 @@
 """Products with block-sparse kernels: all implementations against NumPy, exactly; gradients, batching, errors."""
 
+import concurrent.futures
 import functools
 import inspect
 import json
 import math
 import os
+import pathlib
+import re
 import shutil
 import subprocess
+import sys
 import warnings
 
 import hypothesis
 import jax
 import jax.numpy as jnp
+import jaxlib
 import kernel_fuzz
 import numpy as np
 import pytest
@@ -353,3 +358,32 @@ def test_targets_of_arm_stay_within_their_memory(tmp_path):
     programs = kernel_fuzz.build(tmp_path, compiler=compiler)
     command = [emulator, "-L", "/usr/aarch64-linux-gnu", "-cpu", "max"]
     fuzzed(programs, tmp_path, "aarch64", kernel_fuzz.target_flags("aarch64"), 2000, command)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("system", "machine"), [("aarch64-macos", "arm64"), ("x86_64-macos", "x86_64")])
+def test_compiles_and_links_for_macos(system, machine, tmp_path, tmp_path_factory):
+    """By clang with the headers of macOS: `pip install ziglang`, which has both for every machine."""
+    pytest.importorskip("ziglang")
+    headers = pathlib.Path(jaxlib.__file__).parent / "include"
+    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-ignored-optimization-argument"]
+    flags = ["-target", system, "-std=c++17", "-O0", "-fPIC", *strict, f"-I{kernel_fuzz.SOURCE}", f"-isystem{headers}"]
+    compiler = [sys.executable, "-m", "ziglang", "c++", *flags]
+    sources = {file.stem: [file] for file in kernel_fuzz.SOURCE.glob("*.cc") if file.stem != "target"}
+    for name, own in kernel_fuzz.target_flags(machine).items():
+        # zig names what a processor has in its own way; `-march` there is the processor.
+        named = [re.sub(r"-march=armv8\.2-a", "-mcpu=generic+v8_2a", flag) for flag in own]
+        sources[f"target_{name}"] = [kernel_fuzz.SOURCE / "target.cc", *named]
+    objects = {name: tmp_path / f"{name}.o" for name in sources}
+    cache = str(tmp_path_factory.getbasetemp() / "zig")
+    environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
+
+    def run(command):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, ([*compiler, "-c", *sources[name], "-o", objects[name]] for name in sources)))
+    library = tmp_path / "native.so"
+    run([*compiler[:4], "-target", system, "-shared", "-undefined", "dynamic_lookup", *objects.values(), "-o", library])
+    assert library.read_bytes()[:4] == bytes.fromhex("cffaedfe")  # Mach-O, 64 bits
