@@ -564,7 +564,7 @@ Outcome attend() {
 
 // A step on a matrix, by itself; what `in_sequence` computes at once.
 void alone(Step kind, const std::vector<float>& x, std::vector<float>& y, int64_t columns,
-           const std::vector<float>& vector, const std::vector<float>& block) {
+           const std::vector<float>& vector, const std::vector<float>& block, List<int32_t> places) {
   const int64_t rows = x.size() / columns, image[] = {1, 1, rows, columns}, shape[] = {1, columns, columns};
   auto array = [](const std::vector<float>& from, int64_t rank, const int64_t* sizes) {
     return Array{Type::kFloat, const_cast<float*>(from.data()), rank, sizes};
@@ -589,6 +589,10 @@ void alone(Step kind, const std::vector<float>& x, std::vector<float>& y, int64_
     Pooling prepared;
     why = prepare(in, out, {1, 2, 1, 1, 0, 1}, false, &prepared);
     if (!why) run(prepared, 1, *target_for_all().functions);
+  } else if (kind == Step::kLookup) {
+    Lookup prepared;
+    why = prepare(in, places, out, &prepared);
+    if (!why) run(prepared, 1, *target_for_all().functions);
   } else {
     Images prepared;
     why = prepare(in, out, Rounding{0, 0, 1, 0}, &prepared);
@@ -605,7 +609,9 @@ Outcome in_sequence() {
     return numbers;
   };
   const std::vector<float> x = drawn(size), vector = drawn(columns), block = drawn(columns * columns);
-  const std::vector<int32_t> positions{0, 0, 1};
+  std::vector<int32_t> positions{0, 0, 1};  // of the one block; then places of a lookup
+  for (int64_t i = 0; i < columns; ++i) positions.push_back(between(0, columns - 1));
+  const List<int32_t> places{positions.data() + 3, columns};
   std::vector<std::unique_ptr<char[]>> held;
   std::vector<Buffer> buffers;
   auto buffer = [&](const void* from, int64_t count) {  // of exactly its size
@@ -614,7 +620,7 @@ Outcome in_sequence() {
     buffers.push_back({held.back().get(), count});
   };
   buffer(x.data(), bytes), buffer(vector.data(), columns * sizeof(float));
-  buffer(block.data(), block.size() * sizeof(float)), buffer(positions.data(), sizeof(int32_t) * 3);
+  buffer(block.data(), block.size() * sizeof(float)), buffer(positions.data(), sizeof(int32_t) * positions.size());
   buffer(nullptr, bytes), buffer(nullptr, 2 * bytes);
 
   std::vector<int64_t> program;
@@ -623,12 +629,12 @@ Outcome in_sequence() {
   std::vector<float> now = x, next(size);
   int64_t at[] = {0, 0};  // where the value is: buffer and offset
   const int64_t steps = between(1, 5);
-  bool convolves = false;
+  bool reads = false;  // positions
   for (int64_t i = 0; i < steps; ++i) {
-    const Step kinds[] = {Step::kConvolution, Step::kNormalization, Step::kMaxPooling, Step::kRounding};
-    const Step kind = kinds[between(0, 3)];
+    const Step kinds[] = {Step::kConvolution, Step::kNormalization, Step::kMaxPooling, Step::kRounding, Step::kLookup};
+    const Step kind = kinds[between(0, 4)];
     const bool last = i + 1 == steps;
-    convolves |= kind == Step::kConvolution;
+    reads |= kind == Step::kConvolution || kind == Step::kLookup;
     const int64_t to[] = {last ? 4 : 5, last ? 0 : i % 2 * bytes};
     put({static_cast<int64_t>(kind), at[0], at[1], 0, 4, 1, 1, rows, columns});
     if (kind == Step::kConvolution) {
@@ -636,12 +642,13 @@ Outcome in_sequence() {
       put({0, 0, 0, 1, 0});
     }
     if (kind == Step::kNormalization) put({1, 0, 0, 1, columns, 1, 0, 0, 1, columns});
+    if (kind == Step::kLookup) put({3, 12, 3, 1, columns});
     put({to[0], to[1], 0, 4, 1, 1, rows, columns});
     if (kind == Step::kConvolution) put({1, 0, 0, one, 0, 0, 1, 1, 0, 1, 1, one, 0});
     if (kind == Step::kNormalization) put({1, one, one, 0});
     if (kind == Step::kMaxPooling) put({1, 1, 1, 0, 2, 1});
     if (kind == Step::kRounding) put({0, one, 0, 0});
-    alone(kind, now, next, columns, vector, block);
+    alone(kind, now, next, columns, vector, block, places);
     std::swap(now, next);
     at[0] = to[0], at[1] = to[1];
   }
@@ -656,9 +663,9 @@ Outcome in_sequence() {
   auto exact = std::make_unique<int64_t[]>(program.size());
   std::copy(program.begin(), program.end(), exact.get());
   const char* why = run_sequence({exact.get(), static_cast<int64_t>(program.size())}, buffers, 4, 1).why;
-  if (std::memcmp(buffers[0].data, x.data(), bytes) || std::memcmp(held[3].get(), positions.data(), 12))
+  if (std::memcmp(buffers[0].data, x.data(), bytes) || std::memcmp(held[3].get(), positions.data(), sizeof(int32_t) * positions.size()))
     fail("an operand is overwritten");
-  if (shared && !changes && !why && convolves) fail("positions in the memory of the steps are accepted");
+  if (shared && !changes && !why && reads) fail("positions in the memory of the steps are accepted");
   if (changes || shared) return why ? kRefused : kComputed;
   if (why) fail(why);
   if (std::memcmp(buffers[4].data, now.data(), bytes)) fail("a sequence that differs from its steps");
