@@ -1,12 +1,13 @@
-"""What reordering while training is worth: LeNet-300-100 on Fashion-MNIST, pruned by blocks.
+"""What reordering while training is worth: LeNet-300-100 on Fashion-MNIST and a small GPT on bytes, pruned by blocks.
 
-    python -m benchmarks.reordering_training --data=path/to/fashion_mnist
+    python -m benchmarks.reordering_training --local=path/to/fashion_mnist
+    python -m benchmarks.reordering_training --data=bytes --seeds=3
     python -m benchmarks.reordering_training --report
 
 The recommended recipe as it is; after a dense phase, with which weights have sizes to reorder by; with units put into
-another order where that phase ends; with the pixels in another order too, by a table; and with single weights. The last
-layer stays whole. Writes the accuracy of each seed to benchmarks/results/reordering_training.json, cell by cell, and
-goes on there; the report is a table for `docs/training.md`.
+another order where that phase ends; for LeNet with the pixels in another order too, by a table; and with single
+weights. LeNet's last layer stays whole. Writes the metric of each seed to benchmarks/results/reordering_training.json,
+cell by cell, and goes on there; the report are tables for `docs/training.md`.
 """
 
 import json
@@ -19,7 +20,8 @@ from absl import app, flags
 
 from benchmarks.page import RESULTS
 from benchmarks.tables import markdown
-from configs import fashion_mnist
+from configs import bytes_gpt, fashion_mnist
+from configs.reproduce import bytes as bytes_sweep
 from configs.reproduce.scales import CONTROLS, RECOMMENDED
 from experiments import tasks
 from experiments.outputs import report
@@ -27,13 +29,12 @@ from experiments.training import loop, program
 from experiments.training.setup import prepare
 from experiments.utils import files
 
-_DATA = flags.DEFINE_string("data", "", "Directory of Fashion-MNIST's four files.")
+_LOCAL = flags.DEFINE_string("local", "", "Directory of Fashion-MNIST's four files.")
+_DATA = flags.DEFINE_multi_enum("data", ["fashion_mnist"], ["fashion_mnist", "bytes"], "Data sets.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Number of seeds.", lower_bound=2)
-_REPORT = flags.DEFINE_bool("report", False, "Print the table of what is measured.")
-CELLS = ((16, 0.9), (8, 0.97), (16, 0.8), (16, 0.95))
-STEPS = 4000
+_REPORT = flags.DEFINE_bool("report", False, "Print the tables of what is measured.")
 FILE = RESULTS / "reordering_training.json"
-AS_IT_IS, SINGLE = "as it is", "single weights"
+AS_IT_IS, PIXELS_TOO, SINGLE = "as it is", "reordered, pixels too", "single weights"
 DENSE_FIRST: dict[str, Any] = {
     "sparsifier.schedule": (("dense", "10%"), ("sparsification", "40%"), ("sparse", "50%")),
 }
@@ -42,42 +43,51 @@ VARIANTS: dict[str, dict[str, Any]] = {
     AS_IT_IS: {},
     "dense first": DENSE_FIRST,
     "reordered": REORDERED,
-    "reordered, pixels too": REORDERED | {"model_options.inputs_by_table": True},
+    PIXELS_TOO: REORDERED | {"model_options.inputs_by_table": True},
     SINGLE: {"sparsifier.block": (1, 1)},
 }
+CELLS = {"fashion_mnist": ((16, 0.9), (8, 0.97), (16, 0.8), (16, 0.95)), "bytes": ((16, 0.8), (16, 0.9))}
+METRIC = {"fashion_mnist": "test_accuracy", "bytes": "test_bits_per_byte"}
+UNIT = {"fashion_mnist": 100, "bytes": 1}  # accuracy is shown in percent
+DIGITS = {"fashion_mnist": 2, "bytes": 3}
+STEPS = 4000  # of LeNet
 Row = dict[str, Any]
 
 
-def config_of(block: int, sparsity: float, variant: str) -> ml_collections.ConfigDict:
+def config_of(data: str, block: int, sparsity: float, variant: str) -> ml_collections.ConfigDict:
     """A cell's config."""
-    config = fashion_mnist.get_config()
-    config.data.local, config.steps, config.dense_twin = _DATA.value, STEPS, False
-    config.log_every = config.eval_every = STEPS
-    with config.unlocked():
-        config.model_options.inputs_by_table = False
-    own = {"sparsifier.block": (block, block), "sparsifier.sparsity": sparsity}
-    own |= {"sparsifier.include": "Dense_[01]/kernel"}
+    own = {"sparsifier.block": (block, block), "sparsifier.sparsity": sparsity, "dense_twin": False}
+    if data == "bytes":
+        config = bytes_gpt.get_config()
+        own |= bytes_sweep.get_config().changes
+    else:
+        config = fashion_mnist.get_config()
+        own |= {"data.local": _LOCAL.value, "steps": STEPS, "log_every": STEPS, "eval_every": STEPS}
+        own |= {"sparsifier.include": "Dense_[01]/kernel"}
+        with config.unlocked():
+            config.model_options.inputs_by_table = False
     config.update_from_flattened_dict(CONTROLS[RECOMMENDED] | own | VARIANTS[variant])
     return config
 
 
-def measured(known: list[Row]) -> Iterator[Row]:
-    """The cells that are not known yet."""
-    cells = [(1 if variant == SINGLE else block, s, variant) for block, s in CELLS for variant in VARIANTS]
-    done = {(row["block"], row["sparsity"], row["variant"]) for row in known}
+def measured(known: list[Row], data: str) -> Iterator[Row]:
+    """The cells of a data set that are not known yet."""
+    variants = [variant for variant in VARIANTS if data == "fashion_mnist" or variant != PIXELS_TOO]
+    cells = [(1 if variant == SINGLE else block, s, variant) for block, s in CELLS[data] for variant in variants]
+    done = {(row["block"], row["sparsity"], row["variant"]) for row in known if row["data"] == data}
     dataset = None
     for block, sparsity, variant in cells:
         if (block, sparsity, variant) in done:
             continue
-        config = config_of(block, sparsity, variant)
+        config = config_of(data, block, sparsity, variant)
         dataset = dataset or tasks.dataset_of(config.data)
         outcomes = loop.train(
             program.compiled(prepare(config, dataset=dataset), _SEEDS.value), list(range(_SEEDS.value))
         )
         shares = [np.mean(list(o.reorderings[0].shares.values()), 0).tolist() for o in outcomes if o.reorderings]
         yield {
-            **{"block": block, "sparsity": sparsity, "variant": variant},
-            "values": [round(100 * o.test["test_accuracy"], 2) for o in outcomes],
+            **{"data": data, "block": block, "sparsity": sparsity, "variant": variant, "steps": config.steps},
+            "values": [round(UNIT[data] * o.test[METRIC[data]], DIGITS[data] + 1) for o in outcomes],
             "shares": shares,
             "seconds": outcomes[0].seconds,
         }
@@ -94,14 +104,14 @@ def _mean(values: np.ndarray) -> _Mean:
     return _Mean(values.mean(), values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def table(rows: list[Row]) -> str:
-    """Accuracy of each way, and by how much of the gap to single weights it is ahead of the recipe as it is.
+def table(rows: list[Row], data: str) -> str:
+    """The metric of each way, and by how much of the gap to single weights it is ahead of the recipe as it is.
 
     The latter only where there is a gap, of more than two standard errors.
     """
     found = {(row["block"], row["sparsity"], row["variant"]): np.array(row["values"]) for row in rows}
-    lines = []
-    for block, sparsity in CELLS:
+    lines, digits = [], DIGITS[data]
+    for block, sparsity in CELLS[data]:
         single, plain = found.get((1, sparsity, SINGLE)), found.get((block, sparsity, AS_IT_IS))
         if single is None or plain is None:
             continue
@@ -110,10 +120,11 @@ def table(rows: list[Row]) -> str:
             values = single if variant == SINGLE else found.get((block, sparsity, variant))
             if values is None:
                 continue
-            line[variant] = f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
-            if variant not in (AS_IT_IS, SINGLE) and (gap := _mean(single - plain)).value > 2 * gap.error:
+            line[variant] = f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+            gap = _mean(single - plain)
+            if variant not in (AS_IT_IS, SINGLE) and abs(gap.value) > 2 * gap.error:
                 ahead = _mean(values - plain)
-                line[variant] += f" ({ahead.value / gap.value:.0%} ± {ahead.error / gap.value:.0%})"
+                line[variant] += f" ({ahead.value / gap.value:.0%} ± {ahead.error / abs(gap.value):.0%})"
         lines.append(line)
     return markdown(lines)
 
@@ -122,12 +133,15 @@ def main(argv: list[str]) -> None:
     del argv
     rows: list[Row] = json.loads(FILE.read_text())["rows"] if FILE.exists() else []
     if _REPORT.value:
-        print(table(rows))
+        for data in CELLS:
+            if mine := [row for row in rows if row["data"] == data]:
+                print(f"{data}\n\n{table(mine, data)}")
         return
-    for row in measured(rows):
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-        files.write_json(FILE, {"rows": rows, "seeds": _SEEDS.value, "steps": STEPS, "versions": report.versions()})
+    for data in _DATA.value:
+        for row in measured(rows, data):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+            files.write_json(FILE, {"rows": rows, "versions": report.versions()})
 
 
 if __name__ == "__main__":

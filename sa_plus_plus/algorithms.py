@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus import dynamic_sparsity, planning
 from sa_plus_plus import phases as schedules
-from sa_plus_plus import planning
 from sa_plus_plus.compose import (
     IDENTITY,
     Parametrisation,
@@ -24,7 +24,7 @@ from sa_plus_plus.compose import (
     compose,
 )
 from sa_plus_plus.masking import scale_blocks
-from sa_plus_plus.phases import DENSE, KINDS, Phases
+from sa_plus_plus.phases import DENSE, KINDS, SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan, Plan
 from sa_plus_plus.registry import algorithm
 from sa_plus_plus.sparsifier import Params, PruneState, Sparsifier, State, Trainable
@@ -195,6 +195,9 @@ def sequential_attention(
     mask_every: int = 1,
     logit_lr: float = 1.0,
     reset_logits_at: Sequence[str] = (),
+    regrow: float = 0.0,
+    regrow_every: int = 25,
+    regrow_until: float = 0.75,
     **options: Unpack[PruningOptions],
 ) -> Sparsifier:
     """SequentialAttention++ (Algorithm 1): a trainable attention weight per block guides the search.
@@ -218,11 +221,19 @@ def sequential_attention(
       logit_lr: learning rate of the logits as a multiple of that of the weights.
       reset_logits_at: kinds of phases (such as `("dense",)`) at whose start the logits are reset to 0; by default they
         are never reset.
+      regrow: share of the active blocks that change places in the sparse phase, at first; 0 for none, as in the paper.
+        As in `rigl`, those with the smallest norm of their weights are dropped, and those with the largest norm of
+        their gradient are grown: from zero, with the attention weights that they had. At step `t` the share is
+        `regrow / 2 * (1 + cos(pi * t / end))`, with `end = regrow_until * total_steps`. `update` then needs the
+        gradients: `sp.update(trainable, prune, updates, grads)`; `sparsify` passes them automatically.
+      regrow_every: steps between such changes.
+      regrow_until: share of the run after which the blocks stay as they are, in (0, 1].
       **options: see `PruningOptions`.
 
     Raises:
-      ValueError: for options out of range, a schedule that ends dense, or one that begins sparse with blocks ranked
-        by attention.
+      ValueError: for options out of range, a schedule that ends dense, one that begins sparse with blocks ranked by
+        attention, or, with `regrow`, one that has a sparse phase before the last; by `update`, with `regrow` and
+        without gradients.
     """
     if score not in ("attention", "effective"):
         raise ValueError(f'score must be "attention" or "effective", got {score!r}')
@@ -236,6 +247,16 @@ def sequential_attention(
         raise ValueError(f"reset_logits_at takes a list of {', '.join(KINDS)}; got {reset_logits_at!r}")
     if score == "attention":
         check_start(phases, "attention weights", ', or choose by score="effective"')
+
+    regrowth = dynamic_sparsity.by_gradient(regrow_every, regrow, regrow_until) if regrow else None
+    if regrowth:
+        dynamic_sparsity.check(regrowth, "regrow_every", "regrow", "regrow_until")
+        check_phases(phases)
+        if before := [phase for phase in phases.phases[:-1] if phase.kind == SPARSE]:
+            raise ValueError(
+                f"regrow={regrow} needs a schedule whose only sparse phase is the last, because masked blocks lose "
+                f"their weights; this one has {before[0]} too: take phases.finetune({phases.total_steps}), for example"
+            )
 
     def scale(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
         attention = attention_weights(logits)
@@ -269,6 +290,8 @@ def sequential_attention(
         mask_every=mask_every,
         logit_lr=logit_lr,
         reset_logits_at=reset_logits_at,
+        regrow=regrowth,
+        forget_masked=regrowth is not None,
         **options,
     )
 

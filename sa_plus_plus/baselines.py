@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from sa_plus_plus import blocks as blk
+from sa_plus_plus import dynamic_sparsity, select
 from sa_plus_plus import phases as schedules
-from sa_plus_plus import select
 from sa_plus_plus.algorithms import block_norm, random_score
 from sa_plus_plus.compose import IDENTITY, Parametrisation, PruningOptions, check_phases, check_start, compose
 from sa_plus_plus.dynamic_sparsity import Regrowth
@@ -54,10 +54,7 @@ def rigl(
       ValueError: for options out of range, or a schedule that ends dense; by `update`, without gradients.
     """
 
-    def growth(gradient: Any, layer: LeafPlan, key: Any) -> jax.Array:
-        return blk.frobenius(gradient, layer.block, layer.view)
-
-    regrow = Regrowth(growth, True, mask_every, fraction, until)
+    regrow = dynamic_sparsity.by_gradient(mask_every, fraction, until)
     return _dynamic(regrow, phases, block=block, sparsity=sparsity, seed=seed, **options)
 
 

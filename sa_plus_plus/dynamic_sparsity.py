@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sa_plus_plus import blocks as blk
 from sa_plus_plus.phases import SPARSE, Phases
 from sa_plus_plus.planning import LeafPlan
 from sa_plus_plus.sparsifier import Masks
@@ -42,11 +43,26 @@ class Regrowth(NamedTuple):
         return self.fraction / 2 * (1 + jnp.cos(jnp.pi * jnp.asarray(step).astype(jnp.float32) / end))
 
 
-def check(regrowth: Regrowth) -> None:
-    """Refuse options that are out of range."""
+def by_gradient(every: int, fraction: float, until: float) -> Regrowth:
+    """Blocks are grown by the norm of their gradient (RigL).
+
+    Args:
+      every: steps between two changes.
+      fraction: share of the active blocks that is replaced at first.
+      until: share of the run after which the blocks stay as they are.
+    """
+
+    def growth(gradient: Any, layer: LeafPlan, key: Any) -> jax.Array:
+        return blk.frobenius(gradient, layer.block, layer.view)
+
+    return Regrowth(growth, True, every, fraction, until)
+
+
+def check(regrowth: Regrowth, every: str = "mask_every", fraction: str = "fraction", until: str = "until") -> None:
+    """Refuse options that are out of range, by the names that the algorithm gives them."""
     if regrowth.every < 1 or regrowth.every != int(regrowth.every):
-        raise ValueError(f"mask_every must be a whole number of steps from 1, got {regrowth.every}")
-    for name, value in (("fraction", regrowth.fraction), ("until", regrowth.until)):
+        raise ValueError(f"{every} must be a whole number of steps from 1, got {regrowth.every}")
+    for name, value in ((fraction, regrowth.fraction), (until, regrowth.until)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be a share in (0, 1], got {value}")
 

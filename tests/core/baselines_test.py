@@ -108,6 +108,41 @@ def test_rigl_finds_the_blocks_that_matter():
     assert found("sparse_evolutionary")[1] < last  # at random, it takes longer
 
 
+def test_sequential_attention_exchanges_blocks_in_its_sparse_phase():
+    """Dropped by the norm of their weights, grown by that of the gradient; the logits stay where they are."""
+    phases = sapp.phases.finetune(100)
+    options = {"block": BLOCK, "sparsity": SPARSITY, "phases": phases, "score": "effective"}
+    sp = sapp.sequential_attention(**options, regrow=0.5, regrow_every=10, regrow_until=0.9)
+    trainable, prune = sp.init(params())
+    trainable = trainable._replace(logits={PATH: jnp.asarray(drawn(7, grid=True))})
+    mask, gradient = largest(drawn(6, grid=True), KEPT, np.ones(GRID, bool)), drawn(5)
+    prune = prune._replace(step=jnp.asarray(59), phase=jnp.asarray(1), masks={PATH: jnp.asarray(mask)})
+    grads = jax.grad(linear(sp, prune, gradient))(trainable)
+    opened = np.asarray(grads.params["a"]["kernel"])[~spread(mask)]
+    np.testing.assert_array_equal(opened, gradient[~spread(mask)])
+    zero = jax.tree.map(jnp.zeros_like, grads)
+    after, state = sp.update(trainable, prune, zero, grads)
+    weights = np.where(spread(mask), drawn(0), 0)
+    np.testing.assert_array_equal(after.params["a"]["kernel"], weights)
+    n = int(0.5 / 2 * (1 + np.cos(np.pi * 60 / 90)) * KEPT)
+    stay = largest(norms(weights), KEPT - n, mask)
+    joined = largest(norms(np.asarray(grads.params["a"]["kernel"])), n, ~stay)
+    np.testing.assert_array_equal(state.masks[PATH], stay | joined)
+    assert (joined & ~mask).any()
+    np.testing.assert_array_equal(after.logits[PATH], trainable.logits[PATH])
+    _, same = sp.update(trainable, prune._replace(step=jnp.asarray(60)), zero, grads)
+    np.testing.assert_array_equal(same.masks[PATH], mask)  # not due
+    with pytest.raises(ValueError, match=r"call update\(trainable, prune, updates, grads\)"):
+        sp.update(trainable, prune, zero)
+    for wrong, message in (
+        ({"regrow": 1.5}, r"regrow must be a share in \(0, 1\], got 1.5"),
+        ({"regrow": 0.3, "regrow_every": 0}, "regrow_every must be a whole number of steps from 1, got 0"),
+        ({"regrow": 0.3, "phases": sapp.phases.sequential_attention(100)}, "whose only sparse phase is the last"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sapp.sequential_attention(**options | wrong)
+
+
 def test_sparse_evolutionary_keeps_the_largest_and_draws_the_others_anew_each_time():
     sp = dynamic("sparse_evolutionary")
     trainable, prune = sp.init(params())
