@@ -42,6 +42,7 @@ _DATA = flags.DEFINE_list("data", ["fashion_mnist", "planted", "bytes"], "Data s
 _ONLY = flags.DEFINE_list("only", [], "Train only runs whose directory has one of these in its name.")
 _STEPS = flags.DEFINE_integer("fashion_steps", 4000, "Steps on Fashion-MNIST.")
 _PLANTED_STEPS = flags.DEFINE_integer("planted_steps", 800, "Steps on planted features.")
+_BYTES_STEPS = flags.DEFINE_integer("bytes_steps", 600, "Steps on bytes.")
 _REPORT = flags.DEFINE_bool("report", False, "Make the table and the picture instead of training.")
 _PLAN = flags.DEFINE_bool("plan", False, "Say how many cells there are instead of training.")
 _NAME = flags.DEFINE_string("name", "recipes", "Write benchmarks/results/<name>.json and .png.")
@@ -92,7 +93,7 @@ def _rise(dense: int, sparse: int) -> Changes:
 
 
 SCHEDULES: dict[str, Changes] = {"paper": {}} | {
-    f"rise {d}-{s}": _rise(d, s) for d, s in ((10, 15), (10, 40), (10, 60), (0, 25), (0, 50))
+    f"rise {d}-{s}": _rise(d, s) for d, s in ((10, 15), (10, 40), (10, 60), (0, 25), (0, 50), (0, 75), (0, 90), (0, 95))
 }
 RATES = {  # multiples of the weights' learning rate that the logits have, by score and schedule
     ("attention", "paper"): (1.0, 10.0),
@@ -103,6 +104,15 @@ RATES = {  # multiples of the weights' learning rate that the logits have, by sc
     ("effective", "rise 10-40"): (1.0, 3.0, 10.0),
     ("effective", "rise 10-60"): (1.0,),
     ("effective", "rise 0-50"): (1.0,),
+    ("effective", "rise 0-75"): (1.0,),
+    ("effective", "rise 0-90"): (1.0,),
+    ("effective", "rise 0-95"): (1.0,),
+}
+EXCHANGES = {  # steps between exchanges of blocks in the sparse phase, by schedule
+    "rise 0-50": (25, 100),
+    "rise 0-75": (25, 100),
+    "rise 0-90": (25, 100),
+    "rise 0-95": (25,),
 }
 
 
@@ -114,6 +124,12 @@ def variants() -> dict[str, dict[str, Changes]]:
             own = {"sequential_attention.score": score, "sequential_attention.logit_lr": rate}
             name = f"{score}, {schedule}, {rate:g}"
             attention[name] = {"name": "sequential_attention", **own, **SCHEDULES[schedule]}
+    for schedule, each in EXCHANGES.items():
+        for every in each:
+            own = {"score": "effective", "logit_lr": 1.0, "regrow": 0.3, "regrow_every": every, "regrow_until": 0.75}
+            changes = {f"sequential_attention.{option}": value for option, value in own.items()}
+            name = f"effective, {schedule}, regrow {every}"
+            attention[name] = {"name": "sequential_attention", **changes, **SCHEDULES[schedule]}
     gradual: dict[str, Changes] = {
         name: {"name": "gradual_magnitude", **SCHEDULES[name]} for name in SCHEDULES if name != "paper"
     }
@@ -125,6 +141,7 @@ CONTROLS: dict[str, Changes] = {
     "ACDC": {"name": "acdc"},
     "magnitude": {"name": "magnitude"},
     **{name: {"name": name} for name in ("rigl", "sparse_evolutionary", "movement", "group_lasso", "d_gating")},
+    "rigl 25": {"name": "rigl", "rigl.mask_every": 25},
     "random": {"name": "random"},
     "dense": {"name": "dense"},
 }
@@ -140,7 +157,11 @@ class Job(NamedTuple):
 
     @property
     def file(self) -> pathlib.Path:
-        name = f"{self.stage} {self.cell} {self.variant}".replace(" × ", "x").replace("%", "").replace(", ", "_")
+        name = (
+            f"{self.stage} {self.cell} {config_of(self).steps} steps {self.variant}".replace(" × ", "x")
+            .replace("%", "")
+            .replace(", ", "_")
+        )
         return pathlib.Path(_DIRECTORY.value) / name.replace(" ", "_") / workdir.RESULT
 
 
@@ -149,7 +170,7 @@ def jobs(stage: str, found: Mapping[str, str] | None = None) -> list[Job]:
     cells = [cell for cell in (CHOOSING if stage == "choose" else CONFIRMING) if cell.data in _DATA.value]
     if found is None:
         wanted = {v: c for family in variants().values() for v, c in family.items()}
-        run = wanted | {name: CONTROLS[name] for name in ("random", "dense")}
+        run = wanted | {name: CONTROLS[name] for name in ("rigl", "rigl 25", "random", "dense")}
     else:
         run = {f"{family}, chosen": variants()[family][v] for family, v in found.items()} | CONTROLS
     return [Job(stage, cell, *variant) for cell in cells for variant in run.items()]
@@ -159,6 +180,7 @@ def config_of(job: Job) -> ml_collections.ConfigDict:
     config = CONFIGS[job.cell.data].get_config()
     if job.cell.data == "bytes":
         config.update_from_flattened_dict(bytes_sweep.get_config().changes)
+        config.steps = _BYTES_STEPS.value
     else:
         config.data.local = _LOCAL.value if job.cell.data == "fashion_mnist" else ""
         config.steps = _STEPS.value if job.cell.data == "fashion_mnist" else _PLANTED_STEPS.value

@@ -16,7 +16,7 @@ from sa_plus_plus.timing import alternate
 __all__ = ["RESULTS", "alternate", "alternate_cold", "save", "spread"]
 
 Name = TypeVar("Name")
-_BUFFER = 2**28  # bytes, more than any cache
+_BUFFER = 2**28  # bytes, more than most caches
 _COLD = 5  # calls a round
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -33,8 +33,8 @@ def save(name: str, content: Mapping[str, Any]) -> pathlib.Path:
 def alternate_cold(contenders: Mapping[Name, Callable[[], Any]], rounds: int) -> dict[Name, np.ndarray]:
     """Like `alternate`, of single calls after the caches were emptied: for each round, the median of some of them.
 
-    The caches are emptied by writing to a buffer that is larger than they are. That takes so long that threads which
-    wait for work are asleep too.
+    The caches of one core, and those that it shares with others, are emptied by writing to a buffer that is larger than
+    they are. That takes so long that threads which wait for work are asleep too.
     """
     buffer = np.zeros(_BUFFER // 4, np.float32)
     found: dict[Name, list[float]] = {name: [] for name in contenders}

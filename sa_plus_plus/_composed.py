@@ -274,14 +274,18 @@ class Composed:
         assert self.regrow is not None
         gradients = {} if grads is None else dict(_kernels(grads, layers))
 
-        def growth_scores(path: str) -> jax.Array:
+        def growth_scores(path: str, weights: jax.Array) -> jax.Array:
+            layer, gradient = layers[path], gradients.get(path)
             key = None if prune.key is None else jax.random.fold_in(_layer_key(prune.key, path), step)
-            return self.regrow.growth(gradients.get(path), layers[path], key)  # type: ignore[union-attr]
+            scale = self.parametrisation.scale(weights, trainable.logits.get(path), layer)
+            if gradient is not None and scale is not None:  # masked blocks have that of the effective kernel already
+                unscaled = jnp.where(prune.masks[path] & (scale > 0), 1 / jnp.where(scale > 0, scale, 1), 1)
+                gradient = scale_blocks(gradient, unscaled, layer)
+            return self.regrow.growth(gradient, layer, key)  # type: ignore[union-attr]
 
-        norms = {
-            path: blk.frobenius(w, layers[path].block, layers[path].view) for path, w in _kernels(trainable, layers)
-        }
-        growth = {path: growth_scores(path) for path in norms}
+        kernels = dict(_kernels(trainable, layers))
+        norms = {path: blk.frobenius(w, layers[path].block, layers[path].view) for path, w in kernels.items()}
+        growth = {path: growth_scores(path, w) for path, w in kernels.items()}
         kept = {path: layers[path].kept_each for path in norms}
         share = self.regrow.share(self.phases, step)
         return dynamic_sparsity.regrow(self._keeping(layers), prune.masks, norms, growth, kept, share)

@@ -24,7 +24,7 @@ from sa_plus_plus.compose import (
     compose,
 )
 from sa_plus_plus.masking import scale_blocks
-from sa_plus_plus.phases import DENSE, KINDS, SPARSE, Phases
+from sa_plus_plus.phases import DENSE, KINDS, SPARSE, SPARSIFICATION, Phases
 from sa_plus_plus.planning import LeafPlan, Plan
 from sa_plus_plus.registry import algorithm
 from sa_plus_plus.sparsifier import Params, PruneState, Sparsifier, State, Trainable
@@ -221,19 +221,19 @@ def sequential_attention(
       logit_lr: learning rate of the logits as a multiple of that of the weights.
       reset_logits_at: kinds of phases (such as `("dense",)`) at whose start the logits are reset to 0; by default they
         are never reset.
-      regrow: share of the active blocks that change places in the sparse phase, at first; 0 for none, as in the paper.
-        As in `rigl`, those with the smallest norm of their weights are dropped, and those with the largest norm of
-        their gradient are grown: from zero, with the attention weights that they had. At step `t` the share is
-        `regrow / 2 * (1 + cos(pi * t / end))`, with `end = regrow_until * total_steps`. `update` then needs the
-        gradients: `sp.update(trainable, prune, updates, grads)`; `sparsify` passes them automatically.
+      regrow: share of the active blocks that change places in the sparse phase, in [0, 1]; 0 for none, as in the paper.
+        As in `rigl`, those with the smallest norm of their weights are dropped, and those with the largest gradient
+        norm of the effective kernel are grown; those that were masked start at zero and keep their logits. At step `t`
+        it is `regrow / 2 * (1 + cos(pi * t / end))` of them, with `end = regrow_until * total_steps`. `update` then
+        needs the gradients: `sp.update(trainable, prune, updates, grads)`; `sparsify` passes them automatically.
       regrow_every: steps between such changes.
       regrow_until: share of the run after which the blocks stay as they are, in (0, 1].
       **options: see `PruningOptions`.
 
     Raises:
-      ValueError: for options out of range, a schedule that ends dense, one that begins sparse with blocks ranked by
-        attention, or, with `regrow`, one that has a sparse phase before the last; by `update`, with `regrow` and
-        without gradients.
+      ValueError: for options out of range, a schedule that ends dense, or one that begins sparse with blocks ranked
+        by attention. With `regrow`, also if the schedule is no single rise of the sparsity with a sparse phase after
+        it, if no exchange is due in that phase, if `monotone` is false, and by `update`, without gradients.
     """
     if score not in ("attention", "effective"):
         raise ValueError(f'score must be "attention" or "effective", got {score!r}')
@@ -248,15 +248,10 @@ def sequential_attention(
     if score == "attention":
         check_start(phases, "attention weights", ', or choose by score="effective"')
 
-    regrowth = dynamic_sparsity.by_gradient(regrow_every, regrow, regrow_until) if regrow else None
-    if regrowth:
-        dynamic_sparsity.check(regrowth, "regrow_every", "regrow", "regrow_until")
-        check_phases(phases)
-        if before := [phase for phase in phases.phases[:-1] if phase.kind == SPARSE]:
-            raise ValueError(
-                f"regrow={regrow} needs a schedule whose only sparse phase is the last, because masked blocks lose "
-                f"their weights; this one has {before[0]} too: take phases.finetune({phases.total_steps}), for example"
-            )
+    regrowth = dynamic_sparsity.by_gradient(regrow_every, regrow or 1, regrow_until)
+    dynamic_sparsity.check(regrowth, "regrow_every", "regrow", "regrow_until")
+    if regrow:
+        _check_exchanges(regrowth, phases, monotone)
 
     def scale(weights: jax.Array, logits: Any, layer: LeafPlan) -> jax.Array:
         attention = attention_weights(logits)
@@ -290,10 +285,29 @@ def sequential_attention(
         mask_every=mask_every,
         logit_lr=logit_lr,
         reset_logits_at=reset_logits_at,
-        regrow=regrowth,
-        forget_masked=regrowth is not None,
+        regrow=regrowth if regrow else None,
+        forget_masked=bool(regrow),
         **options,
     )
+
+
+def _check_exchanges(regrowth: dynamic_sparsity.Regrowth, phases: Phases, monotone: bool) -> None:
+    """Refuse a schedule in which blocks that are masked, and so lose their weights, are to come back with them."""
+    check_phases(phases)
+    kinds = [phase.kind for phase in phases.phases if phase.kind != DENSE or phase.start > 0]
+    if kinds != [SPARSIFICATION, SPARSE]:
+        raise ValueError(
+            "regrow needs one rise of the sparsity and a sparse phase after it, because masked blocks lose their "
+            f"weights; take phases.finetune({phases.total_steps}), for example, instead of\n{phases}"
+        )
+    if not monotone:
+        raise ValueError("regrow goes with monotone=True alone, because masked blocks lose their weights")
+    steps = np.arange(phases.phases[-1].start, phases.total_steps)
+    if not np.asarray(regrowth.due(phases, steps)).any():
+        raise ValueError(
+            f"regrow: no step of the phase {phases.phases[-1]} is a multiple of regrow_every={regrowth.every} before "
+            f"regrow_until={regrowth.until} of {phases.total_steps} steps"
+        )
 
 
 def attention_weights(logits: jax.Array) -> jax.Array:

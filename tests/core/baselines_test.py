@@ -126,7 +126,7 @@ def test_sequential_attention_exchanges_blocks_in_its_sparse_phase():
     np.testing.assert_array_equal(after.params["a"]["kernel"], weights)
     n = int(0.5 / 2 * (1 + np.cos(np.pi * 60 / 90)) * KEPT)
     stay = largest(norms(weights), KEPT - n, mask)
-    joined = largest(norms(np.asarray(grads.params["a"]["kernel"])), n, ~stay)
+    joined = largest(norms(gradient), n, ~stay)
     np.testing.assert_array_equal(state.masks[PATH], stay | joined)
     assert (joined & ~mask).any()
     np.testing.assert_array_equal(after.logits[PATH], trainable.logits[PATH])
@@ -136,8 +136,13 @@ def test_sequential_attention_exchanges_blocks_in_its_sparse_phase():
         sp.update(trainable, prune, zero)
     for wrong, message in (
         ({"regrow": 1.5}, r"regrow must be a share in \(0, 1\], got 1.5"),
-        ({"regrow": 0.3, "regrow_every": 0}, "regrow_every must be a whole number of steps from 1, got 0"),
-        ({"regrow": 0.3, "phases": sapp.phases.sequential_attention(100)}, "whose only sparse phase is the last"),
+        ({"regrow_every": 0}, "regrow_every must be a whole number of steps from 1, got 0"),
+        ({"regrow": 0.3, "phases": sapp.phases.sequential_attention(100)}, "needs one rise of the sparsity"),
+        ({"regrow": 0.3, "monotone": False}, "regrow goes with monotone=True alone"),
+        (
+            {"regrow": 0.3, "regrow_every": 30, "regrow_until": 0.6},
+            "no step of the phase .* multiple of regrow_every=30",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             sapp.sequential_attention(**options | wrong)

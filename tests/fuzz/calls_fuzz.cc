@@ -609,9 +609,10 @@ Outcome in_sequence() {
     return numbers;
   };
   const std::vector<float> x = drawn(size), vector = drawn(columns), block = drawn(columns * columns);
-  std::vector<int32_t> positions{0, 0, 1};  // of the one block; then places of a lookup
-  for (int64_t i = 0; i < columns; ++i) positions.push_back(between(0, columns - 1));
-  const List<int32_t> places{positions.data() + 3, columns};
+  const std::vector<int32_t> positions{0, 0, 1};  // of the one block
+  std::vector<int32_t> looked(columns);
+  for (int32_t& place : looked) place = between(0, columns - 1);
+  const List<int32_t> places{looked.data(), columns};
   std::vector<std::unique_ptr<char[]>> held;
   std::vector<Buffer> buffers;
   auto buffer = [&](const void* from, int64_t count) {  // of exactly its size
@@ -620,8 +621,8 @@ Outcome in_sequence() {
     buffers.push_back({held.back().get(), count});
   };
   buffer(x.data(), bytes), buffer(vector.data(), columns * sizeof(float));
-  buffer(block.data(), block.size() * sizeof(float)), buffer(positions.data(), sizeof(int32_t) * positions.size());
-  buffer(nullptr, bytes), buffer(nullptr, 2 * bytes);
+  buffer(block.data(), block.size() * sizeof(float)), buffer(positions.data(), sizeof(int32_t) * 3);
+  buffer(looked.data(), sizeof(int32_t) * columns), buffer(nullptr, bytes), buffer(nullptr, 2 * bytes);
 
   std::vector<int64_t> program;
   auto put = [&](std::initializer_list<int64_t> numbers) { program.insert(program.end(), numbers); };
@@ -635,14 +636,14 @@ Outcome in_sequence() {
     const Step kind = kinds[between(0, 4)];
     const bool last = i + 1 == steps;
     reads |= kind == Step::kConvolution || kind == Step::kLookup;
-    const int64_t to[] = {last ? 4 : 5, last ? 0 : i % 2 * bytes};
+    const int64_t to[] = {last ? 5 : 6, last ? 0 : i % 2 * bytes};
     put({static_cast<int64_t>(kind), at[0], at[1], 0, 4, 1, 1, rows, columns});
     if (kind == Step::kConvolution) {
       put({2, 0, 0, 3, 1, columns, columns, 3, 0, 3, 1, 1, 3, 4, 3, 1, 2, 0, 0, 0, 1, 0, 1, 0, 0, 1, columns});
       put({0, 0, 0, 1, 0});
     }
     if (kind == Step::kNormalization) put({1, 0, 0, 1, columns, 1, 0, 0, 1, columns});
-    if (kind == Step::kLookup) put({3, 12, 3, 1, columns});
+    if (kind == Step::kLookup) put({4, 0, 3, 1, columns});
     put({to[0], to[1], 0, 4, 1, 1, rows, columns});
     if (kind == Step::kConvolution) put({1, 0, 0, one, 0, 0, 1, 1, 0, 1, 1, one, 0});
     if (kind == Step::kNormalization) put({1, one, one, 0});
@@ -659,16 +660,19 @@ Outcome in_sequence() {
   }
   if (changes && one_in(4)) program.resize(between(0, program.size()));
   const bool shared = one_in(8);  // the positions are in the memory of the steps
-  if (shared) buffers[3].data = buffers[5].data, buffers[3].bytes = std::min(buffers[3].bytes, buffers[5].bytes);
+  for (int i : {3, 4}) {
+    if (shared) buffers[i].data = buffers[6].data, buffers[i].bytes = std::min(buffers[i].bytes, buffers[6].bytes);
+  }
   auto exact = std::make_unique<int64_t[]>(program.size());
   std::copy(program.begin(), program.end(), exact.get());
-  const char* why = run_sequence({exact.get(), static_cast<int64_t>(program.size())}, buffers, 4, 1).why;
-  if (std::memcmp(buffers[0].data, x.data(), bytes) || std::memcmp(held[3].get(), positions.data(), sizeof(int32_t) * positions.size()))
+  const char* why = run_sequence({exact.get(), static_cast<int64_t>(program.size())}, buffers, 5, 1).why;
+  if (std::memcmp(buffers[0].data, x.data(), bytes) || std::memcmp(held[3].get(), positions.data(), 12) ||
+      std::memcmp(held[4].get(), looked.data(), sizeof(int32_t) * columns))
     fail("an operand is overwritten");
   if (shared && !changes && !why && reads) fail("positions in the memory of the steps are accepted");
   if (changes || shared) return why ? kRefused : kComputed;
   if (why) fail(why);
-  if (std::memcmp(buffers[4].data, now.data(), bytes)) fail("a sequence that differs from its steps");
+  if (std::memcmp(buffers[5].data, now.data(), bytes)) fail("a sequence that differs from its steps");
   return kComputed;
 }
 

@@ -1,6 +1,6 @@
-// Random jobs for thread_pool.h: from one thread, from several at once, and in processes forked from one whose helpers
-// do not follow. Every task of a job must run exactly once, before the job ends, in no more threads than were asked
-// for. For a thread sanitizer.
+// Random jobs for thread_pool.h: from one thread, from several at once, and in forked processes, which start without
+// helpers. Every task of a job must run exactly once, before the job ends, in no more threads than were asked for, and
+// helpers that are asleep must come. For a thread sanitizer.
 //
 //     fuzz JOBS
 #include <sys/wait.h>
@@ -50,18 +50,42 @@ void jobs(int count, unsigned seed) {
   }
 }
 
+// A job whose tasks wait for each other: helpers come, also those that are asleep.
+void meeting(int threads) {
+  std::atomic<int> here{0};
+  struct Both {
+    std::atomic<int>& here;
+    const int all;
+  } const both{here, threads};
+  auto wait = [](const void* context, int64_t) {
+    const Both& both = *static_cast<const Both*>(context);
+    ++both.here;
+    for (int tries = 0; both.here < both.all; ++tries) {
+      if (tries > 20000) std::puts("a thread does not come"), std::abort();
+      usleep(500);
+    }
+  };
+  sa_plus_plus::parallel(threads, threads, wait, &both);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc != 2) return 2;
   const int count = std::atoi(argv[1]);
   jobs(count, 0);
+  for (int threads : {2, 3, 4, 2}) usleep(2000), meeting(threads);
   std::vector<std::thread> threads;
   for (unsigned t = 1; t <= 3; ++t) threads.emplace_back(jobs, count, t);
   for (std::thread& thread : threads) thread.join();
   for (unsigned child = 4; child < 8; ++child) {
     const pid_t id = fork();
-    if (!id) jobs(100, child), _exit(0);
+    if (!id) {
+      usleep(2000);
+      meeting(child);  // with as many threads as before the fork, and more
+      jobs(100, child);
+      _exit(0);
+    }
     int status = 1;
     if (waitpid(id, &status, 0) != id || status) std::abort();
   }

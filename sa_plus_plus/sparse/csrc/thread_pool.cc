@@ -6,9 +6,10 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
-#if defined(__linux__)
+#if !defined(_WIN32)
 #include <pthread.h>
 #endif
 
@@ -62,12 +63,13 @@ struct alignas(64) Share {
   std::atomic<uint64_t> left{0};
   Job job{};
   alignas(64) std::atomic<int64_t> done{0};  // parts that this thread ever did, of any share
+  std::atomic<bool> asleep{false};
+  std::condition_variable wake;
 };
 
 class Pool {
  public:
-  // All parts are done when this returns, also where no helper comes, as in a process that was forked from one that
-  // had some.
+  // All parts are done when this returns, also where no helper comes or none can be started.
   void run(const Job& job, int64_t threads) {
     const int64_t parts = job.parts();
     std::unique_lock<std::mutex> mine(owner_, std::try_to_lock);
@@ -75,16 +77,14 @@ class Pool {
       for (int64_t i = 0; i < parts; ++i) job.run(i);
       return;
     }
-    for (; started_ < threads; ++started_) {
-      if (started_) std::thread(&Pool::help, this, started_).detach();  // the first is the one that is here
-    }
+    start(threads);
     for (int64_t s = threads - 1; s >= 0; --s) {
-      shares_[s].job = job;
-      shares_[s].left = Left::of(s * parts / threads, (s + 1) * parts / threads, threads).number;
-    }
-    if (asleep_ > 0) {
+      Share& share = shares_[s];
+      share.job = job;
+      share.left = Left::of(s * parts / threads, (s + 1) * parts / threads, threads).number;
+      if (!share.asleep) continue;
       std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_all();
+      share.wake.notify_one();
     }
     work(0, threads);
     wanted_ += parts;
@@ -92,6 +92,15 @@ class Pool {
   }
 
  private:
+  void start(int64_t threads) {
+    try {
+      for (; started_ < threads; ++started_) {
+        if (started_) std::thread(&Pool::help, this, started_).detach();  // the first is the one that is here
+      }
+    } catch (const std::system_error&) {  // the others do its parts
+    }
+  }
+
   // The thread's own share, and then what others have left of theirs.
   void work(int64_t thread, int64_t threads) {
     Share& own = shares_[thread];
@@ -120,16 +129,16 @@ class Pool {
     for (;;) work(thread, wait(shares_[thread]).threads());
   }
 
-  Left wait(const Share& share) {
+  Left wait(Share& share) {
     const auto any = [&] { return Left{share.left}.any(); };
     for (auto until = std::chrono::steady_clock::now() + kSpin; !any();) {
       for (int i = 0; i < kPauses && !any(); ++i) pause();
       std::this_thread::yield();
       if (std::chrono::steady_clock::now() < until) continue;
       std::unique_lock<std::mutex> lock(mutex_);
-      ++asleep_;
-      wake_.wait(lock, any);
-      --asleep_;
+      share.asleep = true;
+      share.wake.wait(lock, any);
+      share.asleep = false;
     }
     return {share.left};
   }
@@ -137,22 +146,31 @@ class Pool {
   std::mutex owner_;
   int64_t started_ = 0, wanted_ = 0;  // owner_'s: threads, the owner's own included, and parts of all jobs
   Share shares_[kMostThreads];
-  std::atomic<int64_t> asleep_{0};
   std::mutex mutex_;
-  std::condition_variable wake_;
 };
 
 std::atomic<int64_t> most{0};
+std::atomic<Pool*> pool{nullptr};  // never destroyed: its threads outlive main
+
+// A process that is forked has the memory of the threads, but not the threads.
+Pool* made() {
+#if !defined(_WIN32)
+  pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+#endif
+  pool = new Pool;
+  return pool;
+}
 
 }  // namespace
 
 void set_threads(int64_t threads) { most = threads; }
 
 void parallel(int64_t count, int64_t threads, void (*task)(const void*, int64_t), const void* context) {
-  static Pool& pool = *new Pool;  // never destroyed: its threads outlive main
   if (const int64_t limit = most) threads = std::min(threads, limit);
   threads = std::max<int64_t>(1, std::min({threads, count, kMostThreads}));
-  if (threads > 1) return pool.run({task, context, count, count / Left::kMost + 1}, threads);
+  static Pool* const first = made();
+  (void)first;
+  if (threads > 1) return pool.load()->run({task, context, count, count / Left::kMost + 1}, threads);
   for (int64_t i = 0; i < count; ++i) task(context, i);
 }
 

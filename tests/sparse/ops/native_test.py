@@ -1,5 +1,6 @@
 """The compiled kernel against NumPy: exact in integers, and what follows each product."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -338,5 +339,6 @@ def test_threads_share_jobs_without_races(tmp_path):
         pytest.skip("the thread sanitizer does not run on this kernel")
     sources = [kernel_fuzz.ROOT / "tests/fuzz/threads_fuzz.cc", kernel_fuzz.SOURCE / "thread_pool.cc"]
     subprocess.run([compiler, *flags, f"-I{kernel_fuzz.SOURCE}", *sources, "-o", program], check=True)
-    run = subprocess.run([program, "5000"], capture_output=True, text=True)
+    environment = os.environ | {"TSAN_OPTIONS": "die_after_fork=0"}
+    run = subprocess.run([program, "5000"], capture_output=True, text=True, timeout=120, env=environment)
     assert (run.returncode, run.stdout) == (0, "done\n"), run.stdout + run.stderr
