@@ -57,9 +57,10 @@ class Sparsifier(NamedTuple):
       apply: `apply(trainable, prune) -> params`: the effective parameters, differentiable in `trainable`.
       update: `update(trainable, prune, updates=None, grads=None) -> (trainable, prune)`: add an optimizer's `updates`
         (a tree like `trainable`), then advance one step: phase, masks, changes at a boundary. `grads` are those that
-        the optimizer was given; `rigl` needs them, and `sequential_attention` with `regrow`; the others ignore them. Pass the updates rather than adding
-        them yourself: only here are masked weights protected from momentum and weight decay, and is `logit_lr`
-        applied. None advances without an update, and None in place of a leaf leaves that leaf as it is.
+        the optimizer was given; `rigl` needs them, and `sequential_attention` with `regrow`; the others ignore them.
+        Pass the updates rather than adding them yourself: only here are masked weights protected from momentum and
+        weight decay, and is `logit_lr` applied. None advances without an update, and None in place of a leaf leaves
+        that leaf as it is.
       finalize: `finalize(trainable, prune) -> params`: the pruned network in the model's own tree, masked blocks
         exactly zero. Equal to `apply`, for use after the last step: it applies the current masks, and in a dense
         phase, or if training stopped before `phases.total_steps`, these do not prune as planned. Outside `jit` it

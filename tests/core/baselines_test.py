@@ -141,7 +141,7 @@ def test_sequential_attention_exchanges_blocks_in_its_sparse_phase():
         ({"regrow": 0.3, "monotone": False}, "regrow goes with monotone=True alone"),
         (
             {"regrow": 0.3, "regrow_every": 30, "regrow_until": 0.6},
-            "no step of the phase .* multiple of regrow_every=30",
+            "no step of the phase .* of regrow_every=30",
         ),
     ):
         with pytest.raises(ValueError, match=message):
