@@ -2,6 +2,7 @@
 
     python -m benchmarks.recipes --local=path/to/fashion/mnist            # any number of these share the cells
     python -m benchmarks.recipes --local=path/to/fashion/mnist --report   # the table and the picture
+    python -m benchmarks.recipes --data=bytes --name=recipes_bytes        # a small GPT, which chooses by itself
 
 A cell is a data set, a block size and a sparsity. On the cells of `CHOOSING` every variant is trained, and measured on
 examples taken from the training set. The best variant of each family, by the mean position between a random mask (0)
@@ -38,7 +39,7 @@ from experiments.utils import files
 
 _LOCAL = flags.DEFINE_string("local", "", "Directory with Fashion-MNIST's four files; empty for TensorFlow Datasets.")
 _DIRECTORY = flags.DEFINE_string("directory", "runs/recipes", "Where the results of the cells go.")
-_DATA = flags.DEFINE_list("data", ["fashion_mnist", "planted", "bytes"], "Data sets.")
+_DATA = flags.DEFINE_list("data", ["fashion_mnist", "planted"], "Data sets, whose cells choose together.")
 _ONLY = flags.DEFINE_list("only", [], "Train only runs whose directory has one of these in its name.")
 _STEPS = flags.DEFINE_integer("fashion_steps", 4000, "Steps on Fashion-MNIST.")
 _PLANTED_STEPS = flags.DEFINE_integer("planted_steps", 800, "Steps on planted features.")
@@ -48,6 +49,7 @@ _PLAN = flags.DEFINE_bool("plan", False, "Say how many cells there are instead o
 _NAME = flags.DEFINE_string("name", "recipes", "Write benchmarks/results/<name>.json and .png.")
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "choosing.md"
+PAGES = {"recipes": "", "recipes_bytes": " bytes"}  # results that have tables there
 Changes = Mapping[str, Any]
 
 
@@ -347,10 +349,10 @@ def summarise(choosing: list[dict[str, Any]], confirming: list[dict[str, Any]]) 
         console.print(progress.table(title.capitalize(), lines))
     console.print(f"chosen: {found}", highlight=False)
     print(timing.save(_NAME.value, {"chosen": found, "confirming": confirming, "choosing": choosing}))
-    if _NAME.value == "recipes":
+    if _NAME.value in PAGES:
         page = PAGE.read_text()
         for title, lines in tables.items():
-            page = filled(page, title, markdown(lines))
+            page = filled(page, title + PAGES[_NAME.value], markdown(lines))
         files.write_text(PAGE, page)
 
 
