@@ -159,12 +159,10 @@ class Job(NamedTuple):
 
     @property
     def file(self) -> pathlib.Path:
-        name = (
-            f"{self.stage} {self.cell} {config_of(self).steps} steps {self.variant}".replace(" × ", "x")
-            .replace("%", "")
-            .replace(", ", "_")
-        )
-        return pathlib.Path(_DIRECTORY.value) / name.replace(" ", "_") / workdir.RESULT
+        name = f"{self.stage} {self.cell} {config_of(self).steps} steps {self.variant}"
+        for old, new in ((" × ", "x"), ("%", ""), (", ", "_"), (" ", "_")):
+            name = name.replace(old, new)
+        return pathlib.Path(_DIRECTORY.value) / name / workdir.RESULT
 
 
 def jobs(stage: str, found: Mapping[str, str] | None = None) -> list[Job]:

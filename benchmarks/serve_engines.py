@@ -11,7 +11,8 @@ ONNX Runtime and OpenVINO serve the dense network, `sapp.specialize` serves it w
 alternate, on all cores. Ours runs larger batches whole or in microbatches, whichever is faster in a first trial;
 engines run them whole. Convolutional networks are for images of 224 pixels, `bert` is an encoder of the size of
 BERT-base for sequences of 128. Weights are random, since speed does not depend on them. Each result is compared with
-that of the model with the same weights, in float32. Ratios are to the fastest engine of the same precision.
+that of the model with the same weights, in float32. Ratios are to the fastest engine of the same precision. `--cold`
+times single calls too, each after the caches were emptied.
 """
 
 import functools

@@ -301,7 +301,7 @@ def _check_exchanges(regrowth: dynamic_sparsity.Regrowth, phases: Phases, monoto
             f"weights; take phases.finetune({phases.total_steps}), for example, instead of\n{phases}"
         )
     if not monotone:
-        raise ValueError("regrow goes with monotone=True alone, because masked blocks lose their weights")
+        raise ValueError("regrow needs monotone=True, because masked blocks lose their weights")
     steps = np.arange(phases.phases[-1].start, phases.total_steps)
     if not np.asarray(regrowth.due(phases, steps)).any():
         raise ValueError(

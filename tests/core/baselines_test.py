@@ -138,7 +138,7 @@ def test_sequential_attention_exchanges_blocks_in_its_sparse_phase():
         ({"regrow": 1.5}, r"regrow must be a share in \(0, 1\], got 1.5"),
         ({"regrow_every": 0}, "regrow_every must be a whole number of steps from 1, got 0"),
         ({"regrow": 0.3, "phases": sapp.phases.sequential_attention(100)}, "needs one rise of the sparsity"),
-        ({"regrow": 0.3, "monotone": False}, "regrow goes with monotone=True alone"),
+        ({"regrow": 0.3, "monotone": False}, "regrow needs monotone=True"),
         (
             {"regrow": 0.3, "regrow_every": 30, "regrow_until": 0.6},
             "no step of the phase .* of regrow_every=30",

@@ -17,7 +17,7 @@ namespace sa_plus_plus {
 namespace {
 
 constexpr std::chrono::microseconds kSpin{500};  // longer than JAX takes between two calls of a network
-constexpr int kPauses = 256;  // some microseconds, before other threads of XLA's may run, if there are any
+constexpr int kPauses = 256;  // some microseconds, between two yields to other threads, such as XLA's
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -57,12 +57,12 @@ struct Left {
 };
 
 // What one thread does first of a job: consecutive parts, the same in jobs of as many. A thread that waits finds all
-// that it needs to begin in one cache line: from core to core that takes some 50 ns, 200 where they share no cache.
+// that it needs to begin in one cache line, which takes some 40 ns from core to core, and 200 where they share no cache.
 struct alignas(64) Share {
   // Whoever replaces `left` by the next number has a part of `job`, which stays what it is until that part is done.
   std::atomic<uint64_t> left{0};
   Job job{};
-  alignas(64) std::atomic<int64_t> done{0};  // parts that this thread ever did, of any share
+  alignas(64) std::atomic<int64_t> done{0};  // parts this thread has done, in all jobs
   std::atomic<bool> asleep{false};
   std::condition_variable wake;
 };
@@ -97,7 +97,7 @@ class Pool {
       for (; started_ < threads; ++started_) {
         if (started_) std::thread(&Pool::help, this, started_).detach();  // the first is the one that is here
       }
-    } catch (const std::system_error&) {  // the others do its parts
+    } catch (const std::system_error&) {  // the threads that have started do all parts
     }
   }
 
@@ -152,13 +152,17 @@ class Pool {
 std::atomic<int64_t> most{0};
 std::atomic<Pool*> pool{nullptr};  // never destroyed: its threads outlive main
 
-// A process that is forked has the memory of the threads, but not the threads.
-Pool* made() {
+Pool& current() {
+  static const bool made = [] {
 #if !defined(_WIN32)
-  pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    // A forked process has a copy of the pool's memory, but not its threads.
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
 #endif
-  pool = new Pool;
-  return pool;
+    pool = new Pool;
+    return true;
+  }();
+  static_cast<void>(made);
+  return *pool;
 }
 
 }  // namespace
@@ -168,9 +172,7 @@ void set_threads(int64_t threads) { most = threads; }
 void parallel(int64_t count, int64_t threads, void (*task)(const void*, int64_t), const void* context) {
   if (const int64_t limit = most) threads = std::min(threads, limit);
   threads = std::max<int64_t>(1, std::min({threads, count, kMostThreads}));
-  static Pool* const first = made();
-  (void)first;
-  if (threads > 1) return pool.load()->run({task, context, count, count / Left::kMost + 1}, threads);
+  if (threads > 1) return current().run({task, context, count, count / Left::kMost + 1}, threads);
   for (int64_t i = 0; i < count; ++i) task(context, i);
 }
 
