@@ -23,7 +23,20 @@ ALGORITHMS: dict[str, Mapping[str, Any]] = {
     "movement": {"name": "movement"},
     "RigL": {"name": "rigl"},
     "one-shot": {"name": "magnitude", "schedule": (("sparse", 1.0),)},  # of the networks that `one_shot` leaves
+    "SA++ with exchanges": {
+        "name": "sequential_attention",
+        "schedule": (("sparsification", "10%"), ("sparse", "90%")),
+        "sequential_attention.regrow": 0.3,
+        "sequential_attention.regrow_every": 10,
+    },
+    "one-shot with exchanges": {  # the rise only reaches the blocks that `one_shot` left
+        "name": "sequential_attention",
+        "schedule": (("sparsification", "3%"), ("sparse", "97%")),
+        "sequential_attention.regrow": 0.1,
+        "sequential_attention.regrow_every": 10,
+    },
 }
+ONE_SHOT = "one-shot"  # how the names of those begin whose network `one_shot` pruned
 LAYERS, LONGER = "fewer layers", "fewer layers, trained twice as long"
 ALL = 6  # layers of the published network
 # Hidden units of the feed-forward layers: columns of the first kernel, or rows of the second, whose inputs are the
@@ -158,28 +171,29 @@ def contenders(scale: Scale) -> list[Contender]:
     found += [_dense("picture", n, 2 * scale.steps, LONGER) for n in scale.layers]
     for sparsity in scale.sparsities:
         found += [of_picture(sparsity, block=first, layers=n) for n in scale.pruned_layers]
-        one_shot = functools.partial(_pruned, "picture", sparsity, scale.steps, "one-shot", one_shot=True)
+        one_shot = functools.partial(_pruned, "picture", sparsity, scale.steps, ONE_SHOT, one_shot=True)
         found += [one_shot(block, reorder=block != first) for block in scale.blocks]
         found += [one_shot(first, budget=True)]
         smaller = [n for n in scale.pruned_layers if n in scale.layers]
         found += [
             one_shot(block, layers=n, reorder=block != first, after=LAYERS) for n in smaller for block in scale.blocks
         ]
-    found += [compare(name, first) for name in ALGORITHMS if name != "one-shot"]
-    found += [compare("one-shot", first, one_shot=True, budget=budget) for budget in (False, True)]
+    found += [compare(name, first) for name in ALGORITHMS if not name.startswith(ONE_SHOT)]
+    found += [compare(ONE_SHOT, first, one_shot=True, budget=budget) for budget in (False, True)]
+    found += [compare("one-shot with exchanges", first, one_shot=True)]
     found += [compare("SA++", block) for block in others]
     found += [_dense("compared", n, scale.compared) for n in scale.layers]
     found += [
         _units(group, share, steps, name)
         for group, steps in (("compared", scale.compared), ("picture", scale.steps))
         for share in scale.hidden
-        for name in ("SA++", "gradual magnitude", "one-shot")
+        for name in ("SA++", "gradual magnitude", ONE_SHOT)
     ]
     found += [of_picture(sparsity, block=block) for block in others for sparsity in scale.sparsities]
     repeated = [_dense("repeated", scale.layers[0], scale.steps)]
     repeated += [_units("repeated", share, scale.steps, "SA++") for share in scale.hidden]
     longer = [_dense("longer", scale.layers[0], scale.longer)]
-    longer += [_units("longer", share, scale.longer, name) for share in scale.hidden for name in ("SA++", "one-shot")]
+    longer += [_units("longer", share, scale.longer, name) for share in scale.hidden for name in ("SA++", ONE_SHOT)]
     found += longer if scale.longer > scale.steps else []
     return found + [each._replace(seed=seed) for seed in range(1, scale.seeds) for each in repeated]
 
@@ -214,7 +228,7 @@ def _dense(group: str, layers: int, steps: int, family: str = LAYERS) -> Contend
 
 def _units(group: str, share: float, steps: int, name: str) -> Contender:
     """The same number of hidden units are pruned in every layer."""
-    one_shot = name == "one-shot"
+    one_shot = name == ONE_SHOT
     changes = {f"sparsifier.{key}": value for key, value in ALGORITHMS[name].items()}
     changes |= {**(_ROWS if one_shot else _COLUMNS), "sparsifier.min_blocks": 1, "sparsifier.sparsity": share}
     changes |= {"steps": steps, **_rate(steps)}
