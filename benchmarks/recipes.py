@@ -290,9 +290,9 @@ def table(rows: list[dict[str, Any]], against: str) -> list[dict[str, str]]:
     for row in rows:
         cell, values = (row["data"], row["block"], row["sparsity"]), _shown(row)
         digits = 2 if row["data"] in PERCENT else 3
-        text = _mean_error(values, digits)
+        text = mean_error(values, digits)
         if cell in base and row["variant"] != against:
-            text += f" ({_mean_error(values - base[cell], digits, sign='+')})"
+            text += f" ({mean_error(values - base[cell], digits, sign='+')})"
         lines.setdefault(row["variant"], {"variant": row["variant"]})[str(Cell(*cell))] = text
     share = mean_shares(rows)
     cells = dict.fromkeys(str(Cell(row["data"], row["block"], row["sparsity"])) for row in rows)
@@ -306,7 +306,8 @@ def _shown(row: Mapping[str, Any]) -> np.ndarray:
     return np.array(row["values"]) * (100 if row["data"] in PERCENT else 1)
 
 
-def _mean_error(values: np.ndarray, digits: int, sign: str = "") -> str:
+def mean_error(values: np.ndarray, digits: int, sign: str = "") -> str:
+    """The mean of the seeds ± its standard error."""
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return f"{np.mean(values):{sign}.{digits}f} ± {error:.{digits}f}"
 
