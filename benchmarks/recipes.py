@@ -270,9 +270,10 @@ def shares(rows: list[dict[str, Any]]) -> dict[str, dict[Cell, float]]:
 
 
 def chosen(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The best variant of each family, by its mean share."""
+    """The best variant of each family, by its mean share; none of a family that has no shares."""
     means = mean_shares(rows)
-    return {family: max((v for v in own if v in means), key=lambda v: means[v]) for family, own in variants().items()}
+    found = {family: [v for v in own if v in means] for family, own in variants().items()}
+    return {family: max(own, key=lambda v: means[v]) for family, own in found.items() if own}
 
 
 def mean_shares(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -340,7 +341,7 @@ def _label(data_set: str) -> str:
 def summarise(choosing: list[dict[str, Any]], confirming: list[dict[str, Any]]) -> None:
     """Print both tables and write the file, the picture and the tables of the page."""
     found, console = chosen(choosing), progress.console()
-    tables = {"choosing": table(choosing, found["gradual magnitude"])}
+    tables = {"choosing": table(choosing, found.get("gradual magnitude", ""))}
     if confirming:
         tables["confirming"] = table(confirming, "gradual magnitude, chosen")
         report.save_figure(timing.RESULTS / f"{_NAME.value}.png", plot(confirming))
@@ -365,7 +366,8 @@ def main(argv: list[str]) -> None:
         return
     if _REPORT.value:
         rows = results(first)
-        summarise(rows, results(jobs("confirm", chosen(rows))))
+        found = chosen(rows)
+        summarise(rows, results(jobs("confirm", found)) if found else [])
         return
     with cli.input_errors():
         for name in _DATA.value:

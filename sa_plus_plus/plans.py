@@ -163,7 +163,7 @@ class Plan(NamedTuple):
 def _row(layer: LeafPlan) -> tuple[str, ...]:
     if not layer.is_kernel:
         return (layer.path, by(layer.shape), "-", "-", "-", "-", "-", f"no: {layer.skip_reason}")
-    fate = f"no: {layer.skip_reason}" if layer.skip_reason else f"{layer.sparsity:.1%}"
+    fate = f"no: {layer.skip_reason}" if layer.skip_reason else f"{1 - layer.kept / layer.blocks:.1%}"
     read = read_as(layer)
     grid = " × ".join([*map(str, layer.stack), by(layer.grid)])
     return (layer.path, by(layer.shape), read, by(layer.block), grid, f"{layer.blocks:,}", f"{layer.kept:,}", fate)

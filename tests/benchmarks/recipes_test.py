@@ -46,6 +46,16 @@ def test_the_best_of_each_family_by_its_mean_share_is_chosen():
     assert lines["effective, paper, 1"]["planted 20 × 20 98%"] == "50.00 ± 0.00 (-8.00 ± 0.00)"
 
 
+def test_without_a_random_mask_there_are_no_shares_and_nothing_is_chosen():
+    values = {job.variant: [0.5, 0.5, 0.5, 0.5] for job in recipes.jobs("choose")}
+    some = [row for row in rows("choose", values) if row["variant"] != "random"]
+    assert recipes.chosen(some) == {}
+    with flagsaver.flagsaver(name="without_shares"):  # a name that has no tables on the page
+        recipes.summarise(some, [])
+    found = json.loads((recipes.timing.RESULTS / "without_shares.json").read_text())
+    assert (found["chosen"], found["choosing"]) == ({}, some)
+
+
 def test_choosing_and_confirming_share_neither_cells_nor_seeds_nor_files():
     assert not set(recipes.CHOOSING) & set(recipes.CONFIRMING)
     assert not set(recipes.SEEDS["choose"]) & set(recipes.SEEDS["confirm"])
