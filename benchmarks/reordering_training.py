@@ -93,9 +93,10 @@ def measured(known: list[Row], data: str) -> Iterator[Row]:
             continue
         config = config_of(data, block, sparsity, variant)
         dataset = dataset or tasks.dataset_of(config.data)
-        outcomes = loop.train(
-            program.compiled(prepare(config, dataset=dataset), _SEEDS.value), list(range(_SEEDS.value))
-        )
+        setup, seeds = prepare(config, dataset=dataset), list(range(_SEEDS.value))
+        groups = [seeds] if program.side_by_side_pays(setup.plan) else [[seed] for seed in seeds]
+        compiled = program.compiled(setup, len(groups[0]))
+        outcomes = [outcome for group in groups for outcome in loop.train(compiled, group)]
         shares = [np.mean(list(o.reorderings[0].shares.values()), 0).tolist() for o in outcomes if o.reorderings]
         yield {
             **{"data": data, "block": trained, "sparsity": sparsity, "variant": variant, "steps": config.steps},

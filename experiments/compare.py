@@ -17,14 +17,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from absl import flags
 from matplotlib import pyplot as plt
 from rich.console import Console
 
-import sa_plus_plus as sapp
 from experiments import cli, tasks
 from experiments.outputs import progress, report
 from experiments.training import factories, loop, narrow, program
@@ -58,7 +56,7 @@ def main(argv: list[str]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     progress.warn_of_short_phases({name: setup.phases for name, setup in setups.items()}, console)
     seeds = [config.seed + i for i in range(_SEEDS.value)]
-    together = {"yes": True, "no": False, "auto": side_by_side_pays(setups[names[0]].plan)}[_TOGETHER.value]
+    together = {"yes": True, "no": False, "auto": program.side_by_side_pays(setups[names[0]].plan)}[_TOGETHER.value]
     groups = [seeds] if together else [[s] for s in seeds]
     metric, lower_is_better = setups[names[0]].task.metric, setups[names[0]].task.lower_is_better
     outcomes: dict[str, list[loop.Outcome]] = {}
@@ -92,15 +90,6 @@ def main(argv: list[str]) -> None:
     console.print(f"In {workdir}: compare.json, compare.png", highlight=False)
     if all(all(row["diverged"]) for row in rows):
         sys.exit(cli.DIVERGED)
-
-
-def side_by_side_pays(plan: sapp.Plan) -> bool:
-    """Whether one program vmapped over the seeds is faster than running them in turn.
-
-    On a CPU it is not for convolutions: each seed's kernel becomes a separate group, and grouped convolutions took 3 to
-    5 times as long there (ConvNet, 3 seeds, two cores).
-    """
-    return jax.default_backend() != "cpu" or all(len(layer.shape) <= 2 for layer in plan.leaves)
 
 
 def prepared(

@@ -79,6 +79,15 @@ def compiled(setup: Setup, seeds: int = 1) -> Program:
     )
 
 
+def side_by_side_pays(plan: sapp.Plan) -> bool:
+    """Whether one program vmapped over the seeds is faster than running them in turn.
+
+    On a CPU it is not for convolutions: each seed's kernel becomes a separate group, and grouped convolutions took 3 to
+    5 times as long there (ConvNet, 3 seeds, two cores).
+    """
+    return jax.default_backend() != "cpu" or all(len(layer.shape) <= 2 for layer in plan.leaves)
+
+
 def seed_argument(seeds: Sequence[int]) -> np.ndarray:
     """One seed as a scalar, several as a vector."""
     return np.asarray(seeds if len(seeds) > 1 else seeds[0], np.int32)
