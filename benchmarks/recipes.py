@@ -64,6 +64,11 @@ class Cell(NamedTuple):
         return f"{self.data} {self.block} × {self.block} {self.sparsity:.0%}"
 
 
+def cell_of(row: Mapping[str, Any]) -> Cell:
+    """The cell of a result."""
+    return Cell(row["data"], row["block"], row["sparsity"])
+
+
 CHOOSING = (
     Cell("fashion_mnist", 8, 0.97),
     Cell("fashion_mnist", 16, 0.95),
@@ -229,10 +234,7 @@ def earlier() -> dict[tuple[Any, ...], dict[str, Any]]:
     """The rows of the results that are there, by what tells a job from others."""
     file = timing.RESULTS / f"{_NAME.value}.json"
     found = json.loads(file.read_text()) if file.exists() else {"choosing": [], "confirming": []}
-    return {
-        (row["stage"], Cell(row["data"], row["block"], row["sparsity"]), row["variant"]): row
-        for row in (*found["choosing"], *found["confirming"])
-    }
+    return {(row["stage"], cell_of(row), row["variant"]): row for row in (*found["choosing"], *found["confirming"])}
 
 
 def result(job: Job) -> dict[str, Any] | None:
@@ -262,7 +264,7 @@ def shares(rows: list[dict[str, Any]]) -> dict[str, dict[Cell, float]]:
     """By variant and cell, the position between a random mask and dense, `(x - random) / (dense - random)`."""
     means: dict[str, dict[Cell, float]] = {}
     for row in rows:
-        cell = Cell(row["data"], row["block"], row["sparsity"])
+        cell = cell_of(row)
         means.setdefault(row["variant"], {})[cell] = float(np.mean(row["values"]))
     low, high = means.get("random", {}), means.get("dense", {})
     ends = low.keys() & high.keys()  # cells that are not done yet have no share
@@ -286,17 +288,17 @@ def mean_shares(rows: list[dict[str, Any]]) -> dict[str, float]:
 def table(rows: list[dict[str, Any]], against: str) -> list[dict[str, str]]:
     """Mean and standard error: one line per variant, best first, one column per cell. In brackets, the mean and
     standard error of the difference from `against`, paired by seed."""
-    base = {(r["data"], r["block"], r["sparsity"]): _shown(r) for r in rows if r["variant"] == against}
+    base = {cell_of(r): _shown(r) for r in rows if r["variant"] == against}
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        cell, values = (row["data"], row["block"], row["sparsity"]), _shown(row)
+        cell, values = cell_of(row), _shown(row)
         digits = 2 if row["data"] in PERCENT else 3
         text = mean_error(values, digits)
         if cell in base and row["variant"] != against:
             text += f" ({mean_error(values - base[cell], digits, sign='+')})"
-        lines.setdefault(row["variant"], {"variant": row["variant"]})[str(Cell(*cell))] = text
+        lines.setdefault(row["variant"], {"variant": row["variant"]})[str(cell)] = text
     share = mean_shares(rows)
-    cells = dict.fromkeys(str(Cell(row["data"], row["block"], row["sparsity"])) for row in rows)
+    cells = dict.fromkeys(str(cell_of(row)) for row in rows)
     order = sorted(lines, key=lambda variant: -share.get(variant, -math.inf))
     blank = dict.fromkeys(("variant", *cells), "-")
     return [{**blank, **lines[v], "share": f"{share[v]:.3f}" if v in share else "-"} for v in order]
@@ -315,11 +317,11 @@ def mean_error(values: np.ndarray, digits: int, sign: str = "") -> str:
 
 def plot(rows: list[dict[str, Any]]) -> Any:
     """Plot each seed and the mean, one panel per cell."""
-    cells = list(dict.fromkeys((r["data"], r["block"], r["sparsity"]) for r in rows))
+    cells = list(dict.fromkeys(map(cell_of, rows)))
     names = [line["variant"] for line in table(rows, "") if line["variant"] != "dense"]
     fig, axes = plt.subplots(1, len(cells), figsize=(3.4 * len(cells), 3.6), layout="constrained", squeeze=False)
     for cell, axis in zip(cells, axes[0], strict=True):
-        for row in (r for r in rows if (r["data"], r["block"], r["sparsity"]) == cell):
+        for row in (r for r in rows if cell_of(r) == cell):
             values = _shown(row)
             if row["variant"] == "dense":
                 axis.axvline(values.mean(), color="black", ls=":", lw=0.8)
@@ -329,7 +331,7 @@ def plot(rows: list[dict[str, Any]]) -> Any:
             axis.plot(values.mean(), y, "|", ms=14, color=f"C{y}")
         axis.set_yticks(range(len(names)), names if axis is axes[0, 0] else [""] * len(names))
         axis.invert_yaxis()
-        axis.set(title=str(Cell(*cell)).replace("_", " "), xlabel=_label(cell[0]))
+        axis.set(title=str(cell).replace("_", " "), xlabel=_label(cell.data))
     return fig
 
 

@@ -1,6 +1,6 @@
 """How the comparison of recipes on bytes depends on the number of steps: a table and a picture of all lengths.
 
-    python -m benchmarks.recipes --data=bytes --bytes_steps=3000 --name=recipes_bytes_3000 --only=rise_0-50,rigl
+    python -m benchmarks.recipes --data=bytes --bytes_steps=3000 --name=recipes_bytes_3000 --only=rise_0-50
     python -m benchmarks.recipes --data=bytes --bytes_steps=3000 --name=recipes_bytes_3000 --report
     python -m benchmarks.recipes_lengths
 
@@ -17,7 +17,7 @@ from absl import app
 from matplotlib import pyplot as plt
 
 from benchmarks import timing
-from benchmarks.recipes import PAGE, Cell, mean_error
+from benchmarks.recipes import PAGE, Cell, cell_of, mean_error
 from benchmarks.tables import filled, markdown
 from experiments.outputs import report
 from experiments.utils import files
@@ -46,22 +46,22 @@ def several(every: Sequence[Row]) -> list[Row]:
     """The rows of variants that were trained with several numbers of steps on one cell, the shortest first."""
     lengths: dict[tuple[str, Cell], set[int]] = {}
     for row in every:
-        lengths.setdefault((row["variant"], _cell(row)), set()).add(row["steps"])
+        lengths.setdefault((row["variant"], cell_of(row)), set()).add(row["steps"])
     wanted = {variant for (variant, _), steps in lengths.items() if len(steps) > 1}
     return sorted((row for row in every if row["variant"] in wanted), key=lambda row: row["steps"])
 
 
 def table(some: Sequence[Row]) -> list[dict[str, str]]:
-    """One line per variant, one column per cell and number of steps, the best of each column in bold."""
-    columns = sorted({(_cell(row), row["steps"]) for row in some})
+    """One line per variant, one column per cell and number of steps, the lowest of each column in bold."""
+    columns = sorted({(cell_of(row), row["steps"]) for row in some})
     best = {
-        column: min(np.mean(row["values"]) for row in some if (_cell(row), row["steps"]) == column)
+        column: min(np.mean(row["values"]) for row in some if (cell_of(row), row["steps"]) == column)
         for column in columns
     }
     blank = dict.fromkeys(("variant", *(_title(*column) for column in columns)), "-")
     lines = {variant: blank | {"variant": NAMES.get(variant, variant)} for variant in _variants(some)}
     for row in some:
-        column = _cell(row), row["steps"]
+        column = cell_of(row), row["steps"]
         text = mean_error(np.array(row["values"]), 3)
         lines[row["variant"]][_title(*column)] = f"**{text}**" if np.mean(row["values"]) == best[column] else text
     return list(lines.values())
@@ -69,11 +69,11 @@ def table(some: Sequence[Row]) -> list[dict[str, str]]:
 
 def plot(some: Sequence[Row]) -> Any:
     """Bits per byte against the number of steps, a panel per cell, with standard errors."""
-    cells = sorted({_cell(row) for row in some})
+    cells = sorted({cell_of(row) for row in some})
     fig, axes = plt.subplots(1, len(cells), figsize=(4.2 * len(cells), 3.6), layout="constrained", squeeze=False)
     for cell, axis in zip(cells, axes[0], strict=True):
         for i, variant in enumerate(_variants(some)):
-            mine = [row for row in some if _cell(row) == cell and row["variant"] == variant]
+            mine = [row for row in some if cell_of(row) == cell and row["variant"] == variant]
             values = [np.array(row["values"]) for row in mine]
             errors = [x.std(ddof=1) / np.sqrt(len(x)) for x in values]
             look: dict[str, Any] = {"marker": "o", "ms": 3, "lw": 1, "color": f"C{i}"}
@@ -90,10 +90,6 @@ def _variants(some: Sequence[Row]) -> list[str]:
     """In the order of `NAMES`, others last."""
     found = dict.fromkeys(row["variant"] for row in some)
     return [v for v in NAMES if v in found] + [v for v in found if v not in NAMES]
-
-
-def _cell(row: Row) -> Cell:
-    return Cell(row["data"], row["block"], row["sparsity"])
 
 
 def _title(cell: Cell, steps: int) -> str:

@@ -29,14 +29,14 @@ ALGORITHMS: dict[str, Mapping[str, Any]] = {
         "sequential_attention.regrow": 0.3,
         "sequential_attention.regrow_every": 10,
     },
-    "one-shot with exchanges": {  # the rise only reaches the blocks that `one_shot` left
+    "one-shot with exchanges": {  # a rise so short that the blocks of `one_shot` stay
         "name": "sequential_attention",
         "schedule": (("sparsification", "3%"), ("sparse", "97%")),
         "sequential_attention.regrow": 0.1,
         "sequential_attention.regrow_every": 10,
     },
 }
-ONE_SHOT = "one-shot"  # how the names of those begin whose network `one_shot` pruned
+ONE_SHOT = "one-shot"  # prefix of the algorithms that start from a network pruned by `one_shot`
 LAYERS, LONGER = "fewer layers", "fewer layers, trained twice as long"
 ALL = 6  # layers of the published network
 # Hidden units of the feed-forward layers: columns of the first kernel, or rows of the second, whose inputs are the

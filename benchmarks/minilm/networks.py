@@ -198,7 +198,7 @@ def sizes(network: Network, block: Any, folder: pathlib.Path) -> dict[str, int]:
     if block:
         nonzero = sum(map(np.count_nonzero, kernels)) / sum(kernel.size for kernel in kernels)
         where: dict[str, Any] = {"where": lambda path: path.startswith("layer"), "min_blocks": 1}
-        sparsity = 1 - nonzero - 1e-9  # of which rounding must not make a block less than there are
+        sparsity = 1 - nonzero - 1e-9  # rounding must not plan a block too few
         params = sapp.export(params, sapp.plan(params, block=tuple(block), sparsity=sparsity, **where))
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         saved = sapp.save(pathlib.Path(temporary, "network"), params).bytes
