@@ -37,7 +37,8 @@ class BuildKernels(build_ext):
             known = self.compiler.executables
             self.compiler.set_executables(**{name: command for name, command in found.items() if name in known})
         jaxlib = importlib.util.find_spec("jaxlib")
-        headers = [str(pathlib.Path(jaxlib.origin).parent / "include")] if jaxlib and jaxlib.origin else []
+        # As a system's headers, about which compilers do not warn.
+        headers = ["-isystem", str(pathlib.Path(jaxlib.origin).parent / "include")] if jaxlib and jaxlib.origin else []
         targets = runpy.run_path(str(SOURCES / "targets.py"))["flags"](platform.machine())
         each = {name: [str(SOURCES / "target.cc"), name, flags] for name, flags in targets.items()}
         rest = [[source, "", []] for source in ext.sources if pathlib.Path(source).name != "target.cc"]
@@ -45,9 +46,7 @@ class BuildKernels(build_ext):
         def compiled(job: tuple[str, str, list[str]]) -> list[str]:
             source, folder, flags = job
             where, flags = str(pathlib.Path(self.build_temp, folder)), FLAGS + flags
-            return self.compiler.compile(
-                [source], where, include_dirs=headers, extra_postargs=flags, depends=ext.depends
-            )
+            return self.compiler.compile([source], where, extra_postargs=headers + flags, depends=ext.depends)
 
         for folder in ("", *targets):
             pathlib.Path(self.build_temp, folder, SOURCES).mkdir(parents=True, exist_ok=True)

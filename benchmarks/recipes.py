@@ -17,7 +17,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -40,6 +40,9 @@ from experiments.utils import files
 _LOCAL = flags.DEFINE_string("local", "", "Directory with Fashion-MNIST's four files; empty for TensorFlow Datasets.")
 _DIRECTORY = flags.DEFINE_string("directory", "runs/recipes", "Where the results of the cells go.")
 _DATA = flags.DEFINE_list("data", ["fashion_mnist", "planted"], "Data sets, whose cells choose together.")
+_CONFIRM = flags.DEFINE_multi_string(
+    "confirm", [], "Train this variant on the cells to confirm on, instead of choosing; may be repeated."
+)
 _ONLY = flags.DEFINE_list("only", [], "Train only runs whose directory has one of these in its name.")
 _STEPS = flags.DEFINE_integer("fashion_steps", 4000, "Steps on Fashion-MNIST.")
 _PLANTED_STEPS = flags.DEFINE_integer("planted_steps", 800, "Steps on planted features.")
@@ -115,6 +118,7 @@ RATES = {  # multiples of the weights' learning rate that the logits have, by sc
     ("effective", "rise 0-90"): (1.0,),
     ("effective", "rise 0-95"): (1.0,),
 }
+GLOBAL = ("rise 0-50",)  # schedules with which the blocks of all layers compete, too
 EXCHANGES = {  # steps between exchanges of blocks in the sparse phase, by schedule
     "rise 0-50": (25, 100),
     "rise 0-75": (25, 100),
@@ -131,6 +135,9 @@ def variants() -> dict[str, dict[str, Changes]]:
             own = {"sequential_attention.score": score, "sequential_attention.logit_lr": rate}
             name = f"{score}, {schedule}, {rate:g}"
             attention[name] = {"name": "sequential_attention", **own, **SCHEDULES[schedule]}
+    for schedule in GLOBAL:
+        name, local = f"effective, {schedule}, all layers", attention[f"effective, {schedule}, 1"]
+        attention[name] = {**local, "scope": "global"}
     for schedule, each in EXCHANGES.items():
         for every in each:
             own = {"score": "effective", "logit_lr": 1.0, "regrow": 0.3, "regrow_every": every, "regrow_until": 0.75}
@@ -172,12 +179,28 @@ class Job(NamedTuple):
 
 def jobs(stage: str, found: Mapping[str, str] | None = None) -> list[Job]:
     """The runs of a stage; `found` has the variant that each family goes on with."""
-    cells = [cell for cell in (CHOOSING if stage == "choose" else CONFIRMING) if cell.data in _DATA.value]
     if found is None:
-        wanted = {v: c for family in variants().values() for v, c in family.items()}
-        run = wanted | {name: CONTROLS[name] for name in ("rigl", "rigl 25", "random", "dense")}
+        run = every_variant() | {name: CONTROLS[name] for name in ("rigl", "rigl 25", "random", "dense")}
     else:
         run = {f"{family}, chosen": variants()[family][v] for family, v in found.items()} | CONTROLS
+    return _on_cells(stage, run)
+
+
+def named(names: Iterable[str]) -> list[Job]:
+    """The runs of variants or controls on the cells to confirm on, by name and whatever is chosen."""
+    known = every_variant() | CONTROLS
+    if unknown := sorted(set(names) - known.keys()):
+        raise app.UsageError(f"--confirm={unknown[0]}: no such variant. There are: " + "; ".join(known))
+    return _on_cells("confirm", {name: known[name] for name in names})
+
+
+def every_variant() -> dict[str, Changes]:
+    """The variants of all families."""
+    return {variant: changes for family in variants().values() for variant, changes in family.items()}
+
+
+def _on_cells(stage: str, run: Mapping[str, Changes]) -> list[Job]:
+    cells = [cell for cell in (CHOOSING if stage == "choose" else CONFIRMING) if cell.data in _DATA.value]
     return [Job(stage, cell, *variant) for cell in cells for variant in run.items()]
 
 
@@ -361,7 +384,7 @@ def summarise(choosing: list[dict[str, Any]], confirming: list[dict[str, Any]]) 
 def main(argv: list[str]) -> None:
     del argv
     pathlib.Path(_DIRECTORY.value).mkdir(parents=True, exist_ok=True)
-    first = jobs("choose")
+    first, wanted = jobs("choose"), named(_CONFIRM.value)
     if _PLAN.value:
         any_of_each = {family: next(iter(own)) for family, own in variants().items()}
         print(f"{len(first)} cells to choose, {len(jobs('confirm', any_of_each))} to confirm")
@@ -369,18 +392,24 @@ def main(argv: list[str]) -> None:
     if _REPORT.value:
         rows = results(first)
         found = chosen(rows)
-        summarise(rows, results(jobs("confirm", found)) if found else [])
+        summarise(rows, results((jobs("confirm", found) if found else []) + named(every_variant())))
         return
     with cli.input_errors():
         for name in _DATA.value:
             dataset(name, "confirm")
-    console = progress.console()
-    for row in work(first):
-        console.print(f"{row['seconds']:>6} s  {row['variant']}  {row['values']}", highlight=False, soft_wrap=True)
-    if missing := [job for job in first if result(job) is None]:
-        console.print(f"{len(missing)} runs to choose by are missing: nothing is confirmed yet", highlight=False)
+    if _CONFIRM.value:
+        _train(wanted)
         return
-    for row in work(jobs("confirm", chosen(results(first)))):
+    _train(first)
+    if missing := [job for job in first if result(job) is None]:
+        print(f"{len(missing)} runs to choose by are missing: nothing is confirmed yet")
+        return
+    _train(jobs("confirm", chosen(results(first))))
+
+
+def _train(stage: list[Job]) -> None:
+    console = progress.console()
+    for row in work(stage):
         console.print(f"{row['seconds']:>6} s  {row['variant']}  {row['values']}", highlight=False, soft_wrap=True)
 
 
