@@ -239,7 +239,8 @@ def _by_name(leaf: _Leaf) -> _Readings:
 
     first, last = reading(_outputs_first(len(inner))), reading(_outputs_last(len(inner)))
     if leaf.equinox:
-        stacked = len(inner) > 3 and inner[2] == 1  # it may as well be a stack of depthwise kernels
+        # It may as well be a stack of depthwise kernels, whose filters have more than one point.
+        stacked = len(inner) > 3 and inner[2] == 1 < math.prod(inner[3:])
         readings = [first, *([first._replace(depthwise=True)] if stacked else [])]
         return readings, sure and len(inner) > 3 and not _like_layers(inner[2:])
     if leaf.named_weight and _filter_last(inner):

@@ -14,6 +14,8 @@ _EMBEDDING = re.compile(
     r".*(embed|embeds|embedder|embedding|embeddings|wte|wpe)(_?\d+)?"
     r"|embed_(tokens|positions|in)|relative_(position|attention)_bias(_table)?"  # of transformers and torchvision
 )
+_LEARNED_INPUT = re.compile(r"(.*_)?(tokens?|latents?)")  # `cls_token`, `reg_tokens`: they join a sequence
+_BIAS = re.compile(r"(.*_)?bias(es)?(_.*)?")  # `q_bias`, `attention_biases`
 _COLLECTIONS = ("batch_stats", "cache", "intermediates", "opt_state")  # not trained; moments have the kernels' shapes
 _WEIGHT = re.compile(r"(^|_)weight(_|\d|$)")
 _WORD = re.compile(r"(^|_)(kernel|weights?|w)(?=_|\d|$)", re.IGNORECASE)  # in the name of a matrix, where a bias has b
@@ -38,8 +40,9 @@ def split_path(path: str) -> list[str]:
 def named_as_kernel(path: str) -> bool:
     """The default predicate: false if a leaf's path shows that it is not a kernel, by the names in flax and others.
 
-    That is, embeddings and everything below them (`wte/embedding`, `pos_embed`), biases and norm scales, low-rank
-    factors (`lora_a`), and collections of a flax model's variables other than its parameters (`batch_stats`).
+    That is, embeddings and everything below them (`wte/embedding`, `pos_embed`), learned tokens (`cls_token`), biases
+    (`attention_biases`) and norm scales, low-rank factors (`lora_a`), and collections of a flax model's variables other
+    than its parameters (`batch_stats`).
 
     Biases and scales can be 2-D: an attention layer's biases per head, or those stacked by `nn.scan`.
 
@@ -56,13 +59,15 @@ def non_kernel_kind(path: str) -> str:
       path: of the leaf, keys joined by `/`.
     """
     *above, name = split_path(path.lower())
-    if "embed" in name or any(_EMBEDDING.fullmatch(key) for key in (*above, name)):
+    if "embed" in name or _LEARNED_INPUT.fullmatch(name) or any(_EMBEDDING.fullmatch(key) for key in (*above, name)):
         return "embedding"
     if above and above[0] in _COLLECTIONS:
         return f"not trained: {above[0]}"
     if any(key.startswith("lora_") for key in (*above, name)):
         return "low-rank factor"
-    return name if name in ("bias", "scale", "offset", "gamma", "beta") else ""
+    if _BIAS.fullmatch(name) and not _WORD.search(name):
+        return "bias"
+    return name if name in ("scale", "offset", "gamma", "beta") else ""
 
 
 @functools.cache

@@ -487,6 +487,13 @@ def test_an_override_may_prune_a_small_kernel():
         ("SelfAttention.relative_attention_bias.weight", "embedding"),  # T5
         ("model.embed_out.weight", ""),
         ("norm.bias", "bias"),
+        ("attn/attention_biases", "bias"),  # LeViT
+        ("attn/q_bias", "bias"),  # BEiT
+        ("debiased/kernel", ""),
+        ("bias_weight", ""),
+        ("vit/reg_tokens", "embedding"),
+        ("cls_token", "embedding"),
+        ("token_mixer/kernel", ""),
     ],
 )
 def test_what_a_path_says_is_no_kernel(path, reason):

@@ -152,8 +152,10 @@ class _Search:
     def sums(self, value: Value, of: Value, axis: int) -> bool:
         """Whether a value is the sum of another along an axis, broadcast along it."""
         while (call := self.maker(value)) is not None and call.name != "reduce_sum":
-            (before, *more), (after,) = call.inputs, call.outputs
-            if more or len(after.shape) != len(of.shape):
+            if (len(call.inputs), len(call.outputs)) != (1, 1):
+                return False
+            (before,), (after,) = call.inputs, call.outputs
+            if len(after.shape) != len(of.shape):
                 return False
             others = [i for i in range(len(after.shape)) if i != axis or len(before.shape) == len(after.shape)]
             if call.name == "broadcast_in_dim":
@@ -287,7 +289,7 @@ def _renamed(call: Call) -> Axes | None:
     Operations on one value that permute axes, add or drop axes of length 1, or change the floating type do not.
     """
     name, inputs = call.name, call.inputs
-    if len(inputs) != 1 or not isinstance(inputs[0], Variable):
+    if (len(inputs), len(call.outputs)) != (1, 1) or not isinstance(inputs[0], Variable):
         return None
     (before,), (after,) = inputs, call.outputs
     if name == "transpose":
