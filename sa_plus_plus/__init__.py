@@ -32,6 +32,7 @@ from sa_plus_plus.oneshot import (
     reorder_state,
     reorder_training,
     sensitivity,
+    views_of,
 )
 from sa_plus_plus.phases import Phases
 from sa_plus_plus.planning import LeafPlan, Plan, path_string, plan
@@ -134,6 +135,7 @@ __all__ = [
     "summary",
     "todense",
     "views",
+    "views_of",
 ]
 
 

@@ -66,7 +66,7 @@ def plan(
         be, depthwise stay dense whatever it says, as do first layers for grey images, which look the same. Such a
         kernel is pruned if its own path, not a pattern, is in `overrides` or `views`.
       overrides: by path or shell-style pattern (`*/Conv_0/kernel`): `dict(block=..., sparsity=..., min_blocks=...,
-        min_kept=...)` to use there. The first matching pattern applies.
+        min_kept=...)` to use there. A leaf's own path applies before the first pattern that matches.
       views: by path or pattern, how leaves are read as matrices: `"d (h k)"`, `"[l] i o"`, `"o i -> i o"` (see
         `views.as_view`). A pattern passes over leaves with another number of axes. By default `layouts.guess` decides
         by names and biases; `print(plan)` shows the result, and where it is an assumption.
@@ -179,8 +179,8 @@ def _plan_leaves(
     )
     layers = []
     for leaf in leaves:
-        override = next((o for pattern, o in overrides.items() if _matches(leaf.path, pattern)), {})
-        options = defaults | override
+        matching = [override for pattern, override in overrides.items() if _matches(leaf.path, pattern)]
+        options = defaults | overrides.get(leaf.path, matching[0] if matching else {})
         if options["min_kept"] is None and leaf.path not in last:
             options["min_kept"] = 0
         layers.append(_layer(leaf, **options, where=where, reading=readings.get(leaf.path)))
@@ -250,7 +250,7 @@ def _readings(leaves: Sequence[_Leaf], user_views: Views, overrides: Overrides) 
             named_by_user = path in user_views or path in overrides
             readings[path] = _Reading(guess.view, guess.sure, "" if named_by_user else guess.dense, by_user=False)
         if matching := [pattern for pattern in user_views if _matches(path, pattern)]:
-            pattern = matching[0]
+            pattern = path if path in user_views else matching[0]
             try:
                 view = views.as_view(user_views[pattern], len(shape))
             except (ValueError, TypeError) as error:

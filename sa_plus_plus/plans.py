@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 from sa_plus_plus import blocks as blk
 from sa_plus_plus import select
+from sa_plus_plus.layouts import PERHAPS_DEPTHWISE
 from sa_plus_plus.names import BIASES_AND_SCALES
 from sa_plus_plus.text import table
 from sa_plus_plus.views import View
 
 OUTPUTS = "outputs"  # as a number of blocks to keep: one for each column of the grid
 SHOWN = 4  # lines on layers of too few blocks
+OPEN = "\n\nassumed, perhaps: by names and shapes; views=sapp.views_of(fn, params, x) reads it off fn(params, x)"
 VECTORS = "not a kernel (one weight for each channel)"  # why a leaf of a vector for each of several layers stays dense
 
 
@@ -94,6 +96,11 @@ class LeafPlan(NamedTuple):
         return self.blocks > 0
 
     @property
+    def is_open(self) -> bool:
+        """Whether names and shapes leave open how it is read."""
+        return self.assumed or self.skip_reason == PERHAPS_DEPTHWISE
+
+    @property
     def is_vector(self) -> bool:
         """Whether it is a scalar, a vector, a vector for each of several layers, or no array at all."""
         told = self.skip_reason == VECTORS or self.skip_reason in BIASES_AND_SCALES
@@ -142,7 +149,8 @@ class Plan(NamedTuple):
         removed = f"{self.sparsity:.2%} of {self.kernel_weights:,} kernel weights removed"
         hidden = len(self.leaves) - len(shown)
         note = f" ({hidden} scalars and vectors not shown)" if hidden else ""
-        return f"{len(self.pruned)} of {kernels} kernels pruned; {removed}{note}\n\n{rows}" + self._cut_off()
+        found = f"{len(self.pruned)} of {kernels} kernels pruned; {removed}{note}\n\n{rows}"
+        return found + self._cut_off() + (OPEN if any(layer.is_open for layer in shown) else "")
 
     def _cut_off(self) -> str:
         """The layers of too few blocks for their columns, then for their rows."""

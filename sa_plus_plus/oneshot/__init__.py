@@ -2,6 +2,7 @@
 
 from sa_plus_plus.oneshot.budgets import Budget, budget, milliseconds
 from sa_plus_plus.oneshot.prune import OneShot, one_shot, refit
+from sa_plus_plus.oneshot.read_views import views_of
 from sa_plus_plus.oneshot.reorder import Reordered, reorder
 from sa_plus_plus.oneshot.reorder_training import ReorderedState, ReorderedTraining, reorder_state, reorder_training
 from sa_plus_plus.oneshot.sensitivities import SPARSITIES, Sensitivity, sensitivity
@@ -22,4 +23,5 @@ __all__ = [
     "reorder_state",
     "reorder_training",
     "sensitivity",
+    "views_of",
 ]

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import sa_plus_plus.oneshot.layers as layers
-from sa_plus_plus import planning, progress
+from sa_plus_plus import progress
 from sa_plus_plus.oneshot.alps import alps
 from sa_plus_plus.oneshot.capture import Visited, matrices_of, visit_layers
 from sa_plus_plus.oneshot.layers import DAMPING, Choose, Problem, Solved, problem_of
 from sa_plus_plus.oneshot.obs import obs
+from sa_plus_plus.oneshot.read_views import plan_for
 from sa_plus_plus.oneshot.reorder import SCORES
 from sa_plus_plus.oneshot.reorder import reorder as reordered
 from sa_plus_plus.oneshot.uses import Use
@@ -130,17 +131,16 @@ def one_shot(
         routed to. Nothing is known of their inputs, so their largest blocks stay, with their weights as they are.
     """
     solve = solver(method, refit)
-    plan = planning.plan(params, block=block, sparsity=sparsity, **options)
+    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in listed(calibration)]
+    plan = plan_for(fn, params, batches, block=block, sparsity=sparsity, **options)
     order = None
     with progress.doing("one_shot"):
         if reorder:
-            calibration, scores = listed(calibration), method if method in SCORES else "obs"
+            scores = method if method in SCORES else "obs"
             params, order, *_ = reordered(
-                fn, params, calibration, block=block, sparsity=sparsity, scores=scores, damping=damping, **options
+                fn, params, batches, block=block, sparsity=sparsity, scores=scores, damping=damping, **options
             )
-        pruned = _walked(
-            fn, params, calibration, plan, lambda problem, use: solve(problem)(use.layer.kept_each), damping
-        )
+        pruned = _walked(fn, params, batches, plan, lambda problem, use: solve(problem)(use.layer.kept_each), damping)
     return pruned._replace(order=order)
 
 

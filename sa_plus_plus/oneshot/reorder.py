@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import planning, select
+from sa_plus_plus import select
 from sa_plus_plus.oneshot.capture import visit_layers
 from sa_plus_plus.oneshot.layers import DAMPING, problem_of
+from sa_plus_plus.oneshot.read_views import plan_for
 from sa_plus_plus.oneshot.uses import Use
 from sa_plus_plus.plan_options import PlanOptions
 from sa_plus_plus.planning import Plan, path_string
@@ -95,8 +96,9 @@ def reorder(
         from examples, also as `one_shot` does.
     """
     check_scores(scores)
-    plan = planning.plan(params, block=block, sparsity=sparsity, **options)
-    order, kept = find_order(fn, params, of_one_shape(examples), plan, scores, damping)
+    batches = of_one_shape(examples)
+    plan = plan_for(fn, params, batches, block=block, sparsity=sparsity, **options)
+    order, kept = find_order(fn, params, batches, plan, scores, damping)
     return Reordered(order.apply(params), order, plan, kept)
 
 

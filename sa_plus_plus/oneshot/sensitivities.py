@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sa_plus_plus import blocks as blk
-from sa_plus_plus import planning, progress
+from sa_plus_plus import progress
 from sa_plus_plus.oneshot.capture import visit_layers
 from sa_plus_plus.oneshot.layers import DAMPING, problem_of
 from sa_plus_plus.oneshot.prune import changes, changes_in, relative, solver, warn_of_unreached
+from sa_plus_plus.oneshot.read_views import plan_for
 from sa_plus_plus.oneshot.uses import Use
 from sa_plus_plus.plan_options import PlanOptions
 from sa_plus_plus.planning import LeafPlan, Plan, map_layers
@@ -131,7 +132,8 @@ def sensitivity(
     steps = (0.0, *sorted({float(s) for s in sparsities}))
     solve = solver(method, refit)
     batches = [(x if isinstance(x, tuple) else (x,), y) for x, y in _pairs(data)]
-    plan = planning.plan(params, block=block, sparsity=0.0, **_without_sparsity(options))
+    inputs = [x for x, _ in batches]
+    plan = plan_for(fn, params, inputs, block=block, sparsity=0.0, **_without_sparsity(options))
 
     @jax.jit
     def mean_loss(params: Any, inputs: Any, targets: Any) -> jax.Array:

@@ -6,6 +6,7 @@ of a residual stream, hidden units, channels, heads. A factor may be permuted di
 such as the dimensions within each head, if every value that has it has the other too.
 """
 
+import collections
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from sa_plus_plus.planning import path_string
-from sa_plus_plus.reordering.factors import Array, Factors
+from sa_plus_plus.reordering.factors import Array, Axis, Factors
 from sa_plus_plus.reordering.walk import Step, Walk
 
 LARGEST = 1 << 22  # entries of a permutation; above, it is one for all
@@ -144,28 +145,37 @@ def _within(
     """For each free factor the factors for each of whose elements its order may be another.
 
     Every value that has the factor has to have the other too, once, and every product that pairs the factor pairs the
-    other too. The iterations of a loop count as a factor of all values in the loop.
+    other too. No operation on both may compute an element of the other from others of it, unless a product contracts
+    both. The iterations of a loop count as a factor of all values in the loop.
     """
     of_leaves = {factor for array in leaves for axis in array for factor in axis}
     possible: dict[int, set[int]] = {factor: of_leaves - {factor} for factor in free}
     wanted = set(free)
 
-    def narrow(array: Array, loops: set[int]) -> None:
+    def resolved(axes: Sequence[Axis]) -> set[int]:
+        return {factor for axis in axes for factor in factors.resolve(axis)}
+
+    def narrow(array: Array, loops: Axis) -> None:
         numbers = [factor for axis in array for factor in axis]
-        once = {factor for factor in numbers if numbers.count(factor) == 1} | loops
+        count = collections.Counter((*numbers, *loops))
         for factor in wanted.intersection(numbers):
-            possible[factor] &= once if factor in once else set()
+            possible[factor] &= {other for other, n in count.items() if n == 1} if count[factor] == 1 else set()
 
     for array in leaves:
-        narrow(array, set())
+        narrow(array, ())
     for step in steps:
-        loops = set(factors.resolve(step.loops))
-        for array in {tuple(map(factors.resolve, value)) for value in step.values}:
+        loops = factors.resolve(step.loops)
+        arrays = {tuple(map(factors.resolve, value)) for value in step.values}
+        for array in arrays:
             narrow(array, loops)
-        if step.pairs is not None:
-            paired = {factor for axis in step.pairs for factor in factors.resolve(axis)}
-            for factor in wanted & paired:
-                possible[factor] &= paired | loops
+        paired, mixed = resolved(step.pairs or ()), resolved(step.mixed)
+        for factor in wanted & paired:
+            possible[factor] &= paired.union(loops)
+        for factor in wanted & {factor for array in arrays for axis in array for factor in axis} - mixed:
+            possible[factor] -= mixed
+    misfits = resolved(factors.misfits)
+    for factor in free:
+        possible[factor] -= misfits
     found: dict[int, tuple[int, ...]] = {}
     for factor in sorted(free, reverse=True):  # parts of an axis are numbered from the slowest
         others = tuple(sorted(p for p in possible[factor] if not _depends(p, factor, found)))

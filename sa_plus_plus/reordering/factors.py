@@ -22,6 +22,8 @@ class Factors:
         self._parents: list[int] = []
         self._parts: dict[int, Axis] = {}
         self._reasons: dict[int, str] = {}
+        self.pins: list[Axis] = []  # what was pinned, in order
+        self.misfits: list[Axis] = []  # axes that correspond without having the same factors
 
     def new(self, size: int, reason: str = "") -> Axis:
         """An axis of one new factor, pinned if there is a reason; of none if its size is 0 or 1."""
@@ -51,6 +53,7 @@ class Factors:
 
     def pin(self, axis: Axis, reason: str) -> None:
         """Pin all factors of an axis; the first reason of a factor stays."""
+        self.pins.append(axis)
         for factor in self.resolve(axis):
             self._reasons.setdefault(factor, reason)
 
@@ -73,6 +76,7 @@ class Factors:
             elif self.sizes[b] % self.sizes[a] == 0:
                 self._split(b, self.sizes[a])
             else:
+                self.misfits += [one, other]
                 for axis in (left, right):
                     self.pin(axis, f"cut into parts of {self.sizes[a]} in one place and of {self.sizes[b]} in another")
                 return
@@ -96,6 +100,7 @@ class Factors:
                 first = self.sizes[rest[0]]
                 if size % first and first % size:
                     reason = f"{what} does not keep its factor of {first} whole"
+                    self.misfits.append((*taken, *rest))
                     self.pin((*taken, *rest), reason)
                     return [*found, *(self.new(n, reason) for n in sizes[number:])]
                 if size < first:

@@ -4,6 +4,7 @@ A rule takes the factors of all axes, the operation, and its arguments' axes; it
 operation commutes with any permutation of those left, and returns the axes of the results.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ _ELEMENTWISE = """
 """
 _REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor"
 _ALONG_AN_AXIS = "cumsum cumprod cummax cummin cumlogsumexp"
+_SCATTERS = "scatter scatter-add scatter-mul scatter-max scatter-min"
 _WINDOWS = "reduce_window reduce_window_max reduce_window_min reduce_window_sum"
 
 
@@ -32,7 +34,8 @@ def results(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
       arguments: the axes of its arguments.
     """
     name = eqn.primitive.name
-    if any(0 in v.aval.shape for v in (*eqn.invars, *eqn.outvars)):
+    empty = any(0 in v.aval.shape for v in (*eqn.invars, *eqn.outvars))
+    if empty and name not in ("concatenate", "slice", *_ELEMENTWISE.split()):
         return _pinned(factors, eqn, arguments, f"{name} of an empty array")
     rule = _RULES.get(name)
     return rule(factors, eqn, arguments) if rule else _pinned(factors, eqn, arguments, f"{name} has no rule")
@@ -46,6 +49,15 @@ def pairs(eqn: Any, arguments: list[Array]) -> tuple[Axis, ...] | None:
     if eqn.primitive.name == "conv_general_dilated":
         return (arguments[0][eqn.params["dimension_numbers"].lhs_spec[1]],)
     return None
+
+
+def contracted(eqn: Any, arguments: list[Array]) -> tuple[Axis, ...]:
+    """The axes that a product contracts; none of another operation."""
+    if eqn.primitive.name == "dot_general":
+        return tuple(arguments[0][axis] for axis in eqn.params["dimension_numbers"][0][0])
+    if eqn.primitive.name == "conv_general_dilated":
+        return (arguments[1][eqn.params["dimension_numbers"].rhs_spec[1]],)
+    return ()
 
 
 def _shape(eqn: Any, result: int = 0) -> tuple[int, ...]:
@@ -172,15 +184,16 @@ def _windows(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
 
 
 def _part(factors: Factors, axis: Axis, size: int, start: int, length: int) -> Axis:
-    """The axis of `[start : start + length]`; whole where the axis is cut into equal parts of this length."""
-    if length == size:
-        return axis
-    if length and size % length == 0 and start % length == 0:
-        parts, inner = factors.cut(axis, (size // length, length), "slicing")
-        factors.pin(parts, "its parts are sliced")
-        return inner
-    factors.pin(axis, "sliced")
-    return factors.new(length, "sliced")
+    """The axis of `[start : start + length]`, in pieces of the largest size that cuts none of them."""
+    if length in (0, size):
+        return axis if length else ()
+    piece = math.gcd(size, start, length)
+    if piece == 1:
+        factors.pin(axis, "sliced")
+        return factors.new(length, "sliced")
+    parts, inner = factors.cut(axis, (size // piece, piece), "slicing")
+    factors.pin(parts, "its parts are sliced")
+    return factors.new(length // piece, "its parts are sliced") + inner
 
 
 def _slice(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
@@ -206,18 +219,23 @@ def _split(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
 
 
 def _concatenate(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
-    along, sizes = eqn.params["dimension"], [v.aval.shape[eqn.params["dimension"]] for v in eqn.invars]
+    along = eqn.params["dimension"]
     for other in arguments[1:]:
         _unite(factors, _without(arguments[0], (along,)), _without(other, (along,)))
+    sizes = [v.aval.shape[along] for v in eqn.invars]
+    if sum(sizes) == max(sizes):  # the others are empty
+        return [arguments[sizes.index(max(sizes))]]
+    piece = math.gcd(*sizes)
+    pieces = []
+    for array, size in zip(arguments, sizes, strict=True):
+        if size:
+            parts, inner = factors.cut(array[along], (size // piece, piece), "concatenation")
+            factors.pin(parts, "concatenated")
+            pieces.append(inner)
+    for inner in pieces[1:]:
+        factors.unite(pieces[0], inner)
     found = list(arguments[0])
-    if len(set(sizes)) == 1:
-        for other in arguments[1:]:
-            factors.unite(arguments[0][along], other[along])
-        found[along] = factors.new(len(sizes), "its parts are concatenated") + arguments[0][along]
-    else:
-        for array in arguments:
-            factors.pin(array[along], "concatenated")
-        found[along] = factors.new(sum(sizes), "concatenated")
+    found[along] = factors.new(sum(sizes) // piece, "its parts are concatenated") + pieces[0]
     return [tuple(found)]
 
 
@@ -302,6 +320,26 @@ def _gather(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
     return [tuple(found)]
 
 
+def _scatter(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
+    """Axes that the updates have whole correspond; along all others places are numbered."""
+    numbers, (operand, places, updates) = eqn.params["dimension_numbers"], arguments
+    shape, update = eqn.invars[0].aval.shape, eqn.invars[2].aval.shape
+    absent = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    windows = zip([axis for axis in range(len(shape)) if axis not in absent], numbers.update_window_dims, strict=True)
+    whole = {axis: here for axis, here in windows if shape[axis] == update[here]}
+    for axis, here in whole.items():
+        factors.unite(operand[axis], updates[here])
+    others = [_without(operand, tuple(whole)), _without(updates, tuple(whole.values())), places]
+    factors.pin_all(others, "places are numbered along it")
+    return [operand]
+
+
+def _fft(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
+    array, first = arguments[0], len(arguments[0]) - len(eqn.params["fft_lengths"])
+    factors.pin_all([array[first:]], "fft along it")
+    return [(*array[:first], *factors.array(_shape(eqn)[first:], "fft along it"))]
+
+
 def _sort(factors: Factors, eqn: Any, arguments: list[Array]) -> list[Array]:
     for other in arguments[1:]:
         _unite(factors, arguments[0], other)
@@ -327,6 +365,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCTIONS.split(), _reduction),
     **dict.fromkeys(_ALONG_AN_AXIS.split(), _along_an_axis),
     **dict.fromkeys(_WINDOWS.split(), _windows),
+    **dict.fromkeys(_SCATTERS.split(), _scatter),
     "argmax": _arg,
     "argmin": _arg,
     "broadcast_in_dim": _broadcast,
@@ -335,6 +374,7 @@ _RULES: dict[str, Rule] = {
     "dot_general": _dot,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
+    "fft": _fft,
     "gather": _gather,
     "iota": _iota,
     "optimization_barrier": _separately,

@@ -118,9 +118,21 @@ def permuted_like(
                     f"not {np.shape(like)}, that of {path}, so it is not known which axes it has. Reorder before "
                     "training, or use an optimizer whose moments have the shapes of the parameters"
                 )
+        for place, path, like, permute in [] if at_its_place else trained:
+            if _is_below(keys, place) and permute(order, prefix, layers, path, like) is not like:
+                raise ValueError(
+                    f"cannot permute {path_string(keys)} of the optimizer's state: it is one of several arrays for "
+                    f"{path}, and it is not known which axes it has. Reorder before training, or use an optimizer "
+                    "whose moments have the shapes of the parameters"
+                )
         return leaf
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_leaf)
+
+
+def _is_below(keys: tuple[Any, ...], place: tuple[Any, ...]) -> bool:
+    """Whether a path leads through another, somewhere before its end."""
+    return any(keys[i : i + len(place)] == place for i in range(len(keys) - len(place)))
 
 
 def _in_order(order: Order, prefix: str, params: Any) -> Any:

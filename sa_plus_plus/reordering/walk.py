@@ -22,11 +22,13 @@ class Step(NamedTuple):
     Attributes:
       values: the axes of its arguments and results.
       pairs: those that it contracts or that number products; None if it is not a product.
+      mixed: those along which it computes elements from others: it contracts them, or their order matters to it.
       loops: the numbers of iterations of the loops around it, which all its values depend on.
     """
 
     values: tuple[Array, ...]
     pairs: tuple[Axis, ...] | None
+    mixed: tuple[Axis, ...]
     loops: Axis
 
 
@@ -55,7 +57,6 @@ class Walk:
         for eqn in program.eqns:
             values = [read(atom) for atom in eqn.invars]
             found = self._equation(eqn, values, loops)
-            self.steps.append(Step((*values, *found), primitives.pairs(eqn, values), loops))
             known |= dict(zip(eqn.outvars, found, strict=True))
         return [read(atom) for atom in program.outvars]
 
@@ -72,7 +73,11 @@ class Walk:
             self.factors.pin_all(values[:1], "it chooses a branch")
             branches = [self.run(branch, values[1:], loops) for branch in params["branches"]]
             return self._same(branches[0], *branches[1:])
-        return primitives.results(self.factors, eqn, values)
+        before = len(self.factors.pins)
+        found = primitives.results(self.factors, eqn, values)
+        mixed = (*primitives.contracted(eqn, values), *self.factors.pins[before:])
+        self.steps.append(Step((*values, *found), primitives.pairs(eqn, values), mixed, loops))
+        return found
 
     def _scan(self, params: Any, values: list[Array], loops: Axis) -> list[Array]:
         consts, carried = params["num_consts"], params["num_carry"]

@@ -219,7 +219,9 @@ def test_depthwise_kernels_of_equinox(shape, bias):
     assert "depthwise" in layer.skip_reason
 
 
-@pytest.mark.parametrize(("shape", "points"), [((48, 40, 1, 1), (2, 3)), ((48, 40, 1), (2,)), ((48, 40, 1, 1, 1), (2, 3, 4))])
+@pytest.mark.parametrize(
+    ("shape", "points"), [((48, 40, 1, 1), (2, 3)), ((48, 40, 1), (2,)), ((48, 40, 1, 1, 1), (2, 3, 4))]
+)
 def test_filters_of_one_point_in_equinox_are_not_depthwise(shape, points):
     (layer,) = planned({"weight": shape}, attributes=True)
     assert (layer.skip_reason, layer.view) == ("", View((), (*points, 1), (0,)))

@@ -107,6 +107,7 @@ LIBRARY = (
     "oneshot.uses",
     "oneshot.capture",
     "oneshot.layers",
+    "oneshot.read_views",
     "oneshot.obs",
     "oneshot.alps",
     "oneshot.reorder",

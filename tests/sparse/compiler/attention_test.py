@@ -194,8 +194,8 @@ OTHERWISE = {
     "masks of two values": lambda q: jax.nn.softmax(jnp.where(q > 0, jnp.where(q < 1, q @ q.mT, -1e9), -1e20)) @ q,
     "scalar scores": lambda q: jax.nn.softmax(q[0, 0] @ q[0, 1] + q) @ q,
     "one of two results": lambda q: jnp.split(q, [4], -1)[1] @ q[:, 4:],
-    "sums from one of two results": lambda q: (
-        (lambda e: e / jnp.split(jnp.tile(e, 2), 2, -1)[1] @ q)(jnp.exp(q @ q.mT))
+    "sums from one of two results": lambda q: (lambda e: e / jnp.split(jnp.tile(e, 2), 2, -1)[1] @ q)(
+        jnp.exp(q @ q.mT)
     ),
     "a transposed sum": lambda q: (lambda e: e / e.sum(-1).T.reshape(2, 9, 1) @ q)(jnp.exp(q @ q.mT)),
 }
