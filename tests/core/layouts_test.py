@@ -293,7 +293,7 @@ def linen(make):
     def built(rank, inputs, bias):
         x, module = images(rank, inputs), make(rank, bias)
         variables = jax.eval_shape(module.init, jax.random.key(0), x)
-        return variables["params"], lambda params: module.apply({"params": params}, x)
+        return variables["params"], lambda params, x=x: module.apply({"params": params}, x)
 
     return built
 
@@ -301,7 +301,8 @@ def linen(make):
 def of_nnx(make):
     def built(rank, inputs, bias):
         graph, params = nnx.split(nnx.eval_shape(lambda: make(rank, bias)))
-        return params, lambda params: nnx.merge(graph, params)(images(rank, inputs))
+        x = images(rank, inputs)
+        return params, lambda params, x=x: nnx.merge(graph, params)(x)
 
     return built
 
@@ -314,8 +315,9 @@ def equinox(name, **options):
             lambda: make(rank, inputs, kernel_size=3, use_bias=bias, key=jax.random.key(0), **options)
         )
         params, static = eqx.partition(module, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-        x = jnp.moveaxis(images(rank, inputs)[0], -1, 0)
-        return params, lambda params: jnp.moveaxis(eqx.combine(params, static)(x), 0, -1)
+        first = lambda x: jnp.moveaxis(x[0], -1, 0)  # noqa: E731
+        x = images(rank, inputs)
+        return params, lambda params, x=x: jnp.moveaxis(eqx.combine(params, static)(first(x)), 0, -1)
 
     return built
 
@@ -326,7 +328,7 @@ def haiku(name, *arguments):
         make = getattr(hk, name.format(rank))
         model = hk.without_apply_rng(hk.transform(lambda x: make(*arguments, 3, with_bias=bias)(x)))
         x = images(rank, inputs)
-        return jax.eval_shape(model.init, jax.random.key(0), x), lambda params: model.apply(params, x)
+        return jax.eval_shape(model.init, jax.random.key(0), x), lambda params, x=x: model.apply(params, x)
 
     return built
 
@@ -340,7 +342,7 @@ def keras(layer, **options):
         made.build(x.shape)
         order = [variable.path for variable in made.trainable_variables]
         params = {v.path: jax.ShapeDtypeStruct(v.shape, jnp.float32) for v in made.trainable_variables}
-        return params, lambda params: made.stateless_call([params[path] for path in order], [], x)[0]
+        return params, lambda params, x=x: made.stateless_call([params[path] for path in order], [], x)[0]
 
     return built
 
@@ -408,6 +410,31 @@ def test_columns_are_the_output_channels_of_a_convolution(name, rank, bias):
     if not found[0].assumed:
         channels, n = channels_of(found[0].path[1:], params, 4, found[0], call)
         assert (channels.tolist(), blocks.matrix_shape(found[0].shape, found[0].view)[1]) == ([4], n)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_views_read_off_a_convolution(name, rank, bias):
+    params, call = CONVOLUTIONS[name](rank, 12, bias)
+    arrays = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
+    ((path, view),) = sapp.views_of(call, arrays, images(rank, 12)).items()
+    plan = sapp.plan({"": params, "other": jnp.ones((40, 40))}, block=1, sparsity=0.5, min_blocks=1)
+    (guessed,) = (layer for layer in plan.pruned.values() if layer.path != "other")
+    assert guessed.path == f"/{path}"
+    channels, n = channels_of(path, params, 4, guessed._replace(view=view), call)
+    assert (channels.tolist(), blocks.matrix_shape(guessed.shape, view)[1]) == ([4], n)
+    if not guessed.assumed:
+        places = np.arange(guessed.weights).reshape(guessed.shape)
+        np.testing.assert_array_equal(blocks.matrices(places, view), blocks.matrices(places, guessed.view))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise_convolutions_have_no_view_to_read_off(name, rank):
+    params, call = DEPTHWISE[name](rank, 12, False)
+    arrays = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
+    assert sapp.views_of(call, arrays, images(rank, 12)) == {}
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -254,13 +254,22 @@ def test_overrides_set_block_and_sparsity():
     assert result.pruned["BottleneckResNetBlock_7/Conv_2/kernel"][2:6] == ((32, 32), (8, 32), 25, 0.9)
 
 
-def test_the_first_pattern_that_matches_counts():
+def test_a_leafs_own_path_counts_and_then_the_first_pattern_that_matches():
     params = {"a": {"kernel": leaf(64, 64)}, "b": {"kernel": leaf(64, 64)}}
     exact, wild = {"a/kernel": {"sparsity": 0.5}}, {"*/kernel": {"sparsity": 0.75, "block": 2}}
-    for overrides, of_a in ((exact | wild, (0.5, (4, 4))), (wild | exact, (0.75, (2, 2)))):
+    for overrides in (exact | wild | {"b/*": {"sparsity": 0.25}}, wild | exact):
         pruned = sapp.plan(params, block=4, sparsity=0.9, overrides=overrides).pruned
-        assert (pruned["a/kernel"].sparsity, pruned["a/kernel"].block) == of_a
+        assert (pruned["a/kernel"].sparsity, pruned["a/kernel"].block) == (0.5, (4, 4))
         assert (pruned["b/kernel"].sparsity, pruned["b/kernel"].block) == (0.75, (2, 2))
+
+
+def test_own_paths_that_look_like_patterns():
+    params = {name: leaf(64, 64) for name in ("w*", "w1", "w[1]")}
+    overrides = {name: {"sparsity": share} for name, share in (("w*", 0.25), ("w[1]", 0.5), ("w1", 0.75))}
+    pruned = sapp.plan(params, block=4, sparsity=0.9, overrides=overrides).pruned
+    assert {path: layer.sparsity for path, layer in pruned.items()} == {"w*": 0.25, "w[1]": 0.5, "w1": 0.75}
+    views = {"w*": "o i -> i o", "w1": "i o"}
+    assert sapp.plan(params, block=4, sparsity=0.9, views=views).pruned["w1"].view in (None, sapp.View((), (0,), (1,)))
 
 
 def test_patterns_are_those_of_a_shell_and_mind_case():
