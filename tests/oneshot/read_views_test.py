@@ -108,7 +108,10 @@ def test_any_einsum(order, contracted, sides):
     found = sapp.views_of(lambda p, x: jnp.einsum(spec, x, p["w"]), {"w": kernel}, x)
     if np.prod([sides[i] for i in rows]) == 1 or np.prod([sides[i] for i in cols]) == 1:
         return  # JAX makes a sum or a scale of it, or which side is which makes no difference
-    got = x.reshape(2, *(sides[i] for i in sorted(rows, key=rows.index)))
-    got = got.transpose(0, *(1 + rows.index(i) for i in found["w"].rows if i in rows)).reshape(2, -1)
-    want = np.einsum(spec, x, kernel).transpose(0, *(1 + cols.index(i) for i in sorted(cols))).reshape(2, -1)
-    np.testing.assert_allclose(got @ sapp.blocks.matrices(kernel, found["w"]), want, rtol=1e-4, atol=1e-5)
+    view, long = found["w"], [axis for axis in range(4) if sides[axis] > 1]
+    in_x, in_y = ([axis for axis in side if axis in long] for side in (rows, cols))
+    in_view = [axis for axis in view.rows if axis in long]
+    read = x.reshape(2, *(sides[i] for i in in_x)).transpose(0, *(1 + in_x.index(i) for i in in_view))
+    want = np.einsum(spec, x, kernel).reshape(2, *(sides[i] for i in in_y))
+    want = want.transpose(0, *(1 + in_y.index(i) for i in sorted(in_y))).reshape(2, -1)
+    np.testing.assert_allclose(read.reshape(2, -1) @ sapp.blocks.matrices(kernel, view), want, rtol=1e-4, atol=1e-5)
