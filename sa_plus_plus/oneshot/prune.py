@@ -17,8 +17,7 @@ from sa_plus_plus.oneshot.capture import Visited, matrices_of, visit_layers
 from sa_plus_plus.oneshot.layers import DAMPING, Choose, Problem, Solved, problem_of
 from sa_plus_plus.oneshot.obs import obs
 from sa_plus_plus.oneshot.read_views import plan_for
-from sa_plus_plus.oneshot.reorder import SCORES
-from sa_plus_plus.oneshot.reorder import reorder as reordered
+from sa_plus_plus.oneshot.reorder import SCORES, find_order, of_one_shape
 from sa_plus_plus.oneshot.uses import Use
 from sa_plus_plus.plan_options import PlanOptions
 from sa_plus_plus.planning import LeafPlan, Plan
@@ -137,9 +136,8 @@ def one_shot(
     with progress.doing("one_shot"):
         if reorder:
             scores = method if method in SCORES else "obs"
-            params, order, *_ = reordered(
-                fn, params, batches, block=block, sparsity=sparsity, scores=scores, damping=damping, **options
-            )
+            order, _ = find_order(fn, params, of_one_shape(batches), plan, scores, damping)
+            params = order.apply(params)
         pruned = _walked(fn, params, batches, plan, lambda problem, use: solve(problem)(use.layer.kept_each), damping)
     return pruned._replace(order=order)
 

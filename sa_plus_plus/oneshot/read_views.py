@@ -1,5 +1,6 @@
 """How a function multiplies by each of its parameters: the views of kernels, read off rather than guessed."""
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Unpack
 
@@ -70,13 +71,21 @@ def plan_for(
       block: as `plan` takes it.
       sparsity: as `plan` takes it.
       **options: as `plan` takes them; views that are given have precedence.
+
+    Raises:
+      TypeError: if the function is none, or as `plan` does.
+      ValueError: as `plan` does.
     """
-    plan = planning.plan(params, block=block, sparsity=sparsity, **options)
-    open_to = [leaf.path for leaf in plan.leaves if leaf.is_open]
-    if not open_to or not batches:
-        return plan
-    views = {**(options.get("views") or {}), **views_of(fn, params, *batches[0], paths=open_to)}
-    return planning.plan(params, block=block, sparsity=sparsity, **{**options, "views": views})
+    if not callable(fn):
+        raise TypeError(f"the first argument is the function, fn(params, *inputs); got {type(fn).__name__}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the last plan warns
+        guessed = planning.plan(params, block=block, sparsity=sparsity, **options)
+    open_to = [leaf.path for leaf in guessed.leaves if leaf.is_open]
+    if open_to and batches:
+        read_off = views_of(fn, params, *batches[0], paths=open_to)
+        options = {**options, "views": {**(options.get("views") or {}), **read_off}}
+    return planning.plan(params, block=block, sparsity=sparsity, **options)
 
 
 def _may_be_kernel(leaf: Any) -> bool:
@@ -104,7 +113,7 @@ def _view(layer: Layer, shape: Shape) -> View | None:
 
 def _turns(line: np.ndarray, shape: Shape) -> dict[int, int]:
     """How often each axis of a leaf changes along a line of places, for those that do; the slowest have fewest."""
-    changes = (np.count_nonzero(np.diff(index)) for index in np.unravel_index(line, shape))
+    changes = (int(np.count_nonzero(np.diff(index))) for index in np.unravel_index(line, shape))
     return {axis: n for axis, n in enumerate(changes) if n}
 
 

@@ -9,6 +9,7 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus.planning import LeafPlan
 from sa_plus_plus.sparse.compiler.conv_geometry import Window, window_of
 from sa_plus_plus.sparse.compiler.ir import Layer, Traced, leaves_of
+from sa_plus_plus.sparse.compiler.unsupported import MOST_STEPS
 
 
 class Use(NamedTuple):
@@ -75,9 +76,9 @@ def uses_of(traced: Traced, layers: Mapping[str, LeafPlan]) -> dict[tuple[str, i
             which = matrix_name(layer, missing[0]) + (f" and {len(missing) - 1} more" if missing[1:] else "")
             indirectly = ", but uses values computed from it" if path in others else ""
             raise ValueError(
-                f"{which} is not reached by the calibration data: the function never multiplies by it in a product or "
-                f"convolution outside `cond`, `while` and long loops{indirectly}. Leave it out by `where`, or prune "
-                "it in training"
+                f"no product or convolution with {which} was found: the function has none, or only in `while`, `cond` "
+                f"or a loop of more than {MOST_STEPS} steps{indirectly}. Leave it out by `where`, or prune it in "
+                "training"
             )
     return found
 
@@ -121,6 +122,6 @@ def _use(number: int, step: Layer, layer: LeafPlan, places: np.ndarray) -> Use:
             return Use(number, layer, int(stack[0, 0]), inputs, outputs, transposed, window)
     raise ValueError(
         f"{layer.path}, of shape {layer.shape}, is multiplied as a kernel of shape {step.spec.kernel.shape} whose "
-        f"inputs are not the rows or the columns of its matrix {rows}×{cols}: give its view (`views`), or leave it out "
-        "by `where`"
+        f"inputs are not the rows or the columns of its matrix {rows}×{cols}: give another view, such as that of "
+        "`sapp.views_of(fn, params, *inputs)`, or leave it out by `where`"
     )

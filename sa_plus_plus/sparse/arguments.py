@@ -94,8 +94,17 @@ def _cut(x: Any, pieces: int) -> Sequence[Any]:
 
 
 def shape_and_type(x: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype; for a value that is not a JAX array, those after conversion to one."""
-    return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x), allow_extended_dtype=True)
+    """Shape and dtype; for a value that is not a JAX array, those after conversion to one.
+
+    Raises:
+      TypeError: for what is no array or number.
+    """
+    try:
+        return np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x), allow_extended_dtype=True)
+    except TypeError as error:
+        raise TypeError(
+            f"an input is {x!r:.80}, of type {type(x).__name__}, which is no array: bind it to the function instead"
+        ) from error
 
 
 def shapes(values: Sequence[tuple[tuple[int, ...], Any]]) -> str:

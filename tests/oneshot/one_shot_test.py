@@ -586,7 +586,9 @@ def test_what_is_wrong_is_said(two_layers):
     bad = jax.tree.map(np.copy, params)
     bad["second"]["kernel"][2, 3] = np.inf
     refused("second/kernel holds 1 NaN or infinite values of 98", params=bad)
-    refused("second/kernel is not reached", fn=lambda p, x: x @ p["first"]["kernel"])
+    refused("no product or convolution with second/kernel", fn=lambda p, x: x @ p["first"]["kernel"])
+    refused("the first argument is the function, .* got dict", fn=params, error=TypeError)
+    refused("an input is 'train', of type str", calibration=[(batches[0], "train")], reorder=True, error=TypeError)
     square = {"tied": {"kernel": np.eye(10, dtype=np.float32)}}
     refused("tied/kernel is multiplied both as it is and transposed", params=square, fn=_tied_autoencoder)
     refused("second/kernel.*finite", fn=lambda p, x: jnp.log(x @ p["first"]["kernel"] - 1e9) @ p["second"]["kernel"])

@@ -187,6 +187,9 @@ def test_what_cannot_be_reordered_is_said():
     factored = sapp.sparsify(optax.adafactor(1e-2, min_dim_size_to_factor=4), CHOOSING_BY_WEIGHTS["gradual"](**OPTIONS))
     with pytest.raises(ValueError, match=r"cannot permute .*v_row.* its shape \(12,\) is not \(12, 32\)"):
         sapp.reorder_training(network, start(), factored.init(start()), factored, X)
+    by_axes = sapp.sparsify(optax.sm3(1e-2), CHOOSING_BY_WEIGHTS["gradual"](**OPTIONS))
+    with pytest.raises(ValueError, match=r"cannot permute .*mu.*a/bias/0 .* one of several arrays for a/bias"):
+        sapp.reorder_training(network, start(), by_axes.init(start()), by_axes, X)
 
 
 def test_logits_are_told_from_parameters_of_the_same_name():
