@@ -55,31 +55,39 @@ def uses_of(traced: Traced, layers: Mapping[str, LeafPlan]) -> dict[tuple[str, i
       layers: the pruned leaves by path.
 
     Raises:
-      ValueError: naming the matrix, if it is not used, a product takes only a part of it, or products take it both as
-        it is and transposed, so that its inputs are not of one kind.
+      ValueError: naming all matrices that are not used, of which a product takes only a part, or which products take
+        both as they are and transposed, so that their inputs are not of one kind.
     """
     places = {path: _places(layer) for path, layer in layers.items()}
     found: dict[tuple[str, int], list[Use]] = {}
+    refused: dict[str, str] = {}  # by path
     for number, step in enumerate(traced.steps):
         if isinstance(step, Layer) and step.origin is not None:
             use = _use(number, step, layers[step.origin.path], places[step.origin.path])
-            found.setdefault((use.layer.path, use.stack), []).append(use)
-    for uses in found.values():
+            if isinstance(use, str):
+                refused.setdefault(step.origin.path, use)
+            else:
+                found.setdefault((use.layer.path, use.stack), []).append(use)
+    for (path, _), uses in found.items():
         if len({use.transposed for use in uses}) > 1:
-            raise ValueError(
+            refused.setdefault(
+                path,
                 f"{uses[0].name} is multiplied both as it is and transposed, as in a tied autoencoder: its inputs are "
-                "the rows in one product, the columns in the other. Leave it out by `where`, or prune it in training"
+                "the rows in one product, the columns in the other",
             )
     others = other_uses_of(traced)
     for path, layer in layers.items():
         if missing := [i for i in range(int(np.prod(layer.stack))) if (path, i) not in found]:
             which = matrix_name(layer, missing[0]) + (f" and {len(missing) - 1} more" if missing[1:] else "")
             indirectly = ", but uses values computed from it" if path in others else ""
-            raise ValueError(
+            refused.setdefault(
+                path,
                 f"no product or convolution with {which} was found: the function has none, or only in `while`, `cond` "
-                f"or a loop of more than {MOST_STEPS} steps{indirectly}. Leave it out by `where`, or prune it in "
-                "training"
+                f"or a loop of more than {MOST_STEPS} steps{indirectly}",
             )
+    if refused:
+        which = "it" if len(refused) == 1 else f"these {len(refused)} leaves"
+        raise ValueError(". ".join([*refused.values(), f"Leave {which} out by `where`, or prune in training"]))
     return found
 
 
@@ -106,11 +114,12 @@ def _places(layer: LeafPlan) -> np.ndarray:
     return places
 
 
-def _use(number: int, step: Layer, layer: LeafPlan, places: np.ndarray) -> Use:
+def _use(number: int, step: Layer, layer: LeafPlan, places: np.ndarray) -> Use | str:
+    """A layer's kernel as a matrix of a leaf, or why it is none."""
     assert step.origin is not None
     window = window_of(step.spec)
     if isinstance(window, str):
-        raise ValueError(f"{layer.path} is {window}, which has no one matrix of inputs: leave it out by `where`")
+        return f"{layer.path} is {window}, which has no one matrix of inputs"
     rows, cols = blk.matrix_shape(layer.shape, layer.view)
     kernel = np.asarray(step.origin.positions).reshape(-1, step.spec.kernel.shape[-1])
     stack, rest = np.divmod(places[kernel], rows * cols)
@@ -120,8 +129,8 @@ def _use(number: int, step: Layer, layer: LeafPlan, places: np.ndarray) -> Use:
         whole = (len(inputs), len(outputs)) == ((cols, rows) if transposed else (rows, cols))
         if whole and (stack == stack[0, 0]).all() and (along == inputs[:, None]).all() and (across == outputs).all():
             return Use(number, layer, int(stack[0, 0]), inputs, outputs, transposed, window)
-    raise ValueError(
+    return (
         f"{layer.path}, of shape {layer.shape}, is multiplied as a kernel of shape {step.spec.kernel.shape} whose "
-        f"inputs are not the rows or the columns of its matrix {rows}×{cols}: give another view, such as that of "
-        "`sapp.views_of(fn, params, *inputs)`, or leave it out by `where`"
+        f"inputs are not the rows or the columns of its matrix {rows}×{cols}: `sapp.views_of(fn, params, *inputs)` "
+        "has its view, if it has one"
     )

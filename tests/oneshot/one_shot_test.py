@@ -587,6 +587,7 @@ def test_what_is_wrong_is_said(two_layers):
     bad["second"]["kernel"][2, 3] = np.inf
     refused("second/kernel holds 1 NaN or infinite values of 98", params=bad)
     refused("no product or convolution with second/kernel", fn=lambda p, x: x @ p["first"]["kernel"])
+    refused(r"with first/kernel .*second/kernel .*Leave these 2 leaves out by `where`", fn=lambda p, x: x)
     refused("the first argument is the function, .* got dict", fn=params, error=TypeError)
     refused("an input is 'train', of type str", calibration=[(batches[0], "train")], reorder=True, error=TypeError)
     square = {"tied": {"kernel": np.eye(10, dtype=np.float32)}}
