@@ -149,8 +149,7 @@ class Plan(NamedTuple):
         removed = f"{self.sparsity:.2%} of {self.kernel_weights:,} kernel weights removed"
         hidden = len(self.leaves) - len(shown)
         note = f" ({hidden} scalars and vectors not shown)" if hidden else ""
-        found = f"{len(self.pruned)} of {kernels} kernels pruned; {removed}{note}\n\n{rows}"
-        return found + self._cut_off() + (OPEN if any(layer.is_open for layer in shown) else "")
+        return f"{len(self.pruned)} of {kernels} kernels pruned; {removed}{note}\n\n{rows}" + self._cut_off()
 
     def _cut_off(self) -> str:
         """The layers of too few blocks for their columns, then for their rows."""
@@ -165,7 +164,7 @@ class Plan(NamedTuple):
         return "".join(f"\n{line}" for line in ["", *lines[:SHOWN], *more]) if lines else ""
 
     def __str__(self) -> str:
-        return self.table()
+        return self.table() + (OPEN if any(leaf.is_open for leaf in self.leaves) else "")
 
 
 def _row(layer: LeafPlan) -> tuple[str, ...]:
