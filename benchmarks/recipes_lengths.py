@@ -4,8 +4,9 @@
     python -m benchmarks.recipes --data=bytes --bytes_steps=3000 --name=recipes_bytes_3000 --report
     python -m benchmarks.recipes_lengths
 
-Reads benchmarks/results/recipes_bytes*.json, fills in the table of `docs/choosing.md` and writes
-benchmarks/results/recipes_lengths.png. Variants that were trained with one number of steps only are left out.
+Reads benchmarks/results/recipes_bytes*.json, fills in the tables of `docs/choosing.md` and writes
+benchmarks/results/recipes_lengths.png. Of the runs to choose by, variants that were trained with one number of steps
+only are left out; those to confirm are in a table of their own.
 """
 
 import json
@@ -38,8 +39,13 @@ NAMES = {
 
 def rows() -> list[Row]:
     """All runs on the cells to choose on, of the variants that have several lengths on one cell."""
+    return several(read("choosing"))
+
+
+def read(stage: str) -> list[Row]:
+    """The runs of all lengths, `"choosing"` or `"confirming"`."""
     found = [json.loads(file.read_text()) for file in sorted(timing.RESULTS.glob("recipes_bytes*.json"))]
-    return several([row for each in found for row in each["choosing"]])
+    return [row for each in found for row in each[stage]]
 
 
 def several(every: Sequence[Row]) -> list[Row]:
@@ -99,7 +105,8 @@ def _title(cell: Cell, steps: int) -> str:
 def main(argv: list[str]) -> None:
     del argv
     some = rows()
-    files.write_text(PAGE, filled(PAGE.read_text(), "lengths", markdown(table(some))))
+    page = filled(PAGE.read_text(), "lengths", markdown(table(some)))
+    files.write_text(PAGE, filled(page, "confirmed lengths", markdown(table(read("confirming")))))
     report.save_figure(timing.RESULTS / "recipes_lengths.png", plot(some))
 
 

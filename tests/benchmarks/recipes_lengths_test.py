@@ -19,7 +19,7 @@ def found(tmp_path, monkeypatch):
     short = [row("new", 30, [4.0, 4.0]), row("rigl", 30, [3.0, 3.0]), row("movement", 30, [0.0, 0.0], block=32)]
     short.append(row("random", 30, [5.0, 5.0]))
     for name, some in (("recipes_bytes", short), ("recipes_bytes_90", long), ("recipes", [row("rigl", 1, [0.0, 0.0])])):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"choosing": some}))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"choosing": some, "confirming": some[:1]}))
     monkeypatch.setattr(recipes_lengths.timing, "RESULTS", tmp_path)
     return recipes_lengths.rows()
 
@@ -31,6 +31,12 @@ def test_variants_with_several_lengths_on_a_cell_are_compared(found):
         {"variant": "RigL", short: "**3.000 ± 0.000**", long: "2.500 ± 0.500"},
         {"variant": "new", short: "4.000 ± 0.000", long: "**2.000 ± 1.000**"},
     ]
+
+
+def test_runs_to_confirm_have_a_table_of_their_own(found):
+    assert [(r["variant"], r["steps"]) for r in recipes_lengths.read("confirming")] == [("new", 30), ("rigl", 90)]
+    lines = recipes_lengths.table(recipes_lengths.read("confirming"))
+    assert lines[0] == {"variant": "RigL", "16 × 16, 90%, 30 steps": "-", "16 × 16, 90%, 90 steps": "**2.500 ± 0.500**"}
 
 
 def test_the_picture_has_the_means_and_their_standard_errors(found):
