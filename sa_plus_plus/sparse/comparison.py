@@ -26,12 +26,14 @@ class Comparison(NamedTuple):
       fast_seconds: median of a call of the specialised network.
       difference: largest difference of their results, relative to the largest of the function's results.
       on_example: whether the inputs were those given; without values they are random, and integers are 0.
+      in_float32: whether all results are.
     """
 
     jitted_seconds: float
     fast_seconds: float
     difference: float
     on_example: bool = True
+    in_float32: bool = True
 
     @property
     def speedup(self) -> float:
@@ -65,7 +67,8 @@ def compared(fn: Callable[..., Any], network: Any, examples: Sequence[Any]) -> C
     want, got = jitted(weights, inputs), jax.tree.leaves(network(*arguments))
     calls = lambda: jitted(weights, inputs), lambda: network(*arguments)
     jitted_seconds, fast_seconds = np.median(alternated([_timer(call) for call in calls], _ROUND_SECONDS), 0).tolist()
-    return Comparison(jitted_seconds, fast_seconds, difference(want, got), given)
+    in_float32 = all(x.dtype == np.float32 for x in want)
+    return Comparison(jitted_seconds, fast_seconds, difference(want, got), given, in_float32)
 
 
 def difference(want: Sequence[Any], got: Sequence[Any]) -> float:

@@ -11,7 +11,7 @@ from sa_plus_plus import blocks as blk
 from sa_plus_plus import progress
 from sa_plus_plus.planning import Plan
 from sa_plus_plus.sparse.arguments import batches_of, shape_and_type, shapes
-from sa_plus_plus.sparse.comparison import compared
+from sa_plus_plus.sparse.comparison import Comparison, compared
 from sa_plus_plus.sparse.compiler.attention import Attention
 from sa_plus_plus.sparse.compiler.autotune import Autotuner, Mode, Precision, input_types
 from sa_plus_plus.sparse.compiler.calibration import errors_of, ranges_of
@@ -28,6 +28,8 @@ from sa_plus_plus.sparse.compiler.unsupported import weights_among
 from sa_plus_plus.sparse.network import Network
 from sa_plus_plus.sparse.ops import native
 from sa_plus_plus.sparse.ops.matmul import Implementation, chosen
+
+MOST_DIFFERENCE = 0.05  # of the largest result, that rounding explains, in layers of bfloat16 too
 
 
 def specialize(
@@ -102,7 +104,8 @@ def specialize(
       RuntimeError: if the requested precision needs the compiled kernel and there is none.
 
     Warns:
-      UserWarning: if there are no layers, because the weights are among the arguments or because there are no kernels.
+      UserWarning: if there are no layers, because the weights are among the arguments or because there are no kernels;
+        if results in float32 differ from those of `fn` by more than rounding explains, with `mode="autotune"`.
     """
     options: dict[str, Any] = {
         "block": block,
@@ -115,6 +118,8 @@ def specialize(
         network = specialized(fn, examples, calibration=calibration, microbatch=microbatch, **options)
         if mode == "autotune":
             network.whole = compared(fn, network, examples)
+    if network.whole is not None and precision is None:
+        _warn_of_difference(network.whole)
     return network
 
 
@@ -218,6 +223,20 @@ def _warn(traced: Traced, listed: bool) -> None:
     else:
         return
     warnings.warn(text, UserWarning, stacklevel=4)
+
+
+def _warn_of_difference(whole: Comparison) -> None:
+    """Warn if results in float32 are not those of the function; in other types rounding may explain that."""
+    if not whole.in_float32 or whole.difference <= MOST_DIFFERENCE or np.isinf(whole.difference):
+        return
+    inputs = "the example" if whole.on_example else "random inputs"
+    warnings.warn(
+        f"specialize: on {inputs} the largest difference from jax.jit(fn) is {whole.difference:.1e} of the largest "
+        "result. Either the function amplifies rounding that much, or this is an error of the library: compare both on "
+        'your data, run it by mode="never", and report it',
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _check_precision(precision: Any, calibration: Any, implementation: Any, compiled: bool) -> None:

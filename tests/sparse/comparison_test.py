@@ -1,5 +1,8 @@
 """A specialised network says whether it was worth it; times are injected, never measured."""
 
+import sys
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,6 +126,24 @@ def test_only_autotuned_networks_are_compared(injected):
     fast = sapp.specialize(lambda n: fn(jnp.ones((2, 32)) * n.astype(jnp.float32)), jax.ShapeDtypeStruct((), jnp.int32))
     assert not fast.whole.on_example
     assert "on random inputs" in str(fast)
+
+
+@pytest.mark.parametrize(
+    ("difference", "in_float32", "warns"),
+    [(4.9, True, True), (np.nan, True, True), (1e-3, True, False), (4.9, False, False), (np.inf, True, False)],
+)
+def test_a_network_that_gives_other_results_warns(monkeypatch, difference, in_float32, warns):
+    whole = Comparison(1.0, 1.0, difference, in_float32=in_float32)
+    module = sys.modules["sa_plus_plus.sparse.specialize"]  # the name is the function's
+    monkeypatch.setattr(module, "compared", lambda fn, network, examples: whole)
+    kernel = jnp.eye(8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sapp.specialize(lambda x: x @ kernel, jnp.ones((2, 8)))
+    messages = [str(w.message) for w in caught if "largest difference from jax.jit(fn)" in str(w.message)]
+    assert len(messages) == warns
+    if warns:
+        assert f"is {difference:.1e} of the largest result" in messages[0]
 
 
 def test_differences_are_relative_to_the_largest_result():

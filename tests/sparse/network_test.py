@@ -223,6 +223,28 @@ def test_activation_functions_become_part_of_a_layer_however_written(activation)
         assert np.sqrt(np.mean((narrow(x) - want) ** 2)) < 0.05 * np.sqrt(np.mean(want**2))
 
 
+LIMITED = [
+    lambda y: jnp.minimum(jax.nn.relu(y), 20),
+    lambda y: jnp.clip(y, 0, 65504),
+    lambda y: jnp.clip(jax.nn.gelu(y), -20, 20),
+    lambda y: jnp.where(y > 30, 0, jax.nn.silu(y)),
+    lambda y: jnp.where(y < -1e6, y, jax.nn.relu(y)),
+]
+
+
+@pytest.mark.parametrize("size", [100, 1e7])
+@pytest.mark.parametrize("number", range(len(LIMITED)))
+def test_limits_far_from_zero_stay(number, size):
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((24, 32), (7, 24)))
+    x = size * x
+
+    def fn(x):
+        return LIMITED[number](x @ w)
+
+    np.testing.assert_allclose(sapp.specialize(fn, x, mode="always")(x), jax.jit(fn)(x), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"rhs_dilation": (2, 2)}, {"lhs_dilation": (2, 2)}])
 def test_unusual_convolutions_stay_dense_but_are_folded(options):
     rng = np.random.default_rng(0)

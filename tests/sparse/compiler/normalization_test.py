@@ -93,6 +93,9 @@ FORMS = {
     "in bfloat16": (lambda x: module(nn.LayerNorm(dtype=jnp.bfloat16))(x.astype(jnp.bfloat16)), "layer_norm"),
     "unbiased": (lambda x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True, ddof=1) + 1e-5), None),
     "of standard deviation": (lambda x: (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 0.1), None),
+    "a guarded length": (lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12), None),
+    "and a limit": (lambda x: jnp.maximum(plain(x), -4.5), "layer_norm"),
+    "a limit that no result reaches": (lambda x: jnp.maximum(plain(x), -5), "layer_norm"),
     "of everything": (lambda x: (x - x.mean()) / jnp.sqrt(x.var() + 1e-5), None),
     "of rows": (lambda x: (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5), None),
     "groups": (module(nn.GroupNorm(4)), None),
@@ -119,6 +122,34 @@ def test_recognition(form):
     np.testing.assert_allclose(fast(x), want, rtol=tolerance, atol=tolerance)
     if name and "bfloat16" not in form and "and" not in form:
         assert set(fast.steps) == {"dense", name}
+
+
+GUARDED = [
+    lambda x, length: x / jnp.maximum(length, 1e-12),
+    lambda x, length: x / jnp.where(length > 0, length, 1),
+    lambda x, length: x / (length + 1e-12),
+    lambda x, length: x * jax.lax.rsqrt(jnp.maximum(length**2, 1e-12)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(GUARDED)))
+def test_rows_of_zeros_stay_zeros(number):
+    """Where a network guards against them: without an epsilon below the root the compiled step would divide 0 by 0."""
+    x = normal(7, 24).at[2:5].set(0)
+
+    def network(x):
+        x = jax.nn.relu(x @ KERNEL)
+        return GUARDED[number](x, jnp.linalg.norm(x, axis=-1, keepdims=True))
+
+    np.testing.assert_allclose(sapp.specialize(network, x, mode="always")(x), jax.jit(network)(x), atol=1e-5)
+
+
+def test_a_limit_on_a_normalisation_stays():
+    x = 10 * jnp.eye(24, dtype=jnp.float32)
+    kernel = jnp.eye(24, dtype=jnp.float32)
+    for limit in (lambda y: jnp.minimum(y, 3), lambda y: jnp.clip(y, -4.7, 4.7), lambda y: jnp.maximum(-y, -4)):
+        network = lambda x, limit=limit: limit(plain(x @ kernel))  # noqa: E731
+        np.testing.assert_allclose(sapp.specialize(network, x, mode="always")(x), jax.jit(network)(x), atol=1e-5)
 
 
 def test_what_others_use_is_kept():

@@ -16,7 +16,10 @@ _ELEMENTWISE = (
     *("logistic", "erf", "erfc", "expm1", "log1p", "select_n", "gt", "ge", "lt", "le", "clamp"),
 )
 _MOST_CALLS = 32  # of an activation function, at most
-_POINTS = np.concatenate([np.linspace(-12, 12, 4801), np.linspace(-0.1, 0.1, 201)]).astype(np.float32)
+_NEAR, _FAR = 12, np.geomspace(12, 1e9, 801)  # networks have limits at 20 or 65504, too
+_POINTS = np.concatenate([np.linspace(-_NEAR, _NEAR, 4801), np.linspace(-0.1, 0.1, 201), _FAR, -_FAR]).astype(
+    np.float32
+)
 _TOLERANCE = 2e-6  # absolute up to 1, relative above
 
 
@@ -94,7 +97,9 @@ def _recognised(calls: Sequence[Call], layer: LayerSpec, end: Variable) -> Activ
 
 
 def _allowed(values: np.ndarray) -> np.ndarray:
-    return _TOLERANCE * np.maximum(1, np.abs(values))
+    sizes = np.abs(_POINTS)
+    far = np.where(sizes > _NEAR, sizes, 1)  # `x * (1 + tanh(x))` rounds at the scale of `x`
+    return _TOLERANCE * np.maximum(far, np.abs(values))
 
 
 @functools.cache

@@ -108,7 +108,7 @@ def _regions(x: Variable, steps: Sequence[Any], users: Mapping[Variable, Sequenc
 def _recognised(x: Variable, calls: Sequence[Call]) -> Normalization | None:
     """These operations as a normalisation of `x`, if they are one."""
     epsilon = _epsilon(calls)
-    if epsilon is None:
+    if not epsilon:  # without one a row of zeros is 0 / 0, which the operations may avoid in a way of their own
         return None
     *before, last = calls
     rounds = last.name in _CASTS and last.inputs[0].dtype == np.float32  # scale and shift are read before it
@@ -129,12 +129,17 @@ def _recognised(x: Variable, calls: Sequence[Call]) -> Normalization | None:
         shift = results(np.zeros((1, columns)))[1][0].astype(np.float64)
         numbers, got = results(_balanced(columns)[None])
         scale = (got[0] - shift) / formula(numbers[0], True)
-        numbers, got = results(_probes(columns, epsilon))
-        for centred in (True, False):
+        probes = [_probes(columns, epsilon), *_extremes(columns)]
+        computed = [results(rows) for rows in probes]  # each alone, since `x` may have a single row
+
+        def fits(numbers: np.ndarray, got: np.ndarray, centred: bool) -> bool:
             terms = scale * formula(numbers, centred)
             most = _TOLERANCE * (np.abs(terms) + np.abs(scale) + np.abs(shift))
             want, most = (np.resize(a.astype(np.float32), got.shape) for a in (terms + shift, most))
-            if np.all(np.abs(got - want) <= most):
+            return bool(np.all(np.abs(got - want) <= most))
+
+        for centred in (True, False):
+            if all(fits(*pair, centred) for pair in computed):
                 constants = [Constant(a.astype(np.float32), a.shape) for a in (scale, shift)]
                 return Normalization((x, *constants), calls[-1].outputs, epsilon, centred, tuple(calls))  # type: ignore[arg-type]
     return None
@@ -173,3 +178,10 @@ def _probes(columns: int, epsilon: float) -> np.ndarray:
     rng, each = np.random.default_rng(0), (_PROBES, 1)
     scale = np.sqrt(max(epsilon, 1e-12)) ** rng.choice([0.0, 0.5, 1.0], each) * rng.uniform(0.5, 2, each)
     return scale * (rng.standard_normal((_PROBES, columns)) + 0.3)
+
+
+def _extremes(columns: int) -> list[np.ndarray]:
+    """A row with the largest result that there is, one with the smallest, and one of large numbers: for limits."""
+    single = np.zeros((1, columns))
+    single[0, columns // 2] = 100
+    return [single, -single, 1e6 * np.random.default_rng(1).standard_normal((1, columns))]
