@@ -96,7 +96,11 @@ def ema(decay: float) -> Ema:
             if w is None:
                 return average
             w = jnp.asarray(w).astype(average.dtype)
-            return jnp.where(w == 0, 0, average + _share(decay, count).astype(average.dtype) * (w - average))
+            share = _share(decay, count).astype(average.dtype)
+            moved = jnp.where(
+                share == 1, w, average + share * (w - average)
+            )  # the difference may round, or be no number
+            return jnp.where(w == 0, 0, moved)
 
         count = jax.tree.map(counted, state.count, current, is_leaf=trees.is_none)
         average = jax.tree.map(averaged, state.average, count, current, is_leaf=trees.is_none)

@@ -38,7 +38,8 @@ def views_of(
 
     Returns:
       By path, the views. Without leaves that `fn` does not multiply by, such as tables that are only looked up;
-      depthwise kernels; and those of which one axis is both contracted and not, in one product or in several.
+      depthwise kernels; and those of which one axis is both contracted and not, in one of these products or in several.
+      A convolution in groups has the matrix of one group's inputs.
     """
     leaves = {path_string(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
     shapes = {path: np.shape(leaf) for path, leaf in leaves.items() if _may_be_kernel(leaf)}

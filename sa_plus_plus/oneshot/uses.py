@@ -131,6 +131,6 @@ def _use(number: int, step: Layer, layer: LeafPlan, places: np.ndarray) -> Use |
             return Use(number, layer, int(stack[0, 0]), inputs, outputs, transposed, window)
     return (
         f"{layer.path}, of shape {layer.shape}, is multiplied as a kernel of shape {step.spec.kernel.shape} whose "
-        f"inputs are not the rows or the columns of its matrix {rows}×{cols}: `sapp.views_of(fn, params, *inputs)` "
-        "has its view, if it has one"
+        f"inputs are not the rows or the columns of its matrix {rows}×{cols}: a product takes a part of it, or it has "
+        "another view (`sapp.views_of(fn, params, *inputs)`)"
     )

@@ -175,6 +175,34 @@ def test_what_goes_in_comes_out_pruned(kind, dtype, folder, capsys):
     assert not [*folder.glob(".*unfinished")]
 
 
+def test_arrays_keep_their_order(folder):
+    arrays = [np.random.default_rng(i).normal(size=(24, 24)).astype(np.float32) for i in range(12)]
+    np.savez(folder / "in.npz", *arrays)
+    run(
+        "one-shot", folder / "in.npz", "--block=4", "--sparsity=0.5", "--min-blocks=1", f"--output={folder / 'out.npz'}"
+    )
+    with np.load(folder / "out.npz") as found:
+        assert list(found) == [f"arr_{i}" for i in range(12)]
+
+
+def test_files_in_subdirectories_of_a_checkpoint_stay(folder):
+    """Those that an index names, and those of other modules."""
+    tensors = {name: np.random.default_rng(0).normal(size=(24, 24)).astype(np.float32) for name in ("x", "y", "z")}
+    source = folder / "several"
+    for name in ("x", "y", "z"):
+        (source / name).mkdir(parents=True)
+        safetensors.save_file({f"{name}.weight": tensors[name]}, source / name / "m.safetensors")
+    index = {"weight_map": {f"{name}.weight": f"{name}/m.safetensors" for name in ("x", "y")}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    output = folder / "pruned"
+    run("one-shot", source, "--block=4", "--sparsity=0.5", "--min-blocks=1", f"--output={output}")
+    for name, zeros in (("x", 0.5), ("y", 0.5), ("z", 0)):
+        (found,) = safetensors.load_file(output / name / "m.safetensors").values()
+        assert np.mean(found == 0) == zeros
+        np.testing.assert_array_equal(found[found != 0], tensors[name][found != 0])
+    assert not (output / "m.safetensors").exists()
+
+
 def test_the_plan_says_what_is_assumed(folder, capsys):
     file = write_file(folder / "dense", weights())
     run("plan", file, *PLANNED)

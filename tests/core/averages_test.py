@@ -109,6 +109,15 @@ def test_the_explicit_form_is_averaged_as_the_loss_sees_it():
     np.testing.assert_allclose(averaged["in"], weighted_mean(history, 0.8), rtol=1e-5, atol=1e-6)
 
 
+def test_with_a_decay_of_zero_the_average_is_the_network():
+    average = sapp.ema(0)
+    params = {"w": jnp.float32([1e4, np.inf, 3.0])}
+    state = average.update(average.init(params), params)
+    params = {"w": jnp.float32([1e-5, 2.0, -3.0])}
+    state = average.update(state, params)
+    np.testing.assert_array_equal(average.params(state, params)["w"], params["w"])
+
+
 def test_counts_stop_where_they_no_longer_matter():
     for decay, kind in ((0.999, "uint16"), (0.9999, "uint32")):
         ema = sapp.ema(decay)

@@ -84,6 +84,14 @@ def test_views_that_are_given_stay():
     assert not plan.pruned["out"].assumed
 
 
+def test_parts_of_a_split_leaf():
+    def gated(p, x):
+        reset, update, new = (x @ part for part in jnp.split(p["gates"], 3, 1))
+        return jax.nn.sigmoid(update) * jnp.tanh(new) + jax.nn.sigmoid(reset)
+
+    assert sapp.views_of(gated, {"gates": leaf(8, 36)}, leaf(2, 8)) == {"gates": View((), (0,), (1,))}
+
+
 def test_what_has_no_view():
     def fn(p, x):
         halves = (x[:, :16] @ p["cut"].reshape(16, 64))[:, :32]  # one part of an axis is contracted, one is not

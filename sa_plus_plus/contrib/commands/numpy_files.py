@@ -4,7 +4,7 @@ import functools
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import jax.numpy as jnp
@@ -36,18 +36,18 @@ def read(path: pathlib.Path) -> Checkpoint:
     if not arrays or not all(isinstance(x, np.ndarray) for x in arrays.values()):
         raise ValueError(f"{path} holds no arrays")
     params = {name: x.view(jnp.bfloat16) if x.dtype == _BFLOAT16 else x for name, x in arrays.items()}
-    return Checkpoint(path, ".npz", params, functools.partial(_write, compressed))
+    return Checkpoint(path, ".npz", params, functools.partial(_write, compressed, [*arrays]))
 
 
-def _write(compressed: bool, output: pathlib.Path, params: Mapping[str, Any], plan: Plan) -> None:
+def _write(compressed: bool, names: Sequence[str], output: pathlib.Path, params: Mapping[str, Any], plan: Plan) -> None:
     del plan  # such files have no metadata
     compression = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
 
     def fill(file: IO[bytes]) -> None:
         with zipfile.ZipFile(file, "w", compression) as archive:  # `np.savez` takes no array named "file"
-            for name, x in params.items():
+            for name in names:  # in the file's order; JAX sorts keys
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
-                    array = np.asarray(x)
+                    array = np.asarray(params[name])
                     plain = array.view(_BFLOAT16) if array.dtype == jnp.bfloat16 else array
                     np.lib.format.write_array(entry, plain, allow_pickle=False)
 

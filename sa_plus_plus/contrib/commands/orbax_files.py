@@ -65,7 +65,7 @@ def _write(output: pathlib.Path, params: Any, plan: Plan) -> None:
     del plan  # such directories have no metadata of ours
 
     def fill(folder: pathlib.Path) -> None:
-        with _orbax().StandardCheckpointer() as checkpointer:
+        with _orbax().PyTreeCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute(), params, force=True)
 
     write_directory_atomically(output, fill)

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -88,7 +89,7 @@ def read_directory(folder: pathlib.Path, files: Iterable[pathlib.Path]) -> Check
             raise ValueError(f"{folder}: two files have the tensor {min(twice)!r}")
         tensors |= part
         planned |= recorded(file, metadata.get(PLAN))
-        about[file.name] = metadata, [*part]
+        about[str(file.relative_to(folder))] = metadata, [*part]
     return Checkpoint(folder, "safetensors", tensors, functools.partial(_write_all, folder, about), planned)
 
 
@@ -135,8 +136,11 @@ def _write_all(
     plan: Plan,
 ) -> None:
     def fill(copy: pathlib.Path) -> None:
-        copied_without_weights(folder, copy)
+        for file in copied_without_weights(folder, copy):
+            if file.suffix == ".safetensors" and len(file.parts) > 1:  # of another module, as in a pipeline of several
+                shutil.copyfile(folder / file, copy / file)
         for name, (metadata, tensors) in about.items():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
             _write_one(metadata, copy / name, {tensor: params[tensor] for tensor in tensors}, plan)
 
     write_directory_atomically(output, fill)

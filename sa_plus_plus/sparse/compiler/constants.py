@@ -20,6 +20,7 @@ _IN_NUMPY: dict[str, Callable[..., Any]] = {  # JAX would compile a program for 
 }
 _MOVES = (  # operations that keep each entry of their first operand, up to rounding
     *("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "slice", "dynamic_slice", "rev"),
+    "split",
     *_CASTS,
 )
 
@@ -43,12 +44,15 @@ def computed(call: Call, inputs: Sequence[Constant], shapes: Sequence[tuple[int,
 
 def _computed(call: Call, inputs: Sequence[Constant], shapes: Sequence[tuple[int, ...]]) -> list[Constant]:
     if (origin := inputs[0].origin if inputs and call.name in _MOVES else None) is not None:
-        (result,) = _computed(call, [inputs[0]._replace(origin=None), *inputs[1:]], shapes)
-        positions = origin.positions
+        results = _computed(call, [inputs[0]._replace(origin=None), *inputs[1:]], shapes)
+        positions = [origin.positions]
         if call.name not in _CASTS:
-            before = Constant(jnp.asarray(positions), inputs[0].shape)
-            positions = _computed(call, [before, *inputs[1:]], shapes)[0].value
-        return [result._replace(origin=origin._replace(positions=positions))]
+            before = Constant(jnp.asarray(origin.positions), inputs[0].shape)
+            positions = [places.value for places in _computed(call, [before, *inputs[1:]], shapes)]
+        return [
+            result._replace(origin=origin._replace(positions=places))
+            for result, places in zip(results, positions, strict=True)
+        ]
     if call.name == "broadcast_in_dim" and len(inputs) == 1:
         shape, axes = call.params["shape"], call.params["broadcast_dimensions"]
         narrow = [1] * len(shape)

@@ -67,7 +67,7 @@ def block_sparse_matmul(
 
 def check(x: jax.Array, w: BlockSparse, bias: jax.Array | None) -> None:
     """Refuse a kernel, an input and a bias that do not fit together."""
-    cols = w.shape[-1]
+    cols = w.layout.matrix[1]
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != w.dtype:
         raise ValueError(f"x and the kernel must be of one floating type, got {x.dtype} and {w.dtype}: cast either")
     if w.blocks.shape != (w.layout.nse, *w.layout.block):
@@ -173,7 +173,7 @@ def _plain(
 ) -> jax.Array:
     if not dense:
         return xla.epilogue(xla.matmul(x, blocks, layout), bias, relu)
-    w = BlockSparse(blocks, layout).todense().reshape(x.shape[-1], -1)
+    w = blk.matrices(BlockSparse(blocks, layout).todense(), layout.view).reshape(layout.matrix)
     return xla.epilogue(jnp.matmul(x, w, preferred_element_type=xla.sum_type(x)), bias, relu)
 
 

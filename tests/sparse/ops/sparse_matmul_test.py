@@ -387,3 +387,14 @@ def test_compiles_and_links_for_macos(system, machine, tmp_path, tmp_path_factor
     library = tmp_path / "native.so"
     run([*compiler[:4], "-target", system, "-shared", *objects.values(), "-o", library])
     assert library.read_bytes()[:4] == bytes.fromhex("cffaedfe")  # Mach-O, 64 bits
+
+
+@pytest.mark.parametrize("implementation", ["dense", "xla", "native", None])
+def test_a_view_whose_outputs_are_not_the_last_axis(implementation):
+    rng = np.random.default_rng(0)
+    w, x, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 4), (3, 4), (6,)))
+    kernel = BlockSparse.fromdense(w, 2, view="o i -> i o")
+    got = block_sparse_matmul(jnp.asarray(x), kernel, bias=jnp.asarray(bias), implementation=implementation)
+    np.testing.assert_allclose(got, x @ w.T + bias, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"bias must be floating and of shape \(6,\)"):
+        block_sparse_matmul(jnp.asarray(x), kernel, bias=jnp.ones(4), implementation=implementation)
