@@ -113,7 +113,7 @@ RATES = {  # multiples of the weights' learning rate that the logits have, by sc
     ("effective", "rise 0-25"): (1.0,),
     ("effective", "rise 10-40"): (1.0, 3.0, 10.0),
     ("effective", "rise 10-60"): (1.0,),
-    ("effective", "rise 0-50"): (1.0, 3.0, 10.0),
+    ("effective", "rise 0-50"): (1.0,),
     ("effective", "rise 0-75"): (1.0,),
     ("effective", "rise 0-90"): (1.0,),
     ("effective", "rise 0-95"): (1.0,),
