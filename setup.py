@@ -37,7 +37,7 @@ class BuildKernels(build_ext):
             known = self.compiler.executables
             self.compiler.set_executables(**{name: command for name, command in found.items() if name in known})
         jaxlib = importlib.util.find_spec("jaxlib")
-        # As a system's headers, about which compilers do not warn.
+        # System headers to the compiler, which gives no warnings about those.
         headers = ["-isystem", str(pathlib.Path(jaxlib.origin).parent / "include")] if jaxlib and jaxlib.origin else []
         targets = runpy.run_path(str(SOURCES / "targets.py"))["flags"](platform.machine())
         each = {name: [str(SOURCES / "target.cc"), name, flags] for name, flags in targets.items()}

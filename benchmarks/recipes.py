@@ -384,7 +384,7 @@ def summarise(choosing: list[dict[str, Any]], confirming: list[dict[str, Any]]) 
 def main(argv: list[str]) -> None:
     del argv
     pathlib.Path(_DIRECTORY.value).mkdir(parents=True, exist_ok=True)
-    first, wanted = jobs("choose"), named(_CONFIRM.value)
+    first, by_name = jobs("choose"), named(_CONFIRM.value)
     if _PLAN.value:
         any_of_each = {family: next(iter(own)) for family, own in variants().items()}
         print(f"{len(first)} cells to choose, {len(jobs('confirm', any_of_each))} to confirm")
@@ -392,13 +392,14 @@ def main(argv: list[str]) -> None:
     if _REPORT.value:
         rows = results(first)
         found = chosen(rows)
-        summarise(rows, results((jobs("confirm", found) if found else []) + named(every_variant())))
+        confirmed = jobs("confirm", found) + named(every_variant()) if found else named(every_variant() | CONTROLS)
+        summarise(rows, results(confirmed))
         return
     with cli.input_errors():
         for name in _DATA.value:
             dataset(name, "confirm")
     if _CONFIRM.value:
-        _train(wanted)
+        _train(by_name)
         return
     _train(first)
     if missing := [job for job in first if result(job) is None]:

@@ -13,7 +13,9 @@ from sa_plus_plus.views import View
 
 OUTPUTS = "outputs"  # as a number of blocks to keep: one for each column of the grid
 SHOWN = 4  # lines on layers of too few blocks
-OPEN = "\n\nassumed, perhaps: by names and shapes; views=sapp.views_of(fn, params, x) reads it off fn(params, x)"
+OPEN = (
+    "\n\nassumed, perhaps: guessed by names and shapes; views=sapp.views_of(fn, params, x) reads it off fn(params, x)"
+)
 VECTORS = "not a kernel (one weight for each channel)"  # why a leaf of a vector for each of several layers stays dense
 
 

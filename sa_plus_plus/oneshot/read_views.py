@@ -37,9 +37,10 @@ def views_of(
       paths: of the leaves to look at; by default all floating-point leaves of two axes and more.
 
     Returns:
-      By path, the views. Without leaves that `fn` does not multiply by, such as tables that are only looked up;
-      depthwise kernels; and those of which one axis is both contracted and not, in one of these products or in several.
-      A convolution in groups has the matrix of one group's inputs.
+      The views by path. They leave out what `fn` does not multiply by, such as tables that are only looked up,
+      depthwise kernels, and leaves with an axis that is contracted in one of these products and not in another. A
+      convolution in groups has the matrix of one group's inputs. Products in `cond`, `while` and longer loops are not
+      seen.
     """
     leaves = {path_string(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
     shapes = {path: np.shape(leaf) for path, leaf in leaves.items() if _may_be_kernel(leaf)}

@@ -56,11 +56,18 @@ class Walk:
 
         for eqn in program.eqns:
             values = [read(atom) for atom in eqn.invars]
-            found = self._equation(eqn, values, loops)
+            mixed: tuple[Axis, ...] = ()
+            found = self._inner(eqn, values, loops)
+            if found is None:
+                before = len(self.factors.pins)
+                found = primitives.results(self.factors, eqn, values)
+                mixed = (*primitives.contracted(eqn, values), *self.factors.pins[before:])
+            self.steps.append(Step((*values, *found), primitives.pairs(eqn, values), mixed, loops))
             known |= dict(zip(eqn.outvars, found, strict=True))
         return [read(atom) for atom in program.outvars]
 
-    def _equation(self, eqn: Any, values: list[Array], loops: Axis) -> list[Array]:
+    def _inner(self, eqn: Any, values: list[Array], loops: Axis) -> list[Array] | None:
+        """The axes of the results of an operation that runs other programs; None for any other."""
         name, params = eqn.primitive.name, eqn.params
         if name in _CALLS.split():
             inner = next(params[key] for key in ("call_jaxpr", "fun_jaxpr", "jaxpr") if key in params)
@@ -73,11 +80,7 @@ class Walk:
             self.factors.pin_all(values[:1], "it chooses a branch")
             branches = [self.run(branch, values[1:], loops) for branch in params["branches"]]
             return self._same(branches[0], *branches[1:])
-        before = len(self.factors.pins)
-        found = primitives.results(self.factors, eqn, values)
-        mixed = (*primitives.contracted(eqn, values), *self.factors.pins[before:])
-        self.steps.append(Step((*values, *found), primitives.pairs(eqn, values), mixed, loops))
-        return found
+        return None
 
     def _scan(self, params: Any, values: list[Array], loops: Axis) -> list[Array]:
         consts, carried = params["num_consts"], params["num_carry"]

@@ -64,6 +64,14 @@ def test_choosing_and_confirming_share_neither_cells_nor_seeds_nor_files():
     assert len({job.file for job in both}) == len(both)
 
 
+def test_variants_are_confirmed_by_their_names():
+    found = recipes.named(["rise 0-50", "rigl"])
+    assert {job.cell for job in found} == {cell for cell in recipes.CONFIRMING if cell.data != "bytes"}
+    assert {(job.stage, job.variant) for job in found} == {("confirm", "rise 0-50"), ("confirm", "rigl")}
+    with pytest.raises(recipes.app.UsageError, match=r"--confirm=luck: no such variant.*rise 0-50; "):
+        recipes.named(["luck"])
+
+
 def test_a_job_is_done_once_and_taken_over_from_the_dead(monkeypatch):
     job, _ = recipes.jobs("choose")[:2]
     monkeypatch.setattr(recipes, "measure", lambda job: {"variant": job.variant})

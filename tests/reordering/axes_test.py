@@ -238,6 +238,21 @@ def test_operations(name):
     assert kinds(found) == expected, (found.groups, found.fixed)
 
 
+def test_what_a_loop_carries_has_one_order_in_all_its_steps():
+    """Also if it begins with a constant and is returned by none of them: no operation outside the loop has it."""
+    start = np.zeros(12, np.float32)
+
+    def fn(p, x):
+        def step(carry, kernels):
+            carry = carry / 2 + jnp.tanh(x @ kernels[0])
+            return carry, carry @ kernels[1]
+
+        return lax.scan(step, start, (p["in"], p["out"]))[1]
+
+    params = {"in": RNG.normal(size=(3, 6, 12)).astype(np.float32), "out": RNG.normal(size=(3, 12)).astype(np.float32)}
+    assert kinds(check(fn, params, RNG.normal(size=6).astype(np.float32))) == [(12, 1)]
+
+
 def test_what_is_left_has_its_reason():
     params = {key: jnp.ones(shape) for key, shape in W.items()} | {"unused": jnp.ones(3)}
     found = axes.find(hidden(lambda h, p: jnp.cumsum(h, 1)), params, jnp.ones((7, 6)))

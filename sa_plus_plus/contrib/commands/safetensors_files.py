@@ -137,7 +137,7 @@ def _write_all(
 ) -> None:
     def fill(copy: pathlib.Path) -> None:
         for file in copied_without_weights(folder, copy):
-            if file.suffix == ".safetensors" and len(file.parts) > 1:  # of another module, as in a pipeline of several
+            if file.suffix == ".safetensors" and len(file.parts) > 1:  # another module's, in a pipeline of several
                 shutil.copyfile(folder / file, copy / file)
         for name, (metadata, tensors) in about.items():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ _ELEMENTWISE = (
     *("logistic", "erf", "erfc", "expm1", "log1p", "select_n", "gt", "ge", "lt", "le", "clamp"),
 )
 _MOST_CALLS = 32  # of an activation function, at most
-_NEAR, _FAR = 12, np.geomspace(12, 1e9, 801)  # networks have limits at 20 or 65504, too
+_NEAR, _FAR = 12, np.geomspace(12, 1e30, 801)  # networks have limits at 20 or 65504, too
 _POINTS = np.concatenate([np.linspace(-_NEAR, _NEAR, 4801), np.linspace(-0.1, 0.1, 201), _FAR, -_FAR]).astype(
     np.float32
 )
