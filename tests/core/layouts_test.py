@@ -412,8 +412,7 @@ def test_columns_are_the_output_channels_of_a_convolution(name, rank, bias):
         assert (channels.tolist(), blocks.matrix_shape(found[0].shape, found[0].view)[1]) == ([4], n)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(("rank", "bias"), [(1, False), (2, True)])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_views_read_off_a_convolution(name, rank, bias):
     params, call = CONVOLUTIONS[name](rank, 12, bias)
